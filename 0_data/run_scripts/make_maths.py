@@ -1,0 +1,178 @@
+"""Build the maths prompt file: arithmetic problems in many wordings, each in every typo and tone style.
+
+Reads   0_data/maths_wordings.csv   hand-written wordings (template, operation, results, wording)
+Writes  0_data/maths.json           1,000 rows: element_index, normal, one key per style, answer, task and
+                                    _template, _operation, _digits, _result to group by
+        0_data/maths_edits.csv      what was edited where, one line per edit
+
+The rows are ordered by difficulty: first 300 rows with one-digit numbers, then 350 whose larger number has
+two digits, then 350 with three. So `--max_samples 60` later on is an easy run over 60 different wordings,
+and a run that is meant to speak for all problems takes the whole file. Same code, same seed: same bytes.
+
+    python 0_data/run_scripts/make_maths.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import operator
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import UserError, make_parser, run_main
+
+DATA = Path(__file__).resolve().parents[1]
+OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "addition": operator.add,
+    "subtraction": operator.sub,
+    "multiplication": operator.mul,
+    "division": operator.truediv,
+}
+SIGNS = {"addition": "+", "subtraction": "-", "multiplication": "×*", "division": "÷/"}
+# Digits of the larger number -> how many rows with each kind of result.
+COUNTS: dict[int, dict[tuple[str, str], int]] = {
+    digits: {
+        ("addition", "whole"): whole,
+        ("subtraction", "whole"): whole - signed,
+        ("subtraction", "negative"): signed,
+        ("multiplication", "whole"): whole,
+        ("division", "whole"): exact,
+        ("division", "fraction"): fraction,
+    }
+    for digits, whole, signed, exact, fraction in ((1, 90, 30, 8, 22), (2, 90, 30, 50, 30), (3, 90, 30, 50, 30))
+}
+POOL = 60  # numbers per operand from which one group of problems is drawn
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One row of the wordings file: `{x}` stands for the expression, or `[…]` marks the task with {a} {s} {b}."""
+
+    template: str
+    operation: str
+    results: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    operation: str
+    a: int
+    b: int
+
+    @property
+    def value(self) -> Fraction:
+        return OPERATIONS[self.operation](Fraction(self.a), self.b)
+
+    @property
+    def result(self) -> str:
+        """Kind of the result: `negative`, `fraction` or `whole` (zero or more)."""
+        if self.value < 0:
+            return "negative"
+        return "whole" if self.value.denominator == 1 else "fraction"
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def read_wordings(path: Path) -> list[Wording]:
+    """Read and check the wordings; raises UserError with the line that is wrong."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [Wording(*row) for row in itertools.islice(csv.reader(file), 1, None)]
+    except (OSError, UnicodeDecodeError, TypeError, csv.Error) as error:
+        raise UserError(f"cannot read the wordings {path}: {error}; four columns are needed") from error
+    for line, row in enumerate(rows, start=2):
+        known = row.operation in (*OPERATIONS, "any") and row.results in ("whole", "any")
+        if not known or (row.text.count("{x}") == 1) == bool(re.search(r"\[.+\]", row.text)):
+            raise UserError(f"{path} line {line}: not a known operation and result kind with one {{x}} or one [task]")
+    return rows
+
+
+def draw_problems(operation: str, result: str, digits: int, rng: random.Random) -> Iterator[Problem]:
+    """Problems without end, none twice before all of a random pool were used; every number is 2 or more."""
+    larger = range(2 if digits == 1 else 10 ** (digits - 1), 10**digits)
+    largest_other = {"addition": 999, "subtraction": 999, "multiplication": 12, "division": 20}[operation]
+    smaller = range(2, min(larger[-1], largest_other) + 1)
+    pairs = itertools.product(*(rng.sample(numbers, min(POOL, len(numbers))) for numbers in (larger, smaller)))
+    pool = {Problem(operation, *pair) for a, b in pairs if a >= b for pair in ((a, b), (b, a))}
+    fitting = sorted((p for p in pool if p.result == result and _is_fair(p)), key=lambda p: (p.a, p.b))
+    rng.shuffle(fitting)
+    return itertools.cycle(fitting)
+
+
+def _is_fair(problem: Problem) -> bool:
+    """No zero results, no quotient of one, and no quotient with more than three decimals."""
+    if problem.operation == "division":
+        return problem.value != 1 and (problem.value * 1000).denominator == 1
+    return problem.value != 0
+
+
+def format_number(value: Fraction) -> str:
+    """Exact decimal notation of a terminating fraction: 7/2 -> 3.5."""
+    return f"{(Decimal(value.numerator) / Decimal(value.denominator)).normalize():f}"
+
+
+def write_prompt(problem: Problem, wording: Wording) -> tuple[str, str]:
+    """The prompt and its task, which is a substring of it."""
+    signs = SIGNS[problem.operation]
+    sign = signs[int(wording.template[-2:]) % len(signs)]  # a wording keeps one notation: × or *, ÷ or /
+    fields = {"a": problem.a, "b": problem.b, "s": sign, "x": f"[{problem.a} {sign} {problem.b} =]"}
+    marked = wording.text.format(**fields)
+    before, task, after = re.split(r"[\[\]]", marked)
+    return before + task + after, task
+
+
+def choose_wording(problem: Problem, wordings: Sequence[Wording], used: dict[str, list[Problem]]) -> Wording:
+    """The least used wording that fits the problem and has not been used for it; the first of equals."""
+    fitting = [
+        wording
+        for wording in wordings
+        if wording.operation in (problem.operation, "any") and wording.results in (problem.result, "any")
+    ]
+    return min(fitting, key=lambda wording: (problem in used[wording.template], len(used[wording.template])))
+
+
+def make_clean_rows(wordings: Sequence[Wording], seed: int) -> list[dict[str, Any]]:
+    """The clean rows in file order, see the docstring of this script."""
+    rng = random.Random(f"maths {seed}")
+    wordings = rng.sample(wordings, len(wordings))
+    used: dict[str, list[Problem]] = {wording.template: [] for wording in wordings}
+    rows: list[dict[str, Any]] = []
+    for digits, counts in COUNTS.items():
+        problems = [
+            problem
+            for (operation, result), count in counts.items()
+            for problem in itertools.islice(draw_problems(operation, result, digits, rng), count)
+        ]
+        rng.shuffle(problems)
+        for problem in problems:
+            wording = choose_wording(problem, wordings, used)
+            used[wording.template].append(problem)
+            rows.append(_make_row(len(rows) + 1, problem, wording, digits))
+    return rows
+
+
+def _make_row(element_index: int, problem: Problem, wording: Wording, digits: int) -> dict[str, Any]:
+    prompt, task = write_prompt(problem, wording)
+    return {
+        "element_index": element_index,
+        "normal": prompt,
+        "answer": format_number(problem.value),
+        "task": task,
+        "_template": wording.template,
+        "_operation": problem.operation,
+        "_digits": digits,
+        "_result": problem.result,
+    }

@@ -1,0 +1,381 @@
+"""The files of a run, in one place: folders, run.json, activations_*.pt, failures.csv.
+
+    outputs/<run>/prompts.json                           exact copy of the prompt file
+    outputs/<run>/<style>/run.json                       what made the files beside it
+    outputs/<run>/<style>/activations_00000_00064.pt     rows 0 to 63 of the style, in the prompt file's order
+    outputs/<run>/<style>/failures.csv                   prompts that could not be run, with the reason
+
+A run of a single style has prompts.json, run.json and the .pt files in one folder. A .pt file is read with
+`weights_only=True` and nothing else, so no file can run code. Readers hold one file at a time (memory-mapped).
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command_line import UserError, one_line
+from file_output import atomic_path, write_json
+from load_json import CLEAN_KEYS
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA_VERSION = 1
+PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
+FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
+
+# Axis of a per-row tensor that holds the S prompt tokens, for every field that is padded inside a file. All other
+# fields are stacked as they are. The B axis of a file is `BATCH_AXIS` (0 where it is not named).
+TOKEN_AXES = {"input_ids": (0,), "attention_mask": (0,), "region_mask": (0,)}
+BATCH_AXIS = {"span_mass": 1, "hidden_pooled": 1, "mlp_pooled": 1, "attention_entropy": 1}
+TOPK_KEYS = frozenset({"topk_vals", "topk_indices", "logsumexp"})  # [T, …] with T = 1 or, at all positions, S
+PER_FILE_KEYS = ("regions", "pooled_regions", "style", "topk_positions")
+
+
+# --- reading a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk. `styles` maps each style to the folder of its .pt files, the clean form first."""
+
+    path: Path
+    name: str
+    styles: dict[str, Path]
+    only_file: Path | None = None
+
+    @property
+    def clean_style(self) -> str | None:
+        """`normal`, else `instruction`, else None where the run has no clean form."""
+        return next((key for key in CLEAN_KEYS if key in self.styles), None)
+
+    @cached_property
+    def rows(self) -> list[Any]:
+        """The rows of the prompt file, by original index; empty where the run keeps no copy (reference format)."""
+        for folder in (self.path, self.path.parent):
+            if (copy := folder / "prompts.json").is_file():
+                rows = json.loads(copy.read_text(encoding="utf-8-sig"))
+                return rows if isinstance(rows, list) else []
+        return []
+
+    def row(self, original_index: int) -> dict[str, Any]:
+        """Row `original_index` of the prompt file; an empty dict where it is not known."""
+        if 0 <= original_index < len(self.rows) and isinstance(self.rows[original_index], dict):
+            return self.rows[original_index]
+        return {}
+
+    def template(self, original_index: int) -> str:
+        """Cluster of a row for clustered errors: its `_template`, else the row itself."""
+        return str(self.row(original_index).get("_template", f"row {original_index}"))
+
+    def settings(self, style: str) -> dict[str, Any]:
+        """run.json of a style; empty for reference-format folders."""
+        path = self.styles[style] / "run.json"
+        return read_json_file(path) if path.is_file() else {}
+
+    def files(self, style: str) -> list[Path]:
+        """The .pt files of a style in row order."""
+        return [self.only_file] if self.only_file else pt_files(self.styles[style])
+
+    def batches(self, style: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """(path, content) of each .pt file of a style, one in memory at a time."""
+        for path in self.files(style):
+            yield path, load_pt(path)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run folder, a single style's folder, or one .pt file. Raises UserError where there is none."""
+    path = Path(path)
+    if path.is_file():
+        return Run(path.parent, path.parent.name, {_style_of(path.parent): path.parent}, only_file=path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder; give the --output_dir of stage 2")
+    path = path.resolve()
+    if pt_files(path) or (path / "run.json").is_file():
+        return Run(path, path.name, {_style_of(path): path})
+    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    found = {_style_of(child): child for child in folders if pt_files(child)}
+    if not found:
+        raise UserError(f"{path}: holds no activations_*.pt, nor do its folders; run stage 2 with this --output_dir")
+    return Run(path, path.name, {style: found[style] for style in sort_styles(found, path)})
+
+
+def sort_styles(styles: Iterable[str], run_path: Path) -> list[str]:
+    """Clean form first, then the order of the prompt file where known, then by name."""
+    order = {key: position - len(CLEAN_KEYS) for position, key in enumerate(CLEAN_KEYS)}
+    copy = run_path / "prompts.json"
+    if copy.is_file():
+        rows = json.loads(copy.read_text(encoding="utf-8-sig"))
+        for row in rows if isinstance(rows, list) else []:
+            for key in row if isinstance(row, dict) else ():
+                order.setdefault(key, len(order))
+    return sorted(styles, key=lambda style: (order.get(style, len(order)), style))
+
+
+def pt_files(folder: Path) -> list[Path]:
+    """The activations_*.pt of a folder in row order."""
+    found = [(match, child) for child in folder.iterdir() if (match := PT_NAME.fullmatch(child.name))]
+    return [child for _, child in sorted(found, key=lambda item: tuple(map(int, item[0].groups())))]
+
+
+def load_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
+    """Content of a .pt file, tensors memory-mapped. UserError for a truncated file, or one with code in it."""
+    import pickle
+
+    import torch
+
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give an activations_*.pt of stage 2") from None
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(f"{path}: refused, for it holds more than tensors and text (nothing was run)") from None
+        raise UserError(f"{path}: not a readable .pt file; delete it and run stage 2 again") from None
+    except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
+        why = one_line(str(error), 100)
+        raise UserError(f"{path}: truncated or damaged ({why}); delete it and run stage 2 again") from None
+    if not isinstance(content, dict) or not ({"original_indices", "final_predictions"} & content.keys()):
+        raise UserError(f"{path}: not a file of stage 2: it has no original_indices; see the README's data format")
+    return content
+
+
+def row_count(content: dict[str, Any]) -> int:
+    """B, the number of rows of a .pt file's content."""
+    for key in ("original_indices", "final_predictions", "responses"):
+        if key in content:
+            return len(content[key])
+    return 0
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a run. Raises UserError where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({one_line(str(error), 100)}); delete it and run stage 2 again"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is no JSON object; delete it and run stage 2 again")
+    return value
+
+
+def _style_of(folder: Path) -> str:
+    settings = folder / "run.json"
+    if settings.is_file():
+        return str(read_json_file(settings).get("settings", {}).get("style", folder.name))
+    return folder.name
+
+
+# --- writing a run
+
+
+def begin_run(folder: Path, settings: dict[str, Any], environment: dict[str, Any], overwrite: bool = False) -> None:
+    """Write run.json, or check that the one there has the same settings. Raises UserError naming the difference.
+
+    `settings` decide the numbers and must agree; `environment` (versions, device) is recorded, a new one is appended.
+    """
+    path = folder / "run.json"
+    settings = json.loads(json.dumps(settings))  # as they will be read back
+    with locked(folder):
+        if overwrite:
+            clear_run(folder)
+        if not path.is_file():
+            if pt_files(folder):
+                raise UserError(
+                    f"{folder}: holds .pt files of an unknown run; choose another --output_dir or --overwrite"
+                )
+            write_json(path, {"settings": settings, "environments": [environment]})
+            return
+        known = read_json_file(path)
+        if differences := _differences(known.get("settings", {}), settings):
+            raise UserError(
+                f"{folder}: holds a run with other settings ({'; '.join(differences)}); "
+                "use these settings, another --output_dir, or --overwrite"
+            )
+        if environment not in known.get("environments", []):
+            write_json(path, {**known, "environments": [*known.get("environments", []), environment]})
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what an earlier run wrote into `folder`, and nothing else."""
+    for path in [*pt_files(folder), folder / "run.json", folder / "failures.csv"]:
+        path.unlink(missing_ok=True)
+
+
+def save_pt(path: Path, content: dict[str, Any]) -> None:
+    """Write a .pt file whole or not at all."""
+    import torch
+
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch tells a full disk as a RuntimeError of its zip writer
+            raise OSError(0, one_line(str(error), 120)) from error
+
+
+def record_failures(folder: Path, style: str, tried: Iterable[int], failed: dict[int, tuple[int, str]]) -> int:
+    """Bring failures.csv up to date for the rows `tried`; `failed`: original index → (element_index, reason).
+
+    Rows that were not tried keep their line; the file goes when none is left. Returns the number of lines now there.
+    """
+    path = folder / "failures.csv"
+    with locked(folder):
+        lines = {index: line for index, line in read_failures(folder).items() if index not in set(tried)}
+        lines |= {index: (style, index, element, one_line(reason)) for index, (element, reason) in failed.items()}
+        if not lines:
+            path.unlink(missing_ok=True)
+        else:
+            with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+                csv.writer(handle).writerows([FAILURE_COLUMNS, *(lines[index] for index in sorted(lines))])
+    return len(lines)
+
+
+def read_failures(folder: Path) -> dict[int, tuple[Any, ...]]:
+    """Lines of failures.csv by original index; empty where there is no such file."""
+    path = folder / "failures.csv"
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as handle:
+        return {int(line[1]): tuple(line) for line in list(csv.reader(handle))[1:]}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: several processes (shards) may write run.json and failures.csv of one style."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}; choose another --output_dir") from None
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Short hash over names and sizes of files, and over the content of the small ones: tells two models apart."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        if path.stat().st_size < 1 << 20:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    return [
+        f"{key}: {one_line(str(known.get(key)), 80)} there, {one_line(str(wanted.get(key)), 80)} now" for key in keys
+    ]
+
+
+# --- rows of a file, files of rows
+
+
+def pack_rows(rows: list[dict[str, Any]], shared: dict[str, Any], pad_token_id: int) -> dict[str, Any]:
+    """Content of a .pt file from per-row results, left-padded to the longest prompt.
+
+    A row holds the fields of the file without their B axis: `input_ids` [S], `span_mass` [L,H,Q,R], `hidden_states`
+    {`layer_i`: [S,D]} … `shared` holds the keys that all rows share (PER_FILE_KEYS).
+    """
+    import torch
+
+    length = max(row["input_ids"].shape[0] for row in rows)
+    content: dict[str, Any] = dict(shared)
+    for key, first in rows[0].items():
+        values = [row[key] for row in rows]
+        if key in ("hidden_states", "attentions"):
+            axes: tuple[int, ...] = (0,) if key == "hidden_states" else (1, 2)
+            content[key] = {
+                layer: torch.stack([_pad_left(value[layer], axes, length) for value in values]) for layer in first
+            }
+        elif key in RAGGED_KEYS:
+            width = max(value.shape[0] for value in values)
+            content[key] = torch.stack([_pad_right(value, width) for value in values])
+        elif isinstance(first, torch.Tensor):
+            axes = _token_axes(key, shared)
+            fill = pad_token_id if key == "input_ids" else 0
+            padded = [_pad_left(value, axes, length, fill) for value in values]
+            content[key] = torch.stack(padded, dim=BATCH_AXIS.get(key, 0))
+        else:
+            content[PLURAL_KEYS.get(key, key)] = values
+    return content
+
+
+def unpack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The per-row results that `pack_rows` packed: its inverse, so that a file can be completed later."""
+    rows = []
+    plural = {many: one for one, many in PLURAL_KEYS.items()}
+    for position in range(row_count(content)):
+        real = content["attention_mask"][position]
+        row: dict[str, Any] = {}
+        for key, value in content.items():
+            if key in PER_FILE_KEYS:
+                continue
+            if key in ("hidden_states", "attentions"):
+                row[key] = {layer: _unpad(tensor[position], key, real, content) for layer, tensor in value.items()}
+            elif isinstance(value, list):
+                row[plural.get(key, key)] = value[position]
+            else:
+                row[key] = _unpad(value.select(BATCH_AXIS.get(key, 0), position), key, real, content)
+        rows.append(row)
+    return rows
+
+
+# Per-row name → name of the list in the file.
+PLURAL_KEYS = {
+    "original_index": "original_indices",
+    "prompt": "prompts",
+    "response": "responses",
+    "final_prediction": "final_predictions",
+    "finish_reason": "finish_reasons",
+}
+# Fields over generated tokens, padded on the right with NaN or -1, since a response begins at its first token.
+RAGGED_KEYS = frozenset({"response_ids", "response_logprobs", "normal_response_logprobs"})
+
+
+def _token_axes(key: str, shared: dict[str, Any]) -> tuple[int, ...]:
+    if key in TOPK_KEYS:
+        return (0,) if shared.get("topk_positions") == "all" else ()
+    return TOKEN_AXES.get(key, ())
+
+
+def _pad_left(value: torch.Tensor, axes: tuple[int, ...], length: int, fill: float = 0) -> torch.Tensor:
+    if not axes or all(value.shape[axis] == length for axis in axes):
+        return value
+    shape = [length if axis in axes else size for axis, size in enumerate(value.shape)]
+    padded = value.new_full(shape, fill)
+    padded[
+        tuple(slice(length - size, None) if axis in axes else slice(None) for axis, size in enumerate(value.shape))
+    ] = value
+    return padded
+
+
+def _pad_right(value: torch.Tensor, length: int) -> torch.Tensor:
+    fill = float("nan") if value.is_floating_point() else -1
+    padded = value.new_full((length, *value.shape[1:]), fill)
+    padded[: value.shape[0]] = value
+    return padded
+
+
+def _unpad(value: torch.Tensor, key: str, real: torch.Tensor, content: dict[str, Any]) -> torch.Tensor:
+    if key in RAGGED_KEYS:
+        keep = ~value.isnan() if value.is_floating_point() else value >= 0
+        return value[: int(keep.sum())]
+    if key == "attentions":
+        return value[:, real][:, :, real]
+    return value[real] if key == "hidden_states" or _token_axes(key, content) else value

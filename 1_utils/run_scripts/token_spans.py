@@ -1,0 +1,227 @@
+"""Regions of a prompt by character offsets, and the tokens that lie in them.
+
+A prompt as the model sees it is context (few-shot text, system prompt, chat template) around the prompt's own text.
+The own text splits into `instruction` and `task`; `edited` marks the words that differ from the clean form. Every
+token belongs to exactly one of `context`, `instruction`, `task`: that of its first character that is no white space.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from command_line import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Span = tuple[int, int]  # characters, end exclusive
+BASE_REGIONS = ("all", "last", "context", "instruction", "task")
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """`text` as it is tokenised; `text[own[0]:own[1]]` is the prompt's own text, from its character `own_offset` on."""
+
+    text: str
+    own: Span
+    own_offset: int = 0
+    has_special_tokens: bool = False
+
+
+# --- rendering
+
+
+def render_prompt(
+    tokenizer: Any,
+    prompt: str,
+    few_shot: str = "",
+    apply_chat_template: bool = False,
+    system_prompt: str | None = None,
+) -> RenderedPrompt:
+    """The text that is tokenised for `prompt`, and where the prompt's own text lies in it.
+
+    Raises UserError where the tokenizer has no chat template, or the template changes the prompt's text.
+    """
+    if not apply_chat_template:
+        start = len(few_shot)
+        return RenderedPrompt(few_shot + prompt, (start, start + len(prompt)))
+    text = _apply_template(tokenizer, few_shot + prompt, system_prompt)
+    content = (few_shot + prompt).strip()  # many templates trim the content
+    for content_start, trimmed in (
+        (0, few_shot + prompt),
+        (len(few_shot + prompt) - len((few_shot + prompt).lstrip()), content),
+    ):
+        start = _content_start(tokenizer, system_prompt)
+        if text.startswith(trimmed, start):
+            own_offset = max(0, content_start - len(few_shot))
+            own_start = start + max(0, len(few_shot) - content_start)
+            return RenderedPrompt(text, (own_start, start + len(trimmed)), own_offset, has_special_tokens=True)
+    raise UserError("the tokenizer's chat template changes the prompt's text; run without --apply_chat_template")
+
+
+def _content_start(tokenizer: Any, system_prompt: str | None) -> int:
+    # A text that stands in no template shows where the content begins; searching for the prompt itself would
+    # find "user" or "a" in the template's own words.
+    marker = "\u2402content\u2403"
+    return _apply_template(tokenizer, marker, system_prompt).index(marker)
+
+
+def _apply_template(tokenizer: Any, content: str, system_prompt: str | None) -> str:
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [*system, {"role": "user", "content": content}]
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template; run without --apply_chat_template")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template may raise what it likes (Gemma 2: "System role not supported")
+        raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
+
+
+# --- task and edits
+
+
+def task_span(prompt: str, task: str | None = None, task_regex: str | None = None) -> Span:
+    """Characters of the task in the prompt's own text.
+
+    `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, then: all after
+    the first colon. Where no rule finds a split, everything is task.
+    """
+    if task_regex is not None:
+        if match := re.search(task_regex, prompt, re.DOTALL):
+            return match.span(1) if match.re.groups and match.group(1) is not None else match.span()
+        return 0, len(prompt)
+    if task and (start := prompt.rfind(task)) >= 0:
+        return start, start + len(task)
+    colon = prompt.find(":")
+    if colon >= 0 and prompt[colon + 1 :].strip():
+        return colon + 1, len(prompt)
+    return 0, len(prompt)
+
+
+def words_of(text: str) -> list[Span]:
+    """Spans of the words (letters, marks, digits, soft hyphens) and of each single punctuation mark or symbol."""
+    spans: list[Span] = []
+    start = None
+    for position, character in enumerate(text):
+        if character.isspace():
+            kind = " "
+        else:
+            kind = unicodedata.category(character)[0]
+        is_word = kind in "LMNC"
+        if start is not None and not is_word:
+            spans.append((start, position))
+            start = None
+        if is_word and start is None:
+            start = position
+        elif kind in "PS":
+            spans.append((position, position + 1))
+    if start is not None:
+        spans.append((start, len(text)))
+    return spans
+
+
+def edited_spans(clean: str, variant: str) -> tuple[list[Span], list[Span]]:
+    """(spans in `clean`, spans in `variant`) of the words that differ, by a minimal word-by-word alignment.
+
+    A word inserted has no clean twin, a word left out none in the variant. Where two words agree and only the white
+    space before them differs, both are marked, so that a re-spaced word has its twin too.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    clean_words, variant_words = words_of(clean), words_of(variant)
+    in_clean: list[Span] = []
+    in_variant: list[Span] = []
+    left, right = [clean[a:b] for a, b in clean_words], [variant[a:b] for a, b in variant_words]
+    for step in Levenshtein.opcodes(left, right):
+        if step.tag != "equal":
+            in_clean += clean_words[step.src_start : step.src_end]
+            in_variant += variant_words[step.dest_start : step.dest_end]
+            continue
+        for i, j in zip(range(step.src_start, step.src_end), range(step.dest_start, step.dest_end), strict=True):
+            # At the edge of an edit the white space belongs to the edit.
+            inside = i > step.src_start or (i == 0 and j == 0)
+            if inside and _space_before(clean, clean_words, i) != _space_before(variant, variant_words, j):
+                in_clean.append(clean_words[i])
+                in_variant.append(variant_words[j])
+    return in_clean, in_variant
+
+
+def _space_before(text: str, words: list[Span], position: int) -> str:
+    return text[words[position - 1][1] if position else 0 : words[position][0]]
+
+
+# --- regions
+
+
+def region_names(style: str, clean_style: str | None, styles: list[str]) -> list[str]:
+    """Regions of a style: the base ones, then `edited` (a variant) or `edited:<style>` of each (the clean form)."""
+    if clean_style is None:
+        return list(BASE_REGIONS)
+    if style == clean_style:
+        return [*BASE_REGIONS, *(f"edited:{other}" for other in styles if other != clean_style)]
+    return [*BASE_REGIONS, "edited"]
+
+
+def character_regions(
+    prompt: str,
+    names: list[str],
+    variants: dict[str, str] | None = None,
+    clean: str | None = None,
+    task: str | None = None,
+    task_regex: str | None = None,
+) -> dict[str, list[Span]]:
+    """Spans, in the prompt's own text, of each region that has any; `all`, `last` and `context` follow from the tokens.
+
+    `variants` maps style → text of the same row (for `edited:<style>`), `clean` is the clean text (for `edited`).
+    """
+    start, end = task_span(prompt, task, task_regex)
+    regions = {"task": [(start, end)], "instruction": [(0, start), (end, len(prompt))]}
+    for name in names:
+        if name == "edited" and clean is not None:
+            regions[name] = edited_spans(clean, prompt)[1]
+        elif name.startswith("edited:") and (variant := (variants or {}).get(name.removeprefix("edited:"))):
+            regions[name] = edited_spans(prompt, variant)[0]
+    return regions
+
+
+def region_mask(
+    rendered: RenderedPrompt, offsets: list[Span], names: list[str], regions: dict[str, list[Span]]
+) -> torch.Tensor:
+    """Which tokens lie in which region, [S, R] bool.
+
+    `offsets` are the tokenizer's character offsets in `rendered.text`. Base regions take a token by its first
+    character that is no white space (so they are disjoint and together all tokens), edited ones by any overlap.
+    """
+    import torch
+
+    shift = rendered.own[0] - rendered.own_offset
+    placed = {name: [(a + shift, b + shift) for a, b in spans if b > a] for name, spans in regions.items()}
+    mask = torch.zeros(len(offsets), len(names), dtype=torch.bool)
+    column = {name: position for position, name in enumerate(names)}
+    mask[:, column["all"]] = True
+    mask[-1:, column["last"]] = True
+    for token, (start, end) in enumerate(offsets):
+        first, last = _visible(rendered.text, start, end)
+        home = "context"
+        if first < last and rendered.own[0] <= first < rendered.own[1]:
+            home = "task" if _touches(placed["task"], first, first + 1) else "instruction"
+        mask[token, column[home]] = True
+        for name in names[len(BASE_REGIONS) :]:
+            if first < last and _touches(placed.get(name, []), first, last):
+                mask[token, column[name]] = True
+    return mask
+
+
+def _visible(text: str, start: int, end: int) -> Span:
+    """The token's span without white space at its ends; a token of white space alone keeps its span."""
+    piece = text[start:end]
+    if not piece.strip():
+        return start, end
+    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
+
+
+def _touches(spans: list[Span], start: int, end: int) -> bool:
+    return any(a < end and start < b for a, b in spans)
