@@ -29,8 +29,8 @@ from load_json import CLEAN_KEYS, is_style_key
 from run_store import begin_run, pack_rows, save_pt
 from token_spans import RenderedPrompt, character_regions, region_mask, region_names
 
-NOUNS = "apples pencils marbles tickets candles pigeons buttons cookies ladders lemons".split()
-VERBS = "Count Gather Combine Total Measure Collect".split()
+NOUNS = ["apples", "pencils", "marbles", "tickets", "candles", "pigeons", "buttons", "cookies", "ladders", "lemons"]
+VERBS = ["Count", "Gather", "Combine", "Total", "Measure", "Collect"]
 PAD = 0
 VOCABULARY = 97
 
