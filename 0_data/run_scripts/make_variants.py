@@ -1,0 +1,638 @@
+"""Make every style of a prompt file's clean prompts: typos, other slips, tones, and the controls that go with them.
+
+Reads a prompt file (JSON list; clean prompts under `normal` or `instruction`). Writes a prompt file with the same rows
+and the styles added, and beside it `<name>_edits.csv`, one line an edit. Nothing is forced: where a prompt has no
+word that qualifies, the row lacks the style and the summary says why. Every variant is checked before it is kept:
+digits, operators, quoted text, `task`, `answer` … (typo_rules.py) are byte for byte the same.
+
+    python 0_data/run_scripts/make_variants.py --prompt_file prompts.json --output_file outputs/prompts_all.json
+
+Styles (k = --intensity; the most important content word is the rarest known word that is no function word):
+  main         a letter replaced by a neighbour on the keyboard, in the k most important content words
+  swap         two adjacent letters transposed     missing     a letter left out     repeated  a letter doubled
+  two, three   exactly two, three words with one typo each, of mixed kinds
+  grammar      agreement, tense, article or a doubled word: k words
+  punctuation  k stray marks or stray or missing spaces (a missing mark only where nothing else is possible)
+  homonym      k words replaced by true homophones
+  polite, urgent  a sentence put before the request, which is kept word for word (k does not apply)
+  noise_words  control: k typos of mixed kinds, in function words instead of content words
+  split        control: a soft hyphen (U+00AD) where `main` has its typo; no letter changes
+  real_word    control: one letter edit a word that makes another real word
+
+Columns of the edit log: style, original_index (row position from 0), element_index, edit (1 … k), word (the clean
+word), word_position (of the white-space separated pieces of the clean prompt, from 0), char_position (first changed
+character in the clean prompt, from 0), operation, before, after (the changed piece of text), osa_distance,
+zipf_before, zipf_after (0: unknown; empty where no single word), real_word (`after` holds words of Zipf >= 3 alone)
+and, with --tokenizer, tokens_before, tokens_after: the tokens that overlap `before` in the clean and `after` in the
+variant prompt, each tokenised as a whole without special tokens. A framing has no distance, Zipf or real_word.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+import typo_rules as rules
+from command_line import UserError, make_parser, run_main
+from file_output import write_csv, write_json
+from load_json import CLEAN_KEYS, read_prompt_file
+from logger import get_logger
+from typo_rules import STYLES, Span, Word
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+LOG_COLUMNS = (
+    "style", "original_index", "element_index", "edit", "word", "word_position", "char_position", "operation",
+    "before", "after", "osa_distance", "zipf_before", "zipf_after", "real_word",
+)  # fmt: skip
+TOKEN_COLUMNS = ("tokens_before", "tokens_after")
+ROWS_SHOWN = 20
+
+
+class Lacks(Exception):
+    """The prompt has nothing that the style could change; the text says what is missing, for the summary."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replace `text[start:end]` of the clean prompt by `after`; `word` is the clean word that it hits, if any."""
+
+    start: int
+    end: int
+    after: str
+    operation: str
+    word: Word | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chooses once for all rows."""
+
+    seed: int = 0
+    intensity: int = 1
+    keyboard: str = "qwerty"
+
+
+@dataclass
+class Prompt:
+    """One clean prompt with what its styles share; `row_id` seeds every choice made for it."""
+
+    text: str
+    row: dict[str, Any]
+    row_id: str
+    settings: Settings
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        return rules.protected_spans(self.text, self.row)
+
+    @cached_property
+    def words(self) -> list[Word]:
+        """Plain words outside protected text."""
+        return [w for w in rules.plain_words(self.text) if not rules.touches(self.spans, w.start, w.end)]
+
+    @cached_property
+    def content(self) -> list[Word]:
+        """Content words, the most important first."""
+        return rules.by_importance(self.words)
+
+    @cached_property
+    def function_words(self) -> list[Word]:
+        """Function words long enough for a typo, each once."""
+        first: dict[str, Word] = {}
+        for word in self.words:
+            if word.lower in rules.FUNCTION_WORDS and len(word.text) >= rules.SHORTEST_FUNCTION_WORD:
+                first.setdefault(word.lower, word)
+        return list(first.values())
+
+    def rng(self, style: str) -> Random:
+        return rules.seeded(self.settings.seed, self.row_id, style)
+
+
+Summary = dict[str, Any]
+
+
+def make_variants(
+    rows: list[Any],
+    styles: Sequence[str] = STYLES,
+    seed: int = 0,
+    intensity: int = 1,
+    keyboard: str = "qwerty",
+    tokenizer: Any = None,
+) -> tuple[list[Any], list[dict[str, Any]], Summary]:
+    """(rows with the styles added, edit log, summary) of prompt-file rows; the given rows are left as they are.
+
+    Each choice is seeded by (seed, row id, style), the row id being `element_index` or, without one, the clean text.
+    A style that a row already has is made anew. A row without a usable clean prompt stays as it is and is named in
+    summary["bad_rows"] [(original index, reason)]; summary["styles"][style] holds `made` and `lacking`
+    {reason: rows}. `tokenizer` is a fast Hugging Face tokenizer. Raises UserError for an unknown style or keyboard.
+    """
+    _check_settings(styles, intensity, keyboard)
+    settings = Settings(seed, intensity, keyboard)
+    summary: Summary = {
+        "rows": len(rows),
+        "bad_rows": [],
+        "styles": {style: {"made": 0, "lacking": Counter()} for style in styles},
+    }
+    rows_out: list[Any] = []
+    log: list[dict[str, Any]] = []
+    for index, row in enumerate(rows):
+        reason = bad_row(row)
+        if reason:
+            summary["bad_rows"].append((index, reason))
+            rows_out.append(row)
+            continue
+        prompt = Prompt(clean_text(row), row, _row_id(row), settings)
+        new_row = {key: value for key, value in row.items() if key not in styles}
+        for style in styles:
+            variant, edits, reason = make_variant(prompt, style)
+            if variant is None:
+                summary["styles"][style]["lacking"][reason] += 1
+                continue
+            new_row[style] = variant
+            summary["styles"][style]["made"] += 1
+            log += _log_lines(prompt, style, variant, edits, index, tokenizer)
+        rows_out.append(new_row)
+    return rows_out, log, summary
+
+
+def _check_settings(styles: Sequence[str], intensity: int, keyboard: str) -> None:
+    unknown = [style for style in styles if style not in STYLES]
+    if unknown:
+        raise UserError(f"no such style: {', '.join(unknown)}; choose from {', '.join(STYLES)}")
+    if len(set(styles)) < len(styles):
+        raise UserError("a style is named twice; name each once")
+    if intensity < 1:
+        raise UserError(f"--intensity {intensity}: the number of edits must be 1 or more")
+    if keyboard not in rules.KEYBOARDS:
+        raise UserError(f"no such keyboard: {keyboard}; choose from {', '.join(rules.KEYBOARDS)}")
+
+
+def clean_text(row: dict[str, Any]) -> Any:
+    """The row's clean prompt: under `normal`, else under `instruction`, else None."""
+    return next((row[key] for key in CLEAN_KEYS if key in row), None)
+
+
+def bad_row(row: Any) -> str | None:
+    """Why no variant can be made of a row; None for a good one."""
+    if not isinstance(row, dict):
+        return "is not an object"
+    text = clean_text(row)
+    if not isinstance(text, str):
+        return "has no clean prompt (a text under `normal` or `instruction`)"
+    if not text.strip():
+        return "has an empty clean prompt"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "has half of a surrogate pair in its clean prompt"
+    return None
+
+
+def _row_id(row: dict[str, Any]) -> str:
+    if "element_index" in row:
+        return str(row["element_index"])
+    return hashlib.sha256(clean_text(row).encode()).hexdigest()
+
+
+def make_variant(prompt: Prompt, style: str) -> tuple[str | None, list[Edit], str]:
+    """(variant, its edits, "") or (None, [], why the row lacks the style). Never gives a variant that fails a check."""
+    try:
+        edits = sorted(_MAKERS[style](prompt, style), key=lambda edit: edit.start)
+    except Lacks as reason:
+        return None, [], str(reason)
+    variant = apply_edits(prompt.text, edits)
+    faults = rules.verify_variant(prompt.text, variant, style, prompt.row, prompt.settings.intensity)
+    if faults:
+        return None, [], f"no variant that passes the checks ({faults[0].kind})"
+    return variant, edits, ""
+
+
+def apply_edits(text: str, edits: list[Edit]) -> str:
+    """`text` with non-overlapping edits, in order of `start`, carried out."""
+    parts, done = [], 0
+    for edit in edits:
+        parts += [text[done : edit.start], edit.after]
+        done = edit.end
+    return "".join([*parts, text[done:]])
+
+
+# --- typos
+
+
+def _typos(prompt: Prompt, words: list[Word], operations: list[str], count: int, rng: Random, where: str) -> list[Edit]:
+    """One typo in each of the first `count` words that can take one; the operations take turns."""
+    edits: list[Edit] = []
+    for word in words:
+        turn = len(edits) % len(operations)
+        edit = _typo(prompt, word, operations[turn:] + operations[:turn], rng)
+        if edit:
+            edits.append(edit)
+        if len(edits) == count:
+            return edits
+    raise Lacks(f"fewer than {count} {where} that can take the edit" if count > 1 else f"no {where} that can take it")
+
+
+def _typo(prompt: Prompt, word: Word, operations: list[str], rng: Random) -> Edit | None:
+    for operation in operations:
+        options = rules.typo_options(word.text, operation, prompt.settings.keyboard)
+        for _, after in rules.shuffled(rng, options):
+            if rules.is_clear_typo(word.lower, after.lower()):
+                return Edit(word.start, word.end, after, operation, word)
+    return None
+
+
+def _one_kind(prompt: Prompt, style: str) -> list[Edit]:
+    operations = list(rules.OPERATIONS[style])
+    return _typos(prompt, prompt.content, operations, prompt.settings.intensity, prompt.rng(style), "content word")
+
+
+def _mixed_kinds(prompt: Prompt, style: str) -> list[Edit]:
+    rng = prompt.rng(style)
+    operations = rules.shuffled(rng, list(rules.TYPO_OPERATIONS))
+    edits = _typos(prompt, prompt.content, operations, rules.FIXED_COUNTS[style], rng, "content words")
+    if len({edit.operation for edit in edits}) == 1:
+        raise Lacks("no mixture of kinds of typo is possible")
+    return edits
+
+
+def _noise_words(prompt: Prompt, style: str) -> list[Edit]:
+    rng = prompt.rng(style)
+    words = rules.shuffled(rng, prompt.function_words)
+    operations = rules.shuffled(rng, list(rules.TYPO_OPERATIONS))
+    return _typos(prompt, words, operations, prompt.settings.intensity, rng, "function word")
+
+
+def _split(prompt: Prompt, style: str) -> list[Edit]:
+    """A soft hyphen before the letter that `main` of the same row and seed replaces."""
+    return [
+        Edit(edit.start, edit.end, old[:at] + rules.SOFT_HYPHEN + old[at:], "soft_hyphen", edit.word)
+        for edit in _one_kind(prompt, "main")
+        for old in [prompt.text[edit.start : edit.end]]
+        for at in [_first_difference(old, edit.after)]
+    ]
+
+
+def _first_difference(before: str, after: str) -> int:
+    pairs = zip(before, after, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+
+
+def _real_word(prompt: Prompt, style: str) -> list[Edit]:
+    rng, edits = prompt.rng(style), []
+    for word in prompt.content:
+        options = rules.shuffled(rng, rules.real_word_options(word.lower))
+        if options:
+            after = _in_case_of(word.text, options[0])
+            edits.append(Edit(word.start, word.end, after, rules.operation_of(word.text, after) or "", word))
+        if len(edits) == prompt.settings.intensity:
+            return edits
+    raise Lacks("too few content words one letter away from another word")
+
+
+def _in_case_of(word: str, lower: str) -> str:
+    return lower[0].upper() + lower[1:] if word[0].isupper() else lower
+
+
+# --- homonyms
+
+
+def _homonym(prompt: Prompt, _: str) -> list[Edit]:
+    """Content words first, by importance, then the others; of several homophones the most frequent."""
+    others = {word.lower: word for word in reversed(prompt.words)}
+    for word in prompt.content:
+        others.pop(word.lower, None)
+    edits = []
+    for word in [*prompt.content, *sorted(others.values(), key=lambda w: (rules.zipf(w.text), w.start))]:
+        choices = [h for h in rules.homophones().get(word.lower, ()) if h not in rules.OFFENSIVE_WORDS]
+        if choices:
+            after = _in_case_of(word.text, max(choices, key=lambda h: (rules.zipf(h), h)))
+            edits.append(Edit(word.start, word.end, after, "homophone", word))
+        if len(edits) == prompt.settings.intensity:
+            return edits
+    raise Lacks("too few words that have a homophone")
+
+
+# --- grammar
+
+_AGREEMENT = {
+    "is": "are", "are": "is", "was": "were", "were": "was", "has": "have", "have": "has", "does": "do", "do": "does",
+    "this": "these", "these": "this", "those": "that",
+}  # fmt: skip
+_DOUBLED = rules.word_set("the a an of to is are in on at with for and or it you your this what how which")
+_BEFORE_BASE_FORM = rules.word_set(
+    "to please will would can could should must may might shall you and then do does did let's not"
+)
+_PAST = {
+    "find": "found", "give": "gave", "write": "wrote", "show": "showed", "tell": "told", "make": "made", "get": "got",
+    "take": "took", "keep": "kept", "think": "thought", "say": "said", "choose": "chose", "know": "knew", "see": "saw",
+    "explain": "explained", "describe": "described", "compare": "compared", "calculate": "calculated",
+    "compute": "computed", "determine": "determined", "evaluate": "evaluated", "solve": "solved", "work": "worked",
+    "answer": "answered", "list": "listed", "name": "named", "identify": "identified", "summarise": "summarised",
+    "summarize": "summarized", "rewrite": "rewrote", "translate": "translated", "suggest": "suggested",
+    "provide": "provided", "create": "created", "design": "designed", "plan": "planned", "outline": "outlined",
+    "classify": "classified", "extract": "extracted", "discuss": "discussed", "help": "helped", "use": "used",
+    "state": "stated", "report": "reported", "return": "returned", "imagine": "imagined", "propose": "proposed",
+    "recommend": "recommended", "complete": "completed", "convert": "converted", "simplify": "simplified",
+    "brainstorm": "brainstormed", "pick": "picked", "select": "selected", "mention": "mentioned", "decide": "decided",
+}  # fmt: skip
+
+
+def _grammar(prompt: Prompt, style: str) -> list[Edit]:
+    """One slip a word; the kind is drawn first, so that frequent small words do not crowd out the rest."""
+    return _pick_by_kind(prompt, style, _grammar_slips(prompt), "too few places for a slip of grammar")
+
+
+def _grammar_slips(prompt: Prompt) -> dict[str, list[Edit]]:
+    slips: dict[str, list[Edit]] = {}
+    pieces = prompt.text.split()
+    for word in prompt.words:
+        before = pieces[word.index - 1].lower() if word.index else ""
+        after = pieces[word.index + 1] if word.index + 1 < len(pieces) else ""
+        for operation, changed in _slips_of(word, before, after):
+            slip = Edit(word.start, word.end, _in_case_of(word.text, changed), operation, word)
+            slips.setdefault(operation, []).append(slip)
+    return slips
+
+
+def _slips_of(word: Word, before: str, after: str) -> list[tuple[str, str]]:
+    lower, slips = word.lower, []
+    if lower in _AGREEMENT and before != "if":  # "if it were" is as right as "if it was"
+        slips.append(("agreement", _AGREEMENT[lower]))
+    if lower in _PAST and (word.starts_sentence or before in _BEFORE_BASE_FORM):
+        slips.append(("tense", _PAST[lower]))
+        slips.append(("agreement", _third_person(lower)))
+    if lower == "a" and after[:1] in "bcdfgjklmnpqrstvwxyz" and after:
+        slips.append(("article", "an"))
+    if lower == "an" and after[:1] in "aehio" and after:
+        slips.append(("article", "a"))
+    if lower in _DOUBLED and after:
+        slips.append(("doubled_word", f"{lower} {lower}"))
+    return slips
+
+
+def _third_person(verb: str) -> str:
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        return verb[:-1] + "ies"
+    return verb + ("es" if verb.endswith(("s", "sh", "ch", "x", "z", "o")) else "s")
+
+
+def _pick_by_kind(prompt: Prompt, style: str, by_kind: dict[str, list[Edit]], lacking: str) -> list[Edit]:
+    """As many edits as --intensity asks for, at most one a place, each kind as likely as the others."""
+    rng = prompt.rng(style)
+    chosen: list[Edit] = []
+    for kind in _turns(rng, by_kind, prompt.settings.intensity):
+        free = [e for e in by_kind[kind] if all(e.end <= c.start or c.end <= e.start for c in chosen)]
+        if free:
+            chosen.append(free[int(rng.random() * len(free))])
+        if len(chosen) == prompt.settings.intensity:
+            return chosen
+    raise Lacks(lacking)
+
+
+def _turns(rng: Random, by_kind: dict[str, list[Edit]], count: int) -> list[str]:
+    """Kinds in random order, over and over, often enough for `count` edits even if one kind alone can give them."""
+    kinds = rules.shuffled(rng, sorted(by_kind))
+    return kinds * min(count, sum(len(edits) for edits in by_kind.values()))
+
+
+# --- punctuation
+
+_MARKS = ",.;!?"
+
+
+def _punctuation(prompt: Prompt, style: str) -> list[Edit]:
+    slips = _punctuation_slips(prompt)
+    # A mark that is merely gone leaves no token that could be marked as edited: the last resort.
+    visible = {kind: edits for kind, edits in slips.items() if kind != "missing_mark"}
+    enough = sum(len(edits) for edits in visible.values()) >= prompt.settings.intensity
+    return _pick_by_kind(prompt, style, visible if enough else slips, "too few places for a slip of punctuation")
+
+
+def _punctuation_slips(prompt: Prompt) -> dict[str, list[Edit]]:
+    """Every place for each kind of slip; marks and spaces that touch protected text stay as they are."""
+    slips: dict[str, list[Edit]] = {}
+    text = prompt.text
+    for position, word in enumerate(prompt.words):
+        end = word.end
+        rest = text[end : end + 2]
+        if rest[:1] in _MARKS and rest[:1] and (len(rest) == 1 or rest[1].isspace()):
+            for operation, changed in _mark_slips(rest[0]):
+                slip = Edit(word.start, end + 1, word.text + changed, operation, word)
+                slips.setdefault(operation, []).append(slip)
+        following = prompt.words[position + 1] if position + 1 < len(prompt.words) else None
+        if following and text[end : following.start] == " ":
+            stray = Edit(word.start, end, word.text + ",", "stray_mark", word)
+            slips.setdefault("stray_mark", []).append(stray)
+            joined = word.text + following.text
+            if rules.zipf(joined) < rules.KNOWN_WORD_ZIPF:
+                gone = Edit(word.start, following.end, joined, "missing_space", word)
+                slips.setdefault("missing_space", []).append(gone)
+    return slips
+
+
+def _mark_slips(mark: str) -> list[tuple[str, str]]:
+    return [("stray_mark", mark + mark), ("stray_space", " " + mark), ("missing_mark", "")]
+
+
+# --- framings
+
+# No digit, number word, operator, quotation mark or colon: the task stays what the first colon says it is.
+FRAMINGS = {
+    "polite": (
+        "Could you please help me with this?",
+        "Please help me with the following, if you would be so kind.",
+        "I would be very grateful for your help with this.",
+        "Hello! I hope you are well, and thank you in advance for your help.",
+        "Good morning! I would really appreciate your help here.",
+        "Thank you so much for taking the time to look at this.",
+        "If you don't mind, I would love your help with this.",
+        "Excuse me, could I kindly ask for your assistance?",
+        "I am sorry to bother you, and I would be thankful for an answer.",
+        "Would you be so kind as to help me with this, please?",
+        "Many thanks for your patience and your kind help.",
+        "Hi there! Whenever it suits you, I would be glad of your help.",
+        "Your help has always been wonderful, so may I please ask again?",
+        "Dear assistant, I would be most obliged for your help.",
+        "Please do not hurry, and thank you kindly for helping me.",
+        "It would mean a lot to me to have your help with this, thank you.",
+    ),
+    "urgent": (
+        "This is urgent, I need the answer right now!",
+        "Hurry, I am running out of time!",
+        "I need this immediately, so do not waste any time!",
+        "Quick! My deadline is almost here.",
+        "Emergency! Please respond without delay.",
+        "There is no time to lose, answer immediately!",
+        "I am in a terrible rush and need this as soon as possible!",
+        "Drop everything else, this cannot wait!",
+        "My boss is waiting at the door for this, so be quick!",
+        "Answer fast, the meeting is about to start!",
+        "This is extremely time critical, respond now!",
+        "I am about to miss my deadline, so please be fast!",
+        "ASAP! Everything depends on this.",
+        "We are late already, so I need this instantly!",
+        "Right now, please! I cannot wait any longer.",
+        "Time is running out and I must have this without delay!",
+    ),
+}
+
+
+def _framing(prompt: Prompt, style: str) -> list[Edit]:
+    choices = FRAMINGS[style]
+    sentence = choices[int(prompt.rng(style).random() * len(choices))]
+    return [Edit(0, 0, sentence + " ", "prefix")]
+
+
+_MAKERS: dict[str, Callable[[Prompt, str], list[Edit]]] = {
+    **dict.fromkeys(rules.OPERATIONS, _one_kind),
+    **dict.fromkeys(rules.FIXED_COUNTS, _mixed_kinds),
+    **dict.fromkeys(rules.FRAMING_STYLES, _framing),
+    "grammar": _grammar,
+    "punctuation": _punctuation,
+    "homonym": _homonym,
+    "noise_words": _noise_words,
+    "split": _split,
+    "real_word": _real_word,
+}
+
+
+# --- edit log
+
+
+def _log_lines(
+    prompt: Prompt, style: str, variant: str, edits: list[Edit], index: int, tokenizer: Any
+) -> list[dict[str, Any]]:
+    lines, shift = [], 0
+    for number, edit in enumerate(edits, 1):
+        before = prompt.text[edit.start : edit.end]
+        place = {
+            "style": style,
+            "original_index": index,
+            "element_index": prompt.row.get("element_index", index + 1),
+            "edit": number,
+            "word": edit.word.text if edit.word else "",
+            "word_position": edit.word.index if edit.word else 0,
+            "char_position": edit.start + _first_difference(before, edit.after),
+        }
+        lines.append({**place, **_change(edit.operation, before, edit.after)})
+        if tokenizer is not None:
+            lines[-1]["tokens_before"] = _tokens_in(tokenizer, prompt.text, edit.start, before)
+            lines[-1]["tokens_after"] = _tokens_in(tokenizer, variant, edit.start + shift, edit.after)
+        shift += len(edit.after) - len(before)
+    return lines
+
+
+def _change(operation: str, before: str, after: str) -> dict[str, Any]:
+    """The columns that follow from the changed piece of text alone; a soft hyphen is no letter, so it is left out."""
+    if not before:
+        return {"operation": operation, "before": before, "after": after}
+    old, new = (rules.words_in(text.replace(rules.SOFT_HYPHEN, "")) for text in (before, after))
+    return {
+        "operation": operation,
+        "before": before,
+        "after": after,
+        "osa_distance": rules.osa_distance(before, after, limit=len(after)),
+        "zipf_before": rules.zipf(old[0]) if len(old) == 1 else None,
+        "zipf_after": rules.zipf(new[0]) if len(new) == 1 else None,
+        "real_word": all(rules.is_real_word(word) for word in new),
+    }
+
+
+def _tokens_in(tokenizer: Any, text: str, start: int, piece: str) -> int:
+    """Tokens of `text` that overlap `piece`, which starts at `start`; the space after a framing is not part of it."""
+    end = start + len(piece.rstrip())
+    return sum(1 for a, b in _offsets(tokenizer, text) if a < end and start < b)
+
+
+def _offsets(tokenizer: Any, text: str) -> list[Span]:
+    return list(tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+
+
+# --- command line
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--prompt_file", required=True, help="prompt file with the clean prompts")
+    files.add_argument("--output_file", required=True, help="prompt file to write; the edit log goes beside it")
+    edits = parser.add_argument_group("edits")
+    edits.add_argument("--styles", nargs="+", default=["all"], metavar="STYLE", help=f"all, or of: {' '.join(STYLES)}")
+    edits.add_argument("--seed", type=int, default=0, help="another seed gives other variants")
+    edits.add_argument("--intensity", type=int, default=1, metavar="K", help="edits a variant")
+    edits.add_argument("--keyboard", default="qwerty", choices=rules.KEYBOARDS, help="whose neighbours `main` takes")
+    edits.add_argument("--tokenizer", metavar="MODEL", help="folder or name of a model whose tokens the log counts")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the variants, write both files, print the summary. Returns 1 where a row had no usable clean prompt."""
+    args = parse_args(argv)
+    prompts = read_prompt_file(args.prompt_file)
+    output = Path(args.output_file)
+    if output.resolve() == Path(args.prompt_file).resolve():
+        raise UserError(f"{output}: is the prompt file itself; choose another --output_file")
+    styles = STYLES if args.styles == ["all"] else args.styles
+    tokenizer = _load_tokenizer(args.tokenizer) if args.tokenizer else None
+    rows, log, summary = make_variants(prompts.rows, styles, args.seed, args.intensity, args.keyboard, tokenizer)
+    log_file = edit_log_path(output)
+    try:
+        write_json(output, rows)
+    except RecursionError:
+        raise UserError(f"{args.prompt_file}: a value is nested too deeply; flatten or remove it") from None
+    write_csv(log_file, log_table(log, tokenizer is not None))
+    _tell(summary, output, log_file)
+    return 1 if summary["bad_rows"] else 0
+
+
+def edit_log_path(output_file: str | Path) -> Path:
+    """Where the edit log of a prompt file lies: `<name>_edits.csv` beside it."""
+    output_file = Path(output_file)
+    return output_file.with_name(f"{output_file.stem}_edits.csv")
+
+
+def log_table(log: list[dict[str, Any]], with_tokens: bool = False) -> pd.DataFrame:
+    """The edit log as a table, with all its columns even where no edit was made."""
+    import pandas as pd
+
+    return pd.DataFrame(log, columns=[*LOG_COLUMNS, *(TOKEN_COLUMNS if with_tokens else ())])
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--tokenizer {name}: cannot be loaded: {error}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"--tokenizer {name}: has no fast form, which alone gives character offsets; choose another")
+    return tokenizer
+
+
+def _tell(summary: Summary, output: Path, log_file: Path) -> None:
+    logger = get_logger("make_variants")
+    for style, counts in summary["styles"].items():
+        lacking = "; ".join(f"{number} lack it: {reason}" for reason, number in counts["lacking"].most_common())
+        logger.info(f"{style:12s} {counts['made']:6d} made" + (f"; {lacking}" if lacking else ""))
+    for index, reason in summary["bad_rows"][:ROWS_SHOWN]:
+        logger.warning(f"row {index + 1} {reason}; it was copied as it is")
+    if len(summary["bad_rows"]) > ROWS_SHOWN:
+        logger.warning(f"… and {len(summary['bad_rows']) - ROWS_SHOWN} more such rows")
+    logger.info(f"wrote {output} ({summary['rows']} rows) and {log_file}")
+
+
+if __name__ == "__main__":
+    run_main(main)
