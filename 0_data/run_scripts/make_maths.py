@@ -31,6 +31,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError, make_parser, run_main
+from file_output import write_csv, write_json
+from logger import get_logger
+from make_variants import edit_log_path, log_table, make_variants
+from typo_rules import shuffled
 
 DATA = Path(__file__).resolve().parents[1]
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -105,11 +109,10 @@ def draw_problems(operation: str, result: str, digits: int, rng: random.Random) 
     larger = range(2 if digits == 1 else 10 ** (digits - 1), 10**digits)
     largest_other = {"addition": 999, "subtraction": 999, "multiplication": 12, "division": 20}[operation]
     smaller = range(2, min(larger[-1], largest_other) + 1)
-    pairs = itertools.product(*(rng.sample(numbers, min(POOL, len(numbers))) for numbers in (larger, smaller)))
+    pairs = itertools.product(*(shuffled(rng, list(numbers))[:POOL] for numbers in (larger, smaller)))
     pool = {Problem(operation, *pair) for a, b in pairs if a >= b for pair in ((a, b), (b, a))}
     fitting = sorted((p for p in pool if p.result == result and _is_fair(p)), key=lambda p: (p.a, p.b))
-    rng.shuffle(fitting)
-    return itertools.cycle(fitting)
+    return itertools.cycle(shuffled(rng, fitting))
 
 
 def _is_fair(problem: Problem) -> bool:
@@ -147,7 +150,7 @@ def choose_wording(problem: Problem, wordings: Sequence[Wording], used: dict[str
 def make_clean_rows(wordings: Sequence[Wording], seed: int) -> list[dict[str, Any]]:
     """The clean rows in file order, see the docstring of this script."""
     rng = random.Random(f"maths {seed}")
-    wordings = rng.sample(wordings, len(wordings))
+    wordings = shuffled(rng, list(wordings))
     used: dict[str, list[Problem]] = {wording.template: [] for wording in wordings}
     rows: list[dict[str, Any]] = []
     for digits, counts in COUNTS.items():
@@ -156,8 +159,7 @@ def make_clean_rows(wordings: Sequence[Wording], seed: int) -> list[dict[str, An
             for (operation, result), count in counts.items()
             for problem in itertools.islice(draw_problems(operation, result, digits, rng), count)
         ]
-        rng.shuffle(problems)
-        for problem in problems:
+        for problem in shuffled(rng, problems):
             wording = choose_wording(problem, wordings, used)
             used[wording.template].append(problem)
             rows.append(_make_row(len(rows) + 1, problem, wording, digits))
@@ -176,3 +178,35 @@ def _make_row(element_index: int, problem: Problem, wording: Wording, digits: in
         "_digits": digits,
         "_result": problem.result,
     }
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--wordings_file", type=Path, default=DATA / "maths_wordings.csv", help="wordings to fill")
+    files.add_argument("--output_file", type=Path, default=DATA / "maths.json", help="prompt file to write")
+    choices = parser.add_argument_group("choices")
+    choices.add_argument("--seed", type=int, default=0, help="another seed gives other numbers and other typos")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the prompt file and its edit log."""
+    args = parse_args(argv)
+    clean = make_clean_rows(read_wordings(args.wordings_file), args.seed)
+    rows, log, summary = make_variants(clean, seed=args.seed)
+    write_json(args.output_file, rows, indent=1)
+    write_csv(edit_log_path(args.output_file), log_table(log))
+    logger = get_logger("make_maths")
+    for style, counts in summary["styles"].items():
+        logger.info(f"{style:12s} {counts['made']:5d} made  {dict(counts['lacking']) or ''}")
+    logger.info(f"wrote {args.output_file} ({len(rows)} rows) and {edit_log_path(args.output_file)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
