@@ -196,6 +196,9 @@ def bad_row(row: Any) -> str | None:
         return "has an empty clean prompt"
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "has half of a surrogate pair in its clean prompt"
+    own_id = row.get("element_index", 0)
+    if isinstance(own_id, bool) or not isinstance(own_id, int):
+        return "has an element_index that is not a whole number"
     return None
 
 

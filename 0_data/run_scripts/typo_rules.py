@@ -19,7 +19,6 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -248,13 +247,10 @@ def _is_number(value: Any) -> bool:
         return False
     if isinstance(value, int | float):
         return True
-    if not isinstance(value, str) or len(value) > 40:
-        return False
-    try:
-        Fraction(value.strip().replace(",", "").replace("−", "-"))
-    except (ValueError, ZeroDivisionError):
-        return False
-    return True
+    return isinstance(value, str) and _NUMERIC_ANSWER.fullmatch(value.strip()) is not None
+
+
+_NUMERIC_ANSWER = re.compile(r"[-+−]?[$€£¥]?\d[\d,]*+(?:\.\d+)?(?:/\d+)?\s?%?")
 
 
 def protected_spans(text: str, row: dict[str, Any] | None = None) -> list[Span]:
