@@ -317,7 +317,7 @@ def _homonym(prompt: Prompt, _: str) -> list[Edit]:
         others.pop(word.lower, None)
     edits = []
     for word in [*prompt.content, *sorted(others.values(), key=lambda w: (rules.zipf(w.text), w.start))]:
-        choices = [h for h in rules.homophones().get(word.lower, ()) if h not in rules.OFFENSIVE_WORDS]
+        choices = rules.homophones(word.text)
         if choices:
             after = _in_case_of(word.text, max(choices, key=lambda h: (rules.zipf(h), h)))
             edits.append(Edit(word.start, word.end, after, "homophone", word))

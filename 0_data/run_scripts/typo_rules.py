@@ -445,16 +445,23 @@ def osa_distance(before: str, after: str, limit: int = 9) -> int:
 
 
 @lru_cache(maxsize=1)
-def homophones() -> dict[str, list[str]]:
-    """Word -> words of another spelling and meaning with the same pronunciation (0_data/homophones.json)."""
+def _homophone_tables() -> dict[str, dict[str, list[str]]]:
     path = Path(__file__).resolve().parents[1] / "homophones.json"
-    table: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))["homophones"]
-    return table
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: {word: others.split() for word, others in tables[name].items()} for name in ("homophones", "sometimes")
+    }
+
+
+def homophones(word: str) -> list[str]:
+    """Words of another spelling and the same pronunciation as `word` (0_data/homophones.json), whatever its case."""
+    return _homophone_tables()["homophones"].get(word.lower(), [])
 
 
 def are_homophones(before: str, after: str) -> bool:
-    """True for two spellings that sound the same, whatever their case."""
-    return after.lower() in homophones().get(before.lower(), ())
+    """True for two spellings that sound the same in at least one pronunciation of theirs, whatever their case."""
+    sometimes = _homophone_tables()["sometimes"].get(before.lower(), [])
+    return after.lower() in [*homophones(before), *sometimes]
 
 
 # --- what a style allows
