@@ -198,7 +198,7 @@ def begin_run(folder: Path, settings: dict[str, Any], environment: dict[str, Any
                 raise UserError(
                     f"{folder}: holds .pt files of an unknown run; choose another --output_dir or --overwrite"
                 )
-            write_json(path, {"settings": settings, "environments": [environment]})
+            write_json(path, {"settings": settings, "environments": [environment] if environment else []})
             return
         known = read_json_file(path)
         if differences := _differences(known.get("settings", {}), settings):
@@ -206,7 +206,7 @@ def begin_run(folder: Path, settings: dict[str, Any], environment: dict[str, Any
                 f"{folder}: holds a run with other settings ({'; '.join(differences)}); "
                 "use these settings, another --output_dir, or --overwrite"
             )
-        if environment not in known.get("environments", []):
+        if environment and environment not in known.get("environments", []):
             write_json(path, {**known, "environments": [*known.get("environments", []), environment]})
 
 
@@ -343,6 +343,7 @@ PLURAL_KEYS = {
     "response": "responses",
     "final_prediction": "final_predictions",
     "finish_reason": "finish_reasons",
+    "response_token_count": "response_token_counts",
 }
 # Fields over generated tokens, padded on the right with NaN or -1, since a response begins at its first token.
 RAGGED_KEYS = frozenset({"response_ids", "response_logprobs", "normal_response_logprobs"})

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Span = tuple[int, int]  # characters, end exclusive
-BASE_REGIONS = ("all", "last", "context", "instruction", "task")
+BASE_REGIONS = ("all", "last", "context", "instruction", "task", "first")
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,7 @@ def region_mask(
     column = {name: position for position, name in enumerate(names)}
     mask[:, column["all"]] = True
     mask[-1:, column["last"]] = True
+    mask[:1, column["first"]] = True
     for token, (start, end) in enumerate(offsets):
         first, last = _visible(rendered.text, start, end)
         home = "context"

@@ -1,0 +1,211 @@
+"""Which prompts share a file, which share a batch, and how many bytes will be written.
+
+The files of a run depend on the prompts alone (never on batches, shards or restarts); batches depend on memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+import torch
+from capture import CaptureOptions
+from decoding import Prompt
+
+ROWS_PER_FILE = 64
+BYTES_PER_FILE = 256 << 20
+WINDOW_ROWS = 256  # prompts sorted by length together
+WINDOW_BYTES = 1 << 30
+CPU_ROWS = 32  # more rows gain nothing: the step is bound by arithmetic then
+GPU_ROWS = 256
+GROW_AFTER = 64  # steps without a shortage after which a shrunk batch may grow again
+
+
+# --- files
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """Bytes that a prompt takes in a .pt file, from the model's shape and what is captured."""
+
+    layers: int
+    heads: int
+    hidden: int
+    intermediate: int
+    regions: int
+    pooled: int
+    itemsize: int
+    raw_states: int
+    raw_maps: int
+    options: CaptureOptions
+
+    def bytes(self, length: int) -> int:
+        """Bytes of a prompt of (or padded to) `length` tokens, its texts left out."""
+        topk_rows = length if self.options.topk_positions == "all" else 1
+        mass = self.layers * self.heads * self.regions**2 * 2
+        pooled = (self.layers + 1) * self.pooled * self.hidden * self.itemsize
+        neurons = self.layers * self.pooled * self.intermediate * 2 if self.options.neurons else 0
+        entropy = self.layers * self.heads * self.regions * 2 if self.options.entropy else 0
+        raw = self.raw_states * length * self.hidden + self.raw_maps * self.heads * length**2
+        tokens = length * (8 + 1 + self.regions)
+        return (
+            mass
+            + pooled
+            + neurons
+            + entropy
+            + raw * self.itemsize
+            + tokens
+            + topk_rows * (self.options.topk_logits * 12 + 4)
+        )
+
+
+def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, itemsize: int) -> RowCost:
+    """Cost of a row from a model's config alone, before its weights are loaded."""
+    config = config.get_text_config(decoder=True)
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    states = len(set(options.raw_layers))
+    maps = sum(layer < layers for layer in set(options.raw_layers))
+    return RowCost(
+        layers, config.num_attention_heads, hidden, inner, regions, pooled, itemsize, states, maps, options
+    )  # fmt: skip
+
+
+def plan_files(lengths: Sequence[int], cost: RowCost) -> list[range]:
+    """The positions of the prompts of each file: at most ROWS_PER_FILE, and BYTES_PER_FILE where rows are large."""
+    files, start, longest = [], 0, 0
+    for position, length in enumerate(lengths):
+        wide = max(longest, length)
+        rows = position - start + 1
+        if rows > 1 and (rows > ROWS_PER_FILE or rows * cost.bytes(wide) > BYTES_PER_FILE):
+            files.append(range(start, position))
+            start, wide = position, length
+        longest = wide
+    if lengths:
+        files.append(range(start, len(lengths)))
+    return files
+
+
+def file_bytes(positions: range, lengths: Sequence[int], cost: RowCost) -> int:
+    """Estimated size of one file; every row is padded to its longest."""
+    return len(positions) * cost.bytes(max(lengths[position] for position in positions))
+
+
+def windows_of(files: Sequence[range], lengths: Sequence[int], cost: RowCost) -> Iterator[list[range]]:
+    """Files that are run together, so that prompts of similar length meet; bounded, since their rows wait in memory."""
+    window: list[range] = []
+    rows = size = 0
+    for positions in files:
+        more = file_bytes(positions, lengths, cost)
+        if window and (rows + len(positions) > WINDOW_ROWS or size + more > WINDOW_BYTES):
+            yield window
+            window, rows, size = [], 0, 0
+        window.append(positions)
+        rows, size = rows + len(positions), size + more
+    if window:
+        yield window
+
+
+# --- batches
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes that a batch needs: rows × (positions × `per_position` + longest prompt² × `per_pair`)."""
+
+    free: int
+    per_position: int
+    per_pair: int
+
+    def fits(self, rows: int, longest: int, new_tokens: int) -> bool:
+        """Whether a batch fits into 60 % of what is free."""
+        return rows * ((longest + new_tokens) * self.per_position + longest**2 * self.per_pair) <= 0.6 * self.free
+
+
+class BatchLimit:
+    """How many rows may run together: the number given, or what memory takes (`memory`), learning from shortage."""
+
+    def __init__(self, rows: int, memory: MemoryModel | None = None, samples: int = 1, new_tokens: int = 0):
+        self.most = self.rows = rows
+        self.memory, self.samples, self.new_tokens = memory, samples, new_tokens
+        self.calm_steps = 0
+
+    def may_join(self, running: int, waiting: int) -> bool:
+        """Whether it is time to read more prompts: half the batch is free (joining copies the cache once)."""
+        return waiting > 0 and (running == 0 or 2 * running <= self.rows)
+
+    def next_group(self, waiting: deque[Prompt], running: int) -> list[Prompt]:
+        """Take from `waiting` what may run together now; at least one."""
+        group: list[Prompt] = []
+        longest = 0
+        while waiting:
+            longest = max(longest, len(waiting[0].input_ids))
+            rows = running + (len(group) + 1) * self.samples
+            fits = self.memory is None or self.memory.fits(rows, longest, self.new_tokens)
+            if group and (rows > self.rows or not fits):
+                break
+            group.append(waiting.popleft())
+        return group
+
+    def shrink(self, rows: int) -> None:
+        """Memory ran out with `rows` prompts: at most half of them next time."""
+        self.rows = max(1, min(self.rows, rows * self.samples) // 2)
+        self.calm_steps = 0
+
+    def grow(self) -> None:
+        """A step went well; after many, a batch that was shrunk may grow again."""
+        self.calm_steps += 1
+        if self.calm_steps >= GROW_AFTER and self.rows < self.most:
+            self.rows = min(self.most, self.rows * 2)
+            self.calm_steps = 0
+
+
+def batch_limit(batch_size: str, model: Any, cost: RowCost, samples: int, new_tokens: int) -> BatchLimit:
+    """The limit for `--batch_size` (a number or `auto`), from the memory that is free now."""
+    if batch_size != "auto":
+        return BatchLimit(int(batch_size), None, samples, new_tokens)
+    rows = CPU_ROWS if model.device.type == "cpu" else GPU_ROWS
+    return BatchLimit(rows, memory_model(model, cost), samples, new_tokens)
+
+
+def memory_model(model: Any, cost: RowCost) -> MemoryModel:
+    """What a batch of this model takes of the memory that is free now."""
+    config = model.config.get_text_config(decoder=True)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    # Joining two batches holds their cache twice. Reading a prompt holds a few states and the MLP's inner ones at
+    # once, in float32 where they are averaged, and the raw states and maps of every raw layer.
+    cache = 2 * 2 * cost.layers * kv_heads * head_size * cost.itemsize
+    states = 4 * (8 * cost.hidden + 4 * cost.intermediate) + cost.raw_states * cost.hidden * cost.itemsize
+    maps = cost.heads * (cost.raw_maps * cost.itemsize + (12 if cost.raw_maps else 0))
+    return MemoryModel(free_memory(model.device), cache + states, maps + 4)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device; for the CPU, what the system and a container's limit leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import os
+
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with_limit = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
+    available = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if "MemAvailable" in line), free)
+    return min(available, with_limit[0] - with_limit[1]) if with_limit[0] and with_limit[1] else available
+
+
+def _read_number(path: str) -> int | None:
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,463 @@
+"""Everything that touches a model's inside: what is recorded while the model reads a prompt, without a second pass.
+
+A `Recorder` puts its own function in front of the model's attention (SDPA, flash, flex or eager, whichever the model
+was loaded with) and hooks on its layers. While `recording`, one forward pass yields, for every layer and head, the
+attention mass from regions to regions; the mean residual stream and MLP activations of regions; raw layers; and the
+top-k logits. At all other times the model runs as if nothing were there.
+
+The mass needs no [S, S] map. With M [S, R] the one-hot regions of the keys, softmax(QKᵀ)·[V | M] is the layer's output
+and, beside it, each query's exact mass on each region: the columns of M ride along as extra value dimensions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+import torch
+from command_line import UserError
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Regions that tokens of a prefix shared by all prompts can lie in; the rest of a prompt never touches them there.
+PREFIX_REGIONS = ("all", "context", "first")
+FLASH_HEAD_SIZE = 256  # the widest head of the fused kernels
+MAP_ELEMENTS = 1 << 27  # an explicit attention map is made for as many queries at a time as fit into this
+DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What is recorded. `raw_layers` index like Hugging Face's `hidden_states` and `attentions`."""
+
+    raw_layers: tuple[int, ...] = (0, 5, 10, 15)
+    topk_logits: int = 10
+    topk_positions: str = "last"
+    neurons: bool = False
+    entropy: bool = False
+
+
+@dataclass
+class Capture:
+    """Sums over the queries (tokens) of each region for one forward pass, not yet divided by their number.
+
+    mass [L,B,H,Q,R], entropy [L,B,H,Q], hidden [L+1,B,P,D], neurons [L,B,P,F], all float32; raw states
+    {layer: [B,S,D]}, raw maps {layer: [B,H,S,Sk]}; logits of the recorded positions as top-k and logsumexp.
+    """
+
+    num_queries: int
+    mass: torch.Tensor
+    hidden: torch.Tensor
+    entropy: torch.Tensor | None = None
+    neurons: torch.Tensor | None = None
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    maps: dict[int, torch.Tensor] = field(default_factory=dict)
+    topk: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+
+class Recorder:
+    """Hooks on one model. Only one recorder may record at a time (the attention function is the process's own)."""
+
+    active: Recorder | None = None
+
+    def __init__(self, model: Any, options: CaptureOptions):
+        self.model, self.options = model, options
+        self.config = model.config.get_text_config(decoder=True)
+        self.backbone, self.layers = find_layers(model)
+        self.raw_layers = self._checked_raw_layers()
+        self.base_attention = install_attention(model)
+        self._handles = [
+            layer.register_forward_pre_hook(self._on_layer(i), with_kwargs=True) for i, layer in self._each()
+        ]
+        self._handles.append(self.backbone.register_forward_hook(self._on_backbone))
+        if options.neurons:
+            self._handles += [
+                down_projection(layer).register_forward_pre_hook(self._on_mlp(i)) for i, layer in self._each()
+            ]
+
+    def close(self) -> None:
+        """Take the hooks off and give the model its own attention back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.model.set_attn_implementation(self.base_attention)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @contextmanager
+    def recording(self, regions: torch.Tensor, pooled: list[int], num_queries: int) -> Iterator[_Pass]:
+        """Record the next forward pass.
+
+        `regions` [B, Sk, R] bool over the keys (pads in none); the pass's queries are the last `num_queries` of them.
+        `pooled` are the columns whose tokens' states are averaged. The result is `pass.finish()` after the forward.
+        """
+        current = _Pass(self, regions, pooled, num_queries)
+        self._current, Recorder.active = current, self
+        try:
+            yield current
+        finally:
+            Recorder.active = None
+
+    # --- hooks
+
+    def _each(self) -> list[tuple[int, torch.nn.Module]]:
+        return list(enumerate(self.layers))
+
+    def _on_layer(self, layer: int) -> Callable[..., None]:
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
+            if Recorder.active is self:
+                self._current.add_state(layer, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    def _on_mlp(self, layer: int) -> Callable[..., None]:
+        def hook(_module: Any, args: Any) -> None:
+            if Recorder.active is self:
+                self._current.add_neurons(layer, args[0])
+
+        return hook
+
+    def _on_backbone(self, _module: Any, _args: Any, output: Any) -> None:
+        if Recorder.active is self:
+            self._current.add_state(
+                self.num_layers, output[0] if isinstance(output, tuple) else output.last_hidden_state
+            )
+
+    def _checked_raw_layers(self) -> tuple[int, ...]:
+        wrong = [layer for layer in self.options.raw_layers if not 0 <= layer <= self.num_layers]
+        if wrong:
+            raise UserError(f"--raw_layers {wrong[0]}: the model has layers 0 to {self.num_layers}; choose among these")
+        return tuple(sorted(set(self.options.raw_layers)))
+
+
+class _Pass:
+    """What one forward pass leaves behind."""
+
+    def __init__(self, recorder: Recorder, regions: torch.Tensor, pooled: list[int], num_queries: int):
+        self.recorder, self.options = recorder, recorder.options
+        self.num_queries = num_queries
+        self.keys = regions.float()  # [B, Sk, R]
+        self.queries = self.keys[:, -num_queries:].transpose(1, 2).contiguous()  # [B, Q, S]
+        self.pools = self.queries[:, pooled]  # [B, P, S]
+        self._moved: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
+        self.mass: dict[int, torch.Tensor] = {}
+        self.entropy: dict[int, torch.Tensor] = {}
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.neurons: dict[int, torch.Tensor] = {}
+        self.states: dict[int, torch.Tensor] = {}
+        self.maps: dict[int, torch.Tensor] = {}
+        self.last_state: torch.Tensor | None = None
+
+    def on(self, tensor: torch.Tensor, like: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """`tensor` on the device of `like` (layers may lie on several), moved once a pass."""
+        key = (id(tensor), like.device, dtype)
+        if key not in self._moved:
+            self._moved[key] = tensor.to(like.device, dtype)
+        return self._moved[key]
+
+    def add_state(self, layer: int, state: torch.Tensor) -> None:
+        self.hidden[layer] = torch.bmm(self.on(self.pools, state), state.float())
+        if layer in self.recorder.raw_layers:
+            self.states[layer] = state.detach()
+        if layer == self.recorder.num_layers:
+            self.last_state = state.detach()
+
+    def add_neurons(self, layer: int, activation: torch.Tensor) -> None:
+        activation = activation.reshape(self.pools.shape[0], self.num_queries, -1)
+        self.neurons[layer] = torch.bmm(self.on(self.pools, activation), activation.float())
+
+    def attend(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """The layer's attention output; the mass of its queries on the regions is kept."""
+        layer = module.layer_idx
+        if kwargs.get("scaling") is None:
+            kwargs["scaling"] = q.shape[-1] ** -0.5  # before the heads are widened
+        wants_map = layer in self.recorder.raw_layers and layer < self.recorder.num_layers
+        if wants_map or self.options.entropy or self.recorder.base_attention == "eager":
+            output, mass = self._by_map(delegate, module, q, k, v, mask, keep_map=wants_map, **kwargs)
+        else:
+            output, mass = self._by_values(delegate, module, q, k, v, mask, **kwargs)
+        batch, queries, heads, regions = mass.shape
+        sums = torch.bmm(self.on(self.queries, mass), mass.float().reshape(batch, queries, heads * regions))
+        self.mass[layer] = sums.view(batch, -1, heads, regions).transpose(1, 2)
+        return output, None
+
+    def _by_values(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                   mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        regions = self.on(self.keys, v, v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)  # [B, Hkv, Sk, R]
+        size, count = v.shape[-1], regions.shape[-1]
+        width = -(-max(q.shape[-1], size + count) // 8) * 8
+        if width > FLASH_HEAD_SIZE >= max(q.shape[-1], size) and count <= size:
+            output, _ = delegate(module, q, k, v, mask, **kwargs)
+            mass, _ = delegate(module, q, k, F.pad(regions, (0, size - count)), mask, **kwargs)
+            return output, mass[..., :count]
+        wide = torch.cat([v, regions, v.new_zeros(*v.shape[:-1], width - size - count)], dim=-1)
+        fill = (0, width - q.shape[-1])
+        both, _ = delegate(module, F.pad(q, fill), F.pad(k, fill), wide, mask, **kwargs)  # [B, S, H, width]
+        return both[..., :size].contiguous(), both[..., size : size + count]
+
+    def _by_map(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                mask: torch.Tensor | None, keep_map: bool, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip  # noqa: E501
+        """As `_by_values`, by explicit maps of a block of queries at a time: raw layers, entropy, eager models."""
+        batch, heads, queries, _ = q.shape
+        step = queries if keep_map else max(1, MAP_ELEMENTS // (batch * heads * k.shape[2]))
+        outputs, masses, entropies, maps = [], [], [], []
+        regions = self.on(self.keys, v)[:, None]  # [B, 1, Sk, R]
+        for start in range(0, queries, step):
+            block = slice(start, min(start + step, queries))
+            seen = self._block_mask(mask, q, k, block)
+            output, probs = self._eager(delegate, module, q[:, :, block], k, v, seen, **kwargs)
+            outputs.append(output)
+            masses.append((probs.float() @ regions).transpose(1, 2))
+            if self.options.entropy:
+                entropies.append(self._relative_entropy(probs.float(), seen))
+            if keep_map:
+                maps.append(probs.detach())
+        if keep_map:
+            self.maps[module.layer_idx] = torch.cat(maps, dim=2)
+        if entropies:
+            weights = self.on(self.queries, q)[:, None]  # [B, 1, Q, S]
+            self.entropy[module.layer_idx] = (weights @ torch.cat(entropies, dim=2)[..., None])[..., 0]
+        return torch.cat(outputs, dim=1), torch.cat(masses, dim=1)
+
+    def _eager(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if self.recorder.base_attention == "eager":
+            return delegate(module, q, k, v, mask, **kwargs)
+        groups = q.shape[1] // k.shape[1]
+        scores = q @ k.repeat_interleave(groups, dim=1).transpose(2, 3) * kwargs["scaling"]
+        if mask is not None:
+            floor = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~mask, floor) if mask.dtype == torch.bool else scores + mask
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return (probs @ v.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), probs
+
+    def _block_mask(
+        self, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, block: slice
+    ) -> torch.Tensor | None:
+        if mask is not None:
+            return mask[:, :, block, : k.shape[2]] if mask.shape[2] > 1 else mask[..., : k.shape[2]]
+        if q.shape[2] == 1 or self.recorder.base_attention == "eager":
+            return None
+        rows = torch.arange(block.start, block.stop, device=q.device)[:, None] + k.shape[2] - q.shape[2]
+        return (torch.arange(k.shape[2], device=q.device) <= rows)[None, None]
+
+    def _relative_entropy(self, probs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """H(attention) / log(number of keys the query may see), [B,H,S]; 0 where that is one key (not counted)."""
+        if mask is None:
+            seen = torch.full(probs.shape[:-1], probs.shape[-1], device=probs.device)
+        else:
+            seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).sum(-1)
+        return torch.where(seen > 1, torch.special.entr(probs).sum(-1) / seen.clamp(min=2).float().log(), 0.0)
+
+    def finish(self) -> Capture:
+        """The sums of the pass, on the CPU."""
+        layers = range(self.recorder.num_layers)
+        if set(self.mass) != set(layers):
+            missing = next(layer for layer in layers if layer not in self.mass)
+            raise UserError(
+                f"layer {missing} of {type(self.recorder.model).__name__} does not use transformers' attention "
+                "interface, so its attention cannot be captured; choose another model"
+            )
+        return Capture(
+            num_queries=self.num_queries,
+            mass=_stack(self.mass, layers),
+            hidden=_stack(self.hidden, range(len(layers) + 1)),
+            entropy=_stack(self.entropy, layers) if self.entropy else None,
+            neurons=_stack(self.neurons, layers) if self.neurons else None,
+            states={layer: state.cpu() for layer, state in self.states.items()},
+            maps={layer: probs.cpu() for layer, probs in self.maps.items()},
+        )
+
+
+def _stack(tensors: dict[int, torch.Tensor], order: range) -> torch.Tensor:
+    return torch.stack([tensors[layer].cpu() for layer in order])
+
+
+# --- from sums to rows of a file
+
+
+def rows_of(
+    capture: Capture,
+    masks: list[torch.Tensor],
+    names: list[str],
+    pooled: list[str],
+    dtype: torch.dtype,
+    prefix: Capture | None = None,
+) -> list[dict[str, Any]]:
+    """Per-row fields of a .pt file from a forward pass over the prompts' tokens after a shared prefix.
+
+    `masks` hold each prompt's regions [S, R], prefix included; `names` are the R regions, `pooled` those whose states
+    are averaged. `prefix` is the pass over the prefix alone (its regions are PREFIX_REGIONS). Means over an empty
+    region are NaN. States come back in `dtype`, the model's own.
+    """
+    if prefix is not None:
+        _add_prefix(capture, prefix, names, pooled)
+    counts = torch.stack([mask.sum(0) for mask in masks]).float()  # [B, R]
+    first = torch.stack([mask[0] for mask in masks]).float()
+    counts[counts == 0] = float("nan")
+    of_pooled = counts[:, [names.index(name) for name in pooled]]
+    mass = (capture.mass / counts[None, :, None, :, None]).half()
+    hidden = (capture.hidden / of_pooled[None, :, :, None]).to(dtype)
+    rows = []
+    for b, mask in enumerate(masks):
+        row: dict[str, Any] = {"region_mask": mask, "span_mass": mass[:, b], "hidden_pooled": hidden[:, b]}
+        if capture.neurons is not None:
+            row["mlp_pooled"] = (capture.neurons[:, b] / of_pooled[b, :, None]).half()
+        if capture.entropy is not None:
+            seen_more = counts[b] - first[b]  # the first token sees one key: its entropy says nothing
+            row["attention_entropy"] = (capture.entropy[:, b] / seen_more.where(seen_more > 0, torch.nan)).half()
+        rows.append(row | _raw_fields(capture, prefix, b, len(mask)))
+    return rows
+
+
+def _add_prefix(capture: Capture, prefix: Capture, names: list[str], pooled: list[str]) -> None:
+    into = torch.tensor([names.index(name) for name in PREFIX_REGIONS])
+    capture.mass[:, :, :, into[:, None], into[None]] += prefix.mass
+    if capture.entropy is not None and prefix.entropy is not None:
+        capture.entropy[..., into] += prefix.entropy
+    for position, name in enumerate(pooled):
+        if name in PREFIX_REGIONS:
+            source = PREFIX_REGIONS.index(name)
+            capture.hidden[:, :, position] += prefix.hidden[:, :, source]
+            if capture.neurons is not None and prefix.neurons is not None:
+                capture.neurons[:, :, position] += prefix.neurons[:, :, source]
+
+
+def _raw_fields(capture: Capture, prefix: Capture | None, b: int, length: int) -> dict[str, Any]:
+    shared = prefix.num_queries if prefix else 0
+    own = length - shared
+    fields: dict[str, Any] = {}
+    if capture.states:
+        fields["hidden_states"] = {
+            f"layer_{layer}": _joined(prefix.states[layer][0] if prefix else None, state[b, -own:])
+            for layer, state in capture.states.items()
+        }
+    if capture.maps:
+        fields["attentions"] = {
+            f"layer_{layer}": _whole_map(prefix.maps[layer][0] if prefix else None, probs[b], own, shared)
+            for layer, probs in capture.maps.items()
+        }
+    if capture.topk is not None:
+        before = prefix.topk if prefix and prefix.topk is not None else (None, None, None)
+        for name, earlier, value in zip(("topk_vals", "topk_indices", "logsumexp"), before, capture.topk, strict=True):
+            fields[name] = _joined(earlier[0] if earlier is not None else None, value[b, -own:])
+    return fields
+
+
+def _joined(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
+    return after if before is None else torch.cat([before, after])
+
+
+def _whole_map(before: torch.Tensor | None, probs: torch.Tensor, own: int, shared: int) -> torch.Tensor:
+    """[H,S,S] of one prompt from the rows of its own tokens [H,Sq,shared+Sq] and the prefix's map."""
+    rows = torch.cat([probs[:, -own:, :shared], probs[:, -own:, probs.shape[2] - own :]], dim=2)
+    if before is None:
+        return rows
+    return torch.cat([F.pad(before, (0, own)), rows], dim=1)
+
+
+# --- logits
+
+
+def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Top-k values, indices and logsumexp of logits [..., V], float32 and int64 on the CPU."""
+    logits = logits.float()
+    values, indices = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return values.cpu(), indices.cpu(), logits.logsumexp(-1).cpu()
+
+
+def all_position_logits(
+    model: Any, states: torch.Tensor, last_logits: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Top-k, indices and logsumexp at every position of `states` [B,S,D], a few positions' logits in memory at a time.
+
+    Raises UserError where the model does more to its logits than head, scale and softcap: that is seen at the last
+    position, whose logits the model has computed itself.
+    """
+    step = max(1, (1 << 26) // (states.shape[0] * last_logits.shape[-1]))
+    parts = []
+    for start in range(0, states.shape[1], step):
+        logits = _head(model, states[:, start : start + step])
+        parts.append(top_logits(logits, k))
+    own = logits[:, -1].float()
+    if not torch.allclose(own, last_logits.float(), rtol=1e-2, atol=1e-2 * float(last_logits.float().abs().max())):
+        raise UserError(f"{type(model).__name__} computes its logits in a way of its own; use --topk_positions last")
+    values, indices, sums = zip(*parts, strict=True)
+    return torch.cat(values, 1), torch.cat(indices, 1), torch.cat(sums, 1)
+
+
+def _head(model: Any, states: torch.Tensor) -> torch.Tensor:
+    config = model.config.get_text_config(decoder=True)
+    head = model.get_output_embeddings()
+    logits = head(states.to(head.weight.device))
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+# --- finding the parts of a model
+
+
+def find_layers(model: Any) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
+    """The module whose output is the last hidden state, and its decoder layers in order."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for backbone in (decoder, model.base_model):
+        for child in backbone.children() if backbone is not None else ():
+            if backbone is not None and isinstance(child, torch.nn.ModuleList) and len(child) == count:
+                return backbone, list(child)
+    raise UserError(f"{type(model).__name__} keeps its layers where they cannot be found; choose another model")
+
+
+def down_projection(layer: torch.nn.Module) -> torch.nn.Module:
+    """The MLP's last linear map, whose input are the neuron activations (after the activation function, and gated)."""
+    found = [
+        module
+        for name, module in layer.named_modules()
+        if name.rsplit(".", 1)[-1] in DOWN_PROJECTIONS and "attn" not in name and "attention" not in name
+    ]
+    if len(found) != 1:
+        raise UserError(f"no single MLP in {type(layer).__name__} (a mixture of experts?); run without --neurons")
+    return found[0]
+
+
+def install_attention(model: Any) -> str:
+    """Put the recording function in front of the model's attention; returns the name of the attention it had.
+
+    The mask must be registered under the same name too, or it is silently None.
+    """
+    base = str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
+    name = "error_interp_over_" + base.replace("sdpa", "fused")  # a name with "sdpa" in it is refused by Gemma 2
+    AttentionInterface.register(name, _recording_attention(base))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.set_attn_implementation(name)
+    return base
+
+
+def _recording_attention(base: str) -> Callable[..., Any]:
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        kwargs.pop("output_attentions", None)
+        if base == "eager":
+            delegate = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            delegate = ALL_ATTENTION_FUNCTIONS[base]
+        recorder = Recorder.active
+        if recorder is None:
+            return delegate(module, query, key, value, mask, **kwargs)
+        return recorder._current.attend(delegate, module, query, key, value, mask, **kwargs)
+
+    return attention

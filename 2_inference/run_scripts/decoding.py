@@ -1,0 +1,518 @@
+"""Generation that wastes nothing: a shared prefix is read once, finished rows leave the batch, waiting ones join it.
+
+`Generator.run` takes prompts and yields each one's captures and responses as they are done, in any order. What a
+prompt yields does not depend on its neighbours: rows are padded and masked, positions are the row's own, and random
+numbers are a function of (seed, row, sample, step, token), not of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+import torch
+from capture import PREFIX_REGIONS, Capture, Recorder, all_position_logits, rows_of, top_logits
+from command_line import one_line
+from transformers import Cache, DynamicLayer
+
+SPARE_POSITIONS = 32  # a cache layer grows by this many positions at a time
+TAIL_TOKENS = 24  # a stop string is looked for in the text of this many last tokens, and its own length more
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt to run. `key` tells rows apart and is the same in every style: random numbers hang on it."""
+
+    key: int
+    input_ids: list[int]
+    region_mask: torch.Tensor  # [S, R] bool
+    forced_ids: list[int] | None = None  # a response whose log-probability under this prompt is wanted
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How responses are made. Temperature 0 is greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    num_samples: int = 1
+    stop_strings: tuple[str, ...] = ()
+    eos_token_ids: frozenset[int] = frozenset()
+    response_logprobs: bool = False
+
+
+@dataclass
+class Response:
+    """A response under way or done. `finish_reason`: eos, stop or length."""
+
+    prompt: Prompt
+    sample: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+
+
+@dataclass
+class Result:
+    """All that one prompt yields; `fields` are the captured ones, `error` says why there are none."""
+
+    prompt: Prompt
+    fields: dict[str, Any] = field(default_factory=dict)
+    responses: list[Response] = field(default_factory=list)
+    forced_logprob: float | None = None
+    error: str | None = None
+
+
+# --- a cache whose rows can leave and join
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer in a buffer with spare room: a step copies one position and not all of them."""
+
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Append [B, H, n, D] keys and values; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        if self.buffers is None or self.buffers[0].shape[-2] < new:
+            room = new + SPARE_POSITIONS
+            pairs = ((self.keys, key_states), (self.values, value_states))
+            self.buffers = tuple(_buffer(kept, added, old, room) for kept, added in pairs)  # type: ignore[assignment]
+        assert self.buffers is not None
+        self.buffers[0][:, :, old:new] = key_states
+        self.buffers[1][:, :, old:new] = value_states
+        self.keys, self.values = self.buffers[0][:, :, :new], self.buffers[1][:, :, :new]
+        return self.keys, self.values
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold these keys and values instead."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values, self.buffers = keys, values, None
+
+
+def _buffer(kept: torch.Tensor, added: torch.Tensor, length: int, room: int) -> torch.Tensor:
+    buffer = added.new_empty(*added.shape[:2], room, added.shape[-1])
+    if length:
+        buffer[:, :, :length] = kept
+    return buffer
+
+
+def new_cache(layers: int, source: Cache | None = None, batch: int = 1) -> Cache:
+    """An empty cache, or one that begins with the single row of `source` in each of `batch` rows (not copied)."""
+    cache = Cache(layers=[GrowingLayer() for _ in range(layers)])
+    if source is not None:
+        for layer, given in zip(cache.layers, source.layers, strict=True):
+            layer.replace(given.keys.expand(batch, -1, -1, -1), given.values.expand(batch, -1, -1, -1))
+    return cache
+
+
+def select_rows(cache: Cache, rows: torch.Tensor, drop: int = 0, repeats: int = 1) -> None:
+    """Keep these rows, each `repeats` times, without their first `drop` positions."""
+    for layer in cache.layers:
+        index = rows.to(layer.keys.device).repeat_interleave(repeats)
+        layer.replace(layer.keys[:, :, drop:].index_select(0, index), layer.values[:, :, drop:].index_select(0, index))
+
+
+def join_rows(cache: Cache, other: Cache) -> None:
+    """Add the rows of `other` below those of `cache`; the shorter ones get masked positions on the left."""
+    length = max(cache.get_seq_length(), other.get_seq_length())
+    for layer, added in zip(cache.layers, other.layers, strict=True):
+        layer.replace(_stacked(layer.keys, added.keys, length), _stacked(layer.values, added.values, length))
+
+
+def _stacked(above: torch.Tensor, below: torch.Tensor, length: int) -> torch.Tensor:
+    joined = above.new_zeros(above.shape[0] + below.shape[0], above.shape[1], length, above.shape[-1])
+    joined[: above.shape[0], :, length - above.shape[2] :] = above
+    joined[above.shape[0] :, :, length - below.shape[2] :] = below
+    return joined
+
+
+def left_pad(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """[B, n] bool padded on the left with False to [B, length]."""
+    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0), value=False)
+
+
+# --- choosing tokens
+
+
+def uniform_noise(seeds: torch.Tensor, size: int) -> torch.Tensor:
+    """Uniform numbers in (0, 1), [B, size] float32 of 23 bits: a hash of (seeds[b], column), the same on every device.
+
+    Two rounds of the 64-bit finaliser of SplitMix64 (Steele, Lea & Flood 2014), in arithmetic modulo 2^64.
+    """
+    x = seeds[:, None] + torch.arange(size, device=seeds.device) * -7046029254386353131  # the golden gamma
+    for _ in range(2):
+        x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+        x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+        x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    return (((x >> 41) & 0x7FFFFF).float() + 0.5) / (1 << 23)  # 24 bits would round up to 1.0
+
+
+def noise_seed(seed: int, key: int, sample: int, step: int) -> int:
+    """64-bit seed of one step of one response, as a signed integer. The style has no part in it: the same random
+    numbers meet every style of a row, so that their difference is not sampling noise (common random numbers)."""
+    digest = hashlib.blake2b(f"{seed}/{key}/{sample}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class TokenChooser:
+    """Next tokens for a batch of responses under way, by greedy choice or by Gumbel-max sampling."""
+
+    def __init__(self, options: GenerationOptions):
+        self.options = options
+
+    def choose(self, logits: torch.Tensor, responses: list[Response]) -> tuple[list[int], list[float]]:
+        """Token ids and, where wanted, their log-probabilities (of the model, before temperature), from [B, V]."""
+        logits = logits.float()
+        scores = self._penalised(logits, responses) if self.options.repetition_penalty != 1.0 else logits
+        if self.options.temperature > 0:
+            scores = self._warped(scores)
+            seeds = [noise_seed(self.options.seed, r.prompt.key, r.sample, len(r.ids)) for r in responses]
+            noise = uniform_noise(torch.tensor(seeds, dtype=torch.int64, device=logits.device), logits.shape[1])
+            scores = scores - (-noise.log()).log()  # argmax(logits + Gumbel noise) is a draw from softmax(logits)
+        tokens = scores.argmax(dim=-1)
+        logprobs: list[float] = []
+        if self.options.response_logprobs:
+            logprobs = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+        return tokens.tolist(), logprobs
+
+    def _warped(self, scores: torch.Tensor) -> torch.Tensor:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        unused = torch.empty(0, dtype=torch.long)
+        scores = TemperatureLogitsWarper(self.options.temperature)(unused, scores)
+        if self.options.top_k > 0:
+            scores = TopKLogitsWarper(self.options.top_k)(unused, scores)
+        if self.options.top_p < 1.0:
+            scores = TopPLogitsWarper(self.options.top_p)(unused, scores)
+        return scores
+
+    def _penalised(self, logits: torch.Tensor, responses: list[Response]) -> torch.Tensor:
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        penalise = RepetitionPenaltyLogitsProcessor(self.options.repetition_penalty)
+        rows = [  # row by row, for a pad among the ids would be penalised too
+            penalise(torch.tensor([r.prompt.input_ids + r.ids], device=logits.device), logits[b : b + 1])
+            for b, r in enumerate(responses)
+        ]
+        return torch.cat(rows)
+
+
+# --- the generator
+
+
+@dataclass
+class _Active:
+    """The rows being decoded: their cache, which of its positions are real [B, S], and the tokens to feed next."""
+
+    responses: list[Response]
+    cache: Cache
+    mask: torch.Tensor
+    next_ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    ids: list[int]
+    cache: Cache
+    capture: Capture
+
+
+class Generator:
+    """Runs prompts through a model with its `Recorder`. Options of the style: `names` of regions, those `pooled`."""
+
+    def __init__(self, model: Any, tokenizer: Any, recorder: Recorder, options: GenerationOptions, batch_limit: Any):
+        self.model, self.tokenizer, self.recorder, self.options = model, tokenizer, recorder, options
+        self.limit = batch_limit
+        self.chooser = TokenChooser(options)
+        self.device = model.get_input_embeddings().weight.device
+        self.accepts = set(inspect.signature(model.forward).parameters)
+        self.prefix: _Prefix | None = None
+        self.prefill_tokens = self.prompt_tokens = 0
+        self.stop: Any = None  # an object whose `asked` turns true when nothing new is to be begun
+
+    def twin(self, names: list[str], pooled: list[str]) -> Generator:
+        """Another generator on the same model and prefix, for regions of its own."""
+        other = Generator(self.model, self.tokenizer, self.recorder, self.options, self.limit)
+        other.prefix = self.prefix
+        other.set_regions(names, pooled)
+        return other
+
+    def set_regions(self, names: list[str], pooled: list[str]) -> None:
+        """The regions of the prompts to come (they differ between styles)."""
+        self.names, self.pooled = names, pooled
+
+    @torch.inference_mode()
+    def set_prefix(self, ids: list[int]) -> None:
+        """Read the tokens that all prompts begin with; the prompts to come are read from there on. [] for none."""
+        self.prefix = None
+        if not ids:
+            return
+        regions = torch.ones(1, len(ids), len(PREFIX_REGIONS), dtype=torch.bool)
+        regions[:, 1:, PREFIX_REGIONS.index("first")] = False
+        cache = new_cache(self.recorder.num_layers)
+        mask = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
+        with self.recorder.recording(regions, list(range(len(PREFIX_REGIONS))), len(ids)) as recorded:
+            logits = self._forward(torch.tensor([ids], device=self.device), mask, cache)
+        capture = recorded.finish()
+        capture.topk = self._topk(recorded, logits) if self.recorder.options.topk_positions == "all" else None
+        self.prefix = _Prefix(ids, cache, capture)
+        self.prefill_tokens += len(ids)
+
+    @torch.inference_mode()
+    def run(self, windows: Iterable[list[Prompt]]) -> Iterator[Result]:
+        """Results in the order in which they are done. A prompt that cannot run alone comes back with its error.
+
+        A window is a list of prompts, best of similar length side by side; the next one is asked for when the last
+        prompt of one has been read, so that its rows fill the batch that is still being decoded.
+        """
+        source = iter(windows)
+        waiting: deque[Prompt] = deque()
+        under_way: dict[int, Result] = {}
+        active: _Active | None = None
+        while True:
+            if self.stop is not None and self.stop.asked:
+                waiting.clear()
+            elif not waiting:
+                waiting.extend(next(source, ()))
+            if not waiting and active is None:
+                return
+            running = len(active.responses) if active else 0
+            try:
+                if waiting and self.limit.may_join(running, len(waiting)):
+                    started = self._start(waiting, running, under_way)
+                    with _memory_errors():
+                        active = self._joined(active, started)
+                elif active:
+                    active = self._step(active)
+            except _OutOfMemory as error:
+                active = None
+                yield from self._retreat(waiting, under_way, error)
+            for key in [key for key, result in under_way.items() if _is_done(result)]:
+                yield under_way.pop(key)
+
+    # --- reading prompts
+
+    def _start(self, waiting: deque[Prompt], running: int, under_way: dict[int, Result]) -> _Active | None:
+        """Take a group of waiting prompts and read them; fewer of them while memory is short."""
+        group = self.limit.next_group(waiting, running)
+        while True:
+            try:
+                with _memory_errors():
+                    results, started = self._prefill(group)
+                    under_way |= {id(result.prompt): result for result in results}
+                    return started
+            except _OutOfMemory as error:
+                if len(group) == 1:
+                    under_way[id(group[0])] = Result(group[0], error=error.reason)
+                    return None
+                self.limit.shrink(len(group))
+                half = len(group) // 2
+                waiting.extendleft(reversed(group[half:]))
+                group = group[:half]
+
+    def _prefill(self, group: list[Prompt]) -> tuple[list[Result], _Active | None]:
+        shared = len(self.prefix.ids) if self.prefix else 0
+        own = [prompt.input_ids[shared:] for prompt in group]
+        width = max(len(ids) for ids in own)
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in own], device=self.device)
+        mask = torch.tensor([[True] * shared + [False] * (width - len(row)) + [True] * len(row) for row in own])
+        regions = torch.zeros(len(group), shared + width, len(self.names), dtype=torch.bool)
+        for b, prompt in enumerate(group):
+            regions[b][mask[b]] = prompt.region_mask
+        mask = mask.to(self.device)
+        cache = new_cache(self.recorder.num_layers, self.prefix.cache if self.prefix else None, len(group))
+        columns = [self.names.index(name) for name in self.pooled]
+        with self.recorder.recording(regions, columns, width) as recorded:
+            logits = self._forward(ids, mask, cache)
+        capture = recorded.finish()
+        capture.topk = self._topk(recorded, logits)
+        fields = rows_of(
+            capture, [p.region_mask for p in group], self.names, self.pooled, self.model.dtype,
+            self.prefix.capture if self.prefix else None,
+        )  # fmt: skip
+        self.prefill_tokens += sum(map(len, own))
+        self.prompt_tokens += sum(len(prompt.input_ids) for prompt in group)
+        return self._begin_responses(group, fields, logits, cache, mask)
+
+    def _topk(self, recorded: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k = self.recorder.options.topk_logits
+        if self.recorder.options.topk_positions == "all":
+            return all_position_logits(self.model, recorded.last_state, logits, k)
+        values, indices, sums = top_logits(logits, k)
+        return values[:, None], indices[:, None], sums[:, None]
+
+    def _begin_responses(
+        self, group: list[Prompt], fields: list[dict[str, Any]], logits: torch.Tensor, cache: Cache, mask: torch.Tensor
+    ) -> tuple[list[Result], _Active | None]:
+        samples = self.options.num_samples
+        forced = self._forced_logprobs(group, logits, cache, mask)
+        started = []
+        for prompt, row, logprob in zip(group, fields, forced, strict=True):
+            responses = [Response(prompt, sample) for sample in range(samples)]
+            started.append(Result(prompt, row, responses, logprob))
+        if samples > 1:
+            select_rows(cache, torch.arange(len(group)), repeats=samples)
+            mask, logits = mask.repeat_interleave(samples, 0), logits.repeat_interleave(samples, 0)
+        everyone = [response for result in started for response in result.responses]
+        if self.options.max_new_tokens == 0:
+            for response in everyone:
+                response.finish_reason = "length"
+            return started, None
+        active = _Active(everyone, cache, mask, [])
+        return started, self._advance(active, logits)
+
+    def _forced_logprobs(
+        self, group: list[Prompt], logits: torch.Tensor, cache: Cache, mask: torch.Tensor
+    ) -> list[float | None]:
+        """Sum of log-probabilities of each prompt's `forced_ids` after it; the cache is left as it was."""
+        if not any(prompt.forced_ids for prompt in group):
+            return [0.0 if prompt.forced_ids is not None else None for prompt in group]
+        wanted = [prompt.forced_ids or [] for prompt in group]
+        width = max(map(len, wanted))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in wanted], device=self.device)
+        first = logits.float().log_softmax(-1).gather(1, ids[:, :1])
+        total = first
+        if width > 1:  # teacher forcing: position i predicts token i + 1
+            fork = new_cache(self.recorder.num_layers)
+            for layer, given in zip(fork.layers, cache.layers, strict=True):
+                layer.replace(given.keys, given.values)
+            grown = torch.cat([mask, mask.new_ones(len(group), width - 1)], dim=1)
+            later = self._forward(ids[:, :-1], grown, fork, keep=width - 1)
+            total = torch.cat([first, later.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]], dim=1)
+        return [
+            float(total[b, : len(row)].sum()) if group[b].forced_ids is not None else None
+            for b, row in enumerate(wanted)
+        ]
+
+    # --- decoding
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int = 1) -> torch.Tensor:
+        """Logits of the last position [B, V] (or of the last `keep` > 1 positions, [B, keep, V])."""
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache}
+        if "position_ids" in self.accepts:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self.accepts:
+            inputs["logits_to_keep"] = keep
+        logits = self.model(**inputs, use_cache=True).logits[:, -keep:]
+        return logits[:, -1] if keep == 1 else logits
+
+    def _step(self, active: _Active) -> _Active | None:
+        with _memory_errors():
+            ids = torch.tensor(active.next_ids, device=self.device)[:, None]
+            active.mask = torch.cat([active.mask, active.mask.new_ones(len(active.responses), 1)], dim=1)
+            advanced = self._advance(active, self._forward(ids, active.mask, active.cache))
+            self.limit.grow()
+            return advanced
+
+    def _advance(self, active: _Active, logits: torch.Tensor) -> _Active | None:
+        """Give each response its next token; the finished ones leave."""
+        tokens, logprobs = self.chooser.choose(logits, active.responses)
+        for b, response in enumerate(active.responses):
+            response.ids.append(tokens[b])
+            response.logprobs += logprobs[b : b + 1]
+            response.finish_reason = self._finish_reason(response)
+        staying = [b for b, response in enumerate(active.responses) if not response.finish_reason]
+        if not staying:
+            return None
+        next_ids = [tokens[b] for b in staying]
+        if len(staying) == len(active.responses):
+            return _Active(active.responses, active.cache, active.mask, next_ids)
+        rows = torch.tensor(staying, device=active.mask.device)
+        mask = active.mask[rows]
+        drop = int(mask.any(0).to(torch.uint8).argmax())  # positions that are padding in every row that stays
+        select_rows(active.cache, rows, drop)
+        return _Active([active.responses[b] for b in staying], active.cache, mask[:, drop:], next_ids)
+
+    def _finish_reason(self, response: Response) -> str:
+        reason = ""
+        if response.ids[-1] in self.options.eos_token_ids:
+            reason = "eos"
+        elif self.options.stop_strings and self._stopped(response):
+            return "stop"
+        elif len(response.ids) >= self.options.max_new_tokens:
+            reason = "length"
+        if reason:
+            response.text = self._decode(response.ids)
+        return reason
+
+    def _stopped(self, response: Response) -> bool:
+        longest = max(map(len, self.options.stop_strings))
+        if not any(stop in self._decode(response.ids[-TAIL_TOKENS - longest :]) for stop in self.options.stop_strings):
+            return False
+        text = self._decode(response.ids)
+        ends = [text.find(stop) for stop in self.options.stop_strings if stop in text]
+        response.text = text[: min(ends)] if ends else text
+        return bool(ends)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _joined(self, active: _Active | None, started: _Active | None) -> _Active | None:
+        if active is None or started is None:
+            return active or started
+        join_rows(active.cache, started.cache)
+        length = max(active.mask.shape[1], started.mask.shape[1])
+        mask = torch.cat([left_pad(active.mask, length), left_pad(started.mask, length)])
+        return _Active(active.responses + started.responses, active.cache, mask, active.next_ids + started.next_ids)
+
+    # --- short memory
+
+    def _retreat(self, waiting: deque[Prompt], under_way: dict[int, Result], error: _OutOfMemory) -> Iterator[Result]:
+        """After memory ran out while decoding: all prompts under way begin again, in smaller batches."""
+        unfinished = [result for result in under_way.values() if not _is_done(result)]
+        for result in unfinished:
+            under_way.pop(id(result.prompt))
+        self.limit.shrink(len(unfinished))
+        if len(unfinished) == 1:
+            yield Result(unfinished[0].prompt, error=error.reason)
+        else:
+            waiting.extendleft(result.prompt for result in reversed(unfinished))
+
+
+def _is_done(result: Result) -> bool:
+    return result.error is not None or all(response.finish_reason for response in result.responses)
+
+
+class _OutOfMemory(Exception):
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn the several ways in which memory runs out into one."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _OutOfMemory(_reason(error)) from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise _OutOfMemory(_reason(error)) from None
+    finally:
+        if sys.exc_info()[0] is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _reason(error: BaseException) -> str:
+    return f"out of memory even alone: {one_line(str(error) or type(error).__name__, 200)}"

@@ -1,0 +1,171 @@
+"""Prompts as the model will see them: rendered, tokenised, with the regions of every token."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import UserError
+from decoding import Prompt
+from load_json import PromptFile
+from token_spans import BASE_REGIONS, character_regions, region_mask, region_names, render_prompt
+
+DEFAULT_POOLED = ("last", "instruction", "task")
+SHORTEST_PREFIX = 8  # tokens; a shorter one is not worth a pass of its own
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How a prompt becomes the text that is tokenised, and where its task is."""
+
+    few_shot: str = ""
+    apply_chat_template: bool = False
+    system_prompt: str | None = None
+    task_regex: str | None = None
+
+
+@dataclass
+class StylePrompts:
+    """The prompts of one style that can be run, in the prompt file's order, and why the others cannot."""
+
+    style: str
+    names: list[str]
+    pooled: list[str]
+    texts: list[tuple[int, str]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    failures: dict[int, tuple[int, str]] = field(default_factory=dict)
+
+
+class PromptReader:
+    """Reads the prompts of a file's styles for one tokenizer; holds lengths, makes tokens and regions when asked."""
+
+    def __init__(
+        self, prompts: PromptFile, tokenizer: Any, rendering: Rendering, max_length: int, pool: list[str] | None
+    ):
+        self.file, self.tokenizer, self.rendering = prompts, tokenizer, rendering
+        self.max_length, self.pool = max_length, pool
+        self._common: list[int] | None = None
+        if rendering.task_regex is not None:
+            _check_regex(rendering.task_regex)
+
+    def style(self, style: str, max_samples: int | None = None) -> StylePrompts:
+        """Lengths of all prompts of a style; those that cannot be run are in `failures`."""
+        names = region_names(style, self.file.clean_key, list(self.file.style_counts))
+        found = StylePrompts(style, names, self._pooled(names))
+        for problem in self.file.problems_of(style, max_samples):
+            found.failures[problem.original_index] = (self._element(problem.original_index), str(problem))
+        for index, text in self.file.prompts(style, max_samples):
+            try:
+                ids, own_start = self._tokens(text)
+            except UserError as error:
+                found.failures[index] = (self._element(index), str(error))
+                continue
+            if not 0 < len(ids) <= self.max_length:
+                why = f"has {len(ids)} tokens; this model and --max_new_tokens leave room for {self.max_length}"
+                found.failures[index] = (self._element(index), why)
+                continue
+            found.texts.append((index, text))
+            found.lengths.append(len(ids))
+            self._common = _common_prefix(self._common, ids[: min(own_start, len(ids) - 1)])
+        return found
+
+    def shared_prefix(self) -> list[int]:
+        """Tokens that all prompts read so far begin with, before any prompt's own text; [] where too few."""
+        common = self._common or []
+        return common if len(common) >= SHORTEST_PREFIX else []
+
+    def prompt(self, style: StylePrompts, position: int, forced_ids: list[int] | None = None) -> Prompt:
+        """The prompt at a position of a style's list, with its tokens and regions."""
+        index, text = style.texts[position]
+        row = self.file.rows[index]
+        rendered = self._render(text)
+        encoded = self._encode(rendered)
+        clean = row.get(self.file.clean_key) if self.file.clean_key else None
+        task = row.get("task")
+        regions = character_regions(
+            text,
+            style.names,
+            variants={key: value for key, value in row.items() if isinstance(value, str)},
+            clean=clean if isinstance(clean, str) else None,
+            task=task if isinstance(task, str) else None,
+            task_regex=self.rendering.task_regex,
+        )
+        mask = region_mask(rendered, encoded["offset_mapping"], style.names, regions)
+        return Prompt(index, encoded["input_ids"], mask, forced_ids)
+
+    def _pooled(self, names: list[str]) -> list[str]:
+        if self.pool is None:
+            return [name for name in names if name in DEFAULT_POOLED or name.startswith("edited")]
+        wrong = [name for name in self.pool if name not in BASE_REGIONS and not name.startswith("edited")]
+        if wrong:
+            raise UserError(f"--pool_regions {wrong[0]}: choose among {', '.join([*BASE_REGIONS, 'edited'])}")
+        return [name for name in names if name in self.pool or name.split(":")[0] in self.pool]
+
+    def _render(self, text: str) -> Any:
+        how = self.rendering
+        return render_prompt(self.tokenizer, text, how.few_shot, how.apply_chat_template, how.system_prompt)
+
+    def _encode(self, rendered: Any) -> dict[str, Any]:
+        # A chat template writes its special tokens itself; adding them again would begin with two BOS.
+        return dict(
+            self.tokenizer(
+                rendered.text,
+                add_special_tokens=not rendered.has_special_tokens,
+                return_offsets_mapping=True,
+                truncation=False,
+            )
+        )
+
+    def _tokens(self, text: str) -> tuple[list[int], int]:
+        """Token ids, and the first token that touches the prompt's own text."""
+        rendered = self._render(text)
+        encoded = self._encode(rendered)
+        own = next(
+            (t for t, (start, end) in enumerate(encoded["offset_mapping"]) if end > max(start, rendered.own[0])),
+            len(encoded["input_ids"]),
+        )
+        return encoded["input_ids"], own
+
+    def _element(self, index: int) -> int:
+        try:
+            return self.file.element_index(index)
+        except (AttributeError, TypeError, ValueError):
+            return index + 1
+
+
+def _common_prefix(known: list[int] | None, ids: list[int]) -> list[int]:
+    if known is None:
+        return ids
+    same = next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
+    return known[:same]
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--task_regex: not a regular expression: {error}") from None
+
+
+def read_few_shot(path: Path | None) -> str:
+    """Text of a few-shot file, as it is. Raises UserError where it cannot be read."""
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--few_shot_file {path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def longest_prompt(config: Any, max_new_tokens: int) -> int:
+    """Tokens of a prompt that still leave room for the response in the model's context."""
+    text_config = config.get_text_config(decoder=True)
+    limits: Iterable[Any] = (getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    context = next((limit for limit in limits if limit), 1 << 20)
+    return max(1, int(context) - max_new_tokens)
