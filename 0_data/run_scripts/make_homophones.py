@@ -9,7 +9,7 @@ this alone and are not requirements of the project (`pip download --no-deps cmud
 
 Two words are homophones where their first-listed pronunciations agree in every phoneme and stress, both are in the
 dictionary in lower case (so no name and no British spelling), both have Zipf >= 2.5, neither is a heteronym
-(pronunciations with different stressed vowels or last sounds, as read and close have), and neither is in LEFT_OUT.
+(pronunciations with another stressed vowel or a last S for a Z, as read and close have), and neither is in LEFT_OUT.
 These are under `homophones`. Under `sometimes` stand the other pairs of such words, heteronyms among them, that share
 any pronunciation (your, you're): a checker lets them pass, a generator does not use them.
 """
@@ -62,9 +62,9 @@ def read_pronunciations(path: str | Path) -> dict[str, list[str]]:
 
 
 def is_heteronym(pronunciations: list[str]) -> bool:
-    """True where the stressed pronunciations differ in the vowel that bears the main stress or in the last sound."""
+    """True where the stressed pronunciations differ in the vowel of the main stress, or in a last S or Z."""
     stressed = [p for p in pronunciations if "1" in p]
-    return len({(re.findall(r"\w+1", p)[0], p.split()[-1]) for p in stressed}) > 1
+    return len({(re.findall(r"\w+1", p)[0], p[-2:] if p[-2:] in (" S", " Z") else "") for p in stressed}) > 1
 
 
 Table = dict[str, list[str]]

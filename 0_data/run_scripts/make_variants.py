@@ -234,11 +234,11 @@ def apply_edits(text: str, edits: list[Edit]) -> str:
 
 
 def _typos(prompt: Prompt, words: list[Word], operations: list[str], count: int, rng: Random, where: str) -> list[Edit]:
-    """One typo in each of the first `count` words that can take one; the operations take turns."""
+    """One typo in each of the first `count` words that can take one; the operation that was used least comes first."""
     edits: list[Edit] = []
     for word in words:
-        turn = len(edits) % len(operations)
-        edit = _typo(prompt, word, operations[turn:] + operations[:turn], rng)
+        used = Counter(edit.operation for edit in edits)
+        edit = _typo(prompt, word, sorted(operations, key=lambda operation: used[operation]), rng)
         if edit:
             edits.append(edit)
         if len(edits) == count:
@@ -317,7 +317,7 @@ def _homonym(prompt: Prompt, _: str) -> list[Edit]:
         others.pop(word.lower, None)
     edits = []
     for word in [*prompt.content, *sorted(others.values(), key=lambda w: (rules.zipf(w.text), w.start))]:
-        choices = rules.homophones(word.text)
+        choices = [other for other in rules.homophones(word.text) if other not in rules.PROTECTED_WORDS]
         if choices:
             after = _in_case_of(word.text, max(choices, key=lambda h: (rules.zipf(h), h)))
             edits.append(Edit(word.start, word.end, after, "homophone", word))

@@ -39,7 +39,7 @@ OPERATIONS = {
 TYPO_OPERATIONS = ("substitution", "transposition", "deletion", "doubling")
 
 REAL_WORD_ZIPF = 3.0
-CLEAR_WORD_ZIPF = 3.5  # `real_word` asks for more, since names and slips are listed above 3 too
+CLEAR_WORD_ZIPF = 4.0  # what `real_word` makes: above 3 wordfreq lists many names and slips too
 KNOWN_WORD_ZIPF = 2.0  # rarer than this: no sure spelling to depart from, and no word that a typo could make
 SHORTEST_CONTENT_WORD = 4
 SHORTEST_FUNCTION_WORD = 3
@@ -111,6 +111,32 @@ OFFENSIVE_WORDS = word_set(
     dyke fag fags fuck fucks fucked fucker homo hoe hoes jap japs jew jews kike klan muff negro nazi nigga
     nigger paki penis piss poof porn prick pussy queer rape raped raper rapist retard retards semen sex sexy
     shit shits shite shitty slag slut sluts spic tit tits tosser tranny turd twat twats wank wanker whore whores
+    """
+)
+
+# Frequent names and short forms: real words to wordfreq, but not what a reader takes a slip for.
+NAMES_AND_SHORT_FORMS = word_set(
+    """
+    aaron adam adams africa african alan alaska albert alex ali alice allen america american amy anderson andrew
+    andy angela angeles ann anna anne anthony arab arabia arabic asia asian atlantic austin austria barry ben
+    bennett berlin bernard blair blake boston brandon brazil brian broadway bruce cameron canadian carl carlos
+    carolina caroline cbs celtic ceo chan charles chile chris christ cia clark clarke clinton cnn cole colin
+    collins columbia costa cruz cuba dan daniel danny dave david davis dec del delhi dennis der des diana didnt
+    dna doesnt donald dont doug douglas dvd dylan easter edward edwards egyptian ellen emily emma eric europe
+    european evans fifa france francis fred friday gary geneva george georgia german germans germany gordon gps
+    greece greek greg haha hannah harper harrison harvey helen henry hillary hindu hiv holmes hong howard http
+    https hugh ian india indian indiana indians ios ipad iphone iran iranian iraq ireland irish isis islam
+    israel israeli italian ive jacob jake james jamie jan jane jason jerry jesse jesus jim joan joe johnson jon
+    jones jose juan julia julie july june justin karen karl kate keith kelly kenny kent kenya kevin kim kong
+    korea korean kyle larry las latin laura lawrence leeds leo leonard les lgbt linda lisa lloyd lmao logan lol
+    london los louis louise lucas lucy luke madison maine malaysia marc marcus marie mario marshall mary matt
+    matthew mexican miami michael michelle milan monday moore morgan morris mps mrs muslim muslims nancy nasa
+    nato nba nbc neil nicholas nigeria nigerian norman nov obama oliver olympic olympics oscar owen pakistan
+    palmer paris parker patrick paul perry pete philip phillips poland pre rachel richard rio robert roberts
+    rome ron ross roy russell russia russian russians ruth ryan sam samuel san santa sarah saturday saudi scott
+    sean seattle sept shaw simon simpson singh sony spain spencer sri stan stephen steve steven stewart stuart
+    sunday susan sweden swiss sydney syria syrian taylor texas thai thats thomas thompson thursday tim todd
+    tommy tuesday usa vegas victoria von walter warner wayne william williams wilson york youtube
     """
 )
 
@@ -188,15 +214,12 @@ def by_importance(words: list[Word]) -> list[Word]:
 
     The rarest tells most. Names (a capital inside a sentence) come after all others: their spelling is the least sure.
     """
+    names = {word.lower for word in words if word.text[0].isupper() and not word.starts_sentence}
     first: dict[str, Word] = {}
     for word in words:
         if is_content_word(word):
             first.setdefault(word.lower, word)
-    return sorted(first.values(), key=lambda w: (_is_name(w), zipf(w.text), -len(w.text), w.start))
-
-
-def _is_name(word: Word) -> bool:
-    return word.text[0].isupper() and not word.starts_sentence
+    return sorted(first.values(), key=lambda w: (w.lower in names, zipf(w.text), -len(w.text), w.start))
 
 
 # --- protected text
@@ -208,38 +231,41 @@ def _any_of(words: frozenset[str]) -> str:
 
 _NUMBER = r"(?<![\d.,])[-−+]?[($€£¥]?\d[\d.,]*+[)%]?"
 _OPERATOR = r"[-+*/×÷·=^−–xX]"
+_START, _END = r"(?<![\w\u00ad])", r"(?![\w\u00ad])"  # of a word; a soft hyphen splits none
 _NUMBER_WORD = _any_of(NUMBER_WORDS)
 _PATTERNS = {
     "code": re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|^(?: {4}|\t)[^\n]*", re.DOTALL | re.MULTILINE),
-    "quote": re.compile(
-        r"\"[^\"]*\"|\"[^\n]*|“[^”]*”|«[^»]*»|‘[^’\n]*’|(?<!\w)'[^\n]{1,300}?'(?!\w)",
-    ),
+    "quote": re.compile(r"\"[^\"]*\"|\"[^\n]*|“[^”]*”|«[^»]*»|‘[^’\n]*’|(?<!\w)'[^\n]{1,300}?'(?!\w)"),
     "placeholder": re.compile(r"\{[^{}\n]*\}|\[[^\[\]\n]*\]|<[^<>\n]*>"),
     "expression": re.compile(rf"{_NUMBER}(?:\s{{0,9}}{_OPERATOR}\s{{0,9}}[-−+]?[($€£¥]?\d[\d.,]*+[)%]?)++"),
-    "number": re.compile(rf"\b{_NUMBER_WORD}(?:[-\s]{_NUMBER_WORD})*\b", re.IGNORECASE),
     "unit": re.compile(
-        rf"(?:(?<=\d)|(?<=\d[\s-])|\b{_NUMBER_WORD}[\s-]){_any_of(UNITS)}\b", re.IGNORECASE
+        rf"(?:(?<=\d)|(?<=\d[\s-])|{_START}{_NUMBER_WORD}[\s-]){_any_of(UNITS)}{_END}", re.IGNORECASE
     ),
     "label": re.compile(
-        r"\b(?:answer|question|q|a|input|output|context|note|example|options?|choices?|text|passage|task|"
+        rf"{_START}(?:answer|question|q|a|input|output|context|note|example|options?|choices?|text|passage|task|"
         r"instructions?|response|solution|result|problem|final)[^\S\n]{0,3}:",
         re.IGNORECASE,
     ),
 }  # fmt: skip
+_TOKEN = re.compile(rf"{_START}[A-Za-z]+{_END}")
 _SURE_UNITS = frozenset(unit for unit in UNITS - {"am", "pm"} if len(unit) > 1)  # units even without a number before
-_ARITHMETIC = re.compile(rf"\b(?:{_any_of(ARITHMETIC_WORDS)}|{_any_of(_SURE_UNITS)})\b", re.IGNORECASE)
+_ARITHMETIC = NUMBER_WORDS | ARITHMETIC_WORDS | _SURE_UNITS
+PROTECTED_WORDS = NUMBER_WORDS | ARITHMETIC_WORDS | UNITS
 _MARKED = re.compile(
     r"[\d@#\\_=|~^<>{}\[\]&*$€£¥₹%°+×÷·−±√∑∫≤≥≠²³¹¼½¾⁰-₟⅐-\u218f①-⓿]|\(\)|\w\(|[A-Za-z]\.[A-Za-z]|\w/\w|::|://|->"
 )
 _BARE_OPERATOR = re.compile(r"[-–—/]+")
-_HAS_NUMBER = re.compile(rf"\d[\d.,]*+|\b{_NUMBER_WORD}\b", re.IGNORECASE)
+_DIGITS = re.compile(r"\d[\d.,]*+")
 
 
 def is_arithmetic(text: str, row: dict[str, Any] | None = None) -> bool:
     """True where numbers decide: the row's `answer` is a number, or the text holds two numbers (digits or words)."""
-    if row and _is_number(row.get("answer")):
-        return True
-    return sum(1 for _, _ in zip(_HAS_NUMBER.finditer(text), range(2), strict=False)) == 2
+    return _is_number(row.get("answer") if row else None) or _has_two_numbers(text)
+
+
+def _has_two_numbers(text: str) -> bool:
+    words = sum(match[0].lower() in NUMBER_WORDS for match in _TOKEN.finditer(text))
+    return words + sum(1 for _ in _DIGITS.finditer(text)) >= 2
 
 
 def _is_number(value: Any) -> bool:
@@ -255,18 +281,33 @@ _NUMERIC_ANSWER = re.compile(r"[-+−]?[$€£¥]?\d[\d,]*+(?:\.\d+)?(?:/\d+)?\s
 
 def protected_spans(text: str, row: dict[str, Any] | None = None) -> list[Span]:
     """Character spans of `text` that no edit may touch, in order, disjoint; `row` gives `task` and `answer`."""
-    spans = [match.span() for pattern in _PATTERNS.values() for match in pattern.finditer(text)]
-    spans += _marked_pieces(text)
-    if is_arithmetic(text, row):
-        spans += [match.span() for match in _ARITHMETIC.finditer(text)]
-    if row:
-        spans += _row_spans(text, row)
-    return _merged(spans)
+    task, answer = (row.get(key) if row else None for key in ("task", "answer"))
+    return list(
+        _protected_spans(
+            text,
+            task.strip() if isinstance(task, str) else "",
+            answer.strip() if isinstance(answer, str) else "",
+            is_arithmetic(text, row),
+        )
+    )
 
 
 def protected_texts(text: str, row: dict[str, Any] | None = None) -> list[str]:
     """The protected parts themselves, in order. An edit is safe only where this list stays as it is."""
     return [text[start:end] for start, end in protected_spans(text, row)]
+
+
+@lru_cache(maxsize=32)  # the clean prompt is asked for again with every style
+def _protected_spans(text: str, task: str, answer: str, arithmetic: bool) -> tuple[Span, ...]:
+    spans = [match.span() for pattern in _PATTERNS.values() for match in pattern.finditer(text)]
+    spans += _marked_pieces(text)
+    words = _ARITHMETIC if arithmetic else NUMBER_WORDS
+    spans += [match.span() for match in _TOKEN.finditer(text) if match[0].lower() in words]
+    if task:
+        spans += [match.span() for match in re.finditer(re.escape(task), text)]
+    if answer:
+        spans += [match.span() for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE)]
+    return tuple(_merged(spans))
 
 
 def _marked_pieces(text: str) -> Iterator[Span]:
@@ -275,15 +316,6 @@ def _marked_pieces(text: str) -> Iterator[Span]:
         if _MARKED.search(piece[0]) or _BARE_OPERATOR.fullmatch(piece[0]):
             end = piece.start() + len(piece[0].rstrip(".,;:!?"))
             yield piece.start(), max(end, piece.start() + 1)
-
-
-def _row_spans(text: str, row: dict[str, Any]) -> Iterator[Span]:
-    task, answer = row.get("task"), row.get("answer")
-    if isinstance(task, str) and task.strip():
-        yield from (match.span() for match in re.finditer(re.escape(task), text))
-    if isinstance(answer, str) and answer.strip():
-        whole = rf"(?<!\w){re.escape(answer.strip())}(?!\w)"
-        yield from (match.span() for match in re.finditer(whole, text, re.IGNORECASE))
 
 
 def _merged(spans: list[Span]) -> list[Span]:
@@ -399,7 +431,7 @@ def real_word_options(word: str) -> list[str]:
         for other in one_edit_away(word)
         if len(other) >= SHORTEST_FUNCTION_WORD
         and zipf(other) >= CLEAR_WORD_ZIPF
-        and other not in OFFENSIVE_WORDS
+        and other not in OFFENSIVE_WORDS | PROTECTED_WORDS | NAMES_AND_SHORT_FORMS
         and not are_homophones(word, other)
         and not _is_same_word(word, other)
     )
@@ -408,9 +440,21 @@ def real_word_options(word: str) -> list[str]:
 def _is_same_word(a: str, b: str) -> bool:
     """True where two words look like forms of one: the same but for an ending, or for British and American spelling."""
     stems = [{re.sub(rf"{ending}$", "", word) for ending in _ENDINGS} for word in (a, b)]
-    return bool(stems[0] & stems[1]) or _american(a) == _american(b)
+    return bool(stems[0] & stems[1]) or _american(a) == _american(b) or f"{min(a, b)}/{max(a, b)}" in _IRREGULAR
 
 
+# Irregular forms and second spellings one edit apart, in alphabetical order.
+_IRREGULAR = word_set(
+    """
+    adviser/advisor disc/disk gray/grey tire/tyre tires/tyres
+    became/become began/begin bend/bent bit/bite blew/blow build/built came/come cling/clung dig/dug drank/drink
+    draw/drew drive/drove fall/fell fed/feed fling/flung gave/give get/got grew/grow hang/hung hear/heard
+    held/hold hid/hide knew/know lead/led lend/lent lose/lost man/men mean/meant meet/met overcame/overcome
+    ran/run rang/ring ride/rode rise/rose sang/sing sank/sink sat/sit send/sent shoot/shot shrank/shrink
+    slid/slide sped/speed spend/spent sprang/spring stank/stink stick/stuck string/strung swam/swim swing/swung
+    wake/woke win/won woman/women write/wrote
+    """
+)
 _ENDINGS = ("", "s", "es", "d", "ed", "r", "er", "n", "en", "y", "ly", "e", "ing", "t")
 
 
