@@ -1,0 +1,591 @@
+"""Write one self-contained HTML report: tables, plots, settings, and clean and typo prompts side by side.
+
+Reads   run folders of stage 2 (outputs/<run>) and what stages 3 to 5 wrote for them (results/<run>/*.csv, *.png);
+        what is not there is left out
+Writes  report.html: plots embedded, no script, nothing loaded from elsewhere; all text of models and files is escaped
+
+    python 1_utils/run_scripts/build_report.py --run_dir outputs/demo/maths --results_dir results/demo/maths
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import difflib
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import UserError, make_parser, one_line, run_main
+from file_output import write_text
+from read_predictions import Prediction, iter_predictions
+from run_store import Run, open_run, read_failures, row_count
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEMPLATE = "report_template.html"
+MAX_TEXT = 700  # characters of a prompt or answer that are shown
+INVISIBLE = {"\u00ad": "\u2027", "\u200b": "\u2027", "\u200c": "\u2027", "\u200d": "\u2027", "\ufeff": "\u2027"}
+DASH = "–"
+
+
+# --- numbers with their uncertainty
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; NaN where there is none."""
+
+    estimate: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def known(self) -> bool:
+        """True where there is an estimate."""
+        return not math.isnan(self.estimate)
+
+    def text(self, percent: bool = False, signed: bool = False) -> str:
+        """`58.3 [45.7, 69.9]`, in percent where asked, with a sign where asked; a dash where unknown."""
+        if not self.known:
+            return DASH
+        numbers = [_decimal(value, percent, signed) for value in (self.estimate, self.low, self.high)]
+        if math.isnan(self.low) or math.isnan(self.high):
+            return f"{numbers[0]} [{DASH}]"
+        return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def _decimal(value: float, percent: bool, signed: bool) -> str:
+    text = f"{100 * value:+.1f}" if percent else f"{value:+.3f}"
+    if float(text) == 0:
+        text = text.replace("-", "+")
+    return (text if signed else text.removeprefix("+")).replace("-", "\u2212")
+
+
+def format_cell(column: str, value: Any) -> str:
+    """A table cell as text: p values, whole numbers, three significant digits, a dash for nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return DASH
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return visible(str(value))
+    if (
+        column in ("p", "p_adjusted")
+        or column.startswith(("p_", "mcnemar_p"))
+        or column.endswith(("_p", "_p_adjusted"))
+    ):
+        return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    if float(value).is_integer():
+        return (
+            f"{int(value):,}".replace("-", "\u2212")
+            if column.startswith("n")
+            else f"{int(value)}".replace("-", "\u2212")
+        )
+    return f"{value:.3g}".replace("-", "\u2212")
+
+
+# --- tables
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to print: `columns` and rows of text; `total` rows are in the file `source`."""
+
+    source: str
+    columns: list[str]
+    rows: list[list[str]]
+    total: int
+
+
+def read_table(path: Path) -> pd.DataFrame | None:
+    """A CSV of stages 3 to 5; None where it is missing or empty. Raises UserError where it is damaged."""
+    import pandas as pd
+
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    try:
+        # A style may be named "None" or "NA": only an empty cell is missing.
+        return pd.read_csv(path, keep_default_na=False, na_values=["", "nan", "NaN"])
+    except (ValueError, OSError) as error:
+        why = one_line(str(error), 100)
+        raise UserError(f"{path}: cannot be read ({why}); delete it and run its stage again") from None
+
+
+def to_table(frame: pd.DataFrame, source: str, columns: Sequence[str] = (), max_rows: int = 40) -> Table:
+    """The chosen columns (default: all) as text, each estimate merged with its interval into one cell."""
+    merged = merge_intervals(frame)
+    names = [name for name in columns if name in merged.columns] or list(merged.columns)
+    rows = [
+        [format_cell(name, value) for name, value in zip(names, line, strict=True)]
+        for line in merged[names].head(max_rows).itertuples(index=False)
+    ]
+    return Table(source, [name.replace("_", " ") for name in names], rows, len(frame))
+
+
+def merge_intervals(frame: pd.DataFrame) -> pd.DataFrame:
+    """Replace `x`, `x_ci_low`, `x_ci_high` (and `estimate`, `ci_low`, `ci_high`) by one text column `x`."""
+    merged = frame.copy()
+    pairs = {name: (f"{name}_ci_low", f"{name}_ci_high") for name in frame.columns}
+    if "estimate" in pairs:
+        pairs["estimate"] = ("ci_low", "ci_high")
+    for name, (low, high) in pairs.items():
+        if low in frame.columns and high in frame.columns:
+            numbers = zip(frame[name], frame[low], frame[high], strict=True)
+            signed = "difference" in name or "change" in name
+            merged[name] = [Interval(*map(float, three)).text(signed=signed) for three in numbers]
+            merged = merged.drop(columns=[low, high])
+    return merged
+
+
+# --- the table that opens the report (and closes the pipeline)
+
+
+@dataclass(frozen=True)
+class HeadlineRow:
+    """One style: how often right, how that differs from the clean form, how near its answers, where attention goes."""
+
+    style: str
+    n: int
+    accuracy: Interval
+    difference: Interval
+    p_adjusted: float
+    similarity: Interval
+    task_fraction: Interval
+
+    def cells(self) -> list[str]:
+        """The row as text, in the order of HEADLINE_COLUMNS."""
+        return [
+            visible(self.style),
+            str(self.n),
+            self.accuracy.text(percent=True),
+            self.difference.text(percent=True, signed=True),
+            format_cell("p_adjusted", self.p_adjusted),
+            self.similarity.text(),
+            self.task_fraction.text(),
+        ]
+
+
+HEADLINE_COLUMNS = ["style", "n", "accuracy, %", "difference, points", "p (Holm)", "similarity", "attention on task"]
+NOTHING = Interval(math.nan)
+
+
+def headline_rows(counts: dict[str, int], results: Path) -> list[HeadlineRow]:
+    """A row for each style of a run (`counts`: style → number of prompts), from the summary CSVs in `results`."""
+    accuracy = by_style(read_table(results / "maths_summary.csv"))
+    similarity = by_style(read_table(results / "similarity_summary.csv"))
+    attention = by_style(read_table(results / "prompt_task_fraction_aggregate.csv"))
+    return [
+        HeadlineRow(
+            style=style,
+            n=count,
+            accuracy=interval_in(accuracy.get(style), "estimate"),
+            difference=interval_in(accuracy.get(style), "difference"),
+            p_adjusted=number_in(accuracy.get(style), "p_adjusted"),
+            similarity=interval_in(similarity.get(style), "estimate"),
+            task_fraction=interval_in(attention.get(style), "frac_task"),
+        )
+        for style, count in counts.items()
+    ]
+
+
+def headline_table(rows: Sequence[HeadlineRow]) -> tuple[list[str], list[list[str]]]:
+    """(columns, lines of text) of the rows, columns that say nothing left out."""
+    lines = [row.cells() for row in rows]
+    keep = [i for i in range(len(HEADLINE_COLUMNS)) if any(line[i] != DASH for line in lines)]
+    return [HEADLINE_COLUMNS[i] for i in keep], [[line[i] for i in keep] for line in lines]
+
+
+def by_style(frame: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
+    """The first row of each style, by the style's name."""
+    if frame is None or "style" not in frame.columns:
+        return {}
+    return {str(row["style"]): row for row in reversed(frame.to_dict("records"))}
+
+
+def interval_in(row: dict[str, Any] | None, name: str) -> Interval:
+    """An estimate with its interval from a summary row; NaN where it has none."""
+    low, high = ("ci_low", "ci_high") if name == "estimate" else (f"{name}_ci_low", f"{name}_ci_high")
+    return Interval(number_in(row, name), number_in(row, low), number_in(row, high))
+
+
+def number_in(row: dict[str, Any] | None, name: str) -> float:
+    """A number from a summary row; NaN where there is none."""
+    value = (row or {}).get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+@dataclass(frozen=True)
+class Whisker:
+    """Where an interval lies in a drawing of 0 to 100 wide, 0 in the middle."""
+
+    low: float
+    middle: float
+    high: float
+
+
+def whiskers(rows: Sequence[HeadlineRow]) -> tuple[list[Whisker | None], float]:
+    """(a drawing of each row's difference, the difference at its right edge); None where there is no interval."""
+    drawn = [
+        row.difference for row in rows if row.difference.text().endswith("]") and not math.isnan(row.difference.low)
+    ]
+    reach = max((abs(end) for one in drawn for end in (one.low, one.high)), default=0.0) or 1.0
+    scale = 48 / reach
+    return [
+        Whisker(*(50 + scale * value for value in (row.difference.low, row.difference.estimate, row.difference.high)))
+        if row.difference in drawn
+        else None
+        for row in rows
+    ], reach
+
+
+# --- prompts side by side
+
+CHANGED, ANY = "drawn from the pairs whose verdict changed", "drawn at random from all pairs"
+Segments = list[tuple[str, bool]]  # (text, does it differ)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A clean and a typo prompt with their answers, each cut into equal and different pieces."""
+
+    style: str
+    element_index: int
+    why: str
+    clean_prompt: Segments
+    style_prompt: Segments
+    clean_answer: Segments
+    style_answer: Segments
+    clean_verdict: str = ""
+    style_verdict: str = ""
+
+
+def visible(text: str) -> str:
+    """`text` with characters that nobody sees (soft hyphen, zero width) shown as a dot, and cut where very long."""
+    shown = "".join(INVISIBLE.get(letter, letter) for letter in text)
+    return shown if len(shown) <= MAX_TEXT else shown[:MAX_TEXT] + " […]"
+
+
+def word_difference(clean: str, other: str) -> tuple[Segments, Segments]:
+    """Both texts cut into words, blanks and marks, joined to pieces that are equal or differ; joined they are whole."""
+    a, b = (re.findall(r"\w+|\s+|[^\w\s]", visible(text)) for text in (clean, other))
+    left: Segments = []
+    right: Segments = []
+    for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        for pieces, target in (("".join(a[a0:a1]), left), ("".join(b[b0:b1]), right)):
+            if pieces:
+                target.append((pieces, kind != "equal"))
+    return left, right
+
+
+def pick_examples(
+    indices: dict[str, list[int]], clean: str, verdicts: dict[tuple[str, int], str], count: int, seed: int
+) -> list[tuple[str, int, str]]:
+    """(style, row, why) of `count` pairs: up to half whose verdict differs from the clean one's, the rest at random.
+
+    indices: rows of each style. Both halves are drawn with `seed`, styles in turn, so a common style is not all.
+    """
+    clean_rows = set(indices.get(clean, []))
+    pairs = [(style, row) for style in indices if style != clean for row in indices[style] if row in clean_rows]
+    changed = [pair for pair in pairs if (was := verdicts.get((clean, pair[1]))) and verdicts.get(pair, was) != was]
+    generator = random.Random(seed)
+    first = _in_turn(changed, generator)[: count // 2]
+    rest = [pair for pair in _in_turn(pairs, generator) if pair not in set(first)]
+    drawn = [(*pair, CHANGED) for pair in first]
+    return drawn + [(*pair, ANY) for pair in rest[: count - len(first)]]
+
+
+def _in_turn(pairs: list[tuple[str, int]], generator: random.Random) -> list[tuple[str, int]]:
+    """The pairs in random order, a different style each time as long as there is one."""
+    by_name: dict[str, list[tuple[str, int]]] = {}
+    for pair in generator.sample(pairs, len(pairs)):
+        by_name.setdefault(pair[0], []).append(pair)
+    queues, ordered = list(by_name.values()), []
+    while queues:
+        ordered += [queue.pop() for queue in queues]
+        queues = [queue for queue in queues if queue]
+    return ordered
+
+
+def read_examples(
+    run: Run, chosen: Sequence[tuple[str, int, str]], clean: str, verdicts: dict[tuple[str, int], str]
+) -> list[Example]:
+    """The chosen pairs with their texts; one .pt file in memory at a time."""
+    wanted = {(style, row) for style, row, _ in chosen} | {(clean, row) for _, row, _ in chosen}
+    found: dict[tuple[str, int], Prediction] = {}
+    for one in iter_predictions(run, [style for style in run.styles if any(style == pair[0] for pair in wanted)]):
+        if (one.style, one.original_index) in wanted and one.sample == 0:
+            found[one.style, one.original_index] = one
+    examples = []
+    for style, row, why in chosen:
+        before, after = found[clean, row], found[style, row]
+        prompts = word_difference(before.prompt or "", after.prompt or "")
+        answers = word_difference(*(answer_of(x) for x in (before, after)))
+        judged = [verdicts.get(key, "") for key in ((clean, row), (style, row))]
+        examples.append(Example(style, after.element_index, why, *prompts, *answers, *judged))
+    return examples
+
+
+def answer_of(one: Prediction) -> str:
+    """The response, blanks at its ends cut; prompt and response where a file of the reference format has but both."""
+    return (one.final_prediction if one.response is None else one.response).strip()
+
+
+def verdicts_in(results: Path) -> dict[tuple[str, int], str]:
+    """(style, row) → right or wrong, from maths_items.csv; empty where there is none."""
+    items = read_table(results / "maths_items.csv")
+    if items is None:
+        return {}
+    first = items.drop_duplicates(["style", "original_index"])
+    marks = zip(first["style"].astype(str), first["original_index"], first["correct"], strict=True)
+    return {(style, int(row)): "right" if mark in (1, True, "True") else "wrong" for style, row, mark in marks}
+
+
+# --- sections of plots and tables
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a stage wrote, under one heading. `figures`: (glob, what it shows); `tables`: (CSV, columns, what it is)."""
+
+    title: str
+    figures: tuple[tuple[str, str], ...]
+    tables: tuple[tuple[str, tuple[str, ...], str], ...]
+
+
+SUMMARY = (
+    "style", "measure", "n", "n_paired", "n_identical", "estimate", "difference",
+    "minimum_detectable_difference", "p", "p_adjusted",
+)  # fmt: skip
+
+SECTIONS = (
+    Section(
+        "Are the answers right?",
+        (("maths_*.png", ""),),
+        (("maths_summary.csv", SUMMARY, "Accuracy by style."),),
+    ),
+    Section(
+        "Do the answers mean the same?",
+        (("similarity*.png", ""), ("reward*.png", "")),
+        (
+            ("similarity_summary.csv", SUMMARY, "Similarity of each style's answer to the clean one."),
+            ("rewards_summary.csv", SUMMARY, "Reward scores by style."),
+        ),
+    ),
+    Section(
+        "Where does attention go?",
+        (("boxplot_frac_*.png", ""), ("boxplot_perlayer_*.png", "")),
+        (("prompt_task_fraction_aggregate.csv", (), "Attention fractions by style."),),
+    ),
+    Section("Which heads react?", (("head_*.png", ""),), (("head_sensitivity.csv", (), "Heads."),)),
+    Section(
+        "Which layers react?",
+        (("activation_*.png", ""), ("probe_*.png", "")),
+        (("activation_diffs.csv", (), "Layers."), ("probe_layers.csv", (), "Probes.")),
+    ),
+    Section("Which neurons react?", (("neuron_*.png", ""),), (("neuron_sensitivity.csv", (), "Neurons."),)),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An embedded picture."""
+
+    name: str
+    caption: str
+    data: str
+
+
+# --- the page
+
+
+def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, Any]:
+    """All that the template needs to know about one run."""
+    indices = {style: list(row_indices(run, style)) for style in run.styles}
+    rows = headline_rows({style: len(numbers) for style, numbers in indices.items()}, results)
+    columns, lines = headline_table(rows)
+    drawn, reach = whiskers(rows)
+    clean = run.clean_style
+    verdicts = verdicts_in(results)
+    chosen = pick_examples(indices, clean, verdicts, examples, seed) if clean else []
+    return {
+        "name": run.name,
+        "styles": len(indices),
+        "rows": len({number for numbers in indices.values() for number in numbers}),
+        "prompts": sum(len(numbers) for numbers in indices.values()),
+        "failures": sum(len(read_failures(folder)) for folder in run.styles.values()),
+        "clean": clean,
+        "made_with": made_with(run),
+        "captured": captured_on(run),
+        "headline_columns": columns,
+        "headline": list(zip(lines, drawn, strict=True)),
+        "headline_note": headline_note(columns, results),
+        "drawn": any(drawn),
+        "reach": f"{100 * reach:.0f}",
+        "sections": sections_of(results),
+        "examples": read_examples(run, chosen, clean or "", verdicts),
+        "drawn_changed": sum(why == CHANGED for *_, why in chosen),
+        "settings": settings_of(run),
+        "environments": environments_of(run),
+    }
+
+
+def made_with(run: Run) -> str:
+    """Model, revision and dtype of the run in a few words."""
+    settings = dict(settings_of(run))
+    revision = settings.get("revision", "None")
+    pinned = (
+        f", revision {revision}" if revision != "None" else f", files {settings.get('model_fingerprint', 'unknown')}"
+    )
+    return f"{settings.get('model_name', 'unknown model')}{pinned}, {settings.get('dtype', 'dtype unknown')}"
+
+
+def headline_note(columns: Sequence[str], results: Path) -> str:
+    """What the columns of the opening table mean."""
+    attention = read_table(results / "prompt_task_fraction_aggregate.csv")
+    query = "" if attention is None or "query" not in attention.columns else str(attention["query"].iloc[0])
+    whose = {"last": "of the last prompt token's attention", "mean": "of the mean prompt token's attention"}
+    notes = {
+        "n": "n: prompts run",
+        "accuracy, %": "accuracy: answers equal to the gold answer",
+        "difference, points": "difference: to the clean form, on the rows that both have, clustered by template",
+        "p (Holm)": "p: adjusted for the number of styles",
+        "similarity": "similarity: cosine between the embeddings of the answer and of the clean answer",
+        "attention on task": f"attention on task: share {whose.get(query, 'of attention')}, mean over layers and heads",
+    }
+    notes_shown = [notes[name] for name in columns if name in notes]
+    return "; ".join([*notes_shown, f"[{DASH}]: no interval, for nothing varied"]) + "."
+
+
+def row_indices(run: Run, style: str) -> Iterator[int]:
+    """Positions in the prompt file of a style's rows, one .pt file in memory at a time."""
+    for _, content in run.batches(style):
+        yield from (int(index) for index in content.get("original_indices", range(row_count(content))))
+
+
+def sections_of(results: Path) -> list[dict[str, Any]]:
+    """Every section that has a plot or a table in `results`; plots that no section knows come last."""
+    found, used = [], set()
+    for section in SECTIONS:
+        paths = {path: text for pattern, text in section.figures for path in sorted(results.glob(pattern))}
+        tables = [(name, columns, text, read_table(results / name)) for name, columns, text in section.tables]
+        shown = [(to_table(frame, name, columns), text) for name, columns, text, frame in tables if frame is not None]
+        if paths or shown:
+            found.append(_section(section.title, {p: text for p, text in paths.items() if p not in used}, shown))
+        used |= paths.keys()
+    rest = {
+        path: "A plot that this report does not know." for path in sorted(results.glob("*.png")) if path not in used
+    }
+    return [*found, _section("Further plots", rest, [])] if rest else found
+
+
+def _section(title: str, paths: dict[Path, str], tables: list[tuple[Table, str]]) -> dict[str, Any]:
+    """One of each kind of plot is shown at once, the others of its kind (a plot per style) wait under a fold."""
+    shown = {text: embedded(path, text) for path, text in reversed(paths.items())}
+    names = {figure.name for figure in shown.values()}
+    folded = [embedded(path, text) for path, text in paths.items() if path.name not in names]
+    return {"title": title, "figures": list(reversed(shown.values())), "folded": folded, "tables": tables}
+
+
+def embedded(path: Path, caption: str) -> Figure:
+    """A PNG as text inside the page."""
+    return Figure(path.name, caption, base64.b64encode(path.read_bytes()).decode("ascii"))
+
+
+def settings_of(run: Run) -> list[tuple[str, str]]:
+    """(name, value) of the settings that made the run; one that differs between styles is told for each."""
+    by_name: dict[str, dict[str, str]] = {}
+    for style in run.styles:
+        for name, value in _flat(run.settings(style).get("settings", {})):
+            by_name.setdefault(name, {})[style] = value
+    by_name.pop("style", None)
+    return [(name, _joined(values)) for name, values in by_name.items()]
+
+
+def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+
+
+def _joined(values: dict[str, str]) -> str:
+    """`value`, or `value (most styles); other (style a, style b)`."""
+    styles: dict[str, list[str]] = {}
+    for style, value in values.items():
+        styles.setdefault(value, []).append(style)
+    ordered = sorted(styles, key=lambda value: -len(styles[value]))
+    tails = [f"; for {', '.join(styles[value])}: {value}" for value in ordered[1:]]
+    return ordered[0] + "".join(tails)
+
+
+def environments_of(run: Run) -> list[str]:
+    """What the run was made with (versions, device, commit), each different one once."""
+    seen: dict[str, None] = {}
+    for style in run.styles:
+        for one in run.settings(style).get("environments", []):
+            seen[", ".join(f"{name} {value}" for name, value in one.items())] = None
+    return list(seen)
+
+
+def captured_on(run: Run) -> str:
+    """Day on which the newest .pt file of the run was written."""
+    newest = max((path.stat().st_mtime for style in run.styles for path in run.files(style)), default=0.0)
+    return time.strftime("%Y-%m-%d", time.localtime(newest))
+
+
+def build_report(runs: Sequence[tuple[Run, Path]], report: Path, examples: int = 10, seed: int = 0) -> Path:
+    """Write the report of (run, its results folder) pairs to `report`, and return that path."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).resolve().parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = environment.get_template(TEMPLATE).render(
+        title=report.resolve().parent.name,
+        runs=[run_context(run, results, examples, seed) for run, results in runs],
+        today=time.strftime("%Y-%m-%d"),
+        seed=seed,
+    )
+    write_text(report, page)
+    return report
+
+
+# --- script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--run_dir", type=Path, nargs="+", required=True, help="run folders of stage 2")
+    parser.add_argument("--results_dir", type=Path, nargs="+", help="their results; default: results/<run name>")
+    parser.add_argument("--report", type=Path, help="default: report.html in the (first) results folder")
+    parser.add_argument("--examples", type=int, default=10, help="pairs of prompts shown side by side, for each run")
+    parser.add_argument("--seed", type=int, default=0, help="which pairs are drawn")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report and print its path."""
+    args = parse_args(argv)
+    runs = [open_run(path) for path in args.run_dir]
+    folders = args.results_dir or [Path("results") / run.name for run in runs]
+    if len(folders) != len(runs):
+        raise UserError(f"{len(runs)} run folders but {len(folders)} results folders; give one for each run")
+    if args.examples < 0:
+        raise UserError(f"--examples {args.examples}: must be at least 0")
+    report = args.report or folders[0] / "report.html"
+    print(build_report(list(zip(runs, folders, strict=True)), report, args.examples, args.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

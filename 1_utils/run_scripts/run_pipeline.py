@@ -1,0 +1,322 @@
+"""Run stages 2 to 5 on one or more prompt files and write the report: each script as a user would call it, echoed.
+
+Reads   prompt files (0_data/*.json)
+Writes  outputs/<run_name>/<file>/    .pt files of stage 2, for each prompt file
+        results/<run_name>/<file>/    CSVs and plots of stages 3 to 5
+        results/<run_name>/report.html
+
+    python 1_utils/run_scripts/run_pipeline.py --model_name google/gemma-2-9b-it --prompt_file 0_data/maths.json \\
+        --styles normal swap three --max_samples 200 --run_name gemma
+
+A step that fails stops the run with its own message and exit code. The same command again goes on from there: stage 2
+keeps what it has, and a step whose arguments, inputs and code are the same as when it last succeeded is not run again.
+Flags after `--` go to stage 2 as they are: `-- --apply_chat_template --neurons`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from build_report import headline_rows, headline_table, row_indices
+from command_line import UserError, make_parser, run_main
+from file_output import write_json
+from load_json import PromptFile, read_prompt_file
+from run_store import open_run
+
+ROOT = Path(__file__).resolve().parents[2]
+STAMP = ".pipeline.json"
+EXIT_SOME_FAILED = 1
+DEFAULT_MODEL = "google/gemma-2-9b-it"
+REWARD_EXAMPLE = "OpenAssistant/reward-model-deberta-v3-large-v2"
+DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a stage's script. `results` is the folder that it writes into; None: the script resumes by itself."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    reads: tuple[Path, ...] = ()
+    results: Path | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that runs this step."""
+        return [sys.executable, str(ROOT / self.script), *self.arguments]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt file and what is done with it."""
+
+    prompts: PromptFile
+    output: Path
+    results: Path
+    max_samples: int | None
+    max_new_tokens: str | None
+    few_shot_file: str | None
+
+
+# --- what is to be done
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """One job for each prompt file. Raises UserError for a file that cannot be used, or two of one name."""
+    files = [read_prompt_file(path) for path in args.prompt_file]
+    names = [file.path.stem for file in files]
+    if len(set(names)) < len(names):
+        raise UserError(f"--prompt_file: two files are named {names}; their results would mix, so rename one")
+    limits = _for_each(args.max_samples, files, "--max_samples")
+    lengths = _for_each(args.max_new_tokens, files, "--max_new_tokens")
+    few_shot = _for_each(args.few_shot_file, files, "--few_shot_file")
+    return [
+        Job(
+            prompts=file,
+            output=args.output_dir / args.run_name / file.path.stem,
+            results=args.results_dir / args.run_name / file.path.stem,
+            max_samples=None if limits[i] is None else whole_number(limits[i], "--max_samples"),
+            max_new_tokens=lengths[i],
+            few_shot_file=None if few_shot[i] in (None, "none") else few_shot[i],
+        )
+        for i, file in enumerate(files)
+    ]
+
+
+def _for_each(values: Sequence[str] | None, files: Sequence[PromptFile], flag: str) -> list[str | None]:
+    """One value for each file: as given, or the only one for all."""
+    if values is None or len(values) == 1:
+        return [values[0] if values else None] * len(files)
+    if len(values) != len(files):
+        raise UserError(f"{flag}: {len(values)} values for {len(files)} prompt files; give one for all, or one each")
+    return list(values)
+
+
+def whole_number(text: str, flag: str) -> int:
+    """A number from 1 up. Raises UserError otherwise."""
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{flag} {text}: give a whole number from 1 up")
+    return int(text)
+
+
+def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
+    """The steps for one prompt file, in order."""
+    folders = ("--run_dir", str(job.output), "--results_dir", str(job.results))
+    items = job.results / "maths_items.csv"
+    scored = ("--maths_items", str(items)) if has_answers(job.prompts) else ()
+    stage_4, stage_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
+    calls: list[tuple[str, str, tuple[str, ...]]] = []
+    if scored:
+        calls.append(("accuracy", "3_maths_eval/run_scripts/evaluate_predictions.py", ()))
+    calls.append(("similarity", f"{stage_4}/compare_responses.py", ("--embedding_model", args.embedding_model)))
+    if args.reward_model:
+        calls.append(("reward scores", f"{stage_4}/score_scripts.py", ("--rm_name", args.reward_model)))
+    calls.append(("attention fractions", f"{stage_5}/dirs_eval.py", ()))
+    calls.append(("heads", f"{stage_5}/head_sensitivity.py", scored))
+    calls.append(("layers", f"{stage_5}/activation_diffs.py", ("--model_name", args.model_name)))
+    if "--neurons" in args.stage2_flags:
+        calls.append(("neurons", f"{stage_5}/neuron_sensitivity.py", ()))
+    calls.append(("probes", f"{stage_5}/probe_layers.py", scored))
+    reads = {name: (job.output, items) if extra == scored != () else (job.output,) for name, _, extra in calls}
+    steps = [Step(name, script, (*folders, *extra), reads[name], job.results) for name, script, extra in calls]
+    return [capture_step(job, args), *steps]
+
+
+def has_answers(prompts: PromptFile) -> bool:
+    """True where a row of the file holds a gold answer."""
+    return any(isinstance(row, dict) and "answer" in row for row in prompts.rows)
+
+
+def capture_step(job: Job, args: argparse.Namespace) -> Step:
+    """Stage 2 for one prompt file. It resumes by itself, so it is always called."""
+    arguments = ["--model_name", args.model_name, "--prompt_file", str(job.prompts.path)]
+    arguments += ["--prompt_keys", *args.styles, "--output_dir", str(job.output)]
+    for flag, value in (
+        ("--max_samples", job.max_samples),
+        ("--max_new_tokens", job.max_new_tokens),
+        ("--few_shot_file", job.few_shot_file),
+    ):
+        arguments += [flag, str(value)] if value is not None else []
+    if job.few_shot_file:
+        arguments += ["--stop_strings", "\\n"]  # a few-shot answer ends at its line
+    return Step("capture", "2_inference/run_scripts/attn_act_logi.py", (*arguments, *args.stage2_flags))
+
+
+def report_step(jobs: Sequence[Job], args: argparse.Namespace) -> Step:
+    """The report over all prompt files."""
+    folder = args.results_dir / args.run_name
+    arguments = ["--run_dir", *(str(job.output) for job in jobs), "--results_dir", *(str(job.results) for job in jobs)]
+    reads = (*(job.output for job in jobs), *(job.results for job in jobs))
+    report = ("--report", str(folder / "report.html"))
+    return Step("report", "1_utils/run_scripts/build_report.py", (*arguments, *report), reads, folder)
+
+
+# --- doing it
+
+
+def run_step(step: Step, number: str) -> int:
+    """Run a step unless it is done; returns its exit code. Its output goes where this script's goes."""
+    state = None if step.results is None else state_of(step)
+    if step.results is not None and is_done(step, state):
+        say(f"[{number}] {step.name}: done before")
+        return 0
+    say(f"[{number}] {step.name}\n    $ {printable(step)}")
+    before = {} if step.results is None else files_in(step.results)
+    start = time.monotonic()
+    code = subprocess.run(step.command).returncode
+    if code == 0 and step.results is not None:
+        after = files_in(step.results)
+        wrote = {name: mark for name, mark in after.items() if before.get(name) != mark}
+        remember(step, {"state": state, "wrote": wrote})
+    if code == 0:
+        say(f"    {time.monotonic() - start:.0f} s")
+    return code
+
+
+def printable(step: Step) -> str:
+    """The command as a reader can paste it."""
+    return shlex.join(["python", step.script, *step.arguments])
+
+
+def say(text: str) -> None:
+    """Print at once, so that lines stay in order with those of the steps."""
+    print(text, flush=True)
+
+
+def state_of(step: Step) -> dict[str, Any]:
+    """What a step's outcome depends on: arguments, the files it reads, its code."""
+    return {
+        "arguments": list(step.arguments),
+        "reads": {str(folder): files_in(folder) for folder in step.reads},
+        "code": code_of(step),
+    }
+
+
+def files_in(folder: Path) -> dict[str, list[int]]:
+    """Name → [size, time of change] of the files under a folder (or of one file); hidden ones and reports left out."""
+    found = {}
+    for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(".") and path.name != "report.html":
+            status = path.stat()
+            found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def code_of(step: Step) -> str:
+    """Hash over the scripts of the step's folder and the shared helpers."""
+    digest = hashlib.sha256()
+    for folder in sorted({(ROOT / step.script).parent, ROOT / "1_utils" / "run_scripts"}):
+        for path in sorted(folder.glob("*.py")) + sorted(folder.glob("*.html")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def is_done(step: Step, state: dict[str, Any] | None) -> bool:
+    """True where the step succeeded with this very state, and all that it wrote is still there, unchanged."""
+    assert step.results is not None
+    known = stamps_in(step.results).get(step.script)
+    if not known or known["state"] != state:
+        return False
+    there = files_in(step.results)
+    return all(there.get(name) == mark for name, mark in known["wrote"].items())
+
+
+def remember(step: Step, stamp: dict[str, Any]) -> None:
+    """Note that the step succeeded."""
+    assert step.results is not None
+    write_json(step.results / STAMP, stamps_in(step.results) | {step.script: stamp}, indent=None)
+
+
+def stamps_in(folder: Path) -> dict[str, Any]:
+    """The notes of earlier runs, by script; empty where there are none or they cannot be read."""
+    try:
+        stamps = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+# --- what came out
+
+
+def print_headline(jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """A table for each prompt file: accuracy, difference, similarity, attention, each with its interval."""
+    for job in jobs:
+        run = open_run(job.output)
+        counts = {style: sum(1 for _ in row_indices(run, style)) for style in run.styles}
+        columns, lines = headline_table(headline_rows(counts, job.results))
+        widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
+        say(f"\n{job.prompts.path.name}")
+        for line in [columns, *lines]:
+            cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+            say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+    say("\n[…]: 95 % intervals; difference: to the clean form, paired by row and clustered by template")
+    if not args.reward_model:
+        say(f"reward scoring was skipped: add --reward_model {REWARD_EXAMPLE} (fetched from the hub) or a local folder")
+    say(f"report: {args.results_dir / args.run_name / 'report.html'}")
+
+
+# --- script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = make_parser(__doc__)
+    data = parser.add_argument_group("prompts")
+    data.add_argument("--prompt_file", type=Path, nargs="+", required=True, help="JSON lists of objects")
+    data.add_argument("--styles", nargs="+", default=["all"], help="styles to run (the clean form among them)")
+    per_file = "one value for all prompt files, or one for each"
+    data.add_argument("--max_samples", nargs="+", help=f"first rows of a file; {per_file}; default: all")
+    data.add_argument("--few_shot_file", nargs="+", help=f"text before every prompt, or none; {per_file}")
+    data.add_argument("--max_new_tokens", nargs="+", help=f"longest answer; {per_file}; default: that of stage 2")
+    models = parser.add_argument_group("models (hub ids or local folders)")
+    models.add_argument("--model_name", default=DEFAULT_MODEL, help="the causal language model to study")
+    models.add_argument(
+        "--embedding_model", default=DEFAULT_EMBEDDING_MODEL, help="sentence embeddings, for similarity"
+    )
+    models.add_argument("--reward_model", help=f"for reward scores, such as {REWARD_EXAMPLE}; default: none, skipped")
+    places = parser.add_argument_group("places")
+    places.add_argument("--run_name", required=True, help="name of the folders below")
+    places.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where .pt files go")
+    places.add_argument("--results_dir", type=Path, default=Path("results"), help="where CSVs, plots and report go")
+    parser.add_argument("--keep_going", action="store_true", help="go on where some prompts failed in stage 2")
+    args = parser.parse_args(words[:cut])
+    args.stage2_flags = words[cut + 1 :]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the steps that are not done; print the closing table."""
+    args = parse_args(argv)
+    jobs = jobs_of(args)
+    steps = [step for job in jobs for step in steps_of(job, args)] + [report_step(jobs, args)]
+    start = time.monotonic()
+    for number, step in enumerate(steps, start=1):
+        code = run_step(step, f"{number}/{len(steps)}")
+        if code == EXIT_SOME_FAILED and args.keep_going and step.results is None:
+            say("    some prompts failed (see failures.csv); going on without them")
+        elif code != 0:
+            say(f"stopped: {step.script} ended with exit code {code} (its message is above); the same command goes on")
+            return code if code > 0 else 128 - code  # killed by a signal: as a shell tells it
+    print_headline(jobs, args)
+    say(f"{len(steps)} steps in {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,73 @@
+# make run     the demo: environment, embedded models, stages 2 to 5 on two prompt files, report
+# make test    every check and test
+# make stress  the long tests (minutes to hours)
+# make clean   remove the demo's outputs and results and the tools' caches (your own runs, models/ and .venv stay)
+#
+# Another Python:        make run PYTHON=/path/to/python3.12
+# A reward model, too:   make run REWARD_MODEL=OpenAssistant/reward-model-deberta-v3-large-v2
+# pip's own environment variables (PIP_INDEX_URL, PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL ...) hold here as anywhere.
+
+PYTHON ?= python3
+WORKERS ?= 2
+REWARD_MODEL ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
+
+.PHONY: help run test stress clean check
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+run: $(VENV)/.installed
+	@$(PY) 1_utils/run_scripts/fetch_models.py
+	@$(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo \
+	  --model_name models/SmolLM2-135M-Instruct --embedding_model models/all-MiniLM-L6-v2 \
+	  --prompt_file 0_data/maths.json 0_data/instructions.json \
+	  --max_samples 60 12 --max_new_tokens 16 48 \
+	  --few_shot_file 0_data/few_shot_maths.txt none \
+	  $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
+
+# One thread a worker: the workers share the cores, and so do not fight over them.
+test: $(VENV)/.installed-dev check
+	@$(PY) 1_utils/run_scripts/fetch_models.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not stress"
+
+check: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+stress: $(VENV)/.installed-dev
+	@$(PY) 1_utils/run_scripts/fetch_models.py
+	$(PY) -m pytest -m stress
+
+clean:
+	rm -rf outputs/demo results/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# --- the environment: made once, brought up to date when a requirements file changes
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: $(PYTHON) is missing or older than 3.11; install Python 3.11 or newer, or: make PYTHON=/path/to/python" >&2; \
+	  exit 2; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install --quiet pip; } >/dev/null 2>&1 \
+	  || { rm -rf $(VENV); \
+	       echo "error: $(PYTHON) can make no virtual environment; on Debian or Ubuntu: sudo apt install python3-venv" >&2; \
+	       exit 2; }
+
+# torch comes first and alone, so that where it comes from (a CPU or CUDA index, a folder) is settled before the rest.
+$(VENV)/.installed: requirements.txt | $(PY)
+	@echo "installing requirements.txt into $(VENV) (a few minutes the first time)"
+	@$(PIP_INSTALL) $$(grep '^torch==' requirements.txt)
+	@$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@$(PIP_INSTALL) --quiet -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,217 @@
+"""The rules of the house, held over every file: names, imports, the path line, `--help`, commands that are promised."""
+
+import ast
+import importlib.metadata
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(ROOT.glob("[0-9]_*/run_scripts/*.py"))
+SCRIPTS = [path for path in MODULES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+PATH_LINE = 'sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))'
+SHARED = "1_utils"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def every(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=name_of)
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names of all modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+@cache
+def help_of(path: Path) -> tuple[float, str]:
+    """(seconds of the best of three calls, text) of a script's --help, called from the file system's root."""
+    best, text = float("inf"), ""
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd="/")
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        text = done.stdout
+        if best < 1:
+            break
+    return best, text
+
+
+def test_there_are_scripts_to_look_at():
+    assert {path.parents[1].name[0] for path in MODULES} >= set("012345")
+    assert len(SCRIPTS) >= 10
+
+
+# --- scripts
+
+
+@every(SCRIPTS)
+def test_help_answers_within_a_second_from_any_folder(path):
+    seconds, text = help_of(path)
+    assert seconds < 1, f"--help took {seconds:.2f} s"
+    first = (ast.get_docstring(tree_of(path)) or "").splitlines()[0]
+    assert first in text, "--help does not show the docstring's first line"
+
+
+@every(SCRIPTS)
+def test_a_script_has_the_common_shape(path):
+    functions = {node.name: node for node in tree_of(path).body if isinstance(node, ast.FunctionDef)}
+    for name in ("parse_args", "main"):
+        assert [argument.arg for argument in functions[name].args.args] == ["argv"], f"{name}(argv=None)"
+    lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+    assert lines[-2:] == ['if __name__ == "__main__":', "    run_main(main)"]
+    assert name_of(path) in (ast.get_docstring(tree_of(path)) or ""), "the docstring shows no command that runs it"
+
+
+@every(SCRIPTS)
+def test_the_path_line_is_there_and_the_same(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.splitlines().count(PATH_LINE) == 1
+    assert text.count("sys.path") == 1, "sys.path is changed by the one path line alone"
+    body = tree_of(path).body
+    place = next(i for i, node in enumerate(body) if ast.get_source_segment(text, node) == PATH_LINE)
+    local = {other.stem for other in MODULES}
+    for node in body[:place]:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not local & set(names), "a helper is imported before the path line"
+
+
+@every([path for path in MODULES if path not in SCRIPTS])
+def test_other_modules_have_the_same_line_or_none(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("sys.path") == text.splitlines().count(PATH_LINE) <= 1
+
+
+# --- names and imports
+
+
+def test_module_names_are_unique_and_shadow_nothing():
+    counts = Counter(path.stem for path in MODULES)
+    assert [name for name, count in counts.items() if count > 1] == []
+    assert counts.keys() & sys.stdlib_module_names == set()
+    assert counts.keys() & importlib.metadata.packages_distributions().keys() == set()
+
+
+@every(MODULES)
+def test_no_stage_imports_another(path):
+    stage = path.parents[1].name
+    foreign = {other.stem for other in MODULES if other.parents[1].name not in (stage, SHARED)}
+    assert imports_of(path) & foreign == set()
+
+
+@every(MODULES)
+def test_a_module_imports_only_what_is_required(path):
+    names = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    required = {name.lower().replace("_", "-") for name in names}
+    # What torch and transformers themselves always bring.
+    required |= {"huggingface-hub", "tokenizers", "safetensors", "psutil"}
+    distributions = importlib.metadata.packages_distributions()
+    for name in imports_of(path) - sys.stdlib_module_names - {other.stem for other in MODULES}:
+        known = {found.lower().replace("_", "-") for found in distributions.get(name, [])}
+        assert known & required or name in OPTIONAL, f"{name} is in no requirements file"
+
+
+OPTIONAL = {"nnsight", "transformer_lens", "pynvml"}  # measured where a user has them
+
+
+# --- safety and portability
+
+
+@every(MODULES)
+def test_nothing_from_a_file_or_a_model_repository_is_executed(path):
+    for node in ast.walk(tree_of(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        trust = keywords.get("trust_remote_code")
+        assert not (isinstance(trust, ast.Constant) and trust.value), "trust_remote_code only by the user's flag"
+        called = ast.unparse(node.func)
+        assert called not in ("eval", "exec", "pickle.load", "pickle.loads", "os.system"), called
+        if called == "torch.load":
+            assert ast.unparse(keywords["weights_only"]) == "True"
+        if called.startswith("subprocess."):
+            assert "shell" not in keywords
+
+
+TEXT_FILES = [
+    path
+    for pattern in ("[0-9]_*/run_scripts/*.py", "[0-9]_*/hpc/*", "tests/*.py", "*.md", "Makefile", ".ci/*", "*.toml")
+    for path in sorted(ROOT.glob(pattern))
+    if path.is_file() and path != Path(__file__)
+]
+
+
+@every(TEXT_FILES)
+def test_no_path_of_one_machine(path):
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"(?<![\w.})>])/(work|home|root|opt|Users)/[\w.]+", text)
+    assert found is None, f"absolute path: {found}"
+
+
+@every(MODULES)
+def test_functions_are_short(path):
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= 60, f"{node.name} has {length} lines"
+
+
+# --- commands that the documentation promises
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The `python <script> …` commands of a text, continuation lines joined, split as a shell would."""
+    joined = text.replace("\\\n", " ")
+    found = re.findall(r"^[ \t!$]*python3? (\d_\w+/run_scripts/\w+\.py[^\n`]*)$", joined, re.MULTILINE)
+    return [shlex.split(command.partition(" #")[0], posix=True) for command in found]
+
+
+def check_command(words: list[str]) -> None:
+    script = ROOT / words[0]
+    assert script.is_file(), f"{words[0]} does not exist"
+    flags = {word.partition("=")[0] for word in words[1:] if word.startswith("--") and word != "--"}
+    known = set(re.findall(r"--\w+", help_of(script)[1].partition("options:")[2]))
+    assert flags <= known, f"{words[0]} has no {flags - known}"
+
+
+@every(SCRIPTS)
+def test_commands_of_the_docstring_work(path):
+    commands = commands_in(ast.get_docstring(tree_of(path)) or "")
+    assert commands, "no command in the docstring"
+    for words in commands:
+        check_command(words)
+
+
+@every(sorted(ROOT.glob("*.md")))
+def test_commands_of_the_documentation_work(path):
+    for words in commands_in(path.read_text(encoding="utf-8")):
+        check_command(words)
+
+
+def test_the_readme_shows_every_stage():
+    commands = commands_in((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {words[0][0] for words in commands} >= set("12345")

@@ -1,0 +1,276 @@
+"""The report on runs on disk: self-contained, escaped, numbers with their intervals, differences marked."""
+
+import base64
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from build_report import (
+    ANY,
+    CHANGED,
+    HeadlineRow,
+    Interval,
+    build_report,
+    format_cell,
+    headline_rows,
+    headline_table,
+    main,
+    merge_intervals,
+    pick_examples,
+    to_table,
+    whiskers,
+    word_difference,
+)
+from command_line import UserError
+from paired_stats import paired_summary
+from run_store import open_run
+from synthetic_run import prompt_rows, write_run
+
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+class Page(HTMLParser):
+    """Tags, their attributes and the text of a page, as a browser would find them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def score_items(run):
+    """maths_items.csv as stage 3 writes it, from the run's own answers."""
+    lines = []
+    for style in run.styles:
+        for _, content in run.batches(style):
+            for index, prompt, answer in zip(
+                content["original_indices"], content["prompts"], content["responses"], strict=True
+            ):
+                right = answer.strip() == run.row(index)["answer"]
+                lines.append({"style": style, "original_index": index, "prompt": prompt, "correct": right})
+    return pd.DataFrame(lines)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(run, results folder): 24 rows in two styles, with an evil prompt, answer, style, cell and file name."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = prompt_rows(24, ["swap", "polite"])
+    for row in rows:
+        row["polite"] = f"{EVIL} {row['polite']}"
+        row["<b>odd"] = row.pop("swap")
+
+    def change(row, style, index):
+        if index % 2:
+            row["response"] = f" {EVIL} {index} {style}"
+
+    run = open_run(write_run(folder / "run", rows, change=change))
+    results = folder / "results"
+    results.mkdir()
+    items = score_items(run)
+    items.to_csv(results / "maths_items.csv", index=False)
+    paired_summary(items, "correct", interval="wilson").to_csv(results / "maths_summary.csv", index=False)
+    pd.DataFrame({"style": ["polite"], "layer": [EVIL]}).to_csv(results / "activation_diffs.csv", index=False)
+    (results / "maths_accuracy.png").write_bytes(PNG)
+    (results / 'odd_"onerror=alert(1) x=".png').write_bytes(PNG)
+    return run, results
+
+
+@pytest.fixture(scope="module")
+def page_text(made):
+    run, results = made
+    return build_report([(run, results)], results / "report.html").read_text(encoding="utf-8")
+
+
+# --- the page
+
+
+def test_nothing_a_model_or_file_wrote_becomes_a_tag(page_text):
+    page = Page(page_text)
+    assert "script" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "b" not in page.tags
+    assert page.tags.count("img") == 2  # the two plots, none of the prompts' own
+    shown = "".join(page.text)
+    assert EVIL in shown
+    assert "<b>odd" in shown
+    assert page_text.count(html.escape(EVIL, quote=False)[:20]) > 3
+
+
+def test_the_page_is_self_contained(page_text):
+    page = Page(page_text)
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert links
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in links)
+    assert "@import" not in page_text
+    assert "link" not in page.tags
+    plots = [value.partition(",")[2] for name, value in page.attributes if name == "src"]
+    assert [base64.b64decode(plot) for plot in plots] == [PNG, PNG]
+
+
+def test_ten_pairs_are_shown_with_their_difference(made, page_text):
+    run, _ = made
+    assert page_text.count('<article class="pair">') == 10
+    for side in re.findall(r'<div class="label">clean prompt</div><div class="text">(.*?)</div>', page_text, re.DOTALL):
+        whole = html.unescape(re.sub(r"</?mark[^>]*>", "", side))
+        assert any(row["normal"] == whole for row in run.rows)
+    assert '<mark class="is">' in page_text
+    assert '<mark class="was">' in page_text
+
+
+def test_settings_and_counts_are_told(made, page_text):
+    shown = " ".join("".join(Page(page_text).text).split())
+    assert "72 prompts: 24 rows in 3 styles" in shown
+    assert "Model: synthetic" in shown
+    assert "schema_version" in shown
+
+
+def test_the_table_holds_the_numbers_of_the_summary(made, page_text):
+    _, results = made
+    summary = pd.read_csv(results / "maths_summary.csv").set_index("style").loc["polite"]
+    numbers = [f"{100 * summary[name]:.1f}" for name in ("estimate", "ci_low", "ci_high")]
+    assert f"<td>{numbers[0]} [{numbers[1]}, {numbers[2]}]</td>" in page_text
+
+
+def test_a_run_without_results_still_gives_a_report(made, tmp_path, capsys):
+    run, _ = made
+    (tmp_path / "empty").mkdir()
+    assert main(["--run_dir", str(run.path), "--results_dir", str(tmp_path / "empty"), "--examples", "3"]) == 0
+    path = capsys.readouterr().out.strip()
+    text = (tmp_path / "empty" / "report.html").read_text(encoding="utf-8")
+    assert path.endswith("report.html")
+    assert text.count('<article class="pair">') == 3
+
+
+def test_a_damaged_table_is_one_line(made, tmp_path):
+    run, _ = made
+    (tmp_path / "maths_summary.csv").write_bytes(b'style,n\n"broken,1\n2,3,4,5\n')
+    with pytest.raises(UserError, match=r"maths_summary\.csv: cannot be read"):
+        build_report([(run, tmp_path)], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_as_many_results_folders_as_runs(made):
+    run, results = made
+    with pytest.raises(UserError, match="1 run folders but 2 results folders"):
+        main(["--run_dir", str(run.path), "--results_dir", str(results), str(results)])
+
+
+# --- numbers
+
+
+def test_intervals_as_text():
+    assert Interval(0.5834, 0.457, 0.699).text(percent=True) == "58.3 [45.7, 69.9]"
+    assert Interval(-0.05, -0.12, 0.02).text(percent=True, signed=True) == "−5.0 [−12.0, +2.0]"
+    assert Interval(0.24, 0.2333, 0.2489).text() == "0.240 [0.233, 0.249]"
+    assert Interval(float("nan")).text() == "–"
+    assert Interval(0.0).text(percent=True, signed=True) == "+0.0 [–]"
+    assert Interval(-0.0001, -0.01, 0.01).text(percent=True, signed=True).startswith("+0.0 ")
+
+
+def test_cells_as_text():
+    assert format_cell("p", 0.0004) == "< 0.001"
+    assert format_cell("p_adjusted", 1.0) == "1.000"
+    assert format_cell("n", 1234) == "1,234"
+    assert format_cell("layer", -3.0) == "−3"
+    assert format_cell("cosine", 0.123456) == "0.123"
+    assert format_cell("x", float("nan")) == "–"
+    assert format_cell("word", "wa\u00adter") == "wa‧ter"
+
+
+def test_every_estimate_stands_with_its_interval():
+    frame = pd.DataFrame(
+        {"style": ["a"], "estimate": [0.5], "ci_low": [0.4], "ci_high": [0.6], "frac_task": [0.2]}
+        | {"frac_task_ci_low": [0.1], "frac_task_ci_high": [0.3], "difference": [0.1]}
+        | {"difference_ci_low": [-0.1], "difference_ci_high": [0.3]}
+    )
+    merged = merge_intervals(frame)
+    assert list(merged.columns) == ["style", "estimate", "frac_task", "difference"]
+    assert merged.iloc[0].tolist() == ["a", "0.500 [0.400, 0.600]", "0.200 [0.100, 0.300]", "+0.100 [−0.100, +0.300]"]
+
+
+def test_long_tables_say_how_long_they_are():
+    table = to_table(pd.DataFrame({"layer": range(100)}), "x.csv", max_rows=7)
+    assert (len(table.rows), table.total) == (7, 100)
+
+
+def test_headline_leaves_out_what_is_unknown(tmp_path):
+    attention = {"style": ["normal"], "frac_task": [0.25], "frac_task_ci_low": [0.2], "frac_task_ci_high": [0.3]}
+    pd.DataFrame(attention).to_csv(tmp_path / "prompt_task_fraction_aggregate.csv", index=False)
+    columns, lines = headline_table(headline_rows({"normal": 60, "swap": 59}, tmp_path))
+    assert columns == ["style", "n", "attention on task"]
+    assert lines == [["normal", "60", "0.250 [0.200, 0.300]"], ["swap", "59", "–"]]
+
+
+def test_whiskers_lie_where_the_numbers_are():
+    def row(*numbers):
+        unknown = Interval(float("nan"))
+        return HeadlineRow("s", 1, unknown, Interval(*numbers), float("nan"), unknown, unknown)
+
+    drawn, reach = whiskers([row(-0.1, -0.2, 0.0), row(0.1, 0.05, 0.15), row(0.0), row(float("nan"))])
+    assert reach == pytest.approx(0.2)
+    assert drawn[2] is drawn[3] is None
+    assert (drawn[0].low, drawn[0].middle, drawn[0].high) == pytest.approx((2, 26, 50))
+    assert drawn[1].middle - 50 == pytest.approx(24)
+
+
+# --- differences and choice
+
+
+@pytest.mark.parametrize(
+    ("clean", "other"),
+    [
+        ("What is 2 + 2?", "Waht is 2 + 2?"),
+        ("", "all new"),
+        ("same", "same"),
+        ("a  b", "a b"),
+        ("naïve 🙂 x", "naive 🙂 x"),
+    ],
+)
+def test_pieces_joined_are_the_texts(clean, other):
+    left, right = word_difference(clean, other)
+    assert "".join(text for text, _ in left) == clean
+    assert "".join(text for text, _ in right) == other
+    assert "".join(t for t, changed in left if not changed) == "".join(t for t, changed in right if not changed)
+
+
+def test_only_the_changed_words_are_marked():
+    left, right = word_difference("Count the apples: 2 + 3 =", "Count the appels: 2 + 3 =")
+    assert [text for text, changed in left if changed] == ["apples"]
+    assert [text for text, changed in right if changed] == ["appels"]
+    assert [t for t, changed in word_difference("water", "wa\u00adter")[1] if changed] == ["wa‧ter"]
+
+
+def test_examples_are_drawn_evenly_and_again_the_same():
+    indices = {"normal": list(range(50)), "swap": list(range(50)), "two": list(range(10))}
+    verdicts = {(style, row): "right" for style in indices for row in indices[style]} | {("swap", 7): "wrong"}
+    chosen = pick_examples(indices, "normal", verdicts, 10, seed=3)
+    assert chosen == pick_examples(indices, "normal", verdicts, 10, seed=3)
+    assert chosen[0] == ("swap", 7, CHANGED)
+    assert len({pair[:2] for pair in chosen}) == 10
+    assert sum(why == ANY for *_, why in chosen) == 9
+    assert sum(style == "two" for style, *_ in chosen) in (4, 5)
+
+
+def test_settings_that_differ_between_styles_are_told_apart(tmp_path):
+    run = open_run(write_run(tmp_path / "run", prompt_rows(4, ["swap"])))
+    path = run.styles["swap"] / "run.json"
+    stored = json.loads(path.read_text())
+    stored["settings"]["seed"] = 99
+    path.write_text(json.dumps(stored))
+    (tmp_path / "results").mkdir()
+    text = build_report([(run, tmp_path / "results")], tmp_path / "r.html", examples=0).read_text(encoding="utf-8")
+    assert "<dt>seed</dt><dd>0; for swap: 99</dd>" in text
