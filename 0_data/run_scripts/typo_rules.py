@@ -236,6 +236,8 @@ _NUMBER_WORD = _any_of(NUMBER_WORDS)
 _PATTERNS = {
     "code": re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|^(?: {4}|\t)[^\n]*", re.DOTALL | re.MULTILINE),
     "quote": re.compile(r"\"[^\"]*\"|\"[^\n]*|“[^”]*”|«[^»]*»|‘[^’\n]*’|(?<!\w)'[^\n]{1,300}?'(?!\w)"),
+    # Where marks do not pair up, the pairs are taken in the other way too: an opening mark before, a closing one after.
+    "paired": re.compile(r"(?<!\w)([\"`])(?=\S)[^\"`\n]*(?<=\S)\1(?!\w)"),
     "placeholder": re.compile(r"\{[^{}\n]*\}|\[[^\[\]\n]*\]|<[^<>\n]*>"),
     "expression": re.compile(rf"{_NUMBER}(?:\s{{0,9}}{_OPERATOR}\s{{0,9}}[-−+]?[($€£¥]?\d[\d.,]*+[)%]?)++"),
     "unit": re.compile(
