@@ -34,7 +34,7 @@ from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
 from logger import get_logger
 from make_variants import edit_log_path, log_table, make_variants
-from typo_rules import shuffled
+from typo_rules import STYLES, shuffled
 
 DATA = Path(__file__).resolve().parents[1]
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -137,16 +137,6 @@ def write_prompt(problem: Problem, wording: Wording) -> tuple[str, str]:
     return before + task + after, task
 
 
-def choose_wording(problem: Problem, wordings: Sequence[Wording], used: dict[str, list[Problem]]) -> Wording:
-    """The least used wording that fits the problem and has not been used for it; the first of equals."""
-    fitting = [
-        wording
-        for wording in wordings
-        if wording.operation in (problem.operation, "any") and wording.results in (problem.result, "any")
-    ]
-    return min(fitting, key=lambda wording: (problem in used[wording.template], len(used[wording.template])))
-
-
 def make_clean_rows(wordings: Sequence[Wording], seed: int) -> list[dict[str, Any]]:
     """The clean rows in file order, see the docstring of this script."""
     rng = random.Random(f"maths {seed}")
@@ -160,10 +150,38 @@ def make_clean_rows(wordings: Sequence[Wording], seed: int) -> list[dict[str, An
             for problem in itertools.islice(draw_problems(operation, result, digits, rng), count)
         ]
         for problem in shuffled(rng, problems):
-            wording = choose_wording(problem, wordings, used)
-            used[wording.template].append(problem)
-            rows.append(_make_row(len(rows) + 1, problem, wording, digits))
+            rows.append(_first_complete(len(rows) + 1, problem, digits, by_fitness(problem, wordings, used), seed))
+            used[rows[-1]["_template"]].append(problem)
     return rows
+
+
+def by_fitness(problem: Problem, wordings: Sequence[Wording], used: dict[str, list[Problem]]) -> list[Wording]:
+    """The wordings that fit the problem and were not used for it, the least used first."""
+    fitting = [
+        wording
+        for wording in wordings
+        if wording.operation in (problem.operation, "any")
+        and wording.results in (problem.result, "any")
+        and problem not in used[wording.template]
+    ]
+    return sorted(fitting, key=lambda wording: len(used[wording.template]))
+
+
+def _first_complete(
+    element_index: int, problem: Problem, digits: int, wordings: Sequence[Wording], seed: int
+) -> dict[str, Any]:
+    """The row in the first wording that can take every style (a change of wording changes what is drawn for it)."""
+    for wording in wordings:
+        row = _make_row(element_index, problem, wording, digits)
+        (complete,), _, _ = make_variants([row], seed=seed)
+        if all(style in complete for style in STYLES) and _all_differ(complete):
+            return row
+    raise UserError(f"no wording for {problem} can take every style; add wordings with more words")
+
+
+def _all_differ(row: dict[str, Any]) -> bool:
+    texts = [row["normal"], *(row[style] for style in STYLES)]
+    return len(set(texts)) == len(texts)
 
 
 def _make_row(element_index: int, problem: Problem, wording: Wording, digits: int) -> dict[str, Any]:
