@@ -263,7 +263,7 @@ def test_models_that_are_no_reward_models_are_refused(tmp_path: Path):
     untold = save(tmp_path / "untold", LlamaForSequenceClassification(config), tokenizer)
     with pytest.raises(UserError, match="without a chat template"):
         load_reward_model(untold, device=-1)
-    with pytest.raises(UserError, match="cannot be loaded") as told:
+    with pytest.raises(UserError, match="cannot be loaded as a reward model") as told:
         load_reward_model(str(tmp_path / "nowhere"), device=-1)
     assert "\n" not in str(told.value)
 

@@ -268,8 +268,12 @@ def _load_weights(name: str, dtype: str, revision: str | None, trust_remote_code
 def _cannot_load(name: str, error: Exception) -> UserError:
     if "gated" in str(error).lower():
         return UserError(f"{name}: is gated; accept its licence on the hub and log in with `hf auth login`")
+    if "connect" in str(error) and not Path(name).exists():
+        return UserError(
+            f"{name}: not in the local cache, and the hub cannot be reached; go online once, or give a local folder"
+        )
     why = one_line(str(error), 160)
-    return UserError(f"reward model {name} cannot be loaded ({why}); give --rm_name a folder or a name on the hub")
+    return UserError(f"{name}: cannot be loaded as a reward model ({why}); give a folder, or a name on the hub")
 
 
 def _kind(name: str, config: Any, tokenizer: Any) -> str:
