@@ -137,6 +137,6 @@ def _told(error: Exception, model_name: str, part: str) -> UserError:
             f"{model_name}: not in the local cache, and the hub cannot be reached; "
             "go online once, or give the path of a local folder"
         )
-    if "not a local folder" in low or "404" in low or "repository not found" in low or "hfvalidationerror" in low:
+    if "not a local folder" in low or "404" in low or "repository not found" in low or "repo id must be" in low:
         return UserError(f"{model_name}: no such model on the hub and no such folder; check --model_name")
     return UserError(f"{model_name}: the {part} cannot be loaded ({one_line(text, 300)})")

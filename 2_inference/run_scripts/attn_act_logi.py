@@ -32,6 +32,7 @@ from run_store import (
     SCHEMA_VERSION,
     begin_run,
     load_pt,
+    locked,
     record_failures,
     unpack_rows,
 )
@@ -530,6 +531,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning(f"{prompts.path}: and {len(prompts.problems) - 20} more such problems")
     jobs, reader = plan_jobs(args, prompts, styles)
     todo = [job for job in jobs if job.files]
+    with locked(args.output_dir):  # a folder that cannot be written is told now, not after an hour
+        pass
     preflight(todo, args.output_dir, args.force)
     stopped = False
     if todo:

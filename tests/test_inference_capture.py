@@ -1,0 +1,169 @@
+"""Every captured field against a plain eager forward pass of the same prompt alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from batching import BatchLimit
+from capture import CaptureOptions, Recorder
+from decoding import GenerationOptions, Generator, Prompt
+from load_json import read_prompt_file
+from prompt_reader import PromptReader, Rendering
+
+FEW_SHOT = "Write down the answer: 3 + 4 = 7\nWrite down the answer: 9 - 5 = 4\n"
+ROWS = [
+    {"normal": "Please calculate the sum: 7 + 5 =", "main": "Please calcukate the sum: 7 + 5 ="},
+    {"normal": "What is the total of these three numbers, naïve café 😀: 3 × 4 − 1 =", "main": "What is teh total"},
+    {"normal": "Sum: 1 + 1", "main": "Sun: 1 + 1"},
+    {"normal": "Explain why the sky is blue", "main": "Explain why the sky is bule"},
+]
+REGIONS = ["all", "last", "context", "instruction", "task", "first", "edited:main"]
+
+
+def prompt_reader(tmp_path, few_shot=FEW_SHOT):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+    pool = ["all", "last", "context", "instruction", "task", "edited"]
+    return PromptReader(read_prompt_file(path), tiny_models.tokenizer(), Rendering(few_shot), 200, pool)
+
+
+def captured(model, reader, options, batch_size, reuse_prefix, generation=None):
+    style = reader.style("normal")
+    prompts = [reader.prompt(style, position) for position in range(len(style.texts))]
+    recorder = Recorder(model, options)
+    generation = generation or GenerationOptions(max_new_tokens=12, eos_token_ids=frozenset([2]))
+    generator = Generator(model, reader.tokenizer, recorder, generation, BatchLimit(batch_size))
+    generator.set_regions(style.names, style.pooled)
+    generator.set_prefix(reader.shared_prefix() if reuse_prefix else [])
+    results = {result.prompt.key: result for result in generator.run([prompts])}
+    recorder.close()
+    return style, prompts, [results[prompt.key] for prompt in prompts]
+
+
+def reference(model, prompt: Prompt):
+    ids = torch.tensor([prompt.input_ids])
+    with torch.inference_mode():
+        return model(ids, output_hidden_states=True, output_attentions=True)
+
+
+def region_means(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens (last but one axis) of each region, by a plain loop."""
+    return torch.stack([values[..., mask[:, r], :].mean(-2) for r in range(mask.shape[1])], dim=-2)
+
+
+@pytest.mark.parametrize("reuse_prefix", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_fields_equal_an_eager_pass_of_the_prompt_alone(tmp_path, family, batch_size, reuse_prefix):
+    wide = {"sliding_window": 300} if reuse_prefix and family in ("mistral", "gemma2") else {}
+    model = tiny_models.model(family, **wide)
+    eager = tiny_models.model(family, attn_implementation="eager", **wide)
+    options = CaptureOptions(raw_layers=(0, 2, 3), topk_logits=5, topk_positions="all", neurons=True, entropy=False)
+    style, prompts, results = captured(model, prompt_reader(tmp_path), options, batch_size, reuse_prefix)
+    assert style.names == REGIONS
+    for prompt, result in zip(prompts, results, strict=True):
+        expected, fields, mask = reference(eager, prompt), result.fields, prompt.region_mask
+        states = torch.stack(expected.hidden_states)[:, 0]
+        maps = torch.stack(expected.attentions)[:, 0]  # [L,H,S,S]
+        keys = maps @ mask.float()
+        torch.testing.assert_close(
+            fields["span_mass"].float(), region_means(keys, mask), rtol=2e-3, atol=2e-3, equal_nan=True
+        )
+        pooled = [style.names.index(name) for name in style.pooled]
+        torch.testing.assert_close(
+            fields["hidden_pooled"], region_means(states, mask[:, pooled]), rtol=1e-4, atol=1e-4, equal_nan=True
+        )
+        for layer in (0, 2, 3):
+            torch.testing.assert_close(fields["hidden_states"][f"layer_{layer}"], states[layer], rtol=1e-4, atol=1e-4)
+        for layer in (0, 2):
+            torch.testing.assert_close(fields["attentions"][f"layer_{layer}"], maps[layer], rtol=1e-4, atol=1e-5)
+        logits = expected.logits[0].float()
+        torch.testing.assert_close(fields["topk_vals"], logits.topk(5).values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fields["logsumexp"], logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
+        own = logits.gather(1, fields["topk_indices"])  # indices may swap at ties, their logits may not
+        torch.testing.assert_close(own, fields["topk_vals"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_neurons_are_the_inputs_of_the_down_projection(tmp_path, family):
+    model = tiny_models.model(family)
+    options = CaptureOptions(raw_layers=(), neurons=True)
+    style, prompts, results = captured(model, prompt_reader(tmp_path), options, 4, False)
+    seen: list[torch.Tensor] = []
+    names = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h"}
+    wanted = names.get(family, "mlp.down_proj")
+    for name, module in model.named_modules():
+        if name.endswith(wanted):
+            module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    for prompt, result in zip(prompts, results, strict=True):
+        seen.clear()
+        reference(model, prompt)
+        mask = prompt.region_mask[:, [style.names.index(name) for name in style.pooled]]
+        activations = torch.stack([tensor.reshape(len(mask), -1) for tensor in seen])
+        torch.testing.assert_close(
+            result.fields["mlp_pooled"].float(), region_means(activations, mask), rtol=2e-3, atol=2e-3, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("reuse_prefix", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_entropy_is_relative_to_what_the_query_may_see(tmp_path, family, reuse_prefix):
+    wide = {"sliding_window": 300} if reuse_prefix and family in ("mistral", "gemma2") else {}
+    model = tiny_models.model(family, **wide)
+    eager = tiny_models.model(family, attn_implementation="eager", **wide)
+    options = CaptureOptions(raw_layers=(1,), entropy=True)
+    style, prompts, results = captured(model, prompt_reader(tmp_path), options, 4, reuse_prefix)
+    window = getattr(model.config, "sliding_window", None)
+    for prompt, result in zip(prompts, results, strict=True):
+        maps = torch.stack(reference(eager, prompt).attentions)[:, 0].double()
+        length = len(prompt.input_ids)
+        entropy = -(maps * maps.clamp(min=1e-300).log()).sum(-1)  # [L,H,S]
+        for layer in range(3):
+            slides = family == "mistral" or (
+                family == "gemma2" and model.config.layer_types[layer] == "sliding_attention"
+            )
+            seen = torch.arange(1, length + 1).clamp(max=window if slides else length).double()
+            relative = (entropy[layer] / seen.log())[:, 1:]  # the first token sees one key
+            for r in range(len(style.names)):
+                chosen = prompt.region_mask[1:, r]
+                got = result.fields["attention_entropy"][layer, :, r].double()
+                torch.testing.assert_close(got, relative[:, chosen].mean(-1), rtol=2e-3, atol=2e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_text_equals_generate_without_capture(tmp_path, family):
+    reader = prompt_reader(tmp_path)
+    style, prompts, results = captured(tiny_models.model(family), reader, CaptureOptions(raw_layers=(0,)), 2, False)
+    plain = tiny_models.model(family)
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = torch.tensor([prompt.input_ids])
+        out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert result.responses[0].ids == out[0, ids.shape[1] :].tolist()
+
+
+def test_repetition_penalty_equals_generate(tmp_path):
+    reader = prompt_reader(tmp_path)
+    generation = GenerationOptions(max_new_tokens=12, repetition_penalty=1.3, eos_token_ids=frozenset([2]))
+    _, prompts, results = captured(
+        tiny_models.model("llama"), reader, CaptureOptions(raw_layers=(0,)), 4, True, generation
+    )
+    plain = tiny_models.model("llama")
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = torch.tensor([prompt.input_ids])
+        out = plain.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, repetition_penalty=1.3
+        )
+        assert result.responses[0].ids == out[0, ids.shape[1] :].tolist()
+
+
+def test_mass_over_disjoint_regions_is_one(tmp_path):
+    style, _, results = captured(
+        tiny_models.model("llama"), prompt_reader(tmp_path), CaptureOptions(raw_layers=(0,)), 4, True
+    )
+    disjoint = [style.names.index(name) for name in ("context", "instruction", "task")]
+    for result in results:
+        whole = result.fields["span_mass"].float()[:, :, 0, disjoint].sum(-1)
+        torch.testing.assert_close(whole, torch.ones_like(whole), rtol=2e-3, atol=2e-3)

@@ -1,0 +1,533 @@
+"""Whole runs of the script on tiny models: what is written, resuming, shards, shortage of memory and of disk."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import attn_act_logi
+import decoding
+import pytest
+import tiny_models
+import torch
+from command_line import UserError
+from run_store import load_pt, open_run, pt_files, read_failures, unpack_rows
+
+SCRIPT = Path(attn_act_logi.__file__)
+WORDS = [
+    "please",
+    "calculate",
+    "the",
+    "sum",
+    "of",
+    "these",
+    "numbers",
+    "and",
+    "then",
+    "stop",
+    "quick",
+    "brown",
+    "fox",
+    "total",
+    "apples",
+    "market",
+    "answer",
+]
+FEW_SHOT = "Write down the answer: 3 + 4 = 7\n\n"
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return tiny_models.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory):
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.json", 23)
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    chance = random.Random(5)
+    rows = []
+    for number in range(count):
+        words = chance.choices(WORDS, k=chance.randint(2, 14))
+        clean = " ".join(words) + f": {number} + {chance.randint(1, 99)} ="
+        row = {"element_index": 100 + number, "normal": clean, "answer": "1"}
+        if number % 5:
+            row["swap"] = clean.replace(words[0], words[0][1] + words[0][0] + words[0][2:], 1)
+        rows.append(row)
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    path.with_suffix(".txt").write_text(FEW_SHOT, encoding="utf-8")
+    return path
+
+
+def arguments(model_dir, prompt_file, output, *more):
+    return [
+        "--model_name", model_dir, "--prompt_file", str(prompt_file), "--output_dir", str(output),
+        "--few_shot_file", str(prompt_file.with_suffix(".txt")), "--prompt_keys", "all", "--max_new_tokens", "6", *more,
+    ]  # fmt: skip
+
+
+def run(*args):
+    return attn_act_logi.main(arguments(*args))
+
+
+def rows_by_key(folder: Path) -> dict[tuple[str, int], dict]:
+    found = {}
+    run_ = open_run(folder)
+    for style in run_.styles:
+        for _, content in run_.batches(style):
+            for row in unpack_rows(content):
+                found[style, row["original_index"]] = row
+    return found
+
+
+def assert_same_run(folder: Path, expected: Path, exact: bool = False) -> None:
+    """The same files with the same rows; numbers to float32 rounding (float16 fields to theirs), texts equal."""
+    names = [sorted(p.relative_to(f) for p in f.rglob("*.pt")) for f in (folder, expected)]
+    assert names[0] == names[1]
+    left, right = rows_by_key(folder), rows_by_key(expected)
+    assert left.keys() == right.keys()
+    for key, row in left.items():
+        assert_same_value(row, right[key], key, exact)
+
+
+def assert_same_value(left, right, where, exact):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same_value(left[key], right[key], (*where, key), exact)
+    elif isinstance(left, torch.Tensor) and left.is_floating_point():
+        loose = 0 if exact else 2e-3 if left.dtype == torch.float16 else 2e-4
+        torch.testing.assert_close(left, right, rtol=loose, atol=loose, equal_nan=True, msg=lambda m: f"{where}: {m}")
+    elif isinstance(left, torch.Tensor):
+        assert where[-1] == "topk_indices" or torch.equal(left, right), where
+    elif isinstance(left, float):
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-4), where
+    else:
+        assert left == right, where
+
+
+@pytest.fixture(scope="session")
+def undisturbed(model_dir, prompt_file, tmp_path_factory):
+    """A whole run in one go, batch 1, no shared prefix: what every other way must equal."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run(model_dir, prompt_file, output, "--batch_size", "1", "--no_prefix_reuse") == 0
+    return output
+
+
+def test_a_file_holds_the_fields_of_the_contract(undisturbed, prompt_file):
+    opened = open_run(undisturbed)
+    assert list(opened.styles) == ["normal", "swap"]
+    assert json.loads((undisturbed / "prompts.json").read_text()) == json.loads(prompt_file.read_text())
+    (path,) = pt_files(undisturbed / "swap")
+    content = load_pt(path)
+    rows, tokens = len(content["original_indices"]), content["input_ids"].shape[1]
+    layers, heads, width, regions, pooled = 3, 4, 32, 7, 4
+    shapes = {
+        "input_ids": (rows, tokens), "attention_mask": (rows, tokens), "region_mask": (rows, tokens, regions),
+        "span_mass": (layers, rows, heads, regions, regions), "hidden_pooled": (layers + 1, rows, pooled, width),
+        "topk_vals": (rows, 1, 10), "topk_indices": (rows, 1, 10), "logsumexp": (rows, 1),
+    }  # fmt: skip
+    assert {key: tuple(content[key].shape) for key in shapes} == shapes
+    assert content["regions"] == ["all", "last", "context", "instruction", "task", "first", "edited"]
+    assert content["pooled_regions"] == ["last", "instruction", "task", "edited"]
+    assert content["hidden_states"]["layer_0"].shape == (rows, tokens, width)
+    assert content["attentions"]["layer_0"].shape == (rows, heads, tokens, tokens)
+    assert content["span_mass"].dtype == torch.float16
+    assert content["input_ids"].dtype == torch.int64
+    assert content["attention_mask"].dtype == content["region_mask"].dtype == torch.bool
+    assert not content["region_mask"][~content["attention_mask"]].any()
+    assert content["element_index"] == [100 + index for index in content["original_indices"]]
+    for prompt, response, whole in zip(
+        content["prompts"], content["responses"], content["final_predictions"], strict=True
+    ):
+        assert whole == FEW_SHOT + prompt + response
+
+
+@pytest.mark.parametrize("more", [["--batch_size", "7"], ["--batch_size", "16", "--no_prefix_reuse"], []])
+def test_batches_and_prefix_reuse_change_nothing(model_dir, prompt_file, undisturbed, tmp_path, more):
+    assert run(model_dir, prompt_file, tmp_path / "run", *more) == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("more", [["--neurons", "--entropy", "--topk_positions", "all", "--response_logprobs"]])
+def test_all_fields_are_the_same_for_any_batch(model_dir, prompt_file, tmp_path, more):
+    assert run(model_dir, prompt_file, tmp_path / "a", *more, "--batch_size", "1", "--no_prefix_reuse") == 0
+    assert run(model_dir, prompt_file, tmp_path / "b", *more, "--batch_size", "9") == 0
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+
+
+def test_shards_in_any_order_make_the_same_files(model_dir, prompt_file, tmp_path, monkeypatch):
+    import batching
+
+    monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
+    more = ["--response_logprobs"]
+    assert run(model_dir, prompt_file, tmp_path / "one", *more) == 0
+    for shard in (3, 0, 4, 1, 2):
+        assert run(model_dir, prompt_file, tmp_path / "five", "--shard", f"{shard}/5", *more) == 0
+    assert len(pt_files(tmp_path / "five" / "normal")) == 6
+    assert_same_run(tmp_path / "five", tmp_path / "one")
+
+
+def test_second_call_finds_all_done(model_dir, prompt_file, undisturbed, monkeypatch):
+    import load_model
+
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")}
+    monkeypatch.setattr(load_model, "load_model", None)  # the weights must not even be loaded
+    assert run(model_dir, prompt_file, undisturbed) == 0
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")} == before
+
+
+def test_another_runs_folder_is_refused_by_the_difference(model_dir, prompt_file, undisturbed):
+    with pytest.raises(UserError, match=r"other settings \(generation: .*max_new_tokens': 6.*max_new_tokens': 7"):
+        run(model_dir, prompt_file, undisturbed, "--max_new_tokens", "7")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "rows missing"])
+def test_damaged_files_are_run_again(model_dir, prompt_file, undisturbed, tmp_path, damage):
+    import shutil
+
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (path,) = pt_files(tmp_path / "run" / "normal")
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif damage == "garbage":
+        path.write_bytes(b"not a file of torch")
+    else:
+        from run_store import PER_FILE_KEYS, pack_rows
+
+        content = load_pt(path, mmap=False)
+        rows = unpack_rows(content)[3:11]
+        torch.save(pack_rows(rows, {key: content[key] for key in PER_FILE_KEYS}, 3), path)
+    assert run(model_dir, prompt_file, tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def one_process(args: list[str]) -> None:
+    """The script's work in a process of its own, a file every three rows, written slowly."""
+    import background_writer
+    import batching
+    import run_store
+
+    torch.set_num_threads(1)
+    batching.ROWS_PER_FILE = 3
+    background_writer.save_pt = lambda *a: (time.sleep(0.1), run_store.save_pt(*a))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(attn_act_logi.main(args))
+
+
+def kill_and_resume(model_dir, prompt_file, folder: Path, seed: int) -> int:
+    """Kill -9 the script at a random moment, again and again, until it ends by itself; returns the kills."""
+    chance = random.Random(seed)
+    processes = multiprocessing.get_context("forkserver")  # imports torch once, not for every process
+    processes.set_forkserver_preload(["attn_act_logi", "transformers", "decoding", "load_model", "prompt_reader"])
+    kills = 0
+    while True:
+        process = processes.Process(target=one_process, args=(arguments(model_dir, prompt_file, folder),))
+        process.start()
+        wait_for_output(process, folder)
+        process.join(timeout=chance.uniform(0.0, 0.35))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            return kills
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+
+
+def wait_for_output(process, folder: Path) -> None:
+    """Until this process has begun to write, so that kills fall into the work and not into the imports."""
+    known = {path: path.stat().st_mtime_ns for path in folder.rglob("*")} if folder.exists() else {}
+    for _ in range(1200):
+        if process.exitcode is not None:
+            return
+        now = {path: path.stat().st_mtime_ns for path in folder.rglob("*")} if folder.exists() else {}
+        if any("activations" in path.name for path in now.keys() - known.keys()):
+            return
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def small_files(model_dir, prompt_file, tmp_path_factory):
+    import batching
+
+    output = tmp_path_factory.mktemp("small") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "ROWS_PER_FILE", 3)
+        assert run(model_dir, prompt_file, output) == 0
+    return output
+
+
+def check_kills(model_dir, prompt_file, tmp_path, small_files, runs, first_seed=0):
+    kills = 0
+    for seed in range(first_seed, first_seed + runs):
+        folder = tmp_path / f"killed_{seed}"
+        kills += kill_and_resume(model_dir, prompt_file, folder, seed)
+        assert_same_run(folder, small_files)
+        kept = {p.name.split("_")[0] for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")}
+        assert kept == {"run.json", "activations", "prompts.json"}
+    return kills
+
+
+def test_kill_9_and_resume(model_dir, prompt_file, tmp_path, small_files):
+    assert check_kills(model_dir, prompt_file, tmp_path, small_files, runs=3) >= 10
+
+
+@pytest.mark.stress
+def test_kill_9_and_resume_a_hundred_times(model_dir, prompt_file, tmp_path, small_files):
+    assert check_kills(model_dir, prompt_file, tmp_path, small_files, runs=40, first_seed=100) >= 100
+
+
+def test_a_signal_keeps_what_was_under_way(model_dir, prompt_file, small_files, tmp_path, monkeypatch):
+    import batching
+
+    monkeypatch.setattr(batching, "ROWS_PER_FILE", 3)
+    calls = {"count": 0}
+    forward = decoding.Generator._forward
+
+    def interrupting(self, *args, **kwargs):
+        calls["count"] += 1
+        if calls["count"] == 9:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(decoding.Generator, "_forward", interrupting)
+    assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "4") == attn_act_logi.EXIT_STOPPED
+    kept = len(rows_by_key(tmp_path / "run"))
+    assert 0 < kept < len(rows_by_key(small_files))
+    assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "4") == 0
+    assert_same_run(tmp_path / "run", small_files)
+
+
+# --- shortage
+
+
+def test_batches_are_halved_when_memory_is_short(model_dir, prompt_file, undisturbed, tmp_path, monkeypatch):
+    forward = decoding.Generator._forward
+    shortages = []
+
+    def short_of_memory(self, ids, mask, cache, keep=1):
+        if ids.shape[0] > 2:
+            shortages.append(ids.shape)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, ids, mask, cache, keep)
+
+    monkeypatch.setattr(decoding.Generator, "_forward", short_of_memory)
+    assert run(model_dir, prompt_file, tmp_path / "run") == 0
+    assert shortages
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_memory_running_out_while_decoding_loses_nothing(model_dir, prompt_file, undisturbed, tmp_path, monkeypatch):
+    forward = decoding.Generator._forward
+    shortages = []
+
+    def short_of_memory(self, ids, mask, cache, keep=1):
+        if ids.shape[1] == 1 and ids.shape[0] > 3 and len(shortages) < 6:
+            shortages.append(ids.shape)
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return forward(self, ids, mask, cache, keep)
+
+    monkeypatch.setattr(decoding.Generator, "_forward", short_of_memory)
+    assert run(model_dir, prompt_file, tmp_path / "run") == 0
+    assert shortages
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_prompt_that_cannot_run_alone_is_told_and_tried_again(
+    model_dir, prompt_file, undisturbed, tmp_path, monkeypatch
+):
+    forward = decoding.Generator._forward
+    longest = max(row["input_ids"].shape[0] for row in rows_by_key(undisturbed).values())
+
+    def short_of_memory(self, ids, mask, cache, keep=1):
+        if mask.shape[1] >= longest and ids.shape[1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids, mask, cache, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Generator, "_forward", short_of_memory)
+        assert run(model_dir, prompt_file, tmp_path / "run") == 1
+    failed = {(s, i): line for s in ("normal", "swap") for i, line in read_failures(tmp_path / "run" / s).items()}
+    assert failed
+    assert all("out of memory even alone" in line[3] for line in failed.values())
+    assert failed.keys() | rows_by_key(tmp_path / "run").keys() == rows_by_key(undisturbed).keys()
+    assert not failed.keys() & rows_by_key(tmp_path / "run").keys()
+    assert run(model_dir, prompt_file, tmp_path / "run") == 0
+    assert not list((tmp_path / "run").rglob("failures.csv"))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_too_long_and_bad_rows_are_counted_and_told(model_dir, tmp_path, capsys):
+    rows = [
+        {"normal": "a fine prompt: 1 + 1 ="},
+        7,
+        {"normal": 3},
+        {"normal": "word " * 400},
+        {"normal": "half \ud800"},
+    ]
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(rows))
+    args = ["--model_name", model_dir, "--prompt_file", str(path), "--output_dir", str(tmp_path / "run")]
+    assert attn_act_logi.main(args) == 1
+    reasons = {index: line[3] for index, line in read_failures(tmp_path / "run").items()}
+    assert reasons.keys() == {1, 2, 3, 4}
+    assert "row 2: is a JSON number, not an object" in reasons[1]
+    assert "row 3, key 'normal': is a JSON number, not a string" in reasons[2]
+    assert "leave room for" in reasons[3]
+    assert "surrogate" in reasons[4]
+    assert "bad.json: row 2" in capsys.readouterr().err
+    assert len(rows_by_key(tmp_path / "run")) == 1
+
+
+def test_a_full_disk_is_one_line_and_no_partial_file(model_dir, prompt_file, undisturbed, tmp_path):
+    command = [sys.executable, str(SCRIPT), *arguments(model_dir, prompt_file, tmp_path / "run")]
+    signal_ignored = "import resource, signal, os, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited = signal_ignored + "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+    limited += "os.execv(sys.argv[1], sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", limited, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr.splitlines()[-1]
+    assert not list((tmp_path / "run").rglob("*.pt"))
+    assert not list((tmp_path / "run").rglob("*.part*"))
+    assert run(model_dir, prompt_file, tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_preflight_refuses_what_the_disk_cannot_hold(model_dir, prompt_file, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match="needs about"):
+        run(model_dir, prompt_file, tmp_path / "run")
+    assert not list(tmp_path.rglob("*.pt"))
+    assert run(model_dir, prompt_file, tmp_path / "run", "--force") == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--raw_layers", "none"], ["--neurons", "--topk_positions", "all", "--entropy"]])
+def test_the_estimate_is_within_a_tenth_of_what_is_written(model_dir, tmp_path, more, monkeypatch):
+    told = []
+    estimate = attn_act_logi.preflight
+    monkeypatch.setattr(attn_act_logi, "preflight", lambda *args: told.append(estimate(*args)))
+    prompts = write_prompts(tmp_path / "prompts.json", 200)
+    assert run(model_dir, prompts, tmp_path / "run", *more) == 0
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.pt"))
+    assert abs(told[0] - written) <= 0.1 * written
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt_keys", "nosuch"], r"no row has the key 'nosuch'; prompt keys there: normal \(23\), swap \(18\)"),
+        (["--shard", "5/5"], "write i/n"),
+        (["--raw_layers", "99"], "the model has layers 0 to 3"),
+        (["--num_samples", "3"], "greedy samples are all the same"),
+        (["--task_regex", "("], "not a regular expression"),
+        (["--output_dir", "/proc/nowhere"], "cannot write|choose another --output_dir"),
+        (["--model_name", "/no/such/model"], "no such model on the hub and no such folder"),
+        (["--prompt_file", "/no/such/file.json"], "no such file"),
+        (["--batch_size", "0"], "give a number or auto"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(model_dir, prompt_file, tmp_path, more, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run(model_dir, prompt_file, tmp_path / "run", *more)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_styles_need_a_choice(model_dir, prompt_file, tmp_path):
+    with pytest.raises(
+        UserError, match="holds several styles: normal \\(23\\), swap \\(18\\); choose with --prompt_keys"
+    ):
+        attn_act_logi.main(
+            ["--model_name", model_dir, "--prompt_file", str(prompt_file), "--output_dir", str(tmp_path / "run")]
+        )
+
+
+# --- sampling and log-probabilities
+
+
+def samples_of(folder: Path, style: str) -> dict[int, list[str]]:
+    return {index: row["response_samples"] for (s, index), row in rows_by_key(folder).items() if s == style}
+
+
+def test_samples_do_not_depend_on_the_batch_and_are_shared_across_styles(model_dir, tmp_path):
+    rows = [{"normal": f"sum: {n} + {n} =", "same": f"sum: {n} + {n} =", "swap": f"smu: {n} + {n} ="} for n in range(9)]
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(rows))
+    path.with_suffix(".txt").write_text(FEW_SHOT)
+    more = ["--num_samples", "3", "--temperature", "0.9", "--top_p", "0.95", "--seed", "4"]
+    assert run(model_dir, path, tmp_path / "a", *more, "--batch_size", "1") == 0
+    assert run(model_dir, path, tmp_path / "b", *more, "--batch_size", "16") == 0
+    assert run(model_dir, path, tmp_path / "c", *more[:-1], "5") == 0
+    assert samples_of(tmp_path / "a", "normal") == samples_of(tmp_path / "b", "normal")
+    assert samples_of(tmp_path / "a", "normal") == samples_of(tmp_path / "a", "same")
+    assert samples_of(tmp_path / "a", "normal") != samples_of(tmp_path / "c", "normal")
+    assert any(len(set(texts)) == 3 for texts in samples_of(tmp_path / "a", "normal").values())
+
+
+def test_sampled_tokens_follow_the_models_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).expand(4000, -1)
+    chooser = decoding.TokenChooser(decoding.GenerationOptions(temperature=0.7, seed=3))
+    mask = torch.zeros(1, 1, dtype=torch.bool)
+    responses = [decoding.Response(decoding.Prompt(key, [1], mask), 0) for key in range(4000)]
+    tokens, _ = chooser.choose(logits, responses)
+    shares = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
+    torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.7, -1), atol=0.025, rtol=0)
+
+
+def test_noise_is_uniform():
+    from scipy import stats
+
+    noise = decoding.uniform_noise(torch.arange(40), 5000)
+    assert 0 < float(noise.min()) <= float(noise.max()) < 1
+    assert stats.kstest(noise.flatten().numpy(), "uniform").pvalue > 0.01
+    assert abs(float(torch.corrcoef(noise).fill_diagonal_(0).abs().max())) < 0.07
+
+
+def test_response_logprobs_are_the_models(model_dir, prompt_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert run(model_dir, prompt_file, tmp_path / "run", "--response_logprobs") == 0
+    rows = rows_by_key(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+    def logprobs(prompt_ids, response_ids):
+        ids = torch.cat([prompt_ids, response_ids])[None]
+        with torch.inference_mode():
+            scores = model(ids).logits[0].log_softmax(-1)
+        return scores[len(prompt_ids) - 1 : -1].gather(1, response_ids[:, None])[:, 0]
+
+    for (style, index), row in rows.items():
+        own = logprobs(row["input_ids"], row["response_ids"])
+        torch.testing.assert_close(row["response_logprobs"], own, rtol=1e-3, atol=1e-3)
+        if style == "swap":
+            normal = rows["normal", index]["response_ids"]
+            expected = float(logprobs(row["input_ids"], normal).sum())
+            assert row["normal_response_logprob"] == pytest.approx(expected, abs=1e-3)
+            assert row["normal_response_token_count"] == len(normal)
+
+
+def test_stop_strings_end_a_response(model_dir, prompt_file, undisturbed, tmp_path):
+    texts = [row["response"] for row in rows_by_key(undisturbed).values()]
+    stop = max("abcdefghijklmnopqrstuvwxyz", key=lambda letter: sum(letter in text[1:] for text in texts))
+    assert run(model_dir, prompt_file, tmp_path / "run", "--stop_strings", stop) == 0
+    stopped = 0
+    for key, row in rows_by_key(tmp_path / "run").items():
+        whole = rows_by_key(undisturbed)[key]["response"]
+        assert row["response"] == whole.split(stop)[0]
+        assert row["final_prediction"].endswith(row["response"])
+        stopped += row["finish_reason"] == "stop"
+    assert stopped

@@ -1,0 +1,124 @@
+"""Regions of tokens, on byte-level BPE, SentencePiece-like and WordPiece tokenizers, with accents and emoji."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+from command_line import UserError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from token_spans import (
+    BASE_REGIONS,
+    character_regions,
+    edited_spans,
+    region_mask,
+    render_prompt,
+    task_span,
+    words_of,
+)
+
+KINDS = ["bytes", "metaspace", "wordpiece"]
+PROMPTS = [
+    ("Please calculate the sum: 7 + 5 =", "Please calcualte the sum: 7 + 5 ="),
+    ("Résumé, café 😀 naïve words: ½ × 3 − 1 =", "Résumé, cafe 😀 naïve words: ½ × 3 − 1 ="),
+    ("🎉🎉 Sum:  7 + 5\n=", "🎉🎉 Smu:  7 + 5\n="),
+    ("no colon here at all", "no colno here at all"),
+]
+
+
+def tokens_in(kind: str, prompt: str, clean: str, **how):
+    """(text of each region by its tokens' offsets, the mask, names) of a prompt."""
+    tokenizer = tiny_models.tokenizer(kind)
+    rendered = render_prompt(tokenizer, prompt, **how)
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    names = [*BASE_REGIONS, "edited"]
+    mask = region_mask(rendered, encoded["offset_mapping"], names, character_regions(prompt, names, clean=clean))
+    pieces = {}
+    for column, name in enumerate(names):
+        spans = [span for span, on in zip(encoded["offset_mapping"], mask[:, column].tolist(), strict=True) if on]
+        covered = sorted({character for a, b in spans for character in range(a, b)})
+        pieces[name] = "".join(rendered.text[c] for c in covered)
+    return pieces, mask, names
+
+
+@pytest.mark.parametrize("how", [{}, {"few_shot": "3 + 4 = 7\n\n"}, {"apply_chat_template": True}])
+@pytest.mark.parametrize(("clean", "variant"), PROMPTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_a_region_are_the_characters_it_stands_for(kind, clean, variant, how):
+    pieces, _, _ = tokens_in(kind, variant, clean, **how)
+    start, end = task_span(variant)
+    squeeze = "".join
+    assert squeeze(pieces["task"].split()) == squeeze(variant[start:end].split())
+    assert squeeze(pieces["instruction"].split()) == squeeze((variant[:start] + variant[end:]).split())
+    _, edited = edited_spans(clean, variant)
+    for a, b in edited:
+        assert variant[a:b] in pieces["edited"]
+    assert len(squeeze(pieces["edited"].split())) <= sum(b - a for a, b in edited) + 2  # a mark that shares its token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(min_size=1, max_size=60).filter(str.strip), shot=st.sampled_from(["", "1 + 1 = 2\n"]))
+def test_context_instruction_and_task_share_out_all_tokens(kind, prompt, shot):
+    _, mask, names = tokens_in(kind, prompt.encode("utf-8", "ignore").decode() or "x", "clean", few_shot=shot)
+    home = mask[:, [names.index(name) for name in ("context", "instruction", "task")]]
+    assert home.sum(1).eq(1).all()
+
+
+def test_chat_template_words_are_context_though_the_prompt_says_the_same():
+    pieces, _, _ = tokens_in("bytes", "user", "user", apply_chat_template=True)
+    assert pieces["task"].strip() == "user"
+    assert "assistant" in pieces["context"]
+
+
+def test_a_tokenizer_without_template_is_told_in_one_line():
+    tokenizer = tiny_models.tokenizer("bytes")
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(UserError, match="no chat template"):
+            render_prompt(tokenizer, "hello", apply_chat_template=True)
+    finally:
+        tokenizer.chat_template = template
+
+
+@pytest.mark.parametrize(
+    ("prompt", "task", "regex", "expected"),
+    [
+        ("Add up: 7 + 5", None, None, " 7 + 5"),
+        ("Add 7 + 5 now", "7 + 5", None, "7 + 5"),
+        ("At 10:30 add 7 + 5", "7 + 5", None, "7 + 5"),
+        ("Add 7 + 5 now", None, r"(\d.*\d)", "7 + 5"),
+        ("Add 7 + 5 now", "Add", r"\d.*\d", "7 + 5"),
+        ("nothing to split", None, None, "nothing to split"),
+        ("trailing colon:", None, None, "trailing colon:"),
+        ("no match", None, r"\d+", "no match"),
+    ],
+)
+def test_task_rule(prompt, task, regex, expected):
+    start, end = task_span(prompt, task, regex)
+    assert prompt[start:end] == expected
+
+
+@pytest.mark.parametrize(
+    ("clean", "variant", "in_clean", "in_variant"),
+    [
+        ("the cat sat", "the cta sat", ["cat"], ["cta"]),
+        ("the cat sat", "the  cat sat", ["cat"], ["cat"]),
+        ("the cat sat", "the ca\u00adt sat", ["cat"], ["ca\u00adt"]),
+        ("the cat sat", "the the cat sat", [], ["the"]),
+        ("the cat sat", "cat sat", ["the"], []),
+        ("the cat, sat", "the cat sat", [","], []),
+        ("a b c", "x a b c", [], ["x"]),
+        ("same text", "same text", [], []),
+        ("the cat sat", "thecat sat", ["the", "cat"], ["thecat"]),
+    ],
+)
+def test_edited_words_have_their_clean_twins(clean, variant, in_clean, in_variant):
+    left, right = edited_spans(clean, variant)
+    assert [clean[a:b] for a, b in left] == in_clean
+    assert [variant[a:b] for a, b in right] == in_variant
+
+
+def test_words_keep_accents_and_soft_hyphens_together():
+    text = "naïve cafe\u0301 ca\u00adt 3.5 😀"
+    assert [text[a:b] for a, b in words_of(text)] == ["naïve", "cafe\u0301", "ca\u00adt", "3", ".", "5", "😀"]
