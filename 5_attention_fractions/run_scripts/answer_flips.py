@@ -1,0 +1,108 @@
+"""Does a change go with the answer flipping from right to wrong? Point-biserial correlation, clustered, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from command_line import UserError
+from head_overlap import GroupSums
+
+GROUPS = 256  # clusters above this are pooled, so that memory stays flat
+MIN_FLIPS = 5  # fewer flips (or fewer kept answers) say nothing about a correlation
+
+
+class Answers:
+    """Which answers are right, from the maths_items.csv of stage 3."""
+
+    def __init__(self, path: Path) -> None:
+        import pandas as pd
+
+        try:
+            table = pd.read_csv(path)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; run stage 3 (evaluate_predictions.py) first") from None
+        except (ValueError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a readable CSV ({error}); run stage 3 again") from None
+        if missing := {"style", "original_index", "correct"} - set(table.columns):
+            raise UserError(f"{path}: lacks the column {sorted(missing)[0]!r}; give the maths_items.csv of stage 3")
+        if "sample" in table:
+            table = table[table["sample"] == table["sample"].min()]
+        words = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
+        correct = table["correct"].astype(str).str.lower().map(words)
+        keys = zip(table["style"].astype(str), table["original_index"].astype(int), strict=True)
+        self._correct = dict(zip(keys, correct, strict=True))
+
+    def flips(self, style: str, clean_style: str, indices: np.ndarray) -> np.ndarray:
+        """[n]: 1 where the clean answer is right and the style's wrong, 0 where both are right, else NaN."""
+        clean = np.array([self._correct.get((clean_style, int(i)), np.nan) for i in indices])
+        own = np.array([self._correct.get((style, int(i)), np.nan) for i in indices])
+        return np.where(clean == 1, 1 - own, np.nan)
+
+
+@dataclass(frozen=True)
+class Association:
+    """Arrays over the cells: correlation of change and flip with its interval, and the mean change on either side."""
+
+    n: np.ndarray
+    n_flipped: np.ndarray
+    r: np.ndarray
+    ci_low: np.ndarray
+    ci_high: np.ndarray
+    p: np.ndarray
+    change_if_flipped: np.ndarray
+    change_if_kept: np.ndarray
+
+
+class FlipMoments:
+    """Running moments of change and flip, cell by cell, in at most GROUPS groups of whole clusters."""
+
+    def __init__(self) -> None:
+        self._groups = GroupSums(GROUPS)  # of [5, *cells]: n, flips, change, change squared, change x flip
+
+    def add(self, change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> None:
+        """Add changes [b, *cells] and flips [b]; NaN in either is left out."""
+        flip = np.broadcast_to(flipped.reshape(-1, *[1] * (change.ndim - 1)), change.shape)
+        known = ~np.isnan(change) & ~np.isnan(flip)
+        change, flip = np.where(known, change, 0.0), np.where(known, flip, 0.0)
+        self._groups.add(np.stack([known, flip, change, change**2, change * flip], axis=1), clusters)
+
+    def finish(self) -> Association | None:
+        """Point-biserial r with a jackknife over the groups; None without rows.
+
+        r is Pearson's correlation of the change and the flip (0 or 1). The interval and p are Student's t on Fisher's
+        z = artanh(r), its standard error from leaving out one group of clusters at a time. NaN with fewer than
+        MIN_FLIPS flips or kept answers, or where the change does not vary.
+        """
+        from scipy import stats
+
+        if self._groups.sums is None:
+            return None
+        moments = self._groups.sums[self._groups.sums[:, 0].reshape(GROUPS, -1).any(axis=1)]
+        if not len(moments):
+            return None
+        total = moments.sum(axis=0)
+        count, (n, flips, change, _, product) = len(moments), total
+        z = np.arctanh(_correlation(total))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = np.where((flips >= MIN_FLIPS) & (n - flips >= MIN_FLIPS), z, np.nan)
+            left_out = np.stack([np.arctanh(_correlation(total - one)) for one in moments])
+            error = np.sqrt((count - 1) / count * ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0))
+            p = 2 * stats.t.sf(np.abs(z / error), count - 1)
+            half = stats.t.ppf(0.975, count - 1) * error if count > 1 else np.full_like(z, np.nan)
+            sides = product / flips, (change - product) / (n - flips)
+        whole = n.astype(int), np.rint(flips).astype(int)
+        return Association(*whole, np.tanh(z), np.tanh(z - half), np.tanh(z + half), p, *sides)
+
+
+def _correlation(moments: np.ndarray) -> np.ndarray:
+    """Pearson's r from the moments [5, *cells]; NaN where either side does not vary."""
+    n, flips, change, square, product = moments
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = square / n - (change / n) ** 2
+        spread = np.where(spread > 1e-12 * np.maximum(square / n, 1e-30), spread, np.nan)
+        share = flips / n
+        r = (product / n - change / n * share) / np.sqrt(spread * share * (1 - share))
+        return np.where(np.isfinite(r), np.clip(r, -1 + 1e-12, 1 - 1e-12), np.nan)

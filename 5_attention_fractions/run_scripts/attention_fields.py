@@ -1,0 +1,193 @@
+"""What one .pt file says about attention, as small arrays per row: mass on regions, its baseline, entropy.
+
+Two queries: `last`, the last prompt token, and `mean`, the mean over all prompt tokens. Five key regions: `context`,
+`instruction`, `task`, `edited` (in the clean run: the words that the compared style will change) and `first`, the
+first token of the sequence, the usual attention sink. For a row with n tokens and attention A[q, k]:
+
+    mass(last, R)    = sum_{k in R} A[n, k]
+    mass(mean, R)    = 1/n sum_q sum_{k in R} A[q, k]
+    uniform(last, R) = |R| / n                                   the mass if every visible key got the same
+    uniform(mean, R) = 1/n sum_q |{k in R, k <= q}| / q          the same, a query seeing itself and all before it
+
+A layer with a sliding window shorter than the prompt sees fewer keys than `uniform` supposes.
+
+Masses come from `span_mass`, all layers, or where a file has none from the raw maps in `attentions`. Pads count in
+nothing. An empty `edited` is NaN, for the row has no such word; any other empty region has mass 0.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from command_line import UserError
+from paired_rows import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from reference_format import TokenRegions
+
+QUERIES = ("last", "mean")
+REGIONS = ("context", "instruction", "task", "edited", "first")
+ENTROPY_QUERIES = ("last", "mean", "edited")
+SPAN_NAMES = {"mean": "all"}  # our query → its name among the file's regions
+
+
+def attention_fields(
+    content: dict[str, Any], path: Path, edited: str | None, reference: TokenRegions | None = None
+) -> Batch:
+    """Arrays with the B rows of a file on their first axis.
+
+    edited: the file's name for the edited region (`edited`, or `edited:<style>` in the clean run), None for none.
+    mass [B,L,H,Q,R] float32, uniform [B,Q,R], tokens [B,R], holds_first [B,R] (0 or 1: the region holds the first
+    token), entropy [B,L,H,3] (normalised, of the last token, the mean query and the edited words; NaN where unknown).
+    Raises UserError where the file holds no attention, or no regions and no tokenizer to find them with.
+    """
+    names, mask, real = regions_of(content, path, reference)
+    keys = _selected(mask, names, [edited if name == "edited" else name for name in REGIONS])
+    if "first" not in names:
+        keys[..., REGIONS.index("first")] = _first_token(real)
+    tokens = keys.sum(axis=1)
+    fields = {"tokens": tokens, "uniform": uniform_mass(keys, real), "holds_first": _holds_first(keys, real)}
+    if "span_mass" in content:
+        fields["mass"] = _select_mass(content["span_mass"], names, edited)
+        fields["entropy"] = _select_entropy(content, names, edited)
+    elif content.get("attentions"):
+        fields["mass"], fields["entropy"] = _from_maps(content["attentions"], keys, real)
+    else:
+        raise UserError(f"{path}: holds neither span_mass nor attentions; run stage 2 with attention capture")
+    no_edit = tokens[:, REGIONS.index("edited")] == 0
+    fields["mass"][no_edit, ..., REGIONS.index("edited")] = np.nan
+    return fields
+
+
+def layers_of(content: dict[str, Any]) -> list[int]:
+    """Numbers of the layers that `attention_fields` returns: all, or those with a raw map."""
+    if "span_mass" in content:
+        return list(range(content["span_mass"].shape[0]))
+    return sorted(layer_number(name) for name in content.get("attentions", {}))
+
+
+def edited_region(style: str, clean_style: str | None, compared: str | None = None) -> str | None:
+    """Name of the edited region in a file of `style`; in the clean run, of the words that `compared` will change."""
+    if style != clean_style:
+        return "edited"
+    return None if compared is None else f"edited:{compared}"
+
+
+def regions_of(
+    content: dict[str, Any], path: Path, reference: TokenRegions | None = None
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(region names, region mask [B,S,R] bool, real tokens [B,S] bool) of a file."""
+    if "region_mask" in content:
+        return list(content["regions"]), content["region_mask"].numpy(), content["attention_mask"].bool().numpy()
+    if reference is None:
+        raise UserError(f"{path}: has no region_mask; give --tokenizer NAME, so that regions are found from its tokens")
+    return reference.find(content, path)
+
+
+def uniform_mass(keys: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Mass [B,Q,R] that uniform causal attention gives to the regions keys [B,S,R]; real [B,S] marks the tokens."""
+    count = real.sum(axis=1)
+    last = keys.sum(axis=1) / count[:, None]
+    seen = np.maximum(real.cumsum(axis=1), 1)[..., None]
+    mean = (keys.cumsum(axis=1) / seen * real[..., None]).sum(axis=1) / count[:, None]
+    return np.stack([last, mean], axis=1)
+
+
+# --- from span_mass
+
+
+def _select_mass(span_mass: torch.Tensor, names: list[str], edited: str | None) -> np.ndarray:
+    queries = [names.index(SPAN_NAMES.get(query, query)) for query in QUERIES]
+    wanted = [edited if name == "edited" else name for name in REGIONS]
+    have = [position for position, name in enumerate(wanted) if name in names]
+    columns = [names.index(str(wanted[position])) for position in have]
+    picked = span_mass[:, :, :, queries][..., columns].float().numpy()  # [L,B,H,Q,·]
+    mass = np.full((*picked.shape[:-1], len(REGIONS)), np.nan, dtype=np.float32)
+    mass[..., have] = picked
+    return mass.swapaxes(0, 1)
+
+
+def _select_entropy(content: dict[str, Any], names: list[str], edited: str | None) -> np.ndarray:
+    layers, rows, heads = content["span_mass"].shape[:3]
+    entropy = np.full((rows, layers, heads, len(ENTROPY_QUERIES)), np.nan, dtype=np.float32)
+    if "attention_entropy" not in content:
+        return entropy
+    for column, query in enumerate(ENTROPY_QUERIES):
+        name = edited if query == "edited" else SPAN_NAMES.get(query, query)
+        if name in names:
+            entropy[..., column] = content["attention_entropy"][..., names.index(name)].float().numpy().swapaxes(0, 1)
+    return entropy
+
+
+# --- from raw maps
+
+
+def _from_maps(maps: dict[str, torch.Tensor], keys: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    masses, entropies = [], []
+    for name in sorted(maps, key=layer_number):
+        attention = maps[name].float().numpy()  # one layer in memory at a time
+        masses.append(map_mass(attention, keys, real))
+        entropies.append(map_entropy(attention, keys[..., REGIONS.index("edited")], real))
+    return np.stack(masses, axis=1), np.stack(entropies, axis=1)
+
+
+def map_mass(attention: np.ndarray, keys: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Mass [B,H,Q,R] of one layer's maps [B,H,S,S] on the regions keys [B,S,R]."""
+    weights = _query_weights(real)  # [B,Q,S]
+    queried = np.einsum("bqs,bhst->bhqt", weights, attention, optimize=True)
+    return np.einsum("bhqt,btr->bhqr", queried, keys.astype(np.float32)).astype(np.float32)
+
+
+def map_entropy(attention: np.ndarray, edited: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Normalised entropy [B,H,3] of one layer's maps [B,H,S,S] for the last token, the mean query, the edited words.
+
+    Mean over the queries of H(attention) / log(number of keys that the query may see); a query that sees one key
+    only is left out.
+    """
+    from scipy.special import entr
+
+    seen = real.cumsum(axis=1)
+    counted = real & (seen > 1)
+    allowed = real[:, None, None, :] & counted[:, None, :, None]
+    entropy = np.where(allowed, entr(attention), 0.0).sum(axis=-1)  # [B,H,S]
+    entropy = entropy / np.log(np.maximum(seen, 2))[:, None]
+    last = _last_token(real)
+    chosen = np.stack([last & counted, counted, edited.astype(bool) & counted], axis=-1).astype(np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.einsum("bhs,bsq->bhq", entropy, chosen) / chosen.sum(axis=1)[:, None]
+
+
+def _query_weights(real: np.ndarray) -> np.ndarray:
+    return np.stack([_last_token(real), real / real.sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
+
+
+# --- tokens
+
+
+def _selected(mask: np.ndarray, names: list[str], wanted: list[str | None]) -> np.ndarray:
+    """Columns [B,S,R] of the region mask; a region that the file does not have is empty."""
+    chosen = np.zeros((*mask.shape[:2], len(wanted)), dtype=bool)
+    for column, name in enumerate(wanted):
+        if name in names:
+            chosen[..., column] = mask[..., names.index(name)]
+    return chosen
+
+
+def _first_token(real: np.ndarray) -> np.ndarray:
+    return real & (real.cumsum(axis=1) == 1)
+
+
+def _last_token(real: np.ndarray) -> np.ndarray:
+    return real & (real.cumsum(axis=1) == real.sum(axis=1, keepdims=True))
+
+
+def _holds_first(keys: np.ndarray, real: np.ndarray) -> np.ndarray:
+    return (keys & _first_token(real)[..., None]).any(axis=1).astype(np.float32)
+
+
+def layer_number(name: str) -> int:
+    """5 of `layer_5`."""
+    return int(str(name).rpartition("_")[2])

@@ -1,0 +1,439 @@
+"""Where attention goes: the fraction on the instruction, the task, the edited words, per style, layer and head.
+
+Reads   outputs/<run>/<style>/activations_*.pt (span_mass, or raw maps; the reference format with --tokenizer)
+Writes  attention_fractions.csv                every region, query and measure; model, layers and heads
+        prompt_task_fraction_aggregate.csv, _perlayer.csv, _perhead.csv    frac_prompt and frac_task, one row a cell
+        boxplot_frac_prompt.png, boxplot_frac_task.png, boxplot_perlayer_frac_prompt_<style>.png
+
+    python 5_attention_fractions/run_scripts/dirs_eval.py --run_dir outputs/demo/maths --results_dir results/demo/maths
+
+fraction  attention mass on a region, 0 to 1; context, instruction and task are disjoint and sum to 1
+baseline  the fraction if each query spread its attention evenly over the tokens it may see: the share of tokens
+density   fraction / baseline per row: 1 is even attention, 2 is twice the mass per token; missing for an empty region
+query     `last`, the last prompt token, or `mean`, the mean over all prompt tokens
+first_token  `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
+          (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left
+
+A style's difference is to the clean form on the same rows, rows whose text equals the clean one left out
+(n_identical); `edited` is compared with the same words in the clean form. Intervals and p values are clustered by
+template; p_adjusted is Holm's over styles for the model, Benjamini-Hochberg's over layers, and over layers x heads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import UserError, make_parser, run_main
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from paired_rows import Batch, Extract
+    from paired_stats import ClusterSums
+    from run_store import Run
+
+QUERIES = ("last", "mean")
+FIRST_TOKEN = ("included", "excluded")
+REGIONS = ("context", "instruction", "task", "edited", "first")
+MEASURES = ("fraction", "density")
+_ALL_CELLS = list(itertools.product(QUERIES, FIRST_TOKEN, REGIONS, MEASURES))
+CELLS = [cell for cell in _ALL_CELLS if cell[1:3] != ("excluded", "first")]  # the last axis of `fraction_cells`
+OLD_NAMES = {"instruction": "frac_prompt", "task": "frac_task"}
+MIN_OFF_FIRST = 0.01  # below this the float16 mass off the first token is mostly rounding
+MAX_CLUSTERS = 256  # clusters above this are pooled, so that memory stays flat
+BINS = 10_000  # of the box plots' running histograms
+
+
+# --- values of one file
+
+
+def fraction_cells(fields: Batch) -> np.ndarray:
+    """Fractions and densities [B,L,H,K] of a file's rows, K in the order of CELLS; see the top for the formulas."""
+    import numpy as np
+
+    holds = fields["holds_first"]
+    fraction = _with_and_without_first(fields["mass"], holds[:, None, None, None])  # [B,L,H,Q,2,R]
+    baseline = baseline_of(fields)[:, None, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        density = np.where(baseline > 0, fraction / baseline, np.nan)
+    both = np.stack([fraction, density], axis=-1).reshape(*fraction.shape[:3], len(_ALL_CELLS))
+    return both[..., [_ALL_CELLS.index(cell) for cell in CELLS]]
+
+
+def baseline_of(fields: Batch) -> np.ndarray:
+    """The fractions [B,Q,2,R] that even attention would give, first token included and excluded."""
+    return _with_and_without_first(fields["uniform"], fields["holds_first"][:, None])
+
+
+def _with_and_without_first(mass: np.ndarray, holds_first: np.ndarray) -> np.ndarray:
+    """Mass [...,Q,R] with and without the first token, [...,Q,2,R]."""
+    import numpy as np
+
+    column = REGIONS.index("first")
+    first = mass[..., column : column + 1]
+    left = 1 - first
+    with np.errstate(divide="ignore", invalid="ignore"):
+        without = np.where(left >= MIN_OFF_FIRST, (mass - holds_first * first) / left, np.nan)
+    without[..., column] = np.nan
+    return np.stack([mass, without], axis=-2)
+
+
+def all_levels(values: np.ndarray) -> np.ndarray:
+    """[B,L,H,K] → [B, L*H + L + 1, K]: the heads, the mean over each layer's heads, the mean over all."""
+    import numpy as np
+
+    rows, layers, heads, cells = values.shape
+    known = ~np.isnan(values)
+    total, count = np.where(known, values, 0).sum(axis=2), known.sum(axis=2)
+    with np.errstate(invalid="ignore"):
+        by_layer = total / count
+        by_model = total.sum(axis=1, keepdims=True) / count.sum(axis=1, keepdims=True)
+    return np.concatenate([values.reshape(rows, layers * heads, cells), by_layer, by_model], axis=1)
+
+
+# --- one style
+
+
+@dataclass
+class StyleSums:
+    """Running sums of one style; cells are [L*H + L + 1, K], see `all_levels`."""
+
+    style: str
+    estimate: ClusterSums
+    difference: ClusterSums
+    histogram: FractionHistogram
+    heads: int = 0
+    layers: list[int] = field(default_factory=list)
+    identical: int = 0
+    unpaired: int = 0
+    rows: int = 0
+    baseline_sum: Any = 0.0  # [Q,2,R]
+    token_sum: Any = 0.0  # [R]
+
+    @property
+    def baseline(self) -> np.ndarray:
+        """Mean share of tokens [Q,2,R]."""
+        return self.baseline_sum / self.rows
+
+    def add(self, batch: Batch, clusters: list[str], boxes: list[int]) -> np.ndarray:
+        """Add the rows of a file; returns their cells [B,L,H,K]."""
+        cells = fraction_cells(batch)
+        levels = all_levels(cells)
+        self.estimate.add(levels, clusters)
+        self.difference.set_cells(levels.shape[1:])
+        self.heads = cells.shape[2]
+        self.rows += len(levels)
+        self.baseline_sum = self.baseline_sum + baseline_of(batch).sum(axis=0)
+        self.token_sum = self.token_sum + batch["tokens"].sum(axis=0)
+        self.histogram.add(levels[:, cells.shape[1] * cells.shape[2] :, boxes])
+        return cells
+
+
+class FractionHistogram:
+    """Running histogram of fractions in 0..1 for any number of cells: quantiles to 0.0001 in flat memory."""
+
+    def __init__(self) -> None:
+        self._counts: Any = None
+
+    def add(self, values: np.ndarray) -> None:
+        """Add values [b, *cells]; NaN is left out."""
+        import numpy as np
+
+        flat = values.reshape(len(values), -1)
+        width = flat.shape[1]
+        bins = np.clip(np.nan_to_num(flat) * BINS, 0, BINS - 1).astype(np.int64) + np.arange(width) * BINS
+        counts = np.bincount(bins[~np.isnan(flat)], minlength=width * BINS).reshape(*values.shape[1:], BINS)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def boxes(self, *cell: Any) -> list[dict[str, Any]]:
+        """matplotlib `bxp` statistics for each of the chosen cells: quartiles, whiskers at 5 % and 95 %."""
+        import numpy as np
+
+        found = []
+        for counts in self._counts[cell].reshape(-1, BINS):
+            share = counts.cumsum() / max(1, counts.sum())
+            at = [float((np.searchsorted(share, q) + 0.5) / BINS) for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
+            found.append(dict(zip(("whislo", "q1", "med", "q3", "whishi"), at, strict=True)) | {"fliers": []})
+        return found
+
+
+@dataclass(frozen=True)
+class StyleReport:
+    """What is kept of a style: its table, and what the box plots need."""
+
+    style: str
+    rows: int
+    layers: list[int]
+    baseline: np.ndarray
+    histogram: FractionHistogram
+    table: pd.DataFrame
+
+
+def style_report(run: Run, style: str, args: argparse.Namespace) -> StyleReport | None:
+    """The table and box plots' numbers of one style; None where it has no rows."""
+    sums = style_sums(run, style, args)
+    if not sums.rows:
+        return None
+    return StyleReport(style, sums.rows, sums.layers, sums.baseline, sums.histogram, style_table(sums))
+
+
+def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
+    """Read a style, and the clean run beside it, once. Raises UserError where a file holds no attention."""
+    from paired_rows import paired_batches, read_rows
+    from paired_stats import ClusterSums
+
+    clean = run.clean_style
+    result = StyleSums(style, ClusterSums(MAX_CLUSTERS), ClusterSums(MAX_CLUSTERS), FractionHistogram())
+    boxes = [CELLS.index((args.query, args.first_token, region, "fraction")) for region in OLD_NAMES]
+    rows = read_rows(run, style, _extractor(run, style, None, args, result), args.max_samples)
+    if style == clean or clean is None:
+        for batch in rows:
+            result.add(batch, [run.template(int(i)) for i in batch["original_index"]], boxes)
+        return result
+    clean_rows = read_rows(run, clean, _extractor(run, clean, style, args), args.max_samples)
+    for pair in paired_batches(rows, clean_rows):
+        labels = [run.template(int(i)) for i in pair.rows["original_index"]]
+        cells = result.add(pair.rows, labels, boxes)
+        result.identical += pair.identical
+        result.unpaired += pair.unpaired
+        if len(pair.paired):
+            _check_same_heads(cells, pair.clean["mass"], style)
+            change = cells[pair.paired] - fraction_cells(pair.clean)
+            result.difference.add(all_levels(change), [labels[i] for i in pair.paired])
+    return result
+
+
+def _extractor(
+    run: Run, style: str, compared: str | None, args: argparse.Namespace, result: StyleSums | None = None
+) -> Extract:
+    from attention_fields import attention_fields, edited_region, layers_of
+    from reference_format import TokenRegions
+
+    reference = TokenRegions(args.tokenizer, run, style, compared) if args.tokenizer else None
+    edited = edited_region(style, run.clean_style, compared)
+
+    def extract(content: dict[str, Any], path: Path) -> Batch:
+        if result is not None:
+            result.layers = layers_of(content)
+        return attention_fields(content, path, edited, reference)
+
+    return extract
+
+
+def _check_same_heads(variant: np.ndarray, clean: np.ndarray, style: str) -> None:
+    if variant.shape[1:3] != clean.shape[1:3]:
+        raise UserError(
+            f"style {style!r} has {variant.shape[1]} layers x {variant.shape[2]} heads, its clean run "
+            f"{clean.shape[1]} x {clean.shape[2]}; run both with one model and the same --raw_layers"
+        )
+
+
+# --- tables
+
+
+def style_table(sums: StyleSums) -> pd.DataFrame:
+    """Every cell of a style: one row per level, layer, head, query, first_token, region, measure; no empty ones."""
+    import numpy as np
+
+    estimate, difference = sums.estimate.finish(), sums.difference.finish()
+    places = _level_rows(sums.layers, sums.heads)
+    frame = places.loc[places.index.repeat(len(CELLS))].reset_index(drop=True)
+    frame.insert(0, "style", sums.style)
+    for name, column in zip(("query", "first_token", "region", "measure"), zip(*CELLS, strict=True), strict=True):
+        frame[name] = np.tile(np.array(column, dtype=object), len(places))
+    frame["tokens"] = np.tile([(sums.token_sum / sums.rows)[REGIONS.index(cell[2])] for cell in CELLS], len(places))
+    frame["baseline"] = np.tile([_of_cell(sums.baseline, *cell[:3]) for cell in CELLS], len(places))
+    columns = {
+        "n": estimate.n, "estimate": estimate.mean, "ci_low": estimate.ci_low, "ci_high": estimate.ci_high,
+        "n_paired": difference.n, "n_identical": sums.identical, "n_unpaired": sums.unpaired,
+        "n_clusters": estimate.n_clusters, "difference": difference.mean, "difference_ci_low": difference.ci_low,
+        "difference_ci_high": difference.ci_high, "p": difference.p,
+        "p_adjusted": adjusted_by_level(difference.p, len(sums.layers) * sums.heads),
+    }  # fmt: skip
+    for name, values in columns.items():
+        frame[name] = values if isinstance(values, int) else values.ravel()
+    return frame[frame["n"] > 0].reset_index(drop=True)
+
+
+def _of_cell(baseline: np.ndarray, query: str, first_token: str, region: str) -> float:
+    return float(baseline[QUERIES.index(query), FIRST_TOKEN.index(first_token), REGIONS.index(region)])
+
+
+def adjusted_by_level(p: np.ndarray, heads: int) -> np.ndarray:
+    """Benjamini-Hochberg over the heads' p values p[:heads], and over the layers', cell by cell; p is [levels, K]."""
+    import numpy as np
+    from paired_stats import benjamini_hochberg
+
+    adjusted = np.full(p.shape, np.nan)
+    for cell in range(p.shape[1]):
+        adjusted[:heads, cell] = benjamini_hochberg(p[:heads, cell])
+        adjusted[heads:-1, cell] = benjamini_hochberg(p[heads:-1, cell])
+    return adjusted
+
+
+def holm_over_styles(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with p_adjusted of the model's rows: Holm over the styles, for each kind of row."""
+    import gc
+
+    from paired_stats import holm
+
+    gc.freeze()  # statsmodels collects garbage at each Holm: a quarter of a second with all libraries loaded
+    model = table[table["level"] == "model"]
+    for _, rows in model.groupby(["query", "first_token", "region", "measure"], sort=False):
+        table.loc[rows.index, "p_adjusted"] = holm(rows["p"].to_numpy())
+    return table
+
+
+def old_table(table: pd.DataFrame, level: str, query: str, first_token: str) -> pd.DataFrame:
+    """One row per style (and layer, and head) with frac_prompt, frac_task and what belongs to them.
+
+    frac_prompt is the fraction on `instruction`, frac_task on `task`; each with its interval, baseline, density and
+    paired difference. frac_context, frac_edited and frac_first are means alone.
+    """
+    keys = ["style", *{"model": [], "layer": ["layer"], "head": ["layer", "head"]}[level]]
+    chosen = table[(table["level"] == level) & (table["query"] == query) & (table["first_token"] == first_token)]
+    cells = {pair: rows.set_index(keys) for pair, rows in chosen.groupby(["region", "measure"], sort=False)}
+    task = cells["task", "fraction"]
+    out = task[["query", "first_token", "n", "n_paired", "n_identical", "n_clusters"]].copy()
+    for region, name in OLD_NAMES.items():
+        rows = cells[region, "fraction"]
+        out[name] = rows["estimate"]
+        for column in ("ci_low", "ci_high", "baseline"):
+            out[f"{name}_{column}"] = rows[column]
+        out[f"{name}_density"] = cells[region, "density"]["estimate"] if (region, "density") in cells else float("nan")
+        for column in ("difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"):
+            out[f"{name}_{column}"] = rows[column]
+    for region in ("context", "edited", "first"):
+        out[f"frac_{region}"] = cells[region, "fraction"]["estimate"] if (region, "fraction") in cells else float("nan")
+    return out.reset_index()
+
+
+def _level_rows(layers: list[int], heads: int) -> pd.DataFrame:
+    """layer, head and level of each entry of `all_levels`; blank where a level has none."""
+    import pandas as pd
+
+    head_rows = [(layer, head, "head") for layer in layers for head in range(heads)]
+    rows = [*head_rows, *((layer, None, "layer") for layer in layers), (None, None, "model")]
+    frame = pd.DataFrame(rows, columns=["layer", "head", "level"])
+    return frame.astype({"layer": "Int64", "head": "Int64"})
+
+
+# --- pictures
+
+
+def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Namespace) -> list[Path]:
+    """The box plots over rows: by style, and for each style by layer."""
+    from heatmaps import file_word
+
+    paths = []
+    note = {"last": "last token", "mean": "mean query"}[args.query] + (", first token excluded" if args.first_token == "excluded" else "")
+    for column, (region, name) in enumerate(OLD_NAMES.items()):
+        boxes = [result.histogram.boxes(-1, column)[0] for result in results]
+        labels = [f"{result.style}\nn={result.rows}" for result in results]
+        base = [_of_cell(result.baseline, args.query, args.first_token, region) for result in results]
+        path = folder / f"boxplot_{name}.png"
+        _save_boxes(path, boxes, labels, base, f"Attention on the {region} ({note})", "style", region)
+        paths.append(path)
+    for result in results:
+        count = len(result.layers)
+        boxes = result.histogram.boxes(slice(0, count), 0)
+        base = [_of_cell(result.baseline, args.query, args.first_token, "instruction")] * count
+        path = folder / f"boxplot_perlayer_frac_prompt_{file_word(result.style)}.png"
+        title = f"Attention on the instruction by layer: {result.style} ({note}, n = {result.rows} prompts)"
+        _save_boxes(path, boxes, [str(layer) for layer in result.layers], base, title, "layer", "instruction")
+        paths.append(path)
+    return paths
+
+
+def _save_boxes(
+    path: Path, boxes: list[dict[str, Any]], labels: list[str], base: list[float], title: str, xlabel: str, region: str
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from file_output import save_figure
+
+    figure, axes = plt.subplots(figsize=(max(5.0, 1.6 + (0.75 if xlabel == "style" else 0.32) * len(boxes)), 4))
+    _draw_boxes(axes, boxes, base)
+    axes.set_xticks(range(1, len(boxes) + 1), labels, fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=f"fraction of attention on the {region}\n(mean over heads, 0 to 1)")
+    axes.set_title(title, fontsize=10)
+    figure.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=2, frameon=False)
+    save_figure(path, figure)
+
+
+def _draw_boxes(axes: Axes, boxes: list[dict[str, Any]], base: list[float]) -> None:
+    axes.bxp(boxes, showfliers=False, medianprops={"color": "C0", "linewidth": 1.5}, widths=0.6)
+    places = range(1, len(boxes) + 1)
+    axes.plot(places, base, linestyle="none", marker="D", markersize=4, color="C1", label="share of tokens (baseline)")
+    axes.plot([], [], color="black", label="box: quartiles; whiskers: 5 % to 95 % of prompts")
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+
+
+# --- script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--run_dir", type=Path, required=True, help="run folder, style folder or .pt file of stage 2")
+    data.add_argument("--results_dir", type=Path, help="folder for the tables; default: results/<run name>")
+    data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
+    data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
+    data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
+    shown = parser.add_argument_group("what the prompt_task_fraction_* files and the box plots show")
+    shown.add_argument("--query", choices=QUERIES, default="last", help="whose attention")
+    shown.add_argument("--first_token", choices=FIRST_TOKEN, default="included", help="the first token, often a sink")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables and the plots."""
+    args = parse_args(argv)
+    from run_store import open_run
+
+    run = open_run(args.run_dir)
+    folder = args.results_dir or Path("results") / run.name
+    results = [found for style in chosen_styles(run, args.styles) if (found := style_report(run, style, args))]
+    if not results:
+        raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
+    for path in write_tables(results, folder, args) + save_boxplots(results, folder, args):
+        print(path)
+    return 0
+
+
+def chosen_styles(run: Run, styles: Sequence[str] | None) -> list[str]:
+    """The styles asked for, the clean form always among them and first. UserError for one the run does not have."""
+    if missing := [style for style in styles or () if style not in run.styles]:
+        raise UserError(f"{run.path}: has no style {missing[0]!r}; it has {', '.join(run.styles)}")
+    return [style for style in run.styles if styles is None or style in styles or style == run.clean_style]
+
+
+def write_tables(results: list[StyleReport], folder: Path, args: argparse.Namespace) -> list[Path]:
+    """Write the four CSVs; returns their paths."""
+    import pandas as pd
+    from file_output import write_csv
+
+    table = holm_over_styles(pd.concat([result.table for result in results], ignore_index=True))
+    paths = [folder / "attention_fractions.csv"]
+    write_csv(paths[0], table)
+    for level, word in (("model", "aggregate"), ("layer", "perlayer"), ("head", "perhead")):
+        paths.append(folder / f"prompt_task_fraction_{word}.csv")
+        write_csv(paths[-1], old_table(table, level, args.query, args.first_token))
+    return paths
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,129 @@
+"""Do styles share their heads, and does the ranking of heads repeat itself on other rows?
+
+Two styles are compared with the same clean rows, so their errors agree and their rankings would agree even if both
+were noise. Here one style's effect comes from one half of the templates and the other's from the other half: no row
+is shared. A style with itself, so compared, is its split-half reliability.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+GROUPS = 32
+SPLITS = 24
+MIN_GROUPS = 8
+TOP_SHARE = 0.05
+
+
+class GroupSums:
+    """Sums of values over rows in a few groups of whole clusters: enough to split and leave out, in flat memory."""
+
+    def __init__(self, groups: int = GROUPS) -> None:
+        self.groups = groups
+        self.sums: Any = None  # [G, *cells]
+        self.counts: Any = None
+
+    def add(self, values: np.ndarray, clusters: Sequence[str]) -> None:
+        """Add values [b, *cells], NaN left out, and their b cluster labels."""
+        if self.sums is None:
+            self.sums, self.counts = np.zeros((2, self.groups, *values.shape[1:]))
+        codes = [zlib.crc32(str(label).encode("utf-8", "backslashreplace")) % self.groups for label in clusters]
+        order = np.argsort(codes, kind="stable")
+        present, starts = np.unique(np.array(codes)[order], return_index=True)
+        ordered = values[order]
+        self.sums[present] += np.add.reduceat(np.nan_to_num(ordered, posinf=np.inf, neginf=-np.inf), starts, axis=0)
+        self.counts[present] += np.add.reduceat(~np.isnan(ordered), starts, axis=0, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Agreement of styles a and b across halves, arrays [n,n] over the styles; the diagonal is split-half reliability.
+
+    spearman: mean over random splits of the rank correlation of the heads' mean differences; ci_low, ci_high: its
+    95 % jackknife interval over groups of templates. top_overlap: share of the TOP_SHARE heads with the largest
+    |mean difference| in one half that are among those of the other half.
+    """
+
+    spearman: np.ndarray
+    ci_low: np.ndarray
+    ci_high: np.ndarray
+    top_overlap: np.ndarray
+    top_count: int
+    groups: int
+
+
+def cross_half(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Overlap:
+    """Overlap of n styles from their group sums [n,G,K] and row counts [n,G,K] over K heads.
+
+    All NaN with fewer than MIN_GROUPS groups of templates.
+    """
+    from scipy import stats
+
+    styles, _, heads = sums.shape
+    top = max(1, round(TOP_SHARE * heads))
+    used = np.flatnonzero(counts.max(axis=(0, 2)) > 0)
+    nothing = np.full((styles, styles), np.nan)
+    if len(used) < MIN_GROUPS or heads < 3:
+        return Overlap(nothing, nothing, nothing, nothing, top, len(used))
+    left, right = _half_weights(len(used), seed)
+    halves = [_half_means(sums[:, used], counts[:, used], weights) for weights in (left, right)]
+    one, other = (_standardised_ranks(half) for half in halves)  # [splits * (G+1), n, K]
+    r = np.einsum("tak,tbk->tab", one, other, optimize=True)
+    r = ((r + r.swapaxes(1, 2)) / 2).reshape(SPLITS, len(used) + 1, styles, styles).mean(axis=0)
+    z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
+    deleted, count = z[1:], len(used)
+    error = np.sqrt((count - 1) / count * ((deleted - deleted.mean(axis=0)) ** 2).sum(axis=0))
+    half_width = stats.t.ppf(0.975, count - 1) * error
+    whole = [half.reshape(SPLITS, count + 1, styles, heads)[:, 0] for half in halves]
+    return Overlap(
+        r[0], np.tanh(z[0] - half_width), np.tanh(z[0] + half_width), _top_overlap(*whole, top), top, len(used)
+    )
+
+
+def _half_weights(groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """0/1 weights [SPLITS * (G+1), G] of the groups in the two halves: all of them, then each one left out."""
+    rng = np.random.default_rng(seed)
+    left = np.zeros((SPLITS, groups))
+    for split in left:
+        split[rng.permutation(groups)[: groups // 2]] = 1
+    keep = np.concatenate([np.ones((1, groups)), 1 - np.eye(groups)])
+    return tuple((half[:, None] * keep).reshape(-1, groups) for half in (left, 1 - left))  # type: ignore[return-value]
+
+
+def _half_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean differences [T,n,K] under each of T weightings [T,G] of the groups."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.einsum("tg,agk->tak", weights, sums, optimize=True) / np.einsum(
+            "tg,agk->tak", weights, counts, optimize=True
+        )
+
+
+def _standardised_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks over the last axis (ties share theirs), centred and of length 1, so that a dot product is Spearman's r."""
+    from scipy import stats
+
+    ranks = stats.rankdata(values, axis=-1, nan_policy="propagate")
+    ranks = ranks - ranks.mean(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ranks / np.linalg.norm(ranks, axis=-1, keepdims=True)
+
+
+def _top_overlap(one: np.ndarray, other: np.ndarray, top: int) -> np.ndarray:
+    """Mean share [n,n] of the `top` heads of one half [SPLITS,n,K] that are among those of the other."""
+    among = [_is_top(half, top).astype(float) for half in (one, other)]
+    share = np.einsum("sak,sbk->ab", *among, optimize=True) / (top * len(one))
+    share = (share + share.T) / 2
+    known = np.isfinite(one).all(axis=(0, 2)) & np.isfinite(other).all(axis=(0, 2))
+    return np.where(known[:, None] & known, share, np.nan)
+
+
+def _is_top(values: np.ndarray, top: int) -> np.ndarray:
+    size = np.abs(np.nan_to_num(values))
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, np.argpartition(-size, top - 1, axis=-1)[..., :top], True, axis=-1)
+    return chosen

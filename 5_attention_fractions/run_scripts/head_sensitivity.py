@@ -1,0 +1,460 @@
+"""Which layers and heads react to a typo, how strongly, how surely, and whether that goes with wrong answers.
+
+Reads   outputs/<run>/<style>/activations_*.pt; with --maths_items the maths_items.csv of stage 3
+Writes  head_sensitivity.csv, layer_sensitivity.csv    every style x head (x layer) x measure, ranked by |t|
+        head_overlap.csv                               do styles share their heads, and do halves of the data
+        head_answer_flips.csv, layer_answer_flips.csv  with --maths_items: does the change go with a flipped answer
+        head_sensitivity.png, head_sensitivity_<style>.png, head_overlap.png
+
+    python 5_attention_fractions/run_scripts/head_sensitivity.py --run_dir outputs/demo/maths \\
+        --results_dir results/demo/maths --maths_items results/demo/maths/maths_items.csv
+
+Each row gives difference = style - clean form, on rows that have both and whose texts differ. A layer is the mean
+over its heads. Measures (`last`: of the last prompt token; `mean`: of the mean over all prompt tokens):
+
+task_fraction_last, _mean    attention mass on the task
+edited_mass_last, _mean      mass on the edited words; in the clean form on the same words before the edit
+edited_density_last, _mean   that mass over what even attention would give: a typo that is cut into more tokens
+                             gains mass even if attention stays even, but no density
+first_mass_last              mass on the first token, the usual sink
+entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `edited`: of the edited words' queries
+jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's attention in the two forms, tokens aligned
+                             around the edit; only layers with raw maps. A distance: never below 0, so it has no test
+
+effect_size is Cohen's d_z, the mean difference over the standard deviation of the differences. Standard errors are
+clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import UserError, make_parser, run_main
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from answer_flips import Answers, FlipMoments
+    from head_overlap import GroupSums
+    from paired_rows import Batch, Extract
+    from paired_stats import ClusterSums
+    from run_store import Run
+
+MEASURES = (
+    "task_fraction_last", "task_fraction_mean", "edited_mass_last", "edited_mass_mean", "edited_density_last",
+    "edited_density_mean", "first_mass_last", "entropy_last", "entropy_mean", "entropy_edited",
+)  # fmt: skip
+DISTANCES = ("jsd_last", "jsd_mean")
+PANELS = ("edited_mass_last", "edited_density_last", "task_fraction_last", "entropy_last")
+MAX_CLUSTERS = 256  # clusters above this are pooled, so that memory stays flat
+ALPHA = 0.05
+
+
+# --- values of one file
+
+
+def sensitivity_values(fields: Batch) -> np.ndarray:
+    """The MEASURES [B,L,H,M] of a file's rows (`attention_fields`); NaN where a row has no edited word."""
+    import numpy as np
+    from attention_fields import QUERIES, REGIONS
+
+    mass, uniform, entropy = fields["mass"], fields["uniform"], fields["entropy"]
+    task, edited, first = (REGIONS.index(name) for name in ("task", "edited", "first"))
+    last, mean = QUERIES.index("last"), QUERIES.index("mean")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        density = mass[..., edited] / uniform[:, None, None, :, edited]
+    columns = [
+        mass[..., last, task], mass[..., mean, task], mass[..., last, edited], mass[..., mean, edited],
+        density[..., last], density[..., mean], mass[..., last, first],
+        entropy[..., 0], entropy[..., 1], entropy[..., 2],
+    ]  # fmt: skip
+    return np.stack(columns, axis=-1)
+
+
+def with_layers(values: np.ndarray) -> np.ndarray:
+    """[B,L,H,M] → [B, L*H + L, M]: the heads, then the mean over each layer's heads."""
+    import numpy as np
+
+    rows, layers, heads, width = values.shape
+    return np.concatenate([values.reshape(rows, layers * heads, width), values.mean(axis=2)], axis=1)
+
+
+# --- one style
+
+
+@dataclass
+class StyleEffect:
+    """Running sums over the pairs of one style; cells are [L*H + L, M], the heads and then the layers."""
+
+    style: str
+    layers: list[int]
+    heads: int
+    measures: tuple[str, ...]
+    difference: ClusterSums
+    variant: ClusterSums
+    groups: GroupSums
+    flips: FlipMoments | None = None
+    pairs: int = 0
+    identical: int = 0
+    unpaired: int = 0
+    squares: Any = field(default=0.0)
+
+    @classmethod
+    def empty(
+        cls, style: str, layers: list[int], heads: int, measures: tuple[str, ...], with_flips: bool = False
+    ) -> StyleEffect:
+        """No pairs yet."""
+        from answer_flips import FlipMoments
+        from head_overlap import GroupSums
+        from paired_stats import ClusterSums
+
+        flips = FlipMoments() if with_flips else None
+        sums = ClusterSums(MAX_CLUSTERS), ClusterSums(MAX_CLUSTERS)
+        effect = cls(style, layers, heads, measures, *sums, GroupSums(), flips)
+        for one in sums:
+            one.set_cells((len(layers) * (heads + 1), len(measures)))
+        return effect
+
+    def add(
+        self, variant: np.ndarray, clean: np.ndarray, clusters: list[str], flipped: np.ndarray | None = None
+    ) -> None:
+        """Add P pairs: measures [P,L,H,M] of both forms, cluster labels, and flips [P] (1, 0, or NaN: no part)."""
+        import numpy as np
+
+        change = with_layers(variant.astype(np.float64) - clean)
+        self.pairs += len(change)
+        self.difference.add(change, clusters)
+        self.variant.add(np.where(np.isnan(change), np.nan, with_layers(variant)), clusters)
+        self.groups.add(change[:, : len(self.layers) * self.heads], clusters)
+        self.squares = self.squares + np.nansum(change**2, axis=0)
+        if self.flips is not None and flipped is not None:
+            self.flips.add(change, flipped, clusters)
+
+
+def style_effect(
+    run: Run, style: str, max_samples: int | None = None, answers: Answers | None = None, tokenizer: str | None = None
+) -> StyleEffect | None:
+    """Read a style and the clean run side by side, once; None where no row can be paired."""
+    from aligned_maps import aligned_divergence
+    from paired_rows import paired_batches, read_rows
+
+    clean = run.clean_style
+    assert clean is not None  # `clean_and_styles` has seen to it
+    info: dict[str, Any] = {}
+    variants = read_rows(run, style, _extractor(run, style, None, tokenizer, info), max_samples)
+    cleans = read_rows(run, clean, _extractor(run, clean, style, tokenizer, {}), max_samples)
+    effect: StyleEffect | None = None
+    identical = unpaired = 0
+    for pair in paired_batches(variants, cleans):
+        identical, unpaired = identical + pair.identical, unpaired + pair.unpaired
+        if not len(pair.paired):
+            continue
+        values = sensitivity_values(pair.variant), sensitivity_values(pair.clean)
+        _check_same_heads(values, style)
+        measures = MEASURES
+        if info["raw"]:
+            values = _with_distance(
+                values, aligned_divergence(pair.variant["maps"], pair.clean["maps"], info["layers"])
+            )
+            measures = MEASURES + DISTANCES
+        if effect is None:
+            effect = StyleEffect.empty(style, info["layers"], values[0].shape[2], measures, answers is not None)
+        indices = pair.variant["original_index"]
+        flipped = None if answers is None else answers.flips(style, clean, indices)
+        effect.add(*values, [run.template(int(i)) for i in indices], flipped)
+    if effect is not None:
+        effect.identical, effect.unpaired = identical, unpaired
+    return effect
+
+
+def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None, info: dict[str, Any]) -> Extract:
+    """What is read of each file; `info` takes the layers and whether there are raw maps to align."""
+    from aligned_maps import row_maps
+    from attention_fields import attention_fields, edited_region, layers_of
+    from reference_format import TokenRegions
+
+    reference = TokenRegions(tokenizer, run, style, compared) if tokenizer else None
+    edited = edited_region(style, run.clean_style, compared)
+
+    def extract(content: dict[str, Any], path: Path) -> Batch:
+        info["layers"], info["raw"] = layers_of(content), bool(content.get("attentions"))
+        fields = attention_fields(content, path, edited, reference)
+        if info["raw"]:
+            fields["maps"] = row_maps(content, path, edited, reference)
+        return fields
+
+    return extract
+
+
+def _with_distance(values: tuple[np.ndarray, np.ndarray], distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both forms' measures with the distance as two more: its value, and 0 in the clean form."""
+    import numpy as np
+
+    variant, clean = values
+    return np.concatenate([variant, distance], axis=-1), np.concatenate([clean, distance * 0], axis=-1)
+
+
+def _check_same_heads(values: tuple[np.ndarray, np.ndarray], style: str) -> None:
+    variant, clean = (one.shape[1:3] for one in values)
+    if variant != clean:
+        raise UserError(
+            f"style {style!r} has {variant[0]} layers x {variant[1]} heads, its clean run {clean[0]} x {clean[1]}; "
+            "run both with one model and the same --raw_layers"
+        )
+
+
+# --- tables
+
+
+def sensitivity_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(heads, layers): one row per cell and measure, ranked by |t| within its measure (a distance by its mean)."""
+    import numpy as np
+
+    difference, variant = effect.difference.finish(), effect.variant.finish()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = np.sqrt(np.maximum(effect.squares - difference.n * difference.mean**2, 0) / (difference.n - 1))
+        size = np.where(np.isnan(difference.standard_error), np.nan, difference.mean / spread)
+    columns = {
+        "n": difference.n, "n_identical": np.full(size.shape, effect.identical),
+        "n_unpaired": np.full(size.shape, effect.unpaired), "n_clusters": difference.n_clusters,
+        "clean": variant.mean - difference.mean, "estimate": variant.mean, "ci_low": variant.ci_low,
+        "ci_high": variant.ci_high, "difference": difference.mean, "difference_ci_low": difference.ci_low,
+        "difference_ci_high": difference.ci_high, "standard_error": difference.standard_error, "effect_size": size,
+        "t": difference.t, "p": difference.p,
+    }  # fmt: skip
+    for name in ("effect_size", "t", "p"):
+        columns[name] = np.where([measure in DISTANCES for measure in effect.measures], np.nan, columns[name])
+    order = np.where(np.isnan(columns["t"]), 0, np.abs(columns["t"]))
+    for column, measure in enumerate(effect.measures):
+        if measure in DISTANCES:
+            order[:, column] = np.nan_to_num(difference.mean[:, column])
+    return _split_levels(effect, columns, order)
+
+
+def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """(heads, layers): correlation of each cell's change with the flip, ranked by |r|; None where nothing is known."""
+    import numpy as np
+
+    found = effect.flips.finish() if effect.flips is not None else None
+    if found is None:
+        return None
+    columns = {
+        "n": found.n, "n_flipped": found.n_flipped, "point_biserial_r": found.r, "ci_low": found.ci_low,
+        "ci_high": found.ci_high, "change_if_flipped": found.change_if_flipped,
+        "change_if_still_right": found.change_if_kept, "p": found.p,
+    }  # fmt: skip
+    return _split_levels(effect, columns, np.abs(np.nan_to_num(found.r)))
+
+
+def _split_levels(
+    effect: StyleEffect, columns: dict[str, np.ndarray], order: np.ndarray
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables of the heads and of the layers from arrays [L*H + L, M], each ranked by falling `order`."""
+    import numpy as np
+
+    heads = len(effect.layers) * effect.heads
+    layer = np.repeat(effect.layers, effect.heads)
+    head = np.tile(np.arange(effect.heads), len(effect.layers))
+    return (
+        _ranked(effect, {"layer": layer, "head": head}, columns, order, slice(0, heads)),
+        _ranked(effect, {"layer": np.array(effect.layers)}, columns, order, slice(heads, None)),
+    )
+
+
+def _ranked(
+    effect: StyleEffect,
+    places: dict[str, np.ndarray],
+    columns: dict[str, np.ndarray],
+    order: np.ndarray,
+    rows: slice,
+) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+    from paired_stats import benjamini_hochberg
+
+    tables = []
+    for column, measure in enumerate(effect.measures):
+        values = {name: array[rows, column] for name, array in columns.items()}
+        table = pd.DataFrame({"style": effect.style, **places, "measure": measure, "rank": 0, **values})
+        table["p_adjusted"] = benjamini_hochberg(table["p"].to_numpy())
+        table = table.iloc[np.argsort(-order[rows, column], kind="stable")]
+        table["rank"] = np.arange(1, len(table) + 1)
+        tables.append(table[table["n"] > 0])
+    return pd.concat(tables, ignore_index=True)
+
+
+def overlap_table(effects: Sequence[StyleEffect], seed: int = 0) -> pd.DataFrame:
+    """Agreement of the heads' ranking between styles, and of each style with itself, for every measure."""
+    import numpy as np
+    import pandas as pd
+    from head_overlap import cross_half
+
+    rows = []
+    for measure in MEASURES:
+        sums = np.stack([_measure_groups(effect, effect.groups.sums, measure) for effect in effects])
+        counts = np.stack([_measure_groups(effect, effect.groups.counts, measure) for effect in effects])
+        found = cross_half(sums, counts, seed)
+        reliability = np.diag(found.spearman)
+        for a, b in zip(*np.triu_indices(len(effects)), strict=True):
+            r = float(found.spearman[a, b])
+            noise = np.sqrt(reliability[a] * reliability[b]) if min(reliability[a], reliability[b]) > 0 else np.nan
+            rows.append({
+                "style": effects[a].style, "other_style": effects[b].style, "measure": measure,
+                "n": effects[a].pairs, "n_other": effects[b].pairs, "n_template_groups": found.groups,
+                "cross_half_spearman": r, "ci_low": found.ci_low[a, b], "ci_high": found.ci_high[a, b],
+                "reliability_of_all_rows": 2 * r / (1 + r) if a == b else np.nan,
+                "spearman_without_noise": np.nan if a == b else r / noise,
+                "top_heads": found.top_count, "top_overlap": found.top_overlap[a, b],
+                "top_overlap_by_chance": found.top_count / sums.shape[-1],
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _measure_groups(effect: StyleEffect, groups: np.ndarray, measure: str) -> np.ndarray:
+    return groups[..., effect.measures.index(measure)]
+
+
+# --- pictures
+
+LABELS = {
+    "mass": "change in attention mass (fraction of 1)",
+    "density": "change in density (1 = even attention)",
+    "fraction": "change in attention fraction (of 1)",
+    "entropy": "change in normalised entropy (0 to 1)",
+}
+
+
+def save_pictures(
+    effects: Sequence[StyleEffect], heads: pd.DataFrame, overlap: pd.DataFrame, folder: Path, measure: str
+) -> list[Path]:
+    """The heatmaps: all styles on one measure, each style on PANELS, and the overlap matrix."""
+    import numpy as np
+    from heatmaps import file_word, save_layer_head_grid, save_style_matrix
+
+    dots = f"dots: adjusted p < {ALPHA}"
+    panels = [_panel(heads, effect, measure, f"{effect.style} (n = {effect.pairs} pairs)") for effect in effects]
+    paths = [folder / "head_sensitivity.png"]
+    title = f"{measure}: style minus clean form, by layer and head; {dots}"
+    save_layer_head_grid(paths[0], panels, _label(measure), title, effects[0].layers)
+    for effect in effects:
+        panels = [_panel(heads, effect, name, f"{name}\n{_label(name)}") for name in PANELS]
+        paths.append(folder / f"head_sensitivity_{file_word(effect.style)}.png")
+        title = f"{effect.style} minus clean form, n = {effect.pairs} pairs; {dots}"
+        save_layer_head_grid(paths[-1], panels, "", title, effect.layers, shared_scale=False)
+    names = [effect.style for effect in effects]
+    matrix = np.full((len(names), len(names)), np.nan)
+    for row in overlap[overlap["measure"] == measure].itertuples():
+        a, b = names.index(row.style), names.index(row.other_style)
+        matrix[a, b] = matrix[b, a] = row.cross_half_spearman
+    paths.append(folder / "head_overlap.png")
+    pairs = sorted({effect.pairs for effect in effects})
+    count = f"{pairs[0]} to {pairs[-1]}" if len(pairs) > 1 else f"{pairs[0]}"
+    title = f"Do the styles share their heads? {measure}\n(diagonal: split-half reliability; n = {count} pairs)"
+    save_style_matrix(paths[-1], matrix, names, "rank correlation over heads", title)
+    return paths
+
+
+def save_flip_picture(effects: Sequence[StyleEffect], flips: pd.DataFrame, folder: Path, measure: str) -> Path:
+    """Heatmap of the correlation of each head's change with a flipped answer."""
+    from heatmaps import save_layer_head_grid
+
+    panels = []
+    for effect in effects:
+        counts = flips[flips["style"] == effect.style]
+        if len(counts):
+            note = f"{effect.style} (n = {counts['n'].max()}, {counts['n_flipped'].max()} flipped)"
+            panels.append(_panel(flips, effect, measure, note, "point_biserial_r"))
+    path = folder / "head_answer_flips.png"
+    title = f"Does the change in {measure} go with a wrong answer? dots: adjusted p < {ALPHA}"
+    save_layer_head_grid(path, panels, "point-biserial r", title, effects[0].layers)
+    return path
+
+
+def _panel(
+    table: pd.DataFrame, effect: StyleEffect, measure: str, title: str, column: str = "difference"
+) -> tuple[str, np.ndarray, np.ndarray]:
+    import numpy as np
+
+    values = np.full((len(effect.layers), effect.heads), np.nan)
+    marked = np.zeros(values.shape, dtype=bool)
+    rows = table[(table["style"] == effect.style) & (table["measure"] == measure)]
+    place = rows["layer"].map({layer: i for i, layer in enumerate(effect.layers)}).to_numpy(), rows["head"].to_numpy()
+    values[place] = rows[column]
+    marked[place] = rows["p_adjusted"] < ALPHA
+    return title, values, marked
+
+
+def _label(measure: str) -> str:
+    return next(label for word, label in LABELS.items() if word in measure)
+
+
+# --- script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--run_dir", type=Path, required=True, help="run folder of stage 2")
+    data.add_argument("--results_dir", type=Path, help="folder for the tables; default: results/<run name>")
+    data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
+    data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
+    data.add_argument("--maths_items", type=Path, help="maths_items.csv of stage 3, for the answers' flips")
+    data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
+    shown = parser.add_argument_group("pictures and splits")
+    shown.add_argument("--measure", choices=MEASURES, default="edited_mass_last", help="shown for all styles at once")
+    shown.add_argument("--seed", type=int, default=0, help="of the random halves")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables and the pictures."""
+    args = parse_args(argv)
+    from activation_rows import clean_and_styles
+    from answer_flips import Answers
+    from run_store import open_run
+
+    run = open_run(args.run_dir)
+    _, styles = clean_and_styles(run, args.styles, with_split=False)
+    answers = Answers(args.maths_items) if args.maths_items else None
+    found = [style_effect(run, style, args.max_samples, answers, args.tokenizer) for style in styles]
+    effects = [effect for effect in found if effect is not None]
+    if not effects:
+        raise UserError(f"{run.path}: no style has a row whose text differs from the clean form's; nothing to compare")
+    for path in write_results(effects, args.results_dir or Path("results") / run.name, args):
+        print(path)
+    return 0
+
+
+def write_results(effects: list[StyleEffect], folder: Path, args: argparse.Namespace) -> list[Path]:
+    """Write the CSVs and pictures; returns their paths."""
+    import pandas as pd
+    from file_output import write_csv
+
+    heads, layers = (
+        pd.concat(level, ignore_index=True) for level in zip(*map(sensitivity_tables, effects), strict=True)
+    )
+    overlap = overlap_table(effects, args.seed)
+    tables = {"head_sensitivity": heads, "layer_sensitivity": layers, "head_overlap": overlap}
+    flips = [tables_of for effect in effects if (tables_of := flip_tables(effect)) is not None]
+    if flips:
+        both = (pd.concat(level, ignore_index=True) for level in zip(*flips, strict=True))
+        tables["head_answer_flips"], tables["layer_answer_flips"] = both
+    paths = [folder / f"{name}.csv" for name in tables]
+    for path, table in zip(paths, tables.values(), strict=True):
+        write_csv(path, table)
+    paths += save_pictures(effects, heads, overlap, folder, args.measure)
+    if flips:
+        paths.append(save_flip_picture(effects, tables["head_answer_flips"], folder, args.measure))
+    return paths
+
+
+if __name__ == "__main__":
+    run_main(main)
