@@ -22,6 +22,7 @@ from command_line import UserError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_variants import FRAMINGS, edit_log_path, main
+from rapidfuzz.distance import Levenshtein
 
 SCRIPT = Path(make_variants.__file__)
 ONE_TYPO = ("main", "swap", "missing", "repeated", "noise_words", "real_word")
@@ -96,6 +97,9 @@ def assert_sound(clean: str, variants: dict[str, str], intensity: int = 1) -> No
             assert variant.count("\u00ad") - clean.count("\u00ad") == count
         if style == "punctuation":
             assert re.sub(r"[\W_]", "", variant) == re.sub(r"[\W_]", "", clean)
+            assert Levenshtein.distance(clean, variant) == count
+        if style == "grammar":
+            assert Levenshtein.distance(clean.split(), variant.split()) == count
 
 
 # --- properties over arbitrary prompts

@@ -93,6 +93,7 @@ class Prompt:
     row: dict[str, Any]
     row_id: str
     settings: Settings
+    offsets: list[Span] | None = None  # of the clean prompt's tokens, read when a log line asks for them
 
     @cached_property
     def spans(self) -> list[Span]:
@@ -163,7 +164,9 @@ def make_variants(
                 continue
             new_row[style] = variant
             summary["styles"][style]["made"] += 1
-            log += _log_lines(prompt, style, variant, edits, index, tokenizer)
+            log += _log_lines(prompt, style, edits, index)
+            if tokenizer is not None:
+                _count_tokens(log[-len(edits) :], prompt, variant, edits, tokenizer)
         rows_out.append(new_row)
     return rows_out, log, summary
 
@@ -513,10 +516,8 @@ _MAKERS: dict[str, Callable[[Prompt, str], list[Edit]]] = {
 # --- edit log
 
 
-def _log_lines(
-    prompt: Prompt, style: str, variant: str, edits: list[Edit], index: int, tokenizer: Any
-) -> list[dict[str, Any]]:
-    lines, shift = [], 0
+def _log_lines(prompt: Prompt, style: str, edits: list[Edit], index: int) -> list[dict[str, Any]]:
+    lines = []
     for number, edit in enumerate(edits, 1):
         before = prompt.text[edit.start : edit.end]
         place = {
@@ -529,10 +530,6 @@ def _log_lines(
             "char_position": edit.start + _first_difference(before, edit.after),
         }
         lines.append({**place, **_change(edit.operation, before, edit.after)})
-        if tokenizer is not None:
-            lines[-1]["tokens_before"] = _tokens_in(tokenizer, prompt.text, edit.start, before)
-            lines[-1]["tokens_after"] = _tokens_in(tokenizer, variant, edit.start + shift, edit.after)
-        shift += len(edit.after) - len(before)
     return lines
 
 
@@ -552,14 +549,25 @@ def _change(operation: str, before: str, after: str) -> dict[str, Any]:
     }
 
 
-def _tokens_in(tokenizer: Any, text: str, start: int, piece: str) -> int:
-    """Tokens of `text` that overlap `piece`, which starts at `start`; the space after a framing is not part of it."""
-    end = start + len(piece.rstrip())
-    return sum(1 for a, b in _offsets(tokenizer, text) if a < end and start < b)
+def _count_tokens(lines: list[dict[str, Any]], prompt: Prompt, variant: str, edits: list[Edit], tokenizer: Any) -> None:
+    """Add the token counts to the log lines of one variant; the space after a framing is not part of it."""
+    if prompt.offsets is None:
+        prompt.offsets = _offsets(tokenizer, prompt.text)
+    offsets = _offsets(tokenizer, variant)
+    shift = 0
+    for line, edit in zip(lines, edits, strict=True):
+        start = edit.start + shift
+        line["tokens_before"] = _overlapping(prompt.offsets, edit.start, edit.end)
+        line["tokens_after"] = _overlapping(offsets, start, start + len(edit.after.rstrip()))
+        shift += len(edit.after) - (edit.end - edit.start)
 
 
 def _offsets(tokenizer: Any, text: str) -> list[Span]:
     return list(tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
+
+
+def _overlapping(offsets: list[Span], start: int, end: int) -> int:
+    return sum(1 for a, b in offsets if a < end and start < b)
 
 
 # --- command line

@@ -17,6 +17,7 @@ import json
 import math
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -331,8 +332,9 @@ def _merged(spans: list[Span]) -> list[Span]:
 
 
 def touches(spans: list[Span], start: int, end: int) -> bool:
-    """True where [start, end) overlaps any span."""
-    return any(a < end and start < b for a, b in spans)
+    """True where [start, end) overlaps any of the `spans`, which are in order and disjoint."""
+    before_end = bisect_left(spans, (end, end))
+    return before_end > 0 and spans[before_end - 1][1] > start
 
 
 # --- keyboards
