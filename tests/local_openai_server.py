@@ -16,6 +16,7 @@ response format the model's own likelihoods choose among the values of an enum, 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import threading
 import time
@@ -119,17 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         owner = self.owner
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.title(): value for name, value in self.headers.items()}
         with owner.lock:
-            owner.requests.append({"path": self.path, "headers": dict(self.headers), "body": body})
+            owner.requests.append({"path": self.path, "headers": headers, "body": body})
             owner.times.append(time.monotonic())
             owner.in_flight += 1
             owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
             fault = owner.faults.pop(0) if owner.faults else owner.always
-        try:
-            self._respond(body, fault)
-        finally:
-            with owner.lock:
-                owner.in_flight -= 1
+        self._respond(body, fault)
 
     def _respond(self, body: dict[str, Any], fault: str | None) -> None:
         sent_key = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -156,6 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "html":
             self._send(200, "<html>gateway</html>", {"Content-Type": "text/html"})
         elif kind == "drop":
+            self._count_out()
             self.close_connection = True
             self.connection.close()
         else:
@@ -166,6 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps({"error": error}), headers)
 
     def _send(self, status: int, text: str, headers: dict[str, str] | None = None) -> None:
+        self._count_out()
         data = text.encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
@@ -173,6 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def _count_out(self) -> None:
+        with self.owner.lock:  # before the answer leaves: the client's next request may come at once
+            self.owner.in_flight -= 1
 
     def log_message(self, *_: object) -> None:
         """Requests are kept in `server.requests`; nothing is printed."""
@@ -196,13 +200,13 @@ class ServedModel:
             prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         else:
             prompt = "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
-        ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        ids = self._ids(prompt)
         if schema is None:
             new, ended = self._continue(ids, limit)
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             return text, (ids.shape[1], len(new)), "stop" if ended else "length"
         text = self._fill_schema(prompt, schema, limit)
-        return text, (ids.shape[1], len(self.tokenizer(text, add_special_tokens=False).input_ids)), "stop"
+        return text, (ids.shape[1], self._ids(text).shape[1]), "stop"
 
     def _continue(self, ids: Any, limit: int) -> tuple[list[int], bool]:
         end = self.tokenizer.eos_token_id
@@ -217,24 +221,29 @@ class ServedModel:
         for position, (name, kind) in enumerate(schema["properties"].items()):
             text += (", " if position else "") + json.dumps(name) + ": "
             if "enum" in kind:
-                text += max(map(json.dumps, kind["enum"]), key=lambda value: self._likelihood(prompt + text, value))
+                text += self._most_likely(prompt + text, [json.dumps(value) for value in kind["enum"]])
             else:
-                ids = self.tokenizer(prompt + text + '"', return_tensors="pt", add_special_tokens=False).input_ids
-                new, _ = self._continue(ids, min(limit, 24))
+                new, _ = self._continue(self._ids(prompt + text + '"'), min(limit, 24))
                 words = self.tokenizer.decode(new, skip_special_tokens=True)
                 text += json.dumps(words.partition('"')[0].partition("\n")[0])
         return text + "}"
 
-    def _likelihood(self, prefix: str, value: str) -> float:
-        """Log-probability of `value` after `prefix`, by token."""
+    def _most_likely(self, prefix: str, values: list[str]) -> str:
+        """The value whose tokens are the most likely ones after `prefix`, by their mean log-probability."""
         import torch
 
-        start = len(self.tokenizer(prefix, add_special_tokens=False).input_ids)
-        ids = self.tokenizer(prefix + value, return_tensors="pt", add_special_tokens=False).input_ids
         with torch.no_grad():
-            scores = self.model(ids).logits[0].log_softmax(-1)
-        own = ids[0, start:]
-        return float(scores[start - 1 : -1].gather(1, own[:, None]).mean())
+            start = self.model(self._ids(prefix), use_cache=True)
+            scores = []
+            for value in values:
+                ids = self._ids(value)
+                rest = self.model(ids, past_key_values=copy.deepcopy(start.past_key_values), use_cache=True).logits
+                logits = torch.cat([start.logits[:, -1:], rest[:, :-1]], dim=1).log_softmax(-1)
+                scores.append(float(logits[0].gather(1, ids[0, :, None]).mean()))
+        return values[scores.index(max(scores))]
+
+    def _ids(self, text: str) -> Any:
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
 
 
 def tiny_random_llama(seed: int = 0) -> tuple[Any, Any]:
