@@ -1,0 +1,504 @@
+"""How far a style moves the residual stream, layer by layer, and where a mistyped word is recovered.
+
+Every row is compared with its own clean twin: the edited word (`edited` against `edited:<style>` of the clean run),
+the task, the last token. Measures by layer (0 = embeddings; the last layer is after the final norm):
+
+    cosine, cosine_centred   of the two states; centred: after subtracting the mean clean state of the layer, since all
+                             states of a layer share a large part next to which everything looks alike
+    relative_l2              |style - clean| / |clean|
+    cka                      debiased linear CKA over items (linear_cka.py)
+    own_nearest              share of edited words that are nearer to their clean twin than to any other word's clean
+                             state; own_nearer_share: share of those other words that are less near (typo_recovery.py)
+    lens_*                   logit lens at the last token, with --model_name, on the first --lens_rows rows
+
+and by style: recovery depth (the first layer from which the word is nearest to its own twin for --stay_layers layers in
+a row), half recovery depth (from which half of the greatest loss of centred cosine is regained, likewise), next-token
+KL (a lower bound, next_token_change.py) and the rank of the clean run's first token. A depth that is never reached
+counts as one beyond the last layer, and in n_censored; a rank beyond the top-k as k + 1. Beside each style stands
+`split`, the same word only cut into other tokens, on the same rows: difference_to_split and its p value tell a typo
+from more tokens (BH over styles x layers; Holm over styles).
+
+Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled, topk_vals; see stage 2), the clean form among them
+Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
+        results/<run>/activation_diffs_summary.csv   style, measure
+        results/<run>/activation_diffs_items.csv  one line per row and style
+        results/<run>/activation_diffs.png        typo_recovery.png
+
+    python 5_attention_fractions/run_scripts/activation_diffs.py --run_dir outputs/demo/maths
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+import numpy as np
+from activation_rows import SPLIT_STYLE, StyleRows, blocks, changed_rows, clean_and_styles, twin_region
+from command_line import UserError, make_parser, run_main
+from file_output import atomic_path, write_csv
+from logger import get_logger
+from run_store import Run, open_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from linear_cka import CkaSums
+    from logit_lens import LogitLens
+    from typo_recovery import ReferenceWords
+
+MAX_CLUSTERS = 500  # more templates than this are pooled by a hash of their name, so that memory is flat
+ITEM_COLUMNS = [
+    "style", "original_index", "element_index", "edited_tokens_clean", "edited_tokens", "recovery_depth", "recovered",
+    "half_recovery_depth", "half_recovered", "next_token_kl", "kl_mass_clean", "kl_mass_style", "clean_top1_rank",
+    "clean_top1_in_topk", "top1_kept",
+]  # fmt: skip
+SHARES = {"own_nearest", "own_nearer_share", "top1_kept", "kl_mass_clean", "kl_mass_style"}  # between 0 and 1
+DEPTHS = {"recovery_depth": "recovered", "half_recovery_depth": "half_recovered"}
+
+Key = tuple[str, str]  # (region, measure); region "" for a number per row
+
+
+@dataclass
+class Sources:
+    """What a pass over the run needs."""
+
+    run: Run
+    clean: StyleRows
+    styles: dict[str, StyleRows]
+    regions: list[str]
+    references: dict[str, ReferenceWords | None]
+    centres: dict[str, torch.Tensor]  # [L+1,D] mean clean state of a region other than `edited`
+    stay_layers: int = 3
+    lens: LogitLens | None = None
+    lens_rows: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Sums:
+    """Everything that is kept of a run: sums by cluster, never rows."""
+
+    own: dict[tuple[str, Key], Any] = field(default_factory=dict)
+    against_split: dict[tuple[str, Key], Any] = field(default_factory=dict)
+    split: dict[tuple[str, Key], Any] = field(default_factory=dict)
+    cka: dict[tuple[str, str], CkaSums] = field(default_factory=dict)
+    counts: dict[tuple[str, str], Counter[float]] = field(default_factory=dict)
+    censored: Counter[tuple[str, str]] = field(default_factory=Counter)
+    identical: Counter[str] = field(default_factory=Counter)
+
+
+# --- one block of rows
+
+
+def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """cosine, cosine_centred (with a centre [L+1,D]) and relative_l2, each [L+1,b], of states [L+1,b,D].
+
+    relative_l2 is |style - clean| / |clean|; NaN where a state is.
+    """
+    from torch.nn.functional import cosine_similarity
+
+    found = {"cosine": cosine_similarity(clean, style, dim=-1)}
+    if centre is not None:
+        shared = centre[:, None]
+        found["cosine_centred"] = cosine_similarity(clean - shared, style - shared, dim=-1)
+    found["relative_l2"] = (style - clean).norm(dim=-1) / clean.norm(dim=-1)
+    return found
+
+
+def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> dict[Key, np.ndarray]:
+    """Every measure of some rows of a style: by layer [b, L+1], or a number per row [b]. CKA goes into `sums`."""
+    table = sources.styles[style]
+    values: dict[Key, np.ndarray] = {}
+    templates = [sources.run.template(row) for row in rows]
+    for region in sources.regions:
+        twin = twin_region(region, style)
+        if region not in table.regions() or twin not in sources.clean.regions():
+            continue
+        clean, other = sources.clean.gather("hidden_pooled", rows, twin), table.gather("hidden_pooled", rows, region)
+        _cka_of(sums, style, region).add(clean, other, templates)
+        references = sources.references.get(style) if region == "edited" else None
+        centre = references.centre if references else sources.centres.get(region)
+        found = state_distances(clean, other, centre)
+        if references:
+            found |= _nearness(sources, references, rows, templates, twin, clean, other)
+        if region == "last" and sources.lens is not None:
+            found |= _lens_values(sources, rows, clean, other)
+        values |= {(region, name): tensor.T.double().numpy() for name, tensor in found.items()}
+    values |= _row_values(sources, style, rows, values)
+    # A state that overflowed its 16-bit dtype has no distance: missing, not infinite.
+    return {key: np.where(np.isinf(numbers), np.nan, numbers) for key, numbers in values.items()}
+
+
+def _cka_of(sums: Sums, style: str, region: str) -> CkaSums:
+    from linear_cka import CkaSums
+
+    return sums.cka.setdefault((style, region), CkaSums())
+
+
+def _nearness(
+    sources: Sources,
+    references: ReferenceWords,
+    rows: list[int],
+    templates: list[str],
+    twin: str,
+    clean: torch.Tensor,
+    other: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    from typo_recovery import nearness
+
+    words = [sources.clean.region_tokens(row, twin) for row in rows]
+    return nearness(clean, other, references, references.others(rows, templates, words))
+
+
+def _lens_values(
+    sources: Sources, rows: list[int], clean: torch.Tensor, other: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Lens measures [L+1,b]; NaN for the rows beyond --lens_rows."""
+    import torch
+
+    chosen = [place for place, row in enumerate(rows) if row in sources.lens_rows]
+    if sources.lens is None or not chosen:
+        return {}
+    top1 = sources.clean.gather("topk_indices", [rows[place] for place in chosen])[:, -1, 0]
+    found = sources.lens.change(clean[:, chosen], other[:, chosen], top1)
+    whole = {name: torch.full(clean.shape[:2], float("nan")) for name in found}
+    for name, values in found.items():
+        whole[name][:, chosen] = values
+    return whole
+
+
+def _row_values(
+    sources: Sources, style: str, rows: list[int], by_layer: dict[Key, np.ndarray]
+) -> dict[Key, np.ndarray]:
+    """The numbers per row [b]: depths, and the change of the next token where the run holds its logits."""
+    from next_token_change import next_token_change
+    from typo_recovery import half_recovery_depth, recovery_depth
+
+    values: dict[Key, np.ndarray] = {}
+    if ("edited", "own_nearest") in by_layer:
+        values["", "recovery_depth"] = recovery_depth(by_layer["edited", "own_nearest"], sources.stay_layers)
+        values["", "half_recovery_depth"] = half_recovery_depth(
+            by_layer["edited", "cosine_centred"], sources.stay_layers
+        )
+    if sources.clean.has("topk_vals") and sources.styles[style].has("topk_vals"):
+        pair = [_last_logits(table, rows) for table in (sources.clean, sources.styles[style])]
+        values |= {("", name): numbers for name, numbers in next_token_change(*pair).items()}
+    return values
+
+
+def _last_logits(table: StyleRows, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    values, indices, sums = (table.gather(key, rows)[:, -1] for key in ("topk_vals", "topk_indices", "logsumexp"))
+    return values, indices, sums
+
+
+# --- the pass over the run
+
+
+def collect(sources: Sources, items: Any) -> Sums:
+    """One pass over the run, block by block; writes a line per row and style to `items` (a csv.DictWriter)."""
+    sums = Sums()
+    order = sorted(sources.styles, key=lambda style: style != SPLIT_STYLE)  # the control first
+    for block in blocks(sources.clean.indices):
+        split_rows: list[int] = []
+        split_values: dict[Key, np.ndarray] = {}
+        for style in order:
+            both = [row for row in block if row in sources.styles[style]]
+            rows = changed_rows(sources.clean, sources.styles[style], both)
+            sums.identical[style] += len(both) - len(rows)
+            if not rows:
+                continue
+            values = block_values(sources, style, rows, sums)
+            _add_block(sources, sums, style, rows, values, split_rows, split_values)
+            _write_items(sources, items, style, rows, values)
+            if style == SPLIT_STYLE:
+                split_rows, split_values = rows, values
+    return sums
+
+
+def _add_block(
+    sources: Sources,
+    sums: Sums,
+    style: str,
+    rows: list[int],
+    values: dict[Key, np.ndarray],
+    split_rows: list[int],
+    split_values: dict[Key, np.ndarray],
+) -> None:
+    templates = [sources.run.template(row) for row in rows]
+    place = {row: position for position, row in enumerate(split_rows)}
+    mine = [position for position, row in enumerate(rows) if row in place]
+    theirs = [place[rows[position]] for position in mine]
+    for key, numbers in values.items():
+        _cluster_sums(sums.own, style, key).add(numbers, templates)
+        if key[0] == "":
+            _count(sums, style, key[1], numbers, sources)
+        if mine and key in split_values:
+            control = split_values[key][theirs]
+            both = np.where(np.isnan(numbers[mine]), np.nan, control)
+            paired = [templates[position] for position in mine]
+            _cluster_sums(sums.split, style, key).add(both, paired)
+            _cluster_sums(sums.against_split, style, key).add(numbers[mine] - control, paired)
+
+
+def _cluster_sums(where: dict[tuple[str, Key], Any], style: str, key: Key) -> Any:
+    from paired_stats import ClusterSums
+
+    return where.setdefault((style, key), ClusterSums(max_clusters=MAX_CLUSTERS))
+
+
+def _beyond(sources: Sources, style: str, measure: str) -> float:
+    """The value that stands for `never` (a depth beyond the last layer) or `below the top-k` (a rank)."""
+    table = sources.styles[style]
+    if measure in DEPTHS:
+        return float(table.first_content()["hidden_pooled"].shape[0])
+    return float(table.first_content()["topk_vals"].shape[-1] + 1) if measure == "clean_top1_rank" else math.inf
+
+
+def _count(sums: Sums, style: str, measure: str, numbers: np.ndarray, sources: Sources) -> None:
+    known = numbers[~np.isnan(numbers)]
+    if measure in DEPTHS or measure == "clean_top1_rank":
+        sums.counts.setdefault((style, measure), Counter()).update(known.tolist())
+        sums.censored[style, measure] += int((known >= _beyond(sources, style, measure)).sum())
+
+
+def _write_items(sources: Sources, items: Any, style: str, rows: list[int], values: dict[Key, np.ndarray]) -> None:
+    numbers = {name: column for (region, name), column in values.items() if region == ""}
+    ids = sources.styles[style].texts(rows, "element_index")
+    for position, row in enumerate(rows):
+        line: dict[str, Any] = {"style": style, "original_index": row, "element_index": ids[position]}
+        line["edited_tokens_clean"] = len(sources.clean.region_tokens(row, twin_region("edited", style)))
+        line["edited_tokens"] = len(sources.styles[style].region_tokens(row, "edited"))
+        for name, column in numbers.items():
+            value, flag = float(column[position]), DEPTHS.get(name)
+            reached = value < _beyond(sources, style, name)
+            if flag:
+                line[flag] = "" if math.isnan(value) else int(reached)
+            if name == "clean_top1_rank":
+                line["clean_top1_in_topk"] = int(reached)
+            line[name] = "" if math.isnan(value) or (flag and not reached) else f"{value:.6g}"
+        items.writerow(line)
+
+
+# --- tables
+
+
+def curve_table(sums: Sums) -> pd.DataFrame:
+    """One line per style, layer, region and measure; see the script's docstring."""
+    import pandas as pd
+    from paired_stats import benjamini_hochberg
+
+    tables = [
+        _estimate_frame(sums, style, key, {"region": key[0], "measure": key[1]}) for style, key in sums.own if key[0]
+    ]
+    tables += [_cka_frame(style, region, cka) for (style, region), cka in sums.cka.items()]
+    tables = [table for table in tables if not table.empty and (table["n"] > 0).any()]
+    if not tables:
+        return pd.DataFrame(columns=["style", "layer", "region", "measure"])
+    table = pd.concat(tables, ignore_index=True)
+    table["p_adjusted"] = np.nan
+    for _, part in table[table["style"] != SPLIT_STYLE].groupby(["region", "measure"]):
+        table.loc[part.index, "p_adjusted"] = benjamini_hochberg(part["p"])
+    front = ["style", "layer", "region", "measure"]
+    return table[front + [column for column in table.columns if column not in front]]
+
+
+def summary_table(sums: Sums) -> pd.DataFrame:
+    """One line per style and number per row (depths, KL, rank): mean, median, what is censored, against split."""
+    import pandas as pd
+    from paired_stats import holm
+
+    frames = [_estimate_frame(sums, style, key, {"measure": key[1]}) for style, key in sums.own if not key[0]]
+    if not frames:
+        return pd.DataFrame(columns=["style", "measure"])
+    table = pd.concat(frames, ignore_index=True)
+    keys = list(zip(table["style"], table["measure"], strict=True))
+    table["median"] = [_median(sums.counts.get(key, Counter())) for key in keys]
+    table["n_censored"] = [sums.censored.get(key, 0) for key in keys]
+    table["n_identical"] = [sums.identical[style] for style, _ in keys]
+    table["p_adjusted"] = np.nan
+    for _, part in table[table["style"] != SPLIT_STYLE].groupby("measure"):
+        table.loc[part.index, "p_adjusted"] = holm(part["p"])
+    front = ["style", "measure", "n", "n_censored", "n_identical", "n_clusters", "median"]
+    return table[front + [column for column in table.columns if column not in (*front, "layer")]]
+
+
+def in_run_order(table: pd.DataFrame, sources: Sources) -> pd.DataFrame:
+    """The table with its styles in the order of the run (the control was read first)."""
+    place = {style: number for number, style in enumerate(sources.styles)}
+    return table.sort_values("style", key=lambda column: column.map(place), kind="stable").reset_index(drop=True)
+
+
+def _estimate_frame(sums: Sums, style: str, key: Key, names: dict[str, str]) -> pd.DataFrame:
+    import pandas as pd
+
+    own = sums.own[style, key].finish()
+    line: dict[str, Any] = {"style": style, **names}
+    low, high = (np.clip(end, 0, 1) if key[1] in SHARES else end for end in (own.ci_low, own.ci_high))
+    line |= {"n": own.n, "n_clusters": own.n_clusters, "estimate": own.mean, "ci_low": low, "ci_high": high}
+    line["n_with_split"] = 0
+    empty = ("split_estimate", "difference_to_split", "difference_ci_low", "difference_ci_high", "p")
+    line |= dict.fromkeys(empty, np.nan)
+    if (style, key) in sums.against_split and style != SPLIT_STYLE:
+        change = sums.against_split[style, key].finish()
+        line |= {"n_with_split": change.n, "split_estimate": sums.split[style, key].finish().mean, "p": change.p}
+        line |= {"difference_to_split": change.mean}
+        line |= {"difference_ci_low": change.ci_low, "difference_ci_high": change.ci_high}
+    count = np.size(own.mean)
+    return pd.DataFrame(line | {"layer": np.arange(count)}, index=range(count))
+
+
+def _cka_frame(style: str, region: str, cka: CkaSums) -> pd.DataFrame:
+    import pandas as pd
+
+    if (found := cka.finish()) is None:
+        return pd.DataFrame()
+    value, low, high, n, clusters = found
+    line = {"style": style, "region": region, "measure": "cka", "layer": np.arange(len(value))}
+    return pd.DataFrame(line | {"n": n, "n_clusters": clusters, "estimate": value, "ci_low": low, "ci_high": high})
+
+
+def _median(counts: Counter[float]) -> float:
+    """Median of counted values (the lower one of two); NaN without any."""
+    half = counts.total() / 2
+    seen = 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= half:
+            return value
+    return math.nan
+
+
+# --- script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--run_dir", type=Path, required=True, help="run folder of stage 2")
+    data.add_argument("--results_dir", type=Path, help="where to write; default: results/<run name>")
+    data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
+    data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
+    measures = parser.add_argument_group("measures")
+    measures.add_argument("--regions", nargs="+", default=["edited", "task", "last"], help="pooled regions to compare")
+    measures.add_argument(
+        "--reference_words", type=int, default=128, help="other words for the recovery depth, at most"
+    )
+    measures.add_argument("--stay_layers", type=int, default=3, help="layers in a row that make a recovery")
+    measures.add_argument("--seed", type=int, default=0, help="which rows the reference words come from")
+    lens = parser.add_argument_group("logit lens")
+    lens.add_argument("--model_name", help="model of the run, for its final norm and head; default: no logit lens")
+    lens.add_argument("--lens_rows", type=int, default=100, help="first rows that the lens is applied to")
+    lens.add_argument("--dtype", default="auto", help="of the model")
+    lens.add_argument("--device_map", help="of the model; default: the GPU where there is one")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare the states of a run and write tables and pictures."""
+    args = parse_args(argv)
+    log = get_logger()
+    sources = open_sources(args)
+    folder = args.results_dir or Path("results") / sources.run.name
+    with _items_writer(folder / "activation_diffs_items.csv") as items:
+        sums = collect(sources, items)
+    curves, summary = (in_run_order(table, sources) for table in (curve_table(sums), summary_table(sums)))
+    write_csv(folder / "activation_diffs.csv", curves)
+    write_csv(folder / "activation_diffs_summary.csv", summary)
+    if told := [f"{style} {count}" for style, count in sums.identical.items() if count]:
+        log.info(f"left out, equal to the clean text: {', '.join(told)}")
+    _plot(curves, summary, folder)
+    log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and .png, and typo_recovery.png")
+    return 0
+
+
+def open_sources(args: argparse.Namespace) -> Sources:
+    """The run, opened and checked; raises UserError where it holds nothing to compare."""
+    from typo_recovery import reference_rows, reference_words
+
+    run = open_run(args.run_dir)
+    clean_style, styles = clean_and_styles(run, args.styles)
+    clean = StyleRows(run, clean_style, args.max_samples)
+    if not clean.has("hidden_pooled"):
+        raise UserError(f"{run.path}: its files hold no hidden_pooled; run stage 2 again with pooling on")
+    if args.reference_words < 2:
+        raise UserError(f"--reference_words {args.reference_words}: at least 2 are needed")
+    if args.stay_layers < 1:
+        raise UserError(f"--stay_layers {args.stay_layers}: at least 1")
+    tables = {style: StyleRows(run, style, args.max_samples) for style in styles}
+    rows = reference_rows(clean, args.reference_words, args.seed)
+    references = {style: reference_words(run, clean, style, rows, args.reference_words) for style in styles}
+    centres = {region: _centre(clean, rows, region) for region in args.regions if region in clean.regions()}
+    sources = Sources(run, clean, tables, list(args.regions), references, centres, args.stay_layers)
+    _tell_missing(sources)
+    if args.model_name:
+        _open_lens(sources, args)
+    else:
+        get_logger().info("no --model_name: without logit lens")
+    return sources
+
+
+def _centre(clean: StyleRows, rows: list[int], region: str) -> torch.Tensor:
+    import torch
+
+    total: Any = 0
+    count: Any = 0
+    for block in blocks(rows):
+        states = clean.gather("hidden_pooled", block, region)
+        total = total + states.nan_to_num().sum(1)
+        count = count + (~states.isnan()).sum(1)
+    return total / torch.clamp(count, min=1)
+
+
+def _tell_missing(sources: Sources) -> None:
+    log = get_logger()
+    if SPLIT_STYLE not in sources.styles:
+        log.warning("the run has no style `split`: nothing here tells a typo from more tokens")
+    for style, references in sources.references.items():
+        if references is None and "edited" in sources.regions:
+            log.warning(f"{style}: fewer than two different edited words with clean states: no recovery depth")
+    counts = [f"{style} {len(found.rows)}" for style, found in sources.references.items() if found]
+    log.info(f"other words to compare with: {', '.join(counts) or 'none'}")
+    known = set(sources.clean.regions()) | {"edited"}
+    if missing := [region for region in sources.regions if region not in known]:
+        raise UserError(f"--regions {missing[0]}: not pooled in this run; it has {', '.join(sources.clean.regions())}")
+
+
+def _open_lens(sources: Sources, args: argparse.Namespace) -> None:
+    from logit_lens import open_lens
+
+    if "last" not in sources.regions or not sources.clean.has("topk_vals"):
+        raise UserError("--model_name: the logit lens needs the region `last` and the run's topk_vals")
+    sources.lens_rows = set(sources.clean.indices[: args.lens_rows])
+    sources.lens = open_lens(args.model_name, args.dtype, args.device_map)
+    rows = sources.clean.indices[: min(8, args.lens_rows)]
+    values, indices, _ = _last_logits(sources.clean, rows)
+    sources.lens.check(sources.clean.gather("hidden_pooled", rows, "last", -1), values, indices)
+
+
+@contextmanager
+def _items_writer(path: Path) -> Iterator[Any]:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, ITEM_COLUMNS, restval="")
+        writer.writeheader()
+        yield writer
+
+
+def _plot(curves: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> None:
+    from layer_curves import plot_distances, plot_recovery
+
+    plot_distances(curves, folder / "activation_diffs.png")
+    plot_recovery(curves, summary, folder / "typo_recovery.png")
+
+
+if __name__ == "__main__":
+    run_main(main)

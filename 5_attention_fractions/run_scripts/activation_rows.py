@@ -1,0 +1,179 @@
+"""Rows of a run by original index, so that the styles of one prompt can be compared without holding a run in memory."""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command_line import UserError
+from run_store import BATCH_AXIS, Run, load_pt, row_count
+
+if TYPE_CHECKING:
+    import torch
+
+SPLIT_STYLE = "split"  # the fragmentation control: the clean word, only cut into other tokens
+CLEAN_BLOCK = 64
+
+
+class StyleRows:
+    """The rows of one style wherever they lie in its files; files are memory-mapped, `max_open` at a time.
+
+    `indices` are the original indices at hand, ascending (`max_samples`: below this row of the prompt file only).
+    """
+
+    def __init__(self, run: Run, style: str, max_samples: int | None = None, max_open: int = 4) -> None:
+        self.run, self.style = run, style
+        self._max_open = max_open
+        self._open: OrderedDict[Path, dict[str, Any]] = OrderedDict()
+        self._places: dict[int, tuple[Path, int]] = {}
+        for path in run.files(style):
+            content = self._content(path)
+            for position in range(row_count(content)):
+                index = int(content["original_indices"][position]) if "original_indices" in content else position
+                if max_samples is None or index < max_samples:
+                    self._places[index] = (path, position)
+        self.indices = sorted(self._places)
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._places
+
+    def _content(self, path: Path) -> dict[str, Any]:
+        if path not in self._open:
+            self._open[path] = load_pt(path)
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def first_content(self) -> dict[str, Any]:
+        """Content of the style's first file: which fields, regions and sizes there are."""
+        return self._content(self.run.files(self.style)[0])
+
+    def has(self, key: str) -> bool:
+        """Whether the style's files hold the field `key`."""
+        return key in self.first_content()
+
+    def regions(self, key: str = "hidden_pooled") -> list[str]:
+        """Names on the region axis of a field: `pooled_regions` for pooled ones, else `regions`."""
+        return list(self.first_content().get(_region_list(key), []))
+
+    def gather(
+        self, key: str, indices: Sequence[int], region: str | None = None, layers: slice | int = slice(None)
+    ) -> torch.Tensor:
+        """A tensor field of some rows in float32, the batch axis where the file has it.
+
+        hidden_pooled with a region: [L+1, b, D]; with an integer `layers`: [b, D]. topk_vals: [b, T, k].
+        Raises UserError where a file lacks the field or the region.
+        """
+        import torch
+
+        axis = BATCH_AXIS.get(key, 0) - (1 if isinstance(layers, int) else 0)
+        order, parts = [], []
+        for path, positions, places in self._grouped(indices):
+            parts.append(_pick(self._content(path), path, key, torch.tensor(positions), region, layers))
+            order += places
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+        if order == sorted(order):
+            return joined
+        return joined.index_select(axis, torch.tensor(order).argsort())
+
+    def texts(self, indices: Sequence[int], key: str = "prompts") -> list[Any]:
+        """A list field (prompts, element_index …) of some rows; None where the files lack it."""
+        found = [self._places[index] for index in indices]
+        return [self._content(path).get(key, {position: None})[position] for path, position in found]
+
+    def region_tokens(self, index: int, region: str) -> tuple[int, ...]:
+        """Token ids of a region of one row; empty where the region is, or where the style knows no such region."""
+        path, position = self._places[index]
+        content = self._content(path)
+        if region not in content["regions"]:
+            return ()
+        inside = content["region_mask"][position, :, content["regions"].index(region)]
+        return tuple(content["input_ids"][position][inside].tolist())
+
+    def _grouped(self, indices: Sequence[int]) -> Iterator[tuple[Path, list[int], list[int]]]:
+        """(file, positions in it, places in `indices`) file by file."""
+        groups: dict[Path, tuple[list[int], list[int]]] = {}
+        for place, index in enumerate(indices):
+            path, position = self._places[index]
+            positions, places = groups.setdefault(path, ([], []))
+            positions.append(position)
+            places.append(place)
+        for path, (positions, places) in groups.items():
+            yield path, positions, places
+
+
+def _region_list(key: str) -> str:
+    return "pooled_regions" if key.endswith("_pooled") else "regions"
+
+
+def _pick(
+    content: dict[str, Any], path: Path, key: str, rows: torch.Tensor, region: str | None, layers: slice | int
+) -> torch.Tensor:
+    if key not in content:
+        raise UserError(f"{path}: has no field {key!r}; run stage 2 again with the capture flag that writes it")
+    tensor = content[key]
+    if region is not None:
+        names = content[_region_list(key)]
+        if region not in names:
+            raise UserError(f"{path}: does not pool the region {region!r}; it has {', '.join(names)}")
+        column = names.index(region)
+        # The region axis follows the batch axis, or the heads: [L,B,P,D] and [L,B,H,Q].
+        tensor = tensor[:, :, column] if key.endswith("_pooled") else tensor[:, :, :, column]
+    if BATCH_AXIS.get(key, 0) == 0:
+        return tensor[rows].float() if tensor.is_floating_point() else tensor[rows]
+    chosen = tensor[layers]
+    return (chosen[rows] if isinstance(layers, int) else chosen[:, rows]).float()
+
+
+# --- which rows
+
+
+def clean_and_styles(run: Run, styles: Sequence[str] | None, with_split: bool = True) -> tuple[str, list[str]]:
+    """(clean style, the styles to compare with it); `split` comes along as the control.
+
+    Raises UserError where the run has no clean form, no other style, or lacks an asked-for one.
+    """
+    clean = run.clean_style
+    if clean is None:
+        have = ", ".join(run.styles)
+        raise UserError(f"{run.path}: no clean form (`normal` or `instruction`) among its styles {have}; run it too")
+    if missing := [style for style in styles or [] if style not in run.styles]:
+        raise UserError(f"{run.path}: has no style {missing[0]!r}; it has {', '.join(run.styles)}")
+    chosen = [style for style in (styles or run.styles) if style != clean]
+    if with_split and SPLIT_STYLE in run.styles and SPLIT_STYLE not in chosen:
+        chosen.append(SPLIT_STYLE)
+    if not chosen:
+        raise UserError(f"{run.path}: only the clean form is there; run stage 2 with more --prompt_keys")
+    return clean, chosen
+
+
+def edited_region(style: str, of: str, clean: str) -> str:
+    """Name of the words that `of` edits: `edited` in the style itself, `edited:<of>` in the clean run."""
+    return f"edited:{of}" if style == clean else "edited"
+
+
+def twin_region(region: str, style: str) -> str:
+    """The clean run's region that `region` of a style is compared with."""
+    return f"edited:{style}" if region == "edited" else region
+
+
+def changed_rows(clean: StyleRows, other: StyleRows, indices: Sequence[int]) -> list[int]:
+    """Those of `indices` that both styles have and whose text differs: a variant equal to the clean text is none."""
+    both = [index for index in indices if index in clean and index in other]
+    texts = zip(both, clean.texts(both), other.texts(both), strict=True)
+    return [index for index, clean_text, text in texts if text is None or text != clean_text]
+
+
+def blocks(indices: Sequence[int], size: int = CLEAN_BLOCK) -> Iterator[list[int]]:
+    """`indices` in runs of at most `size`."""
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
+
+
+def half_of(label: str, seed: int) -> int:
+    """0 or 1: the half of the data in which a cluster lies, the same in every run and at every size."""
+    return zlib.crc32(f"{seed}/{label}".encode("utf-8", "backslashreplace")) & 1

@@ -1,0 +1,212 @@
+"""Pictures of measures by layer: one line per style with its 95 % interval, the control in black and dashed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from file_output import save_figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONTROL = "split"
+MANY_STYLES = 6
+POOLED = ("all_typos", "all_styles")  # all styles in one probe: black and unbroken
+MEASURE_LABELS = {
+    "cosine_centred": "cosine to the clean state\n(layer mean subtracted)",
+    "cosine": "cosine to the clean state",
+    "relative_l2": "relative L2 distance\n|style − clean| / |clean|",
+    "cka": "linear CKA with the clean states\n(debiased, over items)",
+    "own_nearest": "share of words nearest to\ntheir own clean twin",
+    "lens_top1_probability": "logit lens: probability of the\nclean run's first token",
+}
+REGION_LABELS = {"edited": "edited word", "task": "task", "last": "last token", "instruction": "instruction"}
+DEPTH_LABELS = {
+    "recovery_depth": "nearest to its own clean twin from layer …",
+    "half_recovery_depth": "half of the lost cosine regained from layer …",
+}
+
+
+def style_colours(styles: list[str]) -> dict[str, Any]:
+    """A colour per style, the same in every picture of a run; the control is black."""
+    import matplotlib as mpl
+
+    pairs = mpl.colormaps["tab20"](range(20))  # dark and light by turns: first all the dark ones
+    palette = [*pairs[0::2], *pairs[1::2]]
+    others = [style for style in styles if style != CONTROL]
+    return {CONTROL: "black"} | {style: palette[i % len(palette)] for i, style in enumerate(others)}
+
+
+def draw_curves(axes: Any, table: pd.DataFrame, colours: dict[str, Any], columns: tuple[str, str, str]) -> None:
+    """One line per style of `table` (columns style, layer and the three named: value, low, high) on `axes`.
+
+    With more than MANY_STYLES lines only the thick ones get their interval drawn, or none could be read.
+    """
+    many = table["style"].nunique() > MANY_STYLES
+    value, low, high = columns
+    for style, part in table.groupby("style", sort=False):
+        part = part.sort_values("layer")
+        control, thick = style == CONTROL, style in (CONTROL, *POOLED)
+        look = {"color": colours[style], "linewidth": 2.2 if thick else 1.4, "zorder": 3 if thick else 2}
+        axes.plot(part["layer"], part[value], linestyle="--" if control else "-", label=style, **look)
+        if thick or not many:
+            axes.fill_between(part["layer"], part[low], part[high], color=colours[style], alpha=0.12, linewidth=0)
+
+
+def count_label(n: pd.Series) -> str:
+    """`n = 98`, or `n = 80–98` where the styles differ."""
+    if n.empty:
+        return "n = 0"
+    return f"n = {n.min():.0f}" if n.min() == n.max() else f"n = {n.min():.0f}–{n.max():.0f}"
+
+
+def layer_axis(axes: Any, label: str = "layer (0 = embeddings)") -> None:
+    """Whole layers on the x axis, and a light grid."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.01)
+
+
+def shared_legend(figure: Any, axes: Any) -> None:
+    """One legend for all panels, to the right of them."""
+    handles: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        names = [f"{label} (control)" if label == CONTROL else label for label in handles]
+        figure.legend(handles.values(), names, loc="outside right center", frameon=False)
+
+
+# --- activation_diffs.py
+
+
+def plot_distances(curves: pd.DataFrame, path: str | Path) -> None:
+    """Panels of measure (rows) by region (columns) from the table of activation_diffs.csv."""
+    import matplotlib.pyplot as plt
+
+    measures = [m for m in ("cosine_centred", "relative_l2", "cka") if (curves["measure"] == m).any()]
+    regions = [region for region in REGION_LABELS if (curves["region"] == region).any()]
+    regions += [region for region in curves["region"].unique() if region not in regions]
+    if not measures:
+        return
+    size = (4.6 * len(regions) + 0.5, 3.0 * len(measures) + 0.4)
+    figure, grid = plt.subplots(
+        len(measures), len(regions), figsize=size, squeeze=False, sharex=True, layout="constrained"
+    )
+    colours = style_colours(list(curves["style"].unique()))
+    for i, measure in enumerate(measures):
+        for j, region in enumerate(regions):
+            part = curves[(curves["measure"] == measure) & (curves["region"] == region)]
+            draw_curves(grid[i, j], part, colours, ("estimate", "ci_low", "ci_high"))
+            layer_axis(grid[i, j], "layer (0 = embeddings)" if i == len(measures) - 1 else "")
+            grid[i, j].set_title(f"{REGION_LABELS.get(region, region)}, {count_label(part['n'])}", fontsize=10)
+        grid[i, 0].set_ylabel(MEASURE_LABELS[measure])
+    figure.suptitle("Residual stream: each style against its clean twin (mean; band: 95 % clustered interval)")
+    shared_legend(figure, grid.flat)
+    save_figure(path, figure)
+
+
+def plot_recovery(curves: pd.DataFrame, summary: pd.DataFrame, path: str | Path) -> None:
+    """Share of edited words nearest to their own twin by layer, and the two recovery depths by style."""
+    import matplotlib.pyplot as plt
+
+    nearest = curves[curves["measure"] == "own_nearest"]
+    if nearest.empty:
+        return
+    count = nearest["style"].nunique()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 0.4 * count + 1.5)), layout="constrained")
+    colours = style_colours(list(curves["style"].unique()))
+    draw_curves(left, nearest, colours, ("estimate", "ci_low", "ci_high"))
+    layer_axis(left)
+    left.set_ylim(-0.02, 1.02)
+    left.set_ylabel(MEASURE_LABELS["own_nearest"])
+    left.set_title(f"Edited word, against other words' clean states, {count_label(nearest['n'])}", fontsize=10)
+    _depth_panel(right, summary, int(nearest["layer"].max()))
+    shared_legend(figure, [left])
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=9, frameon=False)
+    save_figure(path, figure)
+
+
+def _depth_panel(axes: Any, summary: pd.DataFrame, last_layer: int) -> None:
+    """Mean depth with interval (dot) and median (bar) per style; how many never got there."""
+    styles = [
+        s for s in summary["style"].unique() if (summary["measure"].isin(DEPTH_LABELS) & (summary["style"] == s)).any()
+    ]
+    markers = {"recovery_depth": ("o", -0.14, "tab:blue"), "half_recovery_depth": ("s", 0.14, "tab:orange")}
+    for measure, (marker, shift, colour) in markers.items():
+        part = summary[summary["measure"] == measure].set_index("style")
+        for position, style in enumerate(s for s in styles if s in part.index):
+            line, y = part.loc[style], styles.index(style) + shift
+            bars = [[max(0, line["estimate"] - line["ci_low"])], [max(0, line["ci_high"] - line["estimate"])]]
+            label = DEPTH_LABELS[measure] if position == 0 else None
+            axes.errorbar(
+                [line["estimate"]], [y], xerr=bars, fmt=marker, color=colour, capsize=2, markersize=5, label=label
+            )
+            axes.plot([line["median"]], [y], "|", color=colour, markersize=13)
+            never = f"{line['n_censored']:.0f}/{line['n']:.0f}"
+            axes.annotate(never, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=colour)
+    axes.set_yticks(range(len(styles)), [f"{s} (control)" if s == CONTROL else s for s in styles])
+    axes.invert_yaxis()
+    axes.set_xlim(-0.5, last_layer + 1.5)
+    axes.axvline(last_layer + 1, color="grey", linewidth=0.8, linestyle=":")
+    layer_axis(axes, f"layer (dotted, {last_layer + 1}: never); dot: mean and 95 % interval, bar: median")
+    axes.set_title("Recovery depth of the edited word (right: never / n)", fontsize=10)
+
+
+# --- probe_layers.py
+
+TARGET_LABELS = {
+    "typo": "clean form or style?",
+    "typo_vs_split": "typo or only split?",
+    "style": "which style?",
+    "wrong": "will the answer be wrong?",
+}
+
+
+def plot_probes(table: pd.DataFrame, path: str | Path) -> None:
+    """AUC by layer: a panel per target and region, one line per style, the controls with shuffled labels in grey."""
+    import matplotlib.pyplot as plt
+
+    targets = [target for target in TARGET_LABELS if (table["target"] == target).any()]
+    regions = list(table["region"].unique())
+    size = (5.4 * len(regions) + 0.5, 3.1 * len(targets) + 0.4)
+    figure, grid = plt.subplots(
+        len(targets), len(regions), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    colours = style_colours([style for style in table["style"].unique() if style not in POOLED])
+    colours |= dict.fromkeys(POOLED, "black")
+    for i, target in enumerate(targets):
+        for j, region in enumerate(regions):
+            part = table[(table["target"] == target) & (table["region"] == region)]
+            _probe_panel(grid[i, j], part, colours)
+            title = f"{TARGET_LABELS[target]} {REGION_LABELS.get(region, region)}, {count_label(part['n'])}"
+            grid[i, j].set_title(title, fontsize=10)
+        grid[i, 0].set_ylabel("out-of-fold AUC")
+    for axes in grid[-1]:
+        layer_axis(axes)
+    figure.suptitle("Linear probes by layer (band: 95 % clustered interval), folds grouped by template")
+    shared_legend(figure, grid.flat)
+    save_figure(path, figure)
+
+
+def _probe_panel(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None:
+    if part.empty:
+        axes.text(0.5, 0.5, "not probed", ha="center", va="center", transform=axes.transAxes, color="grey")
+        return
+    _draw_controls(axes, part)
+    draw_curves(axes, part, colours, ("auc", "ci_low", "ci_high"))
+    axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+    layer_axis(axes, "")
+
+
+def _draw_controls(axes: Any, part: pd.DataFrame) -> None:
+    for position, (_, own) in enumerate(part.groupby("style", sort=False)):
+        own = own.sort_values("layer")
+        label = "shuffled labels (control)" if position == 0 else None
+        axes.plot(own["layer"], own["control_auc"], color="grey", linewidth=0.8, linestyle="--", label=label, zorder=1)
+        axes.fill_between(own["layer"], own["control_ci_low"], own["control_ci_high"], color="grey", alpha=0.07, lw=0)

@@ -1,0 +1,87 @@
+"""Logit lens (nostalgebraist 2020): the model's own final norm and head, applied to the residual stream of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from command_line import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+AGREEMENT = 0.02  # relative error allowed between the lens at the last layer and the logits of the run (16-bit states)
+
+
+@dataclass
+class LogitLens:
+    """Final norm and head of a model. `hidden_states[L]` is after the norm already: there the head alone is used."""
+
+    norm: Any
+    model: Any
+
+    def logits(self, states: torch.Tensor, normed: bool) -> torch.Tensor:
+        """Logits [..., V] float32 of states [..., D]; `normed`: they are after the final norm."""
+        import torch
+
+        head = self.model.get_output_embeddings()
+        with torch.no_grad():
+            states = states.to(head.weight.device, head.weight.dtype)
+            logits = head(states if normed else self.norm(states))
+            return _scaled(self.model.config.get_text_config(decoder=True), logits).float().cpu()
+
+    def change(self, clean: torch.Tensor, style: torch.Tensor, clean_top1: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each layer's lens says; clean, style [L+1,b,D], clean_top1 [b] the clean run's first token. All [L+1,b]:
+
+        `lens_kl`: KL(clean || style) in nats; `lens_top1_probability`: of the clean run's first token under the style;
+        `lens_top1_probability_change`: that minus its probability in the clean prompt.
+        """
+        import torch
+
+        kl, own, change = [], [], []
+        for layer in range(len(clean)):
+            pair = torch.stack([clean[layer], style[layer]])
+            log_p, log_q = self.logits(pair, normed=layer == len(clean) - 1).log_softmax(-1)
+            kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            own.append(log_q.gather(-1, clean_top1[:, None])[:, 0].exp())
+            change.append(own[-1] - log_p.gather(-1, clean_top1[:, None])[:, 0].exp())
+        names = ("lens_kl", "lens_top1_probability", "lens_top1_probability_change")
+        return {name: torch.stack(values) for name, values in zip(names, (kl, own, change), strict=True)}
+
+    def check(self, last_states: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:
+        """Raise UserError where the head does not give the logits that the run holds (another model, another head).
+
+        last_states [b,D] of hidden_states[L]; topk_vals, topk_indices [b,k] at the last token.
+        """
+        own = self.logits(last_states, normed=True).gather(-1, indices)
+        if not float((own - values).abs().max()) <= AGREEMENT * float(values.abs().max()):
+            raise UserError("--model_name: its head does not give this run's logits; name the model that made the run")
+
+
+def open_lens(model_name: str, dtype: str = "auto", device_map: str | None = None) -> LogitLens:
+    """Load a model for its norm and head. Raises UserError where it cannot be loaded or keeps no final norm."""
+    from load_model import load_model
+
+    model, _ = load_model(model_name, dtype=dtype, device_map=device_map)
+    return LogitLens(find_final_norm(model), model)
+
+
+def find_final_norm(model: Any) -> Any:
+    """The norm that follows the decoder's layers: the last norm among the modules beside the list of layers."""
+    import torch
+
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        children = list(module.children())
+        lists = [i for i, m in enumerate(children) if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+        if lists and (norms := [m for m in children[lists[0] :] if "norm" in type(m).__name__.lower()]):
+            return norms[-1]
+    raise UserError(f"{type(model).__name__}: its final norm cannot be found; run without --model_name")
+
+
+def _scaled(config: Any, logits: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(logits / softcap) * softcap if softcap else logits

@@ -1,0 +1,370 @@
+"""Residual-stream distances, CKA, recovery depth, next-token change and the logit lens of stage 5."""
+
+from __future__ import annotations
+
+import activation_diffs
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from activation_rows import StyleRows, changed_rows
+from command_line import UserError
+from linear_cka import CkaSums, item_contributions
+from logit_lens import LogitLens, find_final_norm
+from next_token_change import next_token_change
+from run_store import open_run
+from scipy.special import log_softmax
+from scipy.stats import entropy
+from synthetic_run import prompt_rows, write_run
+from typo_recovery import first_lasting_layer, half_recovery_depth, recovery_depth
+
+STYLES = ["swap", "main", "split"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Pictures cost seconds: they are drawn in the one test that looks at them."""
+    if "pictures" not in request.node.name:
+        monkeypatch.setattr(activation_diffs, "_plot", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diffs")
+    rows = prompt_rows(26, STYLES, templates=9)
+    rows[3]["swap"] = rows[3]["normal"]  # equal to the clean text
+    del rows[5]["main"]
+    run = write_run(folder / "run", rows, layers=4, heads=2, hidden=12, rows_per_file=7, skip=lambda s, i: i == 8)
+    assert activation_diffs.main(["--run_dir", str(run), "--results_dir", str(folder / "results")]) == 0
+    return run, folder / "results"
+
+
+def states_of(run, style, index, region):
+    """[L+1, D] read from the files without the code under test."""
+    for path in sorted((run / style).glob("*.pt")):
+        content = torch.load(path, weights_only=True)
+        if index in content["original_indices"]:
+            column = content["pooled_regions"].index(region)
+            return content["hidden_pooled"][:, content["original_indices"].index(index), column].double().numpy()
+    return None
+
+
+def test_distances_equal_the_formulas_on_every_pair(results):
+    run, folder = results
+    table = pd.read_csv(folder / "activation_diffs.csv")
+    cosines, lengths = [], []
+    for index in range(26):
+        if index in (5, 8):
+            continue
+        clean, style = states_of(run, "normal", index, "edited:main"), states_of(run, "main", index, "edited")
+        norms = np.linalg.norm(clean, axis=1)
+        cosines.append((clean * style).sum(1) / norms / np.linalg.norm(style, axis=1))
+        lengths.append(np.linalg.norm(style - clean, axis=1) / norms)
+    for measure, expected in (("cosine", cosines), ("relative_l2", lengths)):
+        mine = table[table["measure"] == measure].query("style == 'main' and region == 'edited'").sort_values("layer")
+        np.testing.assert_allclose(mine["estimate"], np.mean(expected, axis=0), atol=1e-5)
+        assert set(mine["n"]) == {24}
+
+
+def test_identical_texts_and_missing_rows_are_left_out_and_counted(results):
+    _, folder = results
+    summary = (
+        pd.read_csv(folder / "activation_diffs_summary.csv").query("measure == 'next_token_kl'").set_index("style")
+    )
+    items = pd.read_csv(folder / "activation_diffs_items.csv")
+    assert dict(summary["n"]) == {"swap": 24, "main": 24, "split": 25}
+    assert dict(summary["n_identical"]) == {"swap": 1, "main": 0, "split": 0}
+    assert 3 not in set(items.query("style == 'swap'")["original_index"])
+    assert 8 not in set(items["original_index"])
+    assert list(items["element_index"]) == [index + 1 for index in items["original_index"]]
+
+
+def test_difference_to_split_is_the_clustered_paired_difference(results):
+    from paired_stats import paired_difference
+
+    run, folder = results
+    table = pd.read_csv(folder / "activation_diffs.csv")
+    rows = [index for index in range(26) if index not in (5, 8)]
+    values = {}
+    for style in ("main", "split"):
+        pairs = [(states_of(run, "normal", i, f"edited:{style}"), states_of(run, style, i, "edited")) for i in rows]
+        values[style] = np.array([np.linalg.norm(b - a, axis=1) / np.linalg.norm(a, axis=1) for a, b in pairs])
+    expected = paired_difference(values["main"], values["split"], [f"template_{i % 9}" for i in rows])
+    mine = table.query("style == 'main' and region == 'edited' and measure == 'relative_l2'").sort_values("layer")
+    np.testing.assert_allclose(mine["difference_to_split"], expected.mean, atol=1e-6)
+    np.testing.assert_allclose(mine["p"], expected.p, rtol=1e-3)
+
+
+def test_batch_size_of_the_files_changes_nothing(tmp_path):
+    tables = []
+    for per_file in (3, 50):
+        run = write_run(tmp_path / f"run{per_file}", prompt_rows(14, STYLES), rows_per_file=per_file, layers=3)
+        activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path / f"out{per_file}")])
+        tables.append(pd.read_csv(tmp_path / f"out{per_file}" / "activation_diffs.csv"))
+    pd.testing.assert_frame_equal(tables[0], tables[1], rtol=1e-4, atol=1e-5)
+
+
+def test_without_split_the_comparison_is_empty_not_made_up(tmp_path, capsys):
+    run = write_run(tmp_path / "run", prompt_rows(10, ["swap"]), layers=2)
+    activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "activation_diffs.csv")
+    assert table["difference_to_split"].isna().all()
+    assert table["p"].isna().all()
+    assert "no style `split`" in capsys.readouterr().err
+
+
+def test_pictures_are_drawn_at_42_layers_with_their_labels(tmp_path, monkeypatch):
+    import layer_curves
+
+    run = write_run(tmp_path / "run", prompt_rows(12, STYLES), layers=42, heads=1, raw_layers=())
+    drawn = {}
+    monkeypatch.setattr(layer_curves, "save_figure", lambda path, figure: drawn.update({path.name: figure}))
+    activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path)])
+    assert set(drawn) == {"activation_diffs.png", "typo_recovery.png"}
+    for figure in drawn.values():
+        axes = [axes for axes in figure.axes if axes.lines]
+        assert all("n = 12" in axes.get_title() for axes in axes if "depth" not in axes.get_title())
+        assert any("layer" in one.get_xlabel() for one in axes)
+        names = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        assert {"swap", "main", "split (control)"} <= set(names)
+    curve = drawn["typo_recovery.png"].axes[0].lines[0]
+    assert curve.get_xdata().tolist() == list(range(43))
+
+
+# --- recovery
+
+
+def plant_recovery(layer_of):
+    """Edited words of a variant are noise up to a layer, from there the clean twin's state plus a little noise."""
+    directions = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+
+    def change(row, style, index):
+        generator = torch.Generator().manual_seed(index)
+        names = ["last", "instruction", "task"]
+        pooled = row["hidden_pooled"]
+        for column in range(len(names), pooled.shape[1]):
+            own = directions[index].expand(pooled.shape[0], -1) + 5  # 5: the part that all states share
+            if style != "normal":
+                own = own.clone()
+                own[: layer_of[style]] = torch.randn(layer_of[style], 32, generator=generator) + 5
+            pooled[:, column] = own + 0.05 * torch.randn(pooled.shape[0], 32, generator=generator)
+
+    return change
+
+
+def test_planted_recovery_is_found_at_its_layer_against_the_control(tmp_path):
+    # every row edits a word of its own, so that there are enough other words
+    rows = [{"normal": f"alpha word{chr(97 + i % 26)}x{i} end", "answer": "1"} for i in range(40)]
+    for i, row in enumerate(rows):
+        row["swap"] = row["normal"].replace(f"x{i}", f"y{i}")
+        row["split"] = row["normal"].replace("word", "wo\u00adrd")
+    run = write_run(tmp_path / "run", rows, layers=8, hidden=32, change=plant_recovery({"swap": 6, "split": 2}))
+    activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path)])
+    items = pd.read_csv(tmp_path / "activation_diffs_items.csv")
+    summary = pd.read_csv(tmp_path / "activation_diffs_summary.csv").set_index(["style", "measure"])
+    for style, layer in (("swap", 6), ("split", 2)):
+        own = items[items["style"] == style]
+        assert (own["recovery_depth"] == layer).mean() > 0.9
+        assert (own["half_recovery_depth"] == layer).mean() > 0.9
+        assert summary.loc[(style, "recovery_depth"), "median"] == layer
+    line = summary.loc[("swap", "recovery_depth")]
+    assert line["difference_to_split"] == pytest.approx(4, abs=0.4)
+    assert line["p_adjusted"] < 1e-6
+    nearest = pd.read_csv(tmp_path / "activation_diffs.csv").query("style == 'swap' and measure == 'own_nearest'")
+    before = nearest[nearest["layer"] < 6]["estimate"].mean()
+    assert before < 0.1  # chance is 1 / (other words + 1)
+    shares = pd.read_csv(tmp_path / "activation_diffs.csv").query("style == 'swap' and measure == 'own_nearer_share'")
+    assert shares[shares["layer"] < 6]["estimate"].mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_never_recovered_words_are_counted_not_dropped(tmp_path):
+    rows = [{"normal": f"alpha word{chr(97 + i % 26)}x{i} end", "swap": f"alpha wrod{i} end"} for i in range(20)]
+    run = write_run(tmp_path / "run", rows, layers=4, hidden=32, change=plant_recovery({"swap": 5}))
+    activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path)])
+    line = pd.read_csv(tmp_path / "activation_diffs_summary.csv").set_index("measure").loc["recovery_depth"]
+    assert line["n"] == 20
+    assert line["n_censored"] >= 18
+    assert line["median"] == 5
+
+
+def test_depths_of_hand_made_curves():
+    holds = np.array([[0, 1, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 1, 1], [1] * 7], dtype=bool)
+    assert first_lasting_layer(holds, 3).tolist() == [3, 7, 0]
+    assert recovery_depth(np.where(holds, 1.0, 0.0), 1).tolist() == [1, 0, 0]
+    nearest = holds.astype(float)
+    nearest[1, 2] = np.nan
+    assert np.isnan(recovery_depth(nearest)[1])
+    # greatest loss 0.8 at layer 1, half regained at cosine 0.6; the high start before the loss does not count
+    curve = np.array([[0.9, 0.2, 0.5, 0.61, 0.7, 0.8]])
+    assert half_recovery_depth(curve).tolist() == [3]
+    assert half_recovery_depth(np.array([[0.9, 0.8, 0.2, 0.3, 0.3, 0.3]])).tolist() == [6]
+    assert np.isnan(half_recovery_depth(np.ones((1, 6)))[0])
+
+
+# --- CKA
+
+
+def dense_unbiased_hsic(k, l):  # noqa: E741
+    """Song et al. 2012, equation 5, straight from the text."""
+    n = len(k)
+    k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))  # noqa: E741
+    one = np.ones(n)
+    trace = np.trace(k @ l)
+    return (trace + (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ l @ one)) / (
+        n * (n - 3)
+    )
+
+
+def test_cka_equals_the_published_formula():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 50)) + 3, rng.standard_normal((30, 40))
+    y[:, :20] += x[:, :20]
+    expected = [dense_unbiased_hsic(a @ a.T, b @ b.T) for a, b in ((x, y), (x, x), (y, y))]
+    parts = item_contributions(torch.tensor(x)[None], torch.tensor(y)[None])
+    np.testing.assert_allclose(parts.mean(0)[:, 0], expected, rtol=1e-6)
+    sums = CkaSums()
+    sums.add(torch.tensor(x)[None], torch.tensor(y)[None], [str(i) for i in range(30)])
+    assert sums.finish()[0][0] == pytest.approx(expected[0] / np.sqrt(expected[1] * expected[2]), rel=1e-6)
+
+
+def test_cka_is_near_zero_for_unrelated_states_even_with_more_dimensions_than_items():
+    rng = np.random.default_rng(1)
+    sums = CkaSums()
+    for _ in range(6):
+        x, y = (torch.tensor(rng.standard_normal((1, 32, 500))) for _ in range(2))
+        sums.add(x, y, [f"{rng.random()}" for _ in range(32)])
+    value, low, high, n, _ = sums.finish()
+    assert abs(value[0]) < 0.05
+    assert low[0] < 0 < high[0]
+    assert n == 192
+
+
+def test_cka_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    mix = rng.standard_normal((6, 8))
+
+    def sample(templates):
+        centre = np.repeat(rng.standard_normal((templates, 6)), 4, axis=0)
+        z = centre + 0.5 * rng.standard_normal((templates * 4, 6))
+        x, y = z @ mix + 0.5 * rng.standard_normal((len(z), 8)), z @ mix + rng.standard_normal((len(z), 8))
+        return torch.tensor(x)[None], torch.tensor(y)[None], np.repeat(np.arange(templates), 4).astype(str)
+
+    truth = CkaSums()
+    for _ in range(30):
+        truth.add(*sample(100))
+    target = truth.finish()[0][0]
+    hits = 0
+    for _ in range(150):
+        sums = CkaSums()
+        sums.add(*sample(50))
+        _, low, high, _, _ = sums.finish()
+        hits += low[0] <= target <= high[0]
+    assert 0.88 <= hits / 150 <= 0.99
+
+
+# --- next token
+
+
+def test_next_token_kl_is_exact_with_the_whole_vocabulary_and_a_lower_bound_without():
+    rng = np.random.default_rng(0)
+    clean = rng.standard_normal((9, 60)) * 3
+    logits = torch.tensor(np.stack([clean, clean + 0.7 * rng.standard_normal((9, 60))]))  # as near as a typo's
+    full = [np.exp(log_softmax(side.numpy(), axis=-1)) for side in logits]
+    exact = entropy(full[0], full[1], axis=-1)
+
+    def sides(k):
+        return [(*side.topk(k), side.logsumexp(-1)) for side in logits]
+
+    np.testing.assert_allclose(next_token_change(*sides(60))["next_token_kl"], exact, rtol=1e-5)
+    bounds = [next_token_change(*sides(k)) for k in (3, 10, 30)]
+    for bound in bounds:
+        assert (bound["next_token_kl"] <= exact + 1e-9).all()
+        assert (bound["kl_mass_clean"] <= 1).all()
+    assert bounds[2]["next_token_kl"].mean() > 0.9 * exact.mean()
+
+
+def test_rank_of_the_clean_first_token_and_its_censoring():
+    values = torch.tensor([[3.0, 2.0, 1.0]]).expand(3, -1)
+    sums = torch.full((3,), 3.5)
+    clean = (values, torch.tensor([[7, 8, 9]] * 3), sums)
+    style = (values, torch.tensor([[7, 1, 2], [4, 5, 7], [1, 2, 3]]), sums)
+    change = next_token_change(clean, style)
+    assert change["clean_top1_rank"].tolist() == [1, 3, 4]  # 4: beyond the top 3
+    assert change["top1_kept"].tolist() == [1, 0, 0]
+    same = next_token_change(clean, clean)
+    np.testing.assert_allclose(same["next_token_kl"], 0, atol=1e-12)
+
+
+# --- logit lens
+
+
+@pytest.fixture(scope="module")
+def tiny_models():
+    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+    size = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24}
+    size |= {"num_hidden_layers": 3, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    configs = [
+        LlamaConfig(**size, num_key_value_heads=1),
+        GPT2Config(vocab_size=60, n_embd=16, n_layer=3, n_head=2, n_positions=32),
+        GPTNeoXConfig(**size),
+        Gemma2Config(**size, num_key_value_heads=1, head_dim=8, final_logit_softcapping=5.0),
+    ]
+    return [AutoModelForCausalLM.from_config(config).eval() for config in configs]
+
+
+def test_lens_with_norm_and_head_gives_the_models_own_logits(tiny_models):
+    for model in tiny_models:
+        caught = []
+        norm = find_final_norm(model)
+        hook = norm.register_forward_hook(lambda _m, args, _o, caught=caught: caught.append(args[0]))
+        with torch.no_grad():
+            out = model(torch.arange(12).reshape(2, 6) + 3, output_hidden_states=True)
+        hook.remove()
+        lens = LogitLens(norm, model)
+        torch.testing.assert_close(lens.logits(caught[0], normed=False), out.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lens.logits(out.hidden_states[-1], normed=True), out.logits, rtol=1e-4, atol=1e-5)
+        top = out.logits[:, -1].topk(4)
+        lens.check(out.hidden_states[-1][:, -1], top.values, top.indices)
+        with pytest.raises(UserError, match="model that made the run"):
+            lens.check(out.hidden_states[-1][:, 0] * 2 + 1, top.values, top.indices)
+
+
+def test_lens_measures_equal_scipy(tiny_models):
+    lens = LogitLens(find_final_norm(tiny_models[0]), tiny_models[0])
+    clean, style = torch.randn(2, 4, 5, 16)
+    first = torch.tensor([1, 2, 3, 4, 5])
+    found = lens.change(clean, style, first)
+    for layer in range(4):
+        p, q = (lens.logits(s[layer], normed=layer == 3).softmax(-1).double().numpy() for s in (clean, style))
+        np.testing.assert_allclose(found["lens_kl"][layer], entropy(p, q, axis=-1), rtol=1e-3, atol=1e-6)
+        picked = q[np.arange(5), first.numpy()]
+        np.testing.assert_allclose(found["lens_top1_probability"][layer], picked, rtol=1e-4)
+
+
+# --- rows, memory, errors
+
+
+def test_rows_are_found_wherever_they_lie(tmp_path):
+    run = open_run(write_run(tmp_path / "run", prompt_rows(13, ["swap"]), rows_per_file=4, skip=lambda s, i: i == 6))
+    clean, style = StyleRows(run, "normal"), StyleRows(run, "swap", max_samples=9)
+    assert style.indices == [0, 1, 2, 3, 4, 5, 7, 8]
+    wanted = [11, 2, 9, 0]
+    gathered = clean.gather("hidden_pooled", wanted, "last")
+    for position, index in enumerate(wanted):
+        np.testing.assert_allclose(gathered[:, position], states_of(tmp_path / "run", "normal", index, "last"))
+    assert clean.gather("topk_vals", wanted).shape[0] == 4
+    assert changed_rows(clean, style, list(range(13))) == style.indices
+    with pytest.raises(UserError, match="does not pool"):
+        clean.gather("hidden_pooled", [0], "nowhere")
+
+
+def test_user_errors_are_one_line(tmp_path):
+    run = write_run(tmp_path / "run", prompt_rows(6, ["swap"]))
+    with pytest.raises(UserError, match="no style 'wrong'"):
+        activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--styles", "wrong"])
+    with pytest.raises(UserError, match="not pooled"):
+        activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--regions", "nowhere"])
+    with pytest.raises(UserError, match="clean form"):
+        activation_diffs.main(["--run_dir", str(run / "swap"), "--results_dir", str(tmp_path)])
