@@ -158,11 +158,11 @@ class FractionHistogram:
         """matplotlib `bxp` statistics for each of the chosen cells: quartiles, whiskers at 5 % and 95 %."""
         import numpy as np
 
-        found = []
+        found: list[dict[str, Any]] = []
         for counts in self._counts[cell].reshape(-1, BINS):
             share = counts.cumsum() / max(1, counts.sum())
             at = [float((np.searchsorted(share, q) + 0.5) / BINS) for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
-            found.append(dict(zip(("whislo", "q1", "med", "q3", "whishi"), at, strict=True)) | {"fliers": []})
+            found.append({**dict(zip(("whislo", "q1", "med", "q3", "whishi"), at, strict=True)), "fliers": []})
         return found
 
 
@@ -335,7 +335,9 @@ def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Names
     from heatmaps import file_word
 
     paths = []
-    note = {"last": "last token", "mean": "mean query"}[args.query] + (", first token excluded" if args.first_token == "excluded" else "")
+    note = {"last": "last token", "mean": "mean query"}[args.query] + (
+        ", first token excluded" if args.first_token == "excluded" else ""
+    )
     for column, (region, name) in enumerate(OLD_NAMES.items()):
         boxes = [result.histogram.boxes(-1, column)[0] for result in results]
         labels = [f"{result.style}\nn={result.rows}" for result in results]

@@ -81,7 +81,12 @@ def cross_half(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Overlap:
     half_width = stats.t.ppf(0.975, count - 1) * error
     whole = [half.reshape(SPLITS, count + 1, styles, heads)[:, 0] for half in halves]
     return Overlap(
-        r[0], np.tanh(z[0] - half_width), np.tanh(z[0] + half_width), _top_overlap(*whole, top), top, len(used)
+        r[0],
+        np.tanh(z[0] - half_width),
+        np.tanh(z[0] + half_width),
+        _top_overlap(whole[0], whole[1], top),
+        top,
+        len(used),
     )
 
 
@@ -92,7 +97,8 @@ def _half_weights(groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     for split in left:
         split[rng.permutation(groups)[: groups // 2]] = 1
     keep = np.concatenate([np.ones((1, groups)), 1 - np.eye(groups)])
-    return tuple((half[:, None] * keep).reshape(-1, groups) for half in (left, 1 - left))  # type: ignore[return-value]
+    halves = [(half[:, None] * keep).reshape(-1, groups) for half in (left, 1 - left)]
+    return halves[0], halves[1]
 
 
 def _half_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -116,7 +122,7 @@ def _standardised_ranks(values: np.ndarray) -> np.ndarray:
 def _top_overlap(one: np.ndarray, other: np.ndarray, top: int) -> np.ndarray:
     """Mean share [n,n] of the `top` heads of one half [SPLITS,n,K] that are among those of the other."""
     among = [_is_top(half, top).astype(float) for half in (one, other)]
-    share = np.einsum("sak,sbk->ab", *among, optimize=True) / (top * len(one))
+    share = np.einsum("sak,sbk->ab", among[0], among[1], optimize=True) / (top * len(one))
     share = (share + share.T) / 2
     known = np.isfinite(one).all(axis=(0, 2)) & np.isfinite(other).all(axis=(0, 2))
     return np.where(known[:, None] & known, share, np.nan)

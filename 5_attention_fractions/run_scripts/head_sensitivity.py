@@ -9,7 +9,9 @@ Writes  head_sensitivity.csv, layer_sensitivity.csv    every style x head (x lay
     python 5_attention_fractions/run_scripts/head_sensitivity.py --run_dir outputs/demo/maths \\
         --results_dir results/demo/maths --maths_items results/demo/maths/maths_items.csv
 
-Each row gives difference = style - clean form, on rows that have both and whose texts differ. A layer is the mean
+Each row gives difference = style - clean form, on rows that have both and whose texts differ. Where the run has the
+control style `split` (the clean word, cut into more tokens by an invisible character), difference_vs_split is style -
+split, on the rows in which both touch the same words: what is left is the typo, not the tokens. A layer is the mean
 over its heads. Measures (`last`: of the last prompt token; `mean`: of the mean over all prompt tokens):
 
 task_fraction_last, _mean    attention mass on the task
@@ -28,6 +30,7 @@ clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,43 +142,79 @@ class StyleEffect:
 
 
 def style_effect(
-    run: Run, style: str, max_samples: int | None = None, answers: Answers | None = None, tokenizer: str | None = None
+    run: Run,
+    style: str,
+    baseline: str,
+    max_samples: int | None = None,
+    answers: Answers | None = None,
+    tokenizer: str | None = None,
 ) -> StyleEffect | None:
-    """Read a style and the clean run side by side, once; None where no row can be paired."""
-    from aligned_maps import aligned_divergence
-    from paired_rows import paired_batches, read_rows
+    """Read a style and its baseline side by side, once; None where no row can be paired.
 
-    clean = run.clean_style
-    assert clean is not None  # `clean_and_styles` has seen to it
+    baseline: the clean form, or a control such as `split`; then only rows in which both edit the same words count.
+    """
+    from paired_rows import paired_batches, read_rows, take_rows
+
     info: dict[str, Any] = {}
     variants = read_rows(run, style, _extractor(run, style, None, tokenizer, info), max_samples)
-    cleans = read_rows(run, clean, _extractor(run, clean, style, tokenizer, {}), max_samples)
+    others = read_rows(run, baseline, _extractor(run, baseline, style, tokenizer, {}), max_samples)
     effect: StyleEffect | None = None
     identical = unpaired = 0
-    for pair in paired_batches(variants, cleans):
+    for pair in paired_batches(variants, others):
         identical, unpaired = identical + pair.identical, unpaired + pair.unpaired
-        if not len(pair.paired):
+        variant, other = pair.variant, pair.clean
+        if baseline != run.clean_style:
+            keep = _same_words(run, style, baseline, variant["original_index"])
+            variant, other = take_rows(variant, keep), take_rows(other, keep)
+        indices = variant["original_index"]
+        if not len(indices):
             continue
-        values = sensitivity_values(pair.variant), sensitivity_values(pair.clean)
-        _check_same_heads(values, style)
-        measures = MEASURES
-        if info["raw"]:
-            values = _with_distance(
-                values, aligned_divergence(pair.variant["maps"], pair.clean["maps"], info["layers"])
-            )
-            measures = MEASURES + DISTANCES
+        values, measures = _pair_values(variant, other, style, info["layers"])
         if effect is None:
             effect = StyleEffect.empty(style, info["layers"], values[0].shape[2], measures, answers is not None)
-        indices = pair.variant["original_index"]
-        flipped = None if answers is None else answers.flips(style, clean, indices)
+        flipped = None if answers is None else answers.flips(style, baseline, indices)
         effect.add(*values, [run.template(int(i)) for i in indices], flipped)
     if effect is not None:
         effect.identical, effect.unpaired = identical, unpaired
     return effect
 
 
+def _same_words(run: Run, style: str, control: str, indices: np.ndarray) -> np.ndarray:
+    """Mask [P] of the rows in which both styles edit the same words of the clean text, by the prompt file."""
+    import numpy as np
+    from token_spans import edited_spans
+
+    def words(row: dict[str, Any], name: str) -> list[tuple[int, int]]:
+        clean, text = row.get(str(run.clean_style)), row.get(name)
+        return edited_spans(clean, text)[0] if isinstance(clean, str) and isinstance(text, str) else []
+
+    rows = [run.row(int(index)) for index in indices]
+    return np.array([bool(own := words(row, style)) and own == words(row, control) for row in rows], dtype=bool)
+
+
+def _pair_values(
+    variant: Batch, clean: Batch, style: str, layers: list[int]
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
+    """((measures of both forms [P,L,H,M]), their names); with raw maps the distances are among them."""
+    import numpy as np
+    from aligned_maps import aligned_divergence
+
+    own, other = sensitivity_values(variant), sensitivity_values(clean)
+    if own.shape != other.shape:
+        raise UserError(
+            f"style {style!r} has {own.shape[1]} layers x {own.shape[2]} heads, its clean run {other.shape[1]} x "
+            f"{other.shape[2]}; run both with one model and the same --raw_layers"
+        )
+    if "maps" not in variant or "maps" not in clean:
+        return (own, other), MEASURES
+    distance = aligned_divergence(variant["maps"], clean["maps"], layers)
+    # A clean form is at no distance from itself, so the difference is the distance.
+    both = np.concatenate([own, distance], axis=-1), np.concatenate([other, distance * 0], axis=-1)
+    return both, MEASURES + DISTANCES
+
+
 def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None, info: dict[str, Any]) -> Extract:
-    """What is read of each file; `info` takes the layers and whether there are raw maps to align."""
+    """What is read of each file; `info` takes the layers."""
     from aligned_maps import row_maps
     from attention_fields import attention_fields, edited_region, layers_of
     from reference_format import TokenRegions
@@ -184,30 +223,13 @@ def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None
     edited = edited_region(style, run.clean_style, compared)
 
     def extract(content: dict[str, Any], path: Path) -> Batch:
-        info["layers"], info["raw"] = layers_of(content), bool(content.get("attentions"))
+        info["layers"] = layers_of(content)
         fields = attention_fields(content, path, edited, reference)
-        if info["raw"]:
+        if content.get("attentions"):
             fields["maps"] = row_maps(content, path, edited, reference)
         return fields
 
     return extract
-
-
-def _with_distance(values: tuple[np.ndarray, np.ndarray], distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both forms' measures with the distance as two more: its value, and 0 in the clean form."""
-    import numpy as np
-
-    variant, clean = values
-    return np.concatenate([variant, distance], axis=-1), np.concatenate([clean, distance * 0], axis=-1)
-
-
-def _check_same_heads(values: tuple[np.ndarray, np.ndarray], style: str) -> None:
-    variant, clean = (one.shape[1:3] for one in values)
-    if variant != clean:
-        raise UserError(
-            f"style {style!r} has {variant[0]} layers x {variant[1]} heads, its clean run {clean[0]} x {clean[1]}; "
-            "run both with one model and the same --raw_layers"
-        )
 
 
 # --- tables
@@ -236,6 +258,14 @@ def sensitivity_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame]
         if measure in DISTANCES:
             order[:, column] = np.nan_to_num(difference.mean[:, column])
     return _split_levels(effect, columns, order)
+
+
+def with_control(table: pd.DataFrame, control: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The table with the style's difference to the control beside that to the clean form; distances have none."""
+    keys = [key for key in ("style", "layer", "head", "measure") if key in table]
+    columns = ["n", "difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"]
+    chosen = control.loc[~control["measure"].isin(DISTANCES), keys + columns]
+    return table.merge(chosen.rename(columns={column: f"{column}_vs_{name}" for column in columns}), "left", keys)
 
 
 def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None:
@@ -297,12 +327,12 @@ def overlap_table(effects: Sequence[StyleEffect], seed: int = 0) -> pd.DataFrame
     from head_overlap import cross_half
 
     rows = []
-    for measure in MEASURES:
+    for measure in (name for name in effects[0].measures if name not in DISTANCES):
         sums = np.stack([_measure_groups(effect, effect.groups.sums, measure) for effect in effects])
         counts = np.stack([_measure_groups(effect, effect.groups.counts, measure) for effect in effects])
         found = cross_half(sums, counts, seed)
         reliability = np.diag(found.spearman)
-        for a, b in zip(*np.triu_indices(len(effects)), strict=True):
+        for a, b in itertools.combinations_with_replacement(range(len(effects)), 2):
             r = float(found.spearman[a, b])
             noise = np.sqrt(reliability[a] * reliability[b]) if min(reliability[a], reliability[b]) > 0 else np.nan
             rows.append({
@@ -417,40 +447,52 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the pictures."""
     args = parse_args(argv)
-    from activation_rows import clean_and_styles
+    from activation_rows import SPLIT_STYLE, clean_and_styles
     from answer_flips import Answers
     from run_store import open_run
 
     run = open_run(args.run_dir)
-    _, styles = clean_and_styles(run, args.styles, with_split=False)
+    clean, styles = clean_and_styles(run, args.styles, with_split=False)
     answers = Answers(args.maths_items) if args.maths_items else None
-    found = [style_effect(run, style, args.max_samples, answers, args.tokenizer) for style in styles]
-    effects = [effect for effect in found if effect is not None]
+    effects, controls = [], []
+    for style in styles:
+        effect = style_effect(run, style, clean, args.max_samples, answers, args.tokenizer)
+        if effect is None:
+            continue
+        effects.append(effect)
+        if SPLIT_STYLE in run.styles and style != SPLIT_STYLE:
+            controls.append(style_effect(run, style, SPLIT_STYLE, args.max_samples, tokenizer=args.tokenizer))
     if not effects:
         raise UserError(f"{run.path}: no style has a row whose text differs from the clean form's; nothing to compare")
-    for path in write_results(effects, args.results_dir or Path("results") / run.name, args):
+    folder = args.results_dir or Path("results") / run.name
+    for path in write_results(effects, [control for control in controls if control], folder, args):
         print(path)
     return 0
 
 
-def write_results(effects: list[StyleEffect], folder: Path, args: argparse.Namespace) -> list[Path]:
-    """Write the CSVs and pictures; returns their paths."""
+def write_results(
+    effects: list[StyleEffect], controls: list[StyleEffect], folder: Path, args: argparse.Namespace
+) -> list[Path]:
+    """Write the CSVs and pictures; returns their paths. controls: the styles' differences to the split words."""
     import pandas as pd
+    from activation_rows import SPLIT_STYLE
     from file_output import write_csv
 
-    heads, layers = (
-        pd.concat(level, ignore_index=True) for level in zip(*map(sensitivity_tables, effects), strict=True)
-    )
-    overlap = overlap_table(effects, args.seed)
-    tables = {"head_sensitivity": heads, "layer_sensitivity": layers, "head_overlap": overlap}
-    flips = [tables_of for effect in effects if (tables_of := flip_tables(effect)) is not None]
-    if flips:
-        both = (pd.concat(level, ignore_index=True) for level in zip(*flips, strict=True))
-        tables["head_answer_flips"], tables["layer_answer_flips"] = both
+    names = ("head_sensitivity", "layer_sensitivity")
+    tables = {}
+    for position, name in enumerate(names):
+        tables[name] = pd.concat([sensitivity_tables(effect)[position] for effect in effects], ignore_index=True)
+        if controls:
+            control = pd.concat([sensitivity_tables(effect)[position] for effect in controls], ignore_index=True)
+            tables[name] = with_control(tables[name], control, SPLIT_STYLE)
+    tables["head_overlap"] = overlap_table(effects, args.seed)
+    flips = [found for effect in effects if (found := flip_tables(effect)) is not None]
+    for position, name in enumerate(("head_answer_flips", "layer_answer_flips") if flips else ()):
+        tables[name] = pd.concat([pair[position] for pair in flips], ignore_index=True)
     paths = [folder / f"{name}.csv" for name in tables]
     for path, table in zip(paths, tables.values(), strict=True):
         write_csv(path, table)
-    paths += save_pictures(effects, heads, overlap, folder, args.measure)
+    paths += save_pictures(effects, tables["head_sensitivity"], tables["head_overlap"], folder, args.measure)
     if flips:
         paths.append(save_flip_picture(effects, tables["head_answer_flips"], folder, args.measure))
     return paths

@@ -1,0 +1,283 @@
+"""Head sensitivity: pairing across files, divergence of aligned maps, the split control, tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from aligned_maps import aligned_divergence, row_maps
+from command_line import UserError
+from head_sensitivity import MEASURES, main
+from heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric_limit
+from paired_rows import _RowWindow, paired_batches, read_rows
+from run_store import open_run
+from scipy.spatial.distance import jensenshannon
+from synthetic_run import prompt_rows, write_run
+
+# --- pairing
+
+
+def rows_of(indices: list[int], texts: list[str | None] | None = None) -> dict[str, np.ndarray]:
+    prompts = np.array(texts if texts else [f"text {i}" for i in indices], dtype=object)
+    return {"original_index": np.array(indices), "prompt": prompts, "value": np.array(indices) * 10.0}
+
+
+def pairs_of(variants: list, cleans: list) -> list[tuple[int, float]]:
+    return [
+        (int(index), float(value))
+        for pair in paired_batches(iter(variants), iter(cleans))
+        for index, value in zip(pair.variant["original_index"], pair.clean.get("value", []), strict=True)
+    ]
+
+
+def test_rows_pair_by_index_whatever_the_files() -> None:
+    cleans = [rows_of([0, 1, 2, 3]), rows_of([5, 6]), rows_of([7, 8, 9])]
+    variants = [
+        rows_of(found, [f"typo {i}" for i in found]) for found in ([1], [2, 3, 4, 5, 6, 7], [9, 8], [11])
+    ]  # 4 and 11 have no clean twin; 9 comes before 8 within its file
+    assert pairs_of(variants, cleans) == [(i, i * 10.0) for i in (1, 2, 3, 5, 6, 7, 9, 8)]
+
+
+def test_identical_and_unpaired_rows_are_counted_and_left_out() -> None:
+    variants = [rows_of([0, 1, 2, 9], ["text 0", "typo", None, "typo"])]
+    (pair,) = paired_batches(iter(variants), iter([rows_of([0, 1, 2])]))
+    assert pair.variant["original_index"].tolist() == [1, 2]
+    assert (pair.identical, pair.unpaired) == (1, 1)
+
+
+def test_a_file_order_that_cannot_be_streamed_is_refused() -> None:
+    variants = [rows_of([8], ["typo"]), rows_of([1], ["typo"])]
+    with pytest.raises(UserError, match="must follow the prompt file's order"):
+        pairs_of(variants, [rows_of([0, 1]), rows_of([2, 3]), rows_of([8, 9])])
+
+
+def test_the_window_holds_few_files() -> None:
+    def files() -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, 1000, 4):
+            yield rows_of(list(range(start, start + 4)))
+
+    window, most = _RowWindow(files()), 0
+    for start in range(0, 1000, 7):
+        found, rows = window.take(np.arange(start, min(start + 7, 1000)))
+        assert rows["value"].tolist() == [i * 10.0 for i in range(start, start + len(found))]
+        most = max(most, len(window._held))
+    assert most <= 4
+
+
+def test_max_samples_counts_rows_of_the_prompt_file(tmp_path: Path) -> None:
+    rows = prompt_rows(10, ["swap"])
+    del rows[1]["swap"]
+    run = open_run(write_run(tmp_path / "run", rows, raw_layers=()))
+    read = [int(i) for batch in read_rows(run, "swap", lambda *_: {}, 6) for i in batch["original_index"]]
+    assert read == [0, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="has no style 'other'"):
+        list(read_rows(run, "other", lambda *_: {}))
+
+
+# --- divergence of aligned maps
+
+
+def content_with(ids: list[int], edited: list[bool], attention: torch.Tensor) -> dict:
+    """A one-row file with the given ids, edited tokens and one layer's map [H,S,S], two pads on the left."""
+    pads, length = 2, len(ids) + 2
+    padded = torch.zeros(1, attention.shape[0], length, length)
+    padded[0, :, pads:, pads:] = attention
+    real = torch.tensor([[False] * pads + [True] * len(ids)])
+    mask = torch.tensor([[[False]] * pads + [[flag] for flag in edited]])
+    return {
+        "input_ids": torch.tensor([[0] * pads + ids]), "attention_mask": real, "regions": ["edited"],
+        "region_mask": mask, "attentions": {"layer_5": padded},
+    }  # fmt: skip
+
+
+def causal(length: int, seed: int) -> torch.Tensor:
+    scores = torch.randn(2, length, length, generator=torch.Generator().manual_seed(seed))
+    return scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+
+
+def divergence(variant: dict, clean: dict) -> np.ndarray:
+    rows = [row_maps(content, Path("a.pt"), "edited") for content in (variant, clean)]
+    return aligned_divergence(*rows, [4, 5])
+
+
+def test_divergence_equals_scipy_on_keys_merged_by_hand() -> None:
+    # clean: a [b] c d; typo: a [x y] c d. Keys in common: a, the word, c, d.
+    clean_map, typo_map = causal(4, 0), causal(5, 1)
+    found = divergence(
+        content_with([1, 8, 9, 3, 4], [False, True, True, False, False], typo_map),
+        content_with([1, 2, 3, 4], [False, True, False, False], clean_map),
+    )
+    merged = torch.stack([typo_map[..., 0], typo_map[..., 1] + typo_map[..., 2], *typo_map[..., 3:].unbind(-1)], -1)
+    for head in range(2):
+        expected = [
+            jensenshannon(merged[head, q].numpy(), clean_map[head, p].numpy(), base=2) ** 2
+            for q, p in ((0, 0), (3, 2), (4, 3))  # the unedited queries
+        ]
+        assert found[0, 1, head, 0] == pytest.approx(expected[-1], abs=1e-6)
+        assert found[0, 1, head, 1] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert np.isnan(found[0, 0]).all()  # layer 4 has no raw map
+
+
+def test_a_word_cut_into_more_tokens_is_no_divergence_by_itself() -> None:
+    clean_map = causal(4, 0)
+    cut = torch.zeros(2, 5, 5)
+    old = [0, 1, 1, 2, 3]
+    for q in range(5):
+        for k in range(5):
+            cut[:, q, k] = clean_map[:, old[q], old[k]] / (2 if old[k] == 1 else 1)
+    found = divergence(
+        content_with([1, 8, 9, 3, 4], [False, True, True, False, False], cut),
+        content_with([1, 2, 3, 4], [False, True, False, False], clean_map),
+    )
+    np.testing.assert_allclose(found[0, 1], 0, atol=1e-6)
+
+
+def test_rows_that_cannot_be_aligned_have_no_divergence() -> None:
+    found = divergence(
+        content_with([1, 8, 7, 4], [False, True, False, False], causal(4, 0)),  # 7 where the clean row has 3
+        content_with([1, 2, 3, 4], [False, True, False, False], causal(4, 1)),
+    )
+    assert np.isnan(found).all()
+
+
+# --- the script
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of a run with the split control, one variant equal to its clean text, and one failed row."""
+    folder = tmp_path_factory.mktemp("heads")
+    rows = prompt_rows(24, ["swap", "missing"], templates=12)
+    for row in rows:
+        words = zip(row["normal"].split(" "), row["swap"].split(" "), strict=True)
+        row["split"] = " ".join(a if a == b else f"{a[:2]}\u00ad{a[2:]}" for a, b in words)
+    rows[3]["swap"] = rows[3]["normal"]
+    write_run(
+        folder / "run", rows, rows_per_file=5, layers=3, heads=4, raw_layers=(0, 2),
+        skip=lambda style, index: (style, index) == ("normal", 6),
+    )  # fmt: skip
+    assert main(["--run_dir", str(folder / "run"), "--results_dir", str(folder / "out")]) == 0
+    return folder
+
+
+def table(out: Path, name: str = "head_sensitivity") -> pd.DataFrame:
+    return pd.read_csv(out / "out" / f"{name}.csv")
+
+
+def by_hand(out: Path, style: str, baseline: str, value: str = "edited") -> dict[int, np.ndarray]:
+    """Mass of the last token on the edited word, style minus baseline [L,H] by row, straight from the files."""
+    run = open_run(out / "run")
+    found: dict[str, dict[int, tuple[str, np.ndarray]]] = {style: {}, baseline: {}}
+    for name, rows in found.items():
+        region = f"{value}:{style}" if name == "normal" else value
+        for _, content in run.batches(name):
+            q, r = content["regions"].index("last"), content["regions"].index(region)
+            for b, index in enumerate(content["original_indices"]):
+                if content["region_mask"][b, :, r].any():
+                    rows[index] = content["prompts"][b], content["span_mass"][:, b, :, q, r].double().numpy()
+    own, other = found[style], found[baseline]
+    return {i: own[i][1] - other[i][1] for i in own if i in other and own[i][0] != other[i][0]}
+
+
+def test_the_table_is_the_paired_mean_with_its_counts(out: Path) -> None:
+    change = by_hand(out, "swap", "normal")
+    assert set(change) == set(range(24)) - {3, 6}
+    expected = np.mean(list(change.values()), axis=0)
+    rows = table(out)
+    rows = rows[(rows["style"] == "swap") & (rows["measure"] == "edited_mass_last")]
+    assert set(zip(rows["n"], rows["n_identical"], rows["n_unpaired"], strict=True)) == {(22, 1, 1)}
+    for row in rows.itertuples():
+        assert row.difference == pytest.approx(expected[row.layer, row.head], abs=1e-7)
+        assert row.clean + row.difference == pytest.approx(row.estimate, abs=1e-9)
+    assert rows["t"].abs().is_monotonic_decreasing
+    layers = table(out, "layer_sensitivity")
+    layers = layers[(layers["style"] == "swap") & (layers["measure"] == "edited_mass_last")]
+    for row in layers.itertuples():
+        assert row.difference == pytest.approx(expected[row.layer].mean(), abs=1e-7)
+
+
+def test_the_split_control_pairs_the_same_words(out: Path) -> None:
+    change = by_hand(out, "swap", "split")
+    expected = np.mean([change[i] for i in change if i != 3], axis=0)
+    rows = table(out)
+    swap = rows[(rows["style"] == "swap") & (rows["measure"] == "edited_mass_last")]
+    assert set(swap["n_vs_split"]) == {23}  # row 6 has no clean run but both forms; row 3 has no typo
+    for row in swap.itertuples():
+        assert row.difference_vs_split == pytest.approx(expected[row.layer, row.head], abs=1e-7)
+    # `missing` edits another word in most rows: those are no fair pairs, and are not used.
+    other = rows[(rows["style"] == "missing") & (rows["measure"] == "edited_mass_last")]
+    assert other["n_vs_split"].max() < 23
+    assert rows[rows["style"] == "split"]["difference_vs_split"].isna().all()
+
+
+def test_distances_are_given_without_a_test(out: Path) -> None:
+    rows = table(out)
+    far = rows[rows["measure"].isin(["jsd_last", "jsd_mean"])]
+    assert set(far["layer"]) == {0, 2}
+    assert (far["difference"] >= 0).all()
+    assert far[["t", "p", "p_adjusted", "effect_size"]].isna().all().all()
+    assert set(rows["measure"]) == {*MEASURES, "jsd_last", "jsd_mean"}
+
+
+def test_pictures_and_overlap_are_written(out: Path) -> None:
+    names = {path.name for path in (out / "out").glob("*.png")}
+    styles = {f"head_sensitivity_{style}.png" for style in ("swap", "missing", "split")}
+    assert names == {"head_sensitivity.png", "head_overlap.png"} | styles
+    overlap = table(out, "head_overlap")
+    assert len(overlap) == len(MEASURES) * 6
+    assert overlap["n_template_groups"].between(6, 12).all()
+
+
+def test_a_run_without_clean_form_is_refused(tmp_path: Path) -> None:
+    rows = [{"element_index": 1, "swap": "Coutn: 1 + 1 ="}, {"element_index": 2, "missing": "Cont: 1 + 1 ="}]
+    write_run(tmp_path / "run", rows)
+    with pytest.raises(UserError, match="no clean form"):
+        main(["--run_dir", str(tmp_path / "run"), "--results_dir", str(tmp_path)])
+
+
+def test_an_answer_table_of_another_kind_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", prompt_rows(2, ["swap"]))
+    (tmp_path / "items.csv").write_text("style,original_index\nnormal,0\n")
+    with pytest.raises(UserError, match="lacks the column 'correct'"):
+        main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--maths_items", str(tmp_path / "items.csv")])
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(30, 9), (42, 16)])
+def test_colours_are_centred_at_zero_and_axes_named(layers: int, heads: int, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((layers, heads))
+    values[2, 3] = np.nan
+    figure, axes = plt.subplots()
+    image = draw_layer_head(axes, values, symmetric_limit(values), values > 2, title="swap (n = 5 pairs)")
+    assert image.norm.vmin == -image.norm.vmax
+    red, _, blue, _ = image.cmap(image.norm(image.norm.vmax / 2))
+    assert red > blue  # more attention is red, less is blue, none is white
+    np.testing.assert_allclose(image.cmap(image.norm(0.0))[:3], 0.97, atol=0.01)
+    np.testing.assert_array_equal(image.get_array().filled(np.nan), values.T)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "head")
+    plt.close(figure)
+    panels = [(f"style {i}", values, values > 2) for i in range(3)]
+    save_layer_head_grid(tmp_path / "grid.png", panels, "change in attention mass", "title")
+    assert (tmp_path / "grid.png").stat().st_size > 20_000
+
+
+def test_one_wild_cell_does_not_set_the_scale() -> None:
+    values = np.full((30, 9), 0.01)
+    values[0, 0] = 5.0
+    assert symmetric_limit(values) < 0.1
+    assert symmetric_limit(np.zeros((3, 3))) > 0
+    assert symmetric_limit(np.full((3, 3), np.nan)) > 0
+
+
+def test_style_names_are_safe_in_file_names() -> None:
+    assert file_word("a/b c") == "a_b_c"

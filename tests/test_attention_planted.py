@@ -1,0 +1,207 @@
+"""Planted truth for the head ranking: a head that looks at typos only comes first, and noise stays quiet."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from answer_flips import FlipMoments
+from head_overlap import GroupSums, cross_half
+from head_sensitivity import StyleEffect, main, overlap_table, sensitivity_tables
+from run_store import open_run
+from scipy import stats
+from synthetic_run import prompt_rows, write_run
+
+LAYER, HEAD = 2, 1
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """head_sensitivity.csv of a run in which head (2, 1) attends to the edited word only when it is a typo."""
+
+    def look_at_typos(scores: torch.Tensor, style: str, index: int, regions: dict[str, torch.Tensor]) -> None:
+        if style in ("swap", "missing"):
+            scores[LAYER, HEAD][:, regions["edited"]] += 3.0
+
+    folder = tmp_path_factory.mktemp("planted")
+    rows = prompt_rows(60, ["swap", "missing", "polite"], templates=20)
+    write_run(folder / "run", rows, rows_per_file=16, layers=4, heads=3, scores=look_at_typos)
+    assert main(["--run_dir", str(folder / "run"), "--results_dir", str(folder / "out")]) == 0
+    return pd.read_csv(folder / "out" / "head_sensitivity.csv")
+
+
+@pytest.mark.parametrize("style", ["swap", "missing"])
+@pytest.mark.parametrize("measure", ["edited_mass_last", "edited_mass_mean", "edited_density_last"])
+def test_the_planted_head_is_ranked_first(planted: pd.DataFrame, style: str, measure: str) -> None:
+    rows = planted[(planted["style"] == style) & (planted["measure"] == measure)].sort_values("rank")
+    first = rows.iloc[0]
+    assert (first["layer"], first["head"]) == (LAYER, HEAD)
+    assert first["difference"] > 0
+    assert first["p_adjusted"] < 1e-6
+
+
+def test_a_head_that_reacts_to_another_style_is_not_blamed(planted: pd.DataFrame) -> None:
+    rows = planted[(planted["style"] == "polite") & (planted["measure"] == "edited_mass_last")]
+    own = rows[(rows["layer"] == LAYER) & (rows["head"] == HEAD)].iloc[0]
+    typo = planted[(planted["style"] == "swap") & (planted["measure"] == "edited_mass_last") & (planted["rank"] == 1)]
+    assert abs(own["difference"]) < 0.1 * typo.iloc[0]["difference"]
+
+
+@pytest.mark.parametrize("tails", ["normal", "heavy"])
+def test_under_a_null_at_most_five_percent_of_runs_name_a_head(tails: str) -> None:
+    # Each measure is one simulated run: 6 layers x 8 heads, 40 templates of 1 to 5 rows that share their fate.
+    runs, layers, heads = 500, 6, 8
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 6, 40)
+    clusters = [f"t{c}" for c, size in enumerate(sizes) for _ in range(size)]
+    effect = StyleEffect.empty("null", list(range(layers)), heads, tuple(f"run_{i}" for i in range(runs)))
+    shape = (layers, heads, runs)
+    draw = (lambda *s: rng.standard_normal(s)) if tails == "normal" else (lambda *s: rng.standard_t(5, s))
+    for cluster, size in enumerate(sizes):
+        shared = draw(1, *shape) + draw(1, layers, 1, runs)  # heads of a layer err together
+        values = shared + draw(int(size), *shape)
+        effect.add(values, np.zeros_like(values), [f"t{cluster}"] * int(size))
+    assert effect.pairs == len(clusters)
+    found, _ = sensitivity_tables(effect)
+    named = found.groupby("measure")["p_adjusted"].min() < 0.05
+    # 500 runs at a true 5 %: 37 or more happen once in 100 tries.
+    assert named.sum() <= stats.binom.ppf(0.99, runs, 0.05)
+
+
+def test_effect_size_rank_and_adjustment_of_a_planted_effect() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((80, 5, 6, 1))
+    values[:, 3, 4] += 0.9
+    effect = StyleEffect.empty("swap", list(range(5)), 6, ("edited_mass_last",))
+    effect.add(values, np.zeros_like(values), [f"t{i // 2}" for i in range(80)])
+    found, layers = sensitivity_tables(effect)
+    assert (found.iloc[0]["layer"], found.iloc[0]["head"]) == (3, 4)
+    assert found.iloc[0]["p_adjusted"] < 1e-6
+    assert found.iloc[0]["p"] < 1e-4 * found.iloc[1]["p"]
+    tested = stats.false_discovery_control(found["p"])
+    np.testing.assert_allclose(found["p_adjusted"], tested)
+    assert layers.iloc[0]["layer"] == 3
+    expected = values[:, 3, 4, 0].mean() / values[:, 3, 4, 0].std(ddof=1)
+    assert found.iloc[0]["effect_size"] == pytest.approx(expected)
+
+
+# --- overlap and reliability
+
+
+def _groups(values: np.ndarray) -> GroupSums:
+    sums = GroupSums()
+    sums.add(values, [f"t{i}" for i in range(len(values))])
+    return sums
+
+
+def test_reliability_is_high_for_a_fact_and_none_for_noise() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.standard_normal(120)
+    fact, noise = truth + rng.standard_normal((200, 120)) * 3, rng.standard_normal((200, 120))
+    groups = [_groups(fact), _groups(noise)]
+    found = cross_half(np.stack([g.sums for g in groups]), np.stack([g.counts for g in groups]))
+    # Spearman of two half means: signal 1, noise 9 / 100 a half, so Pearson is 1 / 1.09.
+    assert found.spearman[0, 0] == pytest.approx(6 / math.pi * math.asin(1 / 1.09 / 2), abs=0.06)
+    assert found.ci_low[0, 0] > 0.8
+    assert abs(found.spearman[1, 1]) < 0.2
+    assert found.ci_low[1, 1] < 0 < found.ci_high[1, 1]
+    assert found.top_overlap[0, 0] > 3 * found.top_overlap[1, 1]
+
+
+def test_two_noisy_styles_that_share_their_clean_rows_do_not_seem_to_agree() -> None:
+    rng = np.random.default_rng(2)
+    overlaps, naive = [], []
+    for _ in range(20):
+        clean = rng.standard_normal((96, 60))
+        styles = [rng.standard_normal((96, 60)) - clean for _ in range(2)]
+        groups = [_groups(style) for style in styles]
+        found = cross_half(np.stack([g.sums for g in groups]), np.stack([g.counts for g in groups]))
+        overlaps.append(found.spearman[0, 1])
+        naive.append(stats.spearmanr(styles[0].mean(0), styles[1].mean(0)).statistic)
+    assert np.mean(naive) > 0.35  # the trap: the common clean rows alone
+    assert abs(np.mean(overlaps)) < 0.1
+
+
+def test_overlap_table_names_both_styles_and_stays_empty_with_few_templates() -> None:
+    rng = np.random.default_rng(4)
+    effects = []
+    for style in ("swap", "missing"):
+        effect = StyleEffect.empty(style, [0, 1], 4, ("edited_mass_last",))
+        effect.add(rng.standard_normal((30, 2, 4, 1)), np.zeros((30, 2, 4, 1)), [f"t{i % 3}" for i in range(30)])
+        effects.append(effect)
+    table = overlap_table(effects)
+    assert set(zip(table["style"], table["other_style"], strict=True)) == {
+        ("swap", "swap"), ("swap", "missing"), ("missing", "missing")
+    }  # fmt: skip
+    assert table["cross_half_spearman"].isna().all()
+
+
+# --- flips
+
+
+def test_point_biserial_equals_scipy_whatever_the_batches() -> None:
+    rng = np.random.default_rng(5)
+    change, flip = rng.standard_normal((90, 3, 2)), (rng.random(90) < 0.3).astype(float)
+    change[:, 1, 0] += flip
+    change[4, 2, 1] = np.nan
+    moments = FlipMoments()
+    for start in range(0, 90, 7):
+        part = slice(start, start + 7)
+        moments.add(change[part], flip[part], [f"t{i}" for i in range(90)][part])
+    found = moments.finish()
+    assert found is not None
+    for cell in np.ndindex(3, 2):
+        known = ~np.isnan(change[(slice(None), *cell)])
+        expected = stats.pointbiserialr(flip[known], change[(slice(None), *cell)][known])
+        assert found.r[cell] == pytest.approx(expected.statistic, abs=1e-9)
+        interval = stats.pearsonr(flip[known], change[(slice(None), *cell)][known]).confidence_interval()
+        assert found.ci_low[cell] == pytest.approx(interval.low, abs=0.08)
+        assert found.ci_high[cell] == pytest.approx(interval.high, abs=0.08)
+    assert found.change_if_flipped[1, 0] == pytest.approx(change[flip == 1, 1, 0].mean())
+    assert found.change_if_kept[1, 0] == pytest.approx(change[flip == 0, 1, 0].mean())
+
+
+def test_flips_keep_their_error_rate_with_clustered_rows() -> None:
+    # Change and flip both depend on the template, but not on each other: rows alone would look certain.
+    rng = np.random.default_rng(6)
+    clusters = [f"t{i // 5}" for i in range(300)]
+    flip = np.repeat(rng.random(60) < 0.3, 5).astype(float)
+    change = np.repeat(rng.standard_normal((60, 800)), 5, axis=0) + 0.3 * rng.standard_normal((300, 800))
+    moments = FlipMoments()
+    moments.add(change, flip, clusters)
+    found = moments.finish()
+    assert found is not None
+    assert (found.p < 0.05).mean() < 0.085
+    assert (stats.pearsonr(np.repeat(flip[:, None], 800, axis=1), change, axis=0).pvalue < 0.05).mean() > 0.2
+
+
+def test_a_head_whose_reaction_goes_with_wrong_answers_is_named(tmp_path) -> None:
+    rng = np.random.default_rng(7)
+    wrong = rng.random(80) < 0.4
+
+    def look_when_wrong(scores: torch.Tensor, style: str, index: int, regions: dict[str, torch.Tensor]) -> None:
+        if style == "swap" and wrong[index]:
+            scores[0, 2][:, regions["edited"]] += 2.0
+
+    run = write_run(
+        tmp_path / "run", prompt_rows(80, ["swap"], templates=40), rows_per_file=32, layers=2, heads=3,
+        raw_layers=(), scores=look_when_wrong,
+    )  # fmt: skip
+    items = [("normal", i, True) for i in range(80)] + [("swap", i, not wrong[i]) for i in range(80)]
+    items[5] = ("normal", 5, False)  # wrong before the typo: no flip, and left out
+    pd.DataFrame(items, columns=["style", "original_index", "correct"]).to_csv(tmp_path / "items.csv", index=False)
+    out = tmp_path / "out"
+    assert main(["--run_dir", str(run), "--results_dir", str(out), "--maths_items", str(tmp_path / "items.csv")]) == 0
+    found = pd.read_csv(out / "head_answer_flips.csv")
+    best = found[(found["measure"] == "edited_mass_last") & (found["rank"] == 1)].iloc[0]
+    assert (best["layer"], best["head"]) == (0, 2)
+    assert best["p_adjusted"] < 1e-6
+    assert best["ci_low"] > 0.5
+    assert (best["n"], best["n_flipped"]) == (79, wrong.sum() - wrong[5])
+    assert best["change_if_flipped"] > best["change_if_still_right"]
+    assert (out / "head_answer_flips.png").stat().st_size > 10_000
+    assert json.loads((run / "prompts.json").read_text())[0]["_template"] == open_run(run).template(0)
