@@ -1,0 +1,379 @@
+"""Find the numbers of a text and what joins them: signs, operators, equals signs. Exact, linear in the text's length.
+
+Nothing is evaluated: digits become `Fraction`, and an expression is only recognised as such, so that its operands are
+not taken for an answer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_DIGITS = 300  # longer digit strings are no answers, and Python's int() is quadratic in them
+MAX_EXPONENT = 300
+
+# --- one spelling for every sign
+
+_TRANSLATION: dict[int, str] = {
+    **{ord(c): "-" for c in "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"},
+    **{ord(c): " " for c in "\u00a0\u2003\u2002\u3000\t\r"},
+    **{ord(c): "\u2009" for c in "\u2009\u202f\u2007"},  # thin spaces part thousands
+    **{ord(c): "" for c in "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f"},
+    **{0xFF10 + digit: str(digit) for digit in range(10)},
+    **{ord(c): f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{ord(a): b for a, b in zip("⁄∕∙⋅•＝＋，．％（）：＄", "//··*=+,.%():$", strict=True)},
+}  # fmt: skip
+_VULGAR = {
+    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
+    "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
+}  # fmt: skip
+_TRANSLATION |= {ord(sign): f" {text}" for sign, text in _VULGAR.items()}  # 2½ is 2 1/2, not 21/2
+
+_LATEX: list[tuple[re.Pattern[str], str]] = [
+    (re.compile(r"\\(?:d|t|c)?frac ?\{ ?(-?\d{1,40}) ?\} ?\{ ?(\d{1,40}) ?\}"), r" \1/\2"),
+    (re.compile(r"\\(?:d|t|c)?frac ?(\d) ?(\d)"), r" \1/\2"),
+    (re.compile(r"\\(?:d|t|c)?frac ?\{([^{}]{1,60})\} ?\{([^{}]{1,60})\}"), r" (\1) / (\2)"),
+    (re.compile(r"\\overline ?\{ ?(\d{1,20}) ?\}"), r"(\1)"),
+    (re.compile(r"\\!"), ""),
+    (re.compile(r"\\times(?![a-z])"), "×"),
+    (re.compile(r"\\(?:cdot|ast)(?![a-z])"), "·"),
+    (re.compile(r"\\div(?![a-z])"), "÷"),
+    (re.compile(r"\\approx(?![a-z])"), "≈"),
+    (re.compile(r"\\[lc]?dots(?![a-z])"), "..."),
+    (re.compile(r"\\([$%#&])"), r"\1"),
+    (re.compile(r"\\,"), "\u2009"),
+    (re.compile(r"\\(?:left|right|quad|qquad|displaystyle)(?![a-z])|\\[;: ()\[\]]"), " "),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|mbox) ?\{"), " {"),
+]
+_POWER = re.compile(r"\^ ?[{(] ?(-?\d{1,6}) ?[)}]")
+_STARS = re.compile(r"(?<=\d)\*\*(?=\d)|(?<=\s)\*\*(?=\s)|\*\*|__")
+_ITALICS = re.compile(r"(?<![\w)*])\*([^\s*][^*\n]{0,80})\*(?![\w(*])")
+_CALCULATOR = re.compile(r"<<[^<>]{0,200}>>")
+
+
+def plain_text(text: str) -> str:
+    """`text` with typographic signs, LaTeX and markdown written as plain characters; \\boxed{…} stays."""
+    text = text.translate(_TRANSLATION).replace("{,}", ",")
+    if "\\" in text:
+        for pattern, replacement in _LATEX:
+            text = pattern.sub(replacement, text)
+    if "^" in text:
+        text = _POWER.sub(r"^\1", text)
+    if "*" in text or "__" in text:
+        text = _STARS.sub(lambda match: "" if _is_markup(match) else "^", text)
+        text = _ITALICS.sub(r"\1", text)
+    if "<<" in text:
+        text = _CALCULATOR.sub("", text)
+    return text.replace("`", " ")
+
+
+def _is_markup(match: re.Match[str]) -> bool:
+    before, after = match.string[: match.start()][-1:], match.string[match.end() : match.end() + 1]
+    both_digits = before.isdigit() and after.isdigit()
+    return match.group() == "__" or not (both_digits or (before.isspace() and after.isspace()))
+
+
+# --- numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number at text[start:end]. `decimals`: digits after the point as written; None for a fraction."""
+
+    start: int
+    end: int
+    value: Fraction
+    decimals: int | None = 0
+    significant: int = 0
+    percent: bool = False
+    ellipsis: bool = False
+    fraction: tuple[int, int] | None = None
+
+
+_DIGITS = (
+    r"\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?"  # 1,234.5
+    r"|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)(?:\.\d+)?"  # 1,23,456
+    r"|\d{1,3}(?:[\u2009'_]\d{3})+(?!\d)(?:\.\d+)?"  # thin space, apostrophe, underscore
+    r"|\d{1,3}(?:\.\d{3}){2,}(?!\d)(?:,\d+)?"  # 1.234.567
+    r"|\d{1,3}\.\d{3},\d{1,2}(?!\d)"  # 1.234,50
+    r"|\d+(?:\.\d+)?|\.\d+"
+)
+_DIGIT = re.compile(r"[0-9]")
+# Most numbers are a few digits with nothing after them that could belong to the number.
+_SHORT = re.compile(
+    r"\d{1,15}(?:(?=[;:!?)\]}\n\"=+])(?!:\d)|\Z|(?=[ ](?![ \dxX×*·%pPmMbBtThH.…]))|(?=[.,](?![\d.(])))", re.ASCII
+)
+_NUMBER = re.compile(
+    rf"""
+    (?:
+        (?P<whole>\d{{1,40}})[ ]{{1,2}}(?:and[ ])?(?P<over>\d{{1,40}})/(?P<under>\d{{1,40}})(?![\d/])(?!\.\d)
+      | (?P<top>\d{{1,40}})/(?P<bottom>\d{{1,40}})(?![\d/])(?!\.\d)
+      | 10[ ]?\^[ ]?(?P<power>[-+]?\d{{1,6}})
+      | (?P<period>\d{{1,20}}\.\d{{0,20}}\(\d{{1,20}}\))
+      | (?P<digits>{_DIGITS})
+        (?:[eE](?P<e>[-+]?\d{{1,9}})(?![\w])
+          |[ ]{{0,2}}[x×*·][ ]{{0,2}}10[ ]?\^[ ]?(?P<ten>[-+]?\d{{1,9}}))?
+        (?P<ellipsis>\.\.\.|…)?
+        (?:[ ]?(?P<scale>hundred|thousand|million|billion|trillion)\b|(?P<k>[kK])(?![A-Za-z]))?
+    )
+    (?P<percent>[ ]?(?:%|per[ ]?cent\b))?
+    """,
+    re.VERBOSE | re.ASCII,
+)
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_NOT_A_COUNT = re.compile(r"(?:st|nd|rd|th)\b|:\d|[/.]\d|-\d{1,2}-\d")
+
+
+def find_numbers(text: str) -> list[Number]:
+    """The numbers of a plain text, from left to right. Ordinals, times, dates, versions and x2 are none."""
+    found = []
+    digit = _DIGIT.search(text)
+    while digit is not None:
+        start = digit.start()
+        before = text[max(0, start - 2) : start]
+        if before.endswith(".") and not before[0].isalnum():
+            start -= 1  # .5
+        match = _SHORT.match(text, start) or _NUMBER.match(text, start)
+        if match is None:
+            raise AssertionError("a digit always begins a number")
+        number = _number(match, text, before)
+        if number is not None:
+            found.append(number)
+        digit = _DIGIT.search(text, match.end())
+    return found
+
+
+def _number(match: re.Match[str], text: str, before: str) -> Number | None:
+    start, end = match.span()
+    part_of_a_date = len(before) == 2 and before[1] in ":./" and before[0].isdigit()
+    if part_of_a_date or (text[end : end + 1] and _NOT_A_COUNT.match(text, end)):
+        return None
+    sign = _sign(text, start, end)
+    if sign is None:
+        return None
+    negative, begin = sign
+    if match.re is _SHORT:
+        digits = match.group()
+        whole = int(digits)
+        return Number(begin, end, Fraction(-whole if negative else whole), 0, len(digits.lstrip("0")))
+    read = _read(match)
+    if read is None:
+        return None
+    value, decimals, significant, fraction = read
+    percent = match["percent"] is not None
+    value = value / 100 if percent else value
+    ellipsis = match["ellipsis"] is not None
+    return Number(begin, end, -value if negative else value, decimals, significant, percent, ellipsis, fraction)
+
+
+def _read(match: re.Match[str]) -> tuple[Fraction, int | None, int, tuple[int, int] | None] | None:
+    """(value, decimals, significant digits, fraction as written) without sign and percent; None if it has no value."""
+    if match["bottom"] or match["under"]:
+        top, bottom = int(match["top"] or match["over"]), int(match["bottom"] or match["under"])
+        if bottom == 0:
+            return None
+        whole = int(match["whole"] or 0)
+        return whole + Fraction(top, bottom), None, 0, None if match["whole"] else (top, bottom)
+    if match["power"]:
+        exponent = int(match["power"])
+        return (Fraction(10) ** exponent, None, 0, None) if abs(exponent) <= MAX_EXPONENT else None
+    if match["period"]:
+        return _repeating(match["period"]), None, 0, None
+    digits = _without_separators(match["digits"])
+    exponent = int(match["e"] or match["ten"] or 0)
+    if len(digits) > MAX_DIGITS or abs(exponent) > MAX_EXPONENT:
+        return None
+    before, _, after = digits.partition(".")
+    value = Fraction(int((before or "0") + after), 10 ** len(after))
+    significant = len((before + after).lstrip("0"))
+    if exponent or match["k"] or match["scale"]:
+        scale = 1000 if match["k"] else _SCALES.get(match["scale"] or "", 1)
+        return value * scale * Fraction(10) ** exponent, None, significant, None
+    return value, len(after), significant, None
+
+
+def _without_separators(digits: str) -> str:
+    """The digits with a point for decimals, whichever way they were grouped."""
+    if digits.count(".") > 1 or _EUROPEAN.fullmatch(digits):
+        return digits.replace(".", "").replace(",", ".")
+    return _SEPARATORS.sub("", digits)
+
+
+_EUROPEAN = re.compile(r"\d{1,3}\.\d{3},\d{1,2}")
+_SEPARATORS = re.compile(r"[,\u2009'_]")
+
+
+def _repeating(written: str) -> Fraction:
+    """0.(3) and 0.1(6): the bracketed digits repeat for ever."""
+    fixed, period = written.rstrip(")").split("(")
+    places = len(fixed.partition(".")[2])
+    return Fraction(fixed.rstrip(".") or "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
+
+
+_CURRENCY = re.compile(r"(?:(?:\b(?:US|AU|A|CA|C|HK|NZ))?[$€£¥₹]|\b(?:USD|EUR|GBP|Rs\.?|INR)) ?\Z")
+_SIGN_WORD = re.compile(r"\b(?:negative|minus) \Z", re.IGNORECASE)
+_ENDS_IN_VALUE = re.compile(r"[\d)\]}%]\s*\Z")
+_AFTER_EQUALS = re.compile(r"[=(≈]\s*\Z")
+_BARE = re.compile(r"\s*(?:[.,;!)\n]|\Z)")
+
+
+def _sign(text: str, start: int, end: int) -> tuple[bool, int] | None:
+    """(negative?, where the number starts with its sign and currency); None for digits that end a word, as x2.
+
+    A dash after a value is an operator, and one before a space a bullet, save after an equals sign.
+    """
+    if start == 0:
+        return False, 0
+    before = text[max(0, start - 14) : start]
+    last = before[-1]
+    dash = None
+    if last in "-+":
+        dash, before = last, before[:-1]
+    currency = _CURRENCY.search(before) if before[-1:] in _BEFORE_DIGITS else None
+    if currency:
+        before = before[: currency.start()]
+    elif dash is None and (last in "_^" or (last.isalpha() and last.isascii())):
+        return None
+    spaced = False
+    if dash is None and before.rstrip(" ")[-1:] in ("-", "+") and len(before) - len(before.rstrip(" ")) <= 1:
+        spaced = before.endswith(" ")
+        dash, before = before.rstrip(" ")[-1], before.rstrip(" ")[:-1]
+    begin = start - len(text[max(0, start - 14) : start]) + len(before)
+    if dash is None:
+        return _worded_sign(before, begin)
+    if before[-1:].isalpha() and not spaced:
+        return None
+    if _ENDS_IN_VALUE.search(before) or before[-1:] in ("-", "+"):
+        return False, begin + 1
+    if spaced and not _AFTER_EQUALS.search(before):
+        opens = begin < 40 and not text[:begin].strip(" \n*_$:(\"'") and _BARE.match(text, end) is not None
+        if not opens:
+            return False, begin + 1
+    return dash == "-", begin
+
+
+_BEFORE_DIGITS = frozenset("$€£¥₹ .DRPsN")
+
+
+def _worded_sign(before: str, begin: int) -> tuple[bool, int]:
+    """`negative 3`; in `5 minus 3` the word is an operator."""
+    word = _SIGN_WORD.search(before) if before.endswith(("minus ", "negative ", "Minus ", "Negative ")) else None
+    if word is None or re.search(r"\d\s*\Z", before[: word.start()]):
+        return False, begin
+    return True, begin - len(word.group())
+
+
+# --- number words
+
+_ONE_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TEN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_ONES = {word: value for value, word in enumerate(_ONE_WORDS.split())}
+_TENS = {word: 10 * (value + 2) for value, word in enumerate(_TEN_WORDS.split())}
+_BIG = {"hundred": 100, "thousand": 1000, "million": 10**6}
+_PARTS = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
+_WORD = "|".join([*sorted([*_ONES, *_TENS], key=len, reverse=True), *_BIG])
+_PART = "|".join(f"{part}s?" for part in _PARTS)
+NUMBER_WORDS = (
+    rf"(?:(?:minus|negative)[ ])?(?:(?:a[ ](?=hundred|thousand|million)))?(?:{_WORD})\b"
+    rf"(?:[ -](?:and[ ])?(?:{_WORD})\b){{0,14}}"
+    rf"(?:[ ]point(?:[ ](?:{'|'.join(_ONES)})\b){{1,12}}|[ ]and[ ]a[ ]half\b|[ -](?:{_PART})\b)?"
+    rf"|\b(?:a[ ]|one[ ])?(?:half|quarter)\b"
+)
+_ALL_WORDS = re.compile(rf"\b(?:{NUMBER_WORDS})", re.IGNORECASE)
+_STRONG_WORDS = re.compile(
+    rf"(?P<cue>\A[\s:*_\"'(]{{0,9}}|\b(?:answer|result)\s?(?:is|:)\s{{0,2}}|=\s?|boxed\{{)(?P<words>{NUMBER_WORDS})",
+    re.IGNORECASE,
+)
+_LETTERS = re.compile(r"[a-z]+")
+_COUNTING_WORDS = frozenset([*_ONES, *_TENS, *_BIG, "half", "quarter"])
+_WEAK_WORDS = ("one", "half", "a half", "quarter", "a quarter", "one half", "one quarter")
+_ALONE = re.compile(r"\s*(?:[.!,;)}]|\n|$)")
+
+
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text in small letters: a cheap test before a slow pattern."""
+    return frozenset(_LETTERS.findall(text.lower()))
+
+
+def digits_for_words(text: str) -> str:
+    """Number words as digits: all of them where the text has no digit, else only where an answer is announced."""
+    if _COUNTING_WORDS.isdisjoint(words_of(text)):
+        return text
+    has_digits = _DIGIT.search(text) is not None
+    text = _STRONG_WORDS.sub(lambda match: match["cue"] + _as_digits(match, match["words"]), text)
+    if has_digits:
+        return text
+    return _ALL_WORDS.sub(lambda match: _as_digits(match, match.group()), text)
+
+
+def _as_digits(match: re.Match[str], words: str) -> str:
+    # "one" and "half" are mostly no numbers ("this one"): only where they are announced and nothing follows.
+    if words.lower() in _WEAK_WORDS and (match.re is _ALL_WORDS or not _ALONE.match(match.string, match.end())):
+        return words
+    value = words_value(words)
+    if value is None:
+        return words
+    return str(value) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+
+
+def words_value(words: str) -> Fraction | None:
+    """Value of English number words: `minus two hundred and five`, `three point one four`, `two and a half`."""
+    tokens = words.lower().replace("-", " ").split()
+    negative = tokens[:1] in (["minus"], ["negative"])
+    tokens = tokens[1:] if negative else tokens
+    part = Fraction(1)
+    if tokens[-1:] and _part(tokens[-1]):
+        if tokens[-3:-1] == ["and", "a"]:
+            value = _whole(tokens[:-3])
+            value = None if value is None else value + Fraction(1, 2)
+            return None if value is None else (-value if negative else value)
+        part = Fraction(1, _part(tokens[-1]))
+        tokens = tokens[:-1] or ["one"]
+    whole, _, decimals = " ".join(tokens).partition(" point ")
+    value = _whole(whole.split())
+    if value is None:
+        return None
+    for place, digit in enumerate(decimals.split(), start=1):
+        if _ONES.get(digit, 10) > 9:
+            return None
+        value += Fraction(_ONES[digit], 10**place)
+    return -value * part if negative else value * part
+
+
+def _part(word: str) -> int:
+    return _PARTS.get(word) or _PARTS.get(word.removesuffix("s"), 0)
+
+
+def _whole(tokens: list[str]) -> Fraction | None:
+    """two hundred and five → 205; None for words that make no number, such as `two three`."""
+    total, group, last = 0, 0, 10**9
+    for token in tokens:
+        if token in ("and", "a"):
+            continue
+        if token in _BIG:
+            size = _BIG[token]
+            if size == 100:
+                group = max(group, 1) * 100
+            else:
+                total, group = total + max(group, 1) * size, 0
+            last = size
+            continue
+        value = _ONES.get(token, _TENS.get(token))
+        if value is None or value >= last or (last < 20) or (20 <= last < 100 and value > 9):
+            return None
+        group, last = group + value, value if value else 0
+    return Fraction(total + group)

@@ -1,0 +1,764 @@
+"""Read the number that a model answered out of its response, and compare it with the gold answer.
+
+Reads   a response (the newly generated text alone), and the prompt where it is known
+Writes  nothing; as a script it prints what it read as one line of JSON
+
+    python 3_maths_eval/run_scripts/parse_predictions.py "The answer is 97, the total of 4 and 93." --gold 97
+
+What a response says after it has answered is run-on text: it is cut at the first turn (`Q:`, `Problem 2:`, a chat
+marker, the prompt over again) behind an answer. Then the first rule that finds a value decides:
+
+    boxed       the last \\boxed{…}
+    marker      the first #### …
+    completion  the response opens by completing the prompt: a bare number (`97.`, `8 apples`, `97, which is …`), or
+                the prompt's own sum carried out. What a completion model goes on to say belongs to no question:
+                `14 ⏎⏎ The answer is 12` after `8 + 6 =` is 14
+    answer_is   `the answer is …`, `Answer: …`, `A: …`, `… is the answer`; the first one, `final answer` before all
+    conclusion  a closing sentence with So, Therefore, Thus … and one number, behind the last equation
+    equals      right of the last finished `=` (also `equals`, `gives`)
+    sole        the only number that is left
+    last        the last of several: status `ambiguous`
+
+Operands of an expression (`7 * 0 =`, `9 times 400`, `the sum of 2 and 3`), list numbers (`2. Multiply`), labels
+(`Step 3`), ordinals, times and words copied from the prompt are no answers, so an echo of the prompt has no value.
+Every step takes time linear in the text; nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import make_parser, run_main
+from maths_numbers import Number, digits_for_words, find_numbers, plain_text, words_of
+
+MIN_DECIMALS = 2  # a response rounded to fewer decimals than this must be exact
+MIN_SIGNIFICANT = 2
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """What a response answers. status: `parsed`; `ambiguous` (several candidates: `value` is the last, or None where
+    the response lists them); `none`. `percent`: written with a per cent sign, 10 % has the value 1/10. `decimals`:
+    digits after the point, None for a fraction. `ellipsis`: written with three dots."""
+
+    value: Fraction | None
+    rule: str
+    status: str
+    text: str = ""
+    percent: bool = False
+    decimals: int | None = 0
+    significant: int = 0
+    ellipsis: bool = False
+
+
+NOTHING = ParsedAnswer(None, "none", "none")
+
+
+def _word_set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+# --- public
+
+
+def parse_prediction_text(text: str | None, prompt: str | None = None) -> ParsedAnswer:
+    """The answer in `text`, a response without its prompt.
+
+    prompt: the text that the model was asked to continue or answer, so that an echo of it can be told; optional.
+    """
+    if not text or not text.strip():
+        return NOTHING
+    plain_prompt = plain_text(prompt).strip() if prompt else ""
+    plain = _without_echo(plain_text(text), plain_prompt)
+    quick = _first_line_completion(plain, plain_prompt)
+    if quick is not None:
+        return quick
+    for cut in _run_on_places(plain, plain_prompt):
+        parsed = _first_rule(plain[:cut], plain_prompt)
+        if parsed.value is not None:
+            return parsed
+    return _first_rule(plain, plain_prompt)
+
+
+def matches_gold(parsed: ParsedAnswer, gold: Fraction) -> bool:
+    """True where the parsed value is the gold value.
+
+    Exact as fractions. A decimal shown with d >= 2 decimals and 2 or more significant digits also matches where gold
+    rounded to d decimals (half up or half even) equals it: 0.67 is 2/3, 13.33 is 40/3, but 13 or 0.7 are not. With
+    three dots the digits may be cut off instead of rounded. 10 % matches 1/10 and 10.
+    """
+    if parsed.value is None:
+        return False
+    if parsed.value == gold or (parsed.percent and parsed.value * 100 == gold):
+        return True
+    if parsed.percent or parsed.decimals is None or parsed.decimals < MIN_DECIMALS:
+        return False
+    if parsed.significant < MIN_SIGNIFICANT:
+        return False
+    size, shown = abs(gold) * 10**parsed.decimals, abs(parsed.value) * 10**parsed.decimals
+    if (gold < 0) != (parsed.value < 0):
+        return False
+    half_up = (2 * size + 1) // 2
+    return shown in (half_up, round(size)) or (parsed.ellipsis and shown == size // 1)
+
+
+def gold_value(answer: Any, clean_prompt: str | None = None) -> Fraction | None:
+    """The gold answer as a number: from `answer` (a number or text; `#### 18` too), else from the clean prompt's own
+    arithmetic (`12 * 7 =`, `the sum of 2 and 3`). None where neither holds one."""
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return Fraction(str(answer)) if abs(answer) < float("inf") else None
+    if isinstance(answer, str) and answer.strip():
+        return parse_prediction_text(answer).value
+    return arithmetic_value(clean_prompt) if clean_prompt else None
+
+
+@lru_cache(maxsize=4096)
+def arithmetic_value(prompt: str) -> Fraction | None:
+    """The value of the last sum in a prompt, by the usual precedence; None where there is none or it has brackets."""
+    text = plain_text(prompt)
+    marks = _marks(text)
+    chain: list[Mark] = []
+    operators: list[str] = []
+    for mark in marks:
+        if mark.joined and chain:
+            operators.append(mark.joined)
+        else:
+            chain, operators = [], []
+        chain.append(mark)
+    last = marks[-1].number if marks else None
+    if len(chain) == 1 and last is not None and last.fraction and re.match(r"\s*=", text[last.end :]):
+        return last.value
+    return _calculate([mark.number.value for mark in chain], operators) if operators else None
+
+
+def _calculate(values: list[Fraction], operators: list[str]) -> Fraction | None:
+    terms, signs = [values[0]], []
+    for operator, value in zip(operators, values[1:], strict=True):
+        if operator == "*":
+            terms[-1] *= value
+        elif operator == "/":
+            if value == 0:
+                return None
+            terms[-1] /= value
+        elif operator in "+-":
+            terms.append(value)
+            signs.append(1 if operator == "+" else -1)
+        else:
+            return None
+    return terms[0] + sum(sign * term for sign, term in zip(signs, terms[1:], strict=True))
+
+
+# --- the numbers in their context
+
+
+@dataclass(slots=True)
+class Mark:
+    """A number and its part in the sentence. `joined`: the operator that ties it to the number before ('' none)."""
+
+    number: Number
+    joined: str = ""
+    operand: bool = False
+    left_side: bool = False
+    right_side: bool = False
+    aside: bool = False
+
+    @property
+    def free(self) -> bool:
+        """May be an answer."""
+        return not (self.operand or self.aside)
+
+
+_UNITS = r"(?:[ ]?[A-Za-z%°]{1,15}(?:[ ][A-Za-z]{1,15}){0,2})?"
+_OPERATORS = {
+    "plus": "+", "added to": "+", "and adding": "+", "increased by": "+", "increase by": "+", "minus": "-", "less": "-",
+    "subtracted by": "-", "decreased by": "-", "reduced by": "-", "take away": "-", "times": "*", "multiplied by": "*",
+    "multiply by": "*", "x": "*", "X": "*", "×": "*", "·": "*", "*": "*", "divided by": "/", "over": "/", "÷": "/",
+    "/": "/", ":": "?", "+": "+", "-": "-", "^": "?", "subtracted from": "?", "goes into": "?", "mod": "?",
+}  # fmt: skip
+_OPERATOR_WORDS = "|".join(word for word in _OPERATORS if len(word) > 1)
+_OPERATOR = re.compile(
+    rf"[\s$)}}\]\"']{{0,4}}{_UNITS}[\s$)}}\]\"']{{0,4}}(?:(?P<sign>[-+*/×÷·^])|(?P<times>(?<![A-Za-z])[xX](?![A-Za-z]))"
+    rf"|\b(?P<word>{_OPERATOR_WORDS})\b)(?P<open>[\s$({{\[\"']{{0,4}})",
+    re.IGNORECASE,
+)
+_PAIR_GAP = re.compile(r"[^.\n\d]{0,12}\s(?:and|by|from|to|with|into|&)\s[^.\n\d]{0,6}")
+_PAIR_VERB = re.compile(
+    r"\b(?:(?P<sum>sum|total|add|adding|put|putting|combine|combining)|(?P<product>product|multiply|multiplying)"
+    r"|(?P<difference>difference)|(?P<quotient>quotient)|divide|dividing|division|subtract|subtracting|between)"
+    r"\b[^.\d\n]{0,25}$",
+    re.IGNORECASE,
+)
+_PAIR_SIGNS = {"sum": "+", "product": "*", "difference": "-", "quotient": "/"}
+_EQUALS_TAIL = re.compile(
+    r"(?:(?P<sign>(?<![<>!])=|≈|≅|→|⇒|[-=]>)"
+    r"|\b(?:equals?|equal to|gives?|yields?|makes?|results? in|becomes|comes to)(?: us| you| me)?)"
+    r"[\s=>:$({\[\"']{0,6}(?:(?:about|approximately|exactly|roughly|just|only|around|nearly)\s)?[$({\[\"']{0,3}$",
+    re.IGNORECASE,
+)
+_EQUALS_HEAD = re.compile(rf"[\s$)}}\]]{{0,4}}{_UNITS}[\s$)}}\]]{{0,4}}(?:=|≈)")
+_HANGING_OPERATOR = re.compile(r"\s{0,3}(?:[-*×÷·+/^]|x(?![A-Za-z]))\s{0,3}(?:\Z|[=?])|\s{0,3}[*×÷·+^]\s{0,3}[A-Za-z(]")
+_LEFT_OPERATOR = re.compile(r"[A-Za-z)\]?]\s{0,2}[*×÷·+/^]\s{0,2}[$(]?$|(?:sqrt ?\{?|√ ?)$")
+_LABEL = re.compile(
+    r"\b(?:step|question|problem|example|exercise|equation|figure|table|chapter|option|method|case|page)s?\s?#?$|#$",
+    re.IGNORECASE,
+)
+_LIST_DOT = re.compile(r"[.)]\*{0,2}[ ]{1,3}[A-Za-z*$\\(]")
+
+
+_EQUALS_SIGNS = re.compile(r"[=≈≅→⇒]|->")
+_EQUALS_WORDS = _word_set("equal equals give gives yield yields make makes result results become becomes comes")
+_OPERATOR_SIGNS = re.compile(r"[-+*/×÷·^√?]")
+_PAIR_WORDS = (
+    "sum total add adding put putting combine combining product multiply multiplying difference quotient divide "
+    "dividing division subtract subtracting between sqrt"
+)
+_JOINING_WORDS = frozenset(" ".join([*_OPERATORS, _PAIR_WORDS]).lower().split(" "))
+
+
+def _marks(text: str, open_prompt: bool = False) -> list[Mark]:
+    """Every number of a plain text with its part in the sentence. open_prompt: the text goes on with a sentence."""
+    marks = [Mark(number) for number in find_numbers(text)]
+    if not marks:
+        return marks
+    words = words_of(text)
+    equals = not words.isdisjoint(_EQUALS_WORDS) or _EQUALS_SIGNS.search(text) is not None
+    operators = not words.isdisjoint(_JOINING_WORDS) or _OPERATOR_SIGNS.search(text) is not None
+    previous: Mark | None = None
+    for mark in marks:
+        begin = previous.number.end if previous else 0
+        start, end = mark.number.start, mark.number.end
+        before, after = text[max(begin, start - 60) : start], text[end : end + 60]
+        if operators:
+            if previous is not None and (joined := _joins(text, begin, start, previous.number.start)):
+                mark.joined = joined
+                mark.operand = previous.operand = True
+            if _HANGING_OPERATOR.match(after) or _LEFT_OPERATOR.search(before[-12:]):
+                mark.operand = True
+        if equals:
+            sign = _EQUALS_TAIL.search(before)
+            mark.right_side = sign is not None and (sign["sign"] is not None or (previous and previous.operand) is True)
+            mark.left_side = _EQUALS_HEAD.match(after) is not None
+        mark.aside = _LABEL.search(before[-14:]) is not None or _is_list_number(text, mark.number, open_prompt)
+        previous = mark
+    return marks
+
+
+def _joins(text: str, begin: int, start: int, previous_start: int) -> str:
+    """The operator between two numbers: + - * /, or ? for one that is not calculated; '' for none."""
+    if start - begin > 60:
+        return ""
+    gap = text[begin:start]
+    operator = _OPERATOR.fullmatch(gap)
+    if operator:
+        bracket = "(" in gap or ")" in gap
+        word = operator["sign"] or operator["times"] or operator["word"]
+        return "?" if bracket else _OPERATORS[word.lower()]
+    if _PAIR_GAP.fullmatch(gap) and (verb := _PAIR_VERB.search(text[max(0, previous_start - 60) : previous_start])):
+        return _PAIR_SIGNS.get(verb.lastgroup or "", "?")
+    return ""
+
+
+def _is_list_number(text: str, number: Number, open_prompt: bool) -> bool:
+    """True for the numbers of a list (1. 2. 3. at the start of lines, with text behind them)."""
+    if text[number.end : number.end + 1] not in (".", ")") or number.decimals != 0 or not 1 <= number.value <= 60:
+        return False
+    line_start = text.rfind("\n", max(0, number.start - 8), number.start) + 1
+    if text[line_start : number.start].strip(" (*#>") or not _LIST_DOT.match(text, number.end):
+        return False
+    if line_start == 0 and number.start > 7:
+        return False
+    if number.value == 1:
+        # `1. Now …` behind `6 - 5 =` is the answer, unless the list goes on.
+        return not (open_prompt and number.start < 3) or _list_item(text, 2, number.end)
+    # Only 1 opens a list, so that a lone `36. Each box …` stays an answer.
+    return _list_item(text, int(number.value) - 1, 0, number.start)
+
+
+def _list_item(text: str, value: int, start: int, stop: int | None = None) -> bool:
+    item = re.compile(rf"(?:\A|\n)[ (*#>]{{0,4}}{value}[.)]")
+    return item.search(text, start, len(text) if stop is None else stop) is not None
+
+
+# --- echoes and run-on text
+
+
+def _without_echo(text: str, prompt: str) -> str:
+    """`text` without copies of the prompt at its start, also where the copy mends or makes a few typos."""
+    for _ in range(3):
+        head = text.lstrip(" \n\"'>*:")
+        if len(prompt) < 4 or not head:
+            return text
+        if head[: len(prompt)].lower() == prompt.lower():
+            text = head[len(prompt) :]
+            continue
+        cut = _similar_head(head, prompt)
+        if not cut:
+            return text
+        text = head[cut:]
+    return text
+
+
+def _similar_head(text: str, prompt: str, least: float = 90.0) -> int:
+    """Where a near copy of `prompt` at the start of `text` ends; 0 where there is none."""
+    from rapidfuzz import fuzz
+
+    if len(prompt) > 4000 or len(prompt) < 16 or fuzz.ratio(text[:16].lower(), prompt[:16].lower()) < 60:
+        return 0
+    # An answer that stands before a copy of the prompt is no part of the copy.
+    if text[0].isdigit() != prompt[0].isdigit():
+        return 0
+    wanted, low = prompt.lower(), max(1, len(prompt) - 12)
+    ends = [m.end() for m in re.finditer(r"\S+", text[: len(prompt) + 12]) if m.end() >= low]
+    if not ends or fuzz.ratio(text[: ends[0]].lower(), wanted) < least - 10:
+        return 0
+    score, end = max((fuzz.ratio(text[:end].lower(), wanted), end) for end in ends)
+    return end if score >= least else 0
+
+
+_TURN = re.compile(
+    r"<\|[\w ]{1,30}\|>|</?s>|<eos>|<pad>|<(?:start|end)_of_turn>|\[/?INST\]"
+    r"|(?:\A|\n)[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Q|Question|Problem|Exercise|Example|User|Human|Student|Instruction"
+    r"|Input|Prompt|Task)(?: ?#?\d{1,4})?(?:\*\*)? ?[:.)]"
+    r"|\b(?:\d{1,3}|one|some|a few) more (?:examples?|problems?|questions?|exercises?)\b"
+    r"|\b(?:another|next) (?:example|problem|question|exercise)\b",
+    re.IGNORECASE,
+)
+_TURN_WORDS = _word_set(
+    "q question questions problem problems exercise exercises example examples user human student instruction input "
+    "prompt task inst s eos pad turn"
+)
+
+
+def _run_on_places(text: str, prompt: str) -> list[int]:
+    """Where another turn or problem may begin, from left to right; at most four."""
+    places: list[int] = []
+    if "<|" in text or not _TURN_WORDS.isdisjoint(words_of(text)):
+        for match in _TURN.finditer(text):
+            if match.start() > 0:
+                places.append(match.start())
+            if len(places) == 4:
+                break
+    again = text.find("\n" + prompt[:24]) if len(prompt) >= 12 else -1
+    return sorted([*places, again] if again > 0 else places)
+
+
+# --- the rules, in their order
+
+
+@dataclass(slots=True)
+class _Reading:
+    text: str
+    marks: list[Mark]
+    prompt: str
+
+
+def _first_rule(text: str, prompt: str) -> ParsedAnswer:
+    if not text.strip():
+        return NOTHING
+    text = digits_for_words(text)
+    reading = _Reading(text, _marks(text, _is_open(prompt)), prompt)
+    for rule in (_boxed, _marker, _completion, _answer_is, _conclusion, _equals, _sole_or_last):
+        parsed = rule(reading)
+        if parsed is not None:
+            return parsed
+    return NOTHING
+
+
+def _first_line_completion(text: str, prompt: str) -> ParsedAnswer | None:
+    """The completion rule on the first line alone, which is all it looks at: most responses need no more."""
+    if "boxed" in text or "fbox" in text or "####" in text:
+        return None
+    line = text.lstrip().partition("\n")[0]
+    if not line[:40].strip() or len(line) > 400 or not re.match(r"[^A-Za-z]{0,6}[\d.]", line) or "1." in line[:6]:
+        return None
+    parsed = _completion(_Reading(line, _marks(line, _is_open(prompt)), prompt))
+    return parsed if parsed is not None and parsed.value is not None else None
+
+
+def _is_open(prompt: str) -> bool:
+    """True for a prompt that breaks off, to be completed: `6 - 5 =`, `… the answer is`."""
+    return prompt[-1:] not in ("", ".", "?", "!")
+
+
+def _found(text: str, number: Number, rule: str, status: str = "parsed") -> ParsedAnswer:
+    return ParsedAnswer(
+        value=number.value,
+        rule=rule,
+        status=status,
+        text=text[number.start : number.end].strip(),
+        percent=number.percent,
+        decimals=number.decimals,
+        significant=number.significant,
+        ellipsis=number.ellipsis,
+    )
+
+
+def _boxed(reading: _Reading) -> ParsedAnswer | None:
+    start = max(reading.text.rfind("\\boxed"), reading.text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    opened = reading.text.find("{", start, start + 10)
+    inner = _in_braces(reading.text, opened) if opened >= 0 else reading.text[start + 6 : start + 40]
+    marks = _marks(inner)
+    free = [mark for mark in marks if mark.free]
+    right = [mark for mark in free if mark.right_side]
+    if right or len({mark.number.value for mark in free}) == 1:
+        number = (right or free)[-1].number
+        if not _restates(number, reading.prompt):
+            return _found(inner, number, "boxed")
+    return ParsedAnswer(None, "boxed", "ambiguous", inner[:80]) if len(free) > 1 else None
+
+
+def _in_braces(text: str, opened: int, limit: int = 300) -> str:
+    depth = 0
+    for position in range(opened, min(len(text), opened + limit)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[opened + 1 : position]
+    return text[opened + 1 : opened + limit]
+
+
+_AFTER_MARKER = re.compile(r"####[\s$:*]{0,8}")
+
+
+def _marker(reading: _Reading) -> ParsedAnswer | None:
+    match = _AFTER_MARKER.search(reading.text)
+    if match is None:
+        return None
+    line_end = reading.text.find("\n", match.end())
+    line_end = len(reading.text) if line_end < 0 else line_end
+    number = _announced(reading, match.end(), min(line_end, match.end() + 80))
+    return _found(reading.text, number, "marker") if number else None
+
+
+_OPENING = re.compile(r"[\s:=*_\"'$(\[{~≈>.-]*\Z")
+_BARE_END = re.compile(
+    r"[\"'*_)\]$}]{0,4}(?:\s*\Z|[ ]*\n|[ ]*[.!;:?,](?=[\s\"'*)$}]|\Z)|[ ]*\(|[ ]-+[ ][a-z]"
+    r"|[ ](?:because|since|which|so)\b|[ ]is[ ](?:the|your|our|what|how)\b)"
+)
+_UNIT_END = re.compile(r"(?:[ ]?[A-Za-z°²%/'-]{1,20})(?:[ ][A-Za-z°²%/'-]{1,20}){0,3}[ ]?(?P<stop>[.!;,]|\n|\Z)")
+_STILL_TO_COME = re.compile(r"=|answer|therefore|\bso\b|####", re.IGNORECASE)
+_LIST_GAP = re.compile(r",[ ]?(?:or[ ]|and[ ])?|[ ]or[ ]")
+
+
+def _completion(reading: _Reading) -> ParsedAnswer | None:
+    """The response opens with the value, or with the prompt's own sum and its value."""
+    if not reading.marks or not _OPENING.match(reading.text[: reading.marks[0].number.start]):
+        return None
+    first = reading.marks[0]
+    if first.operand:
+        return _own_sum(reading)
+    if first.aside or first.left_side or _restates(first.number, reading.prompt):
+        return None
+    if _listed(reading):
+        return ParsedAnswer(None, "completion", "ambiguous", reading.text.strip()[:80])
+    rest = reading.text[first.number.end :]
+    if not _BARE_END.match(rest) and not _ends_after_unit(rest):
+        return None
+    return _found(reading.text, first.number, "completion")
+
+
+def _ends_after_unit(rest: str) -> bool:
+    """`8 apples.`: a unit, then nothing more about it in this paragraph."""
+    match = _UNIT_END.match(rest)
+    if match is None:
+        return False
+    paragraph = rest[match.end() :].partition("\n")[0] if match["stop"] in ".!;," and match["stop"] else ""
+    return not _STILL_TO_COME.search(paragraph[:400]) and not (match["stop"] == "," and re.search(r"\d", paragraph))
+
+
+def _listed(reading: _Reading) -> bool:
+    """`12, 13` or `8 or 9`: several answers, none of them chosen."""
+    if len(reading.marks) < 2 or not reading.marks[1].free or reading.marks[1].left_side:
+        return False
+    first, second = reading.marks[0].number, reading.marks[1].number
+    if not _BARE_END.match(reading.text[second.end :]):
+        return False
+    return first.value != second.value and _LIST_GAP.fullmatch(reading.text[first.end : second.start]) is not None
+
+
+def _own_sum(reading: _Reading) -> ParsedAnswer | None:
+    """`67 + 527 = 600 - 6 = 594` as the first line, where 67 and 527 are all the numbers of the prompt."""
+    wanted = sorted(number.value for number in find_numbers(reading.prompt))
+    count = 1
+    while count < len(reading.marks) and reading.marks[count].joined:
+        count += 1
+    if not wanted or sorted(mark.number.value for mark in reading.marks[:count]) != wanted:
+        return None
+    line_end = reading.text.find("\n", reading.marks[0].number.start)
+    line_end = len(reading.text) if line_end < 0 else line_end
+    in_line = [mark for mark in reading.marks if mark.number.end <= line_end]
+    ends = [position for position, mark in enumerate(in_line) if mark.right_side and mark.free]
+    if not ends:
+        return None
+    last = in_line[ends[0]]
+    # The sentence must be nothing but the chain of equations.
+    chain = reading.text[reading.marks[0].number.start : last.number.start]
+    if re.search(r"[A-Za-z]{3,}|[.!?]\s", chain) or not re.match(
+        r"[^\d\n=]{0,40}(?:[.!;,]\s|[.!]?\s*(?:\n|\Z))", reading.text[last.number.end :]
+    ):
+        return None
+    return None if _restates(last.number, reading.prompt) else _found(reading.text, last.number, "completion")
+
+
+_SYMBOLS = r"[\s:*_$(\"'`~≈=\[{>]"
+_FILLER_WORDS = "about|approximately|exactly|roughly|just|only|simply|therefore|thus|actually|indeed|the|number|then"
+_FILLER = rf"(?:{_SYMBOLS}|\b(?:{_FILLER_WORDS}|equal to|around)\b)"
+_CUE = re.compile(
+    r"(?P<final>\bfinal )?(?:\b(?:answer|result|solution)\b"
+    r"|(?:\A|\n)[*#_ ]{0,4}(?P<label>A|Ans|Output|Total)(?=[*_ ]{0,3}:))",
+    re.IGNORECASE,
+)
+_IS = re.compile(
+    rf"(?:\b(?:is|was|are|be|equals|becomes)\b|[:=→]|comes to)(?P<filler>{_FILLER}{{0,12}})", re.IGNORECASE
+)
+_IS_THE_ANSWER = re.compile(
+    r"[\"'*_)\]$}]{0,3}(?:,? (?:which|that|this))? (?:is|was) (?:indeed )?(?:the|your|my|our)"
+    r" (?:[a-z]{1,12} )?(?:answer|result|solution)\b",
+    re.IGNORECASE,
+)
+_CUE_WORDS = _word_set("answer result solution a ans output total")
+_NEGATION = re.compile(r"\b(?:not|never|no longer|isn't|wasn't)\b", re.IGNORECASE)
+CUE_WINDOW = 200
+
+
+def _answer_is(reading: _Reading) -> ParsedAnswer | None:
+    if _CUE_WORDS.isdisjoint(words_of(reading.text)):
+        return None
+    found: list[tuple[bool, int, Number]] = []
+    cues = list(_CUE.finditer(reading.text))
+    for position, cue in enumerate(cues):
+        stop = cues[position + 1].start() if position + 1 < len(cues) else len(reading.text)
+        number = _after_cue(reading, cue, min(stop, cue.end() + CUE_WINDOW))
+        if number is not None:
+            found.append((cue["final"] is not None, number.start, number))
+    for mark in reading.marks:
+        if mark.free and not _mark_restates(reading, mark) and _IS_THE_ANSWER.match(reading.text, mark.number.end):
+            found.append((False, mark.number.start, mark.number))
+    if not found:
+        return None
+    finals = [entry for entry in found if entry[0]]
+    chosen = finals[-1] if finals else min(found, key=lambda entry: entry[1])
+    return _found(reading.text, chosen[2], "answer_is")
+
+
+def _after_cue(reading: _Reading, cue: re.Match[str], stop: int) -> Number | None:
+    """The value announced by one `answer`: behind the first `is` or `:` of its sentence that a value follows."""
+    text = reading.text
+    for verb in _IS.finditer(text, cue.end(), stop):
+        between = text[cue.end() : verb.start()]
+        if re.search(r"[.!?]\s|\n\s*\n", between) or _NEGATION.search(between):
+            return None
+        number = _announced(reading, verb.end(), stop)
+        if number is not None:
+            return number
+        if cue["label"] or verb.group()[:1] == ":":
+            return None
+    return None
+
+
+_PLAIN_WORDS = re.compile(r"[^\d\n.!?;=]{0,60}\Z")
+_GOES_ON = re.compile(
+    r"[\s)\]}$,]{0,3}(?:(?:which|that|it|and it)\s+)?(?:is|equals|gives|makes|comes to)\s", re.IGNORECASE
+)
+
+
+def _announced(reading: _Reading, start: int, stop: int) -> Number | None:
+    """The value that begins at `start`: a number, or what the expression there is said to equal."""
+    marks = reading.marks
+    position = _first_from(marks, start)
+    if position == len(marks) or marks[position].number.start >= stop:
+        return None
+    gap = reading.text[start : marks[position].number.start]
+    direct = not gap.strip(" \n*_$:(\"'`~≈=[{>")
+    if not direct and (not _PLAIN_WORDS.match(gap) or _NEGATION.search(gap) or gap.lstrip().startswith("to ")):
+        return None
+    if marks[position].aside:
+        return None
+    if not direct and _others_in_sentence(reading, position):
+        return None
+    last = position
+    while last + 1 < len(marks) and marks[last + 1].joined:
+        last += 1
+    while last + 1 < len(marks) and _continues(reading.text, marks[last], marks[last + 1]):
+        last += 1
+        while last + 1 < len(marks) and marks[last + 1].joined:
+            last += 1
+    chosen = marks[last]
+    if chosen.operand and not marks[position].operand:
+        chosen = marks[position]  # 12 = 7 + 5
+    return chosen.number if chosen.free and not _mark_restates(reading, chosen) else None
+
+
+def _continues(text: str, mark: Mark, following: Mark) -> bool:
+    gap = text[mark.number.end : following.number.start]
+    if len(gap) > 60 or "\n" in gap:
+        return False
+    if following.right_side and re.fullmatch(
+        rf"[\s$)}}\]]{{0,4}}{_UNITS}[\s$)}}\]]{{0,4}}(?:=|≈|equals).{{0,20}}", gap
+    ):
+        return True
+    return mark.operand and _GOES_ON.match(gap) is not None
+
+
+def _others_in_sentence(reading: _Reading, position: int) -> bool:
+    """True where another free number stands in the rest of the sentence (`the answer is that 5 of the 12 …`)."""
+    mark = reading.marks[position]
+    if position + 1 == len(reading.marks) or mark.operand:
+        return False
+    gap = reading.text[mark.number.end : reading.marks[position + 1].number.start]
+    return len(gap) < 100 and not re.search(r"[.!?\n]", gap)
+
+
+def _first_from(marks: list[Mark], start: int) -> int:
+    return bisect_right(marks, start, key=lambda mark: mark.number.end)
+
+
+_CONCLUDES = re.compile(
+    r"(?:\A|[.!?:]\s{1,3}|\n\s{0,3})(?:\*\*)?"
+    r"(?:So|Therefore|Thus|Hence|Finally|In total|Altogether|In conclusion)\b,? "
+)
+
+
+def _conclusion(reading: _Reading) -> ParsedAnswer | None:
+    """A closing `So …` sentence with one number, behind the last equation and at the end of the numbers."""
+    last_sum = max((m.number.end for m in reading.marks if m.operand or m.left_side or m.right_side), default=0)
+    cue = None
+    for match in _CONCLUDES.finditer(reading.text, max(0, last_sum - 1)):
+        cue = match
+    if cue is None:
+        return None
+    behind = [mark for mark in reading.marks if mark.number.start >= cue.end()]
+    rest = reading.text[cue.end() :]
+    if len(behind) != 1 or not behind[0].free or not re.search(r"[.!]\s|[.!]\Z|\n", rest) or len(rest) > 300:
+        return None
+    return None if _copied(reading, behind[0]) else _found(reading.text, behind[0].number, "conclusion")
+
+
+def _equals(reading: _Reading) -> ParsedAnswer | None:
+    values = [
+        mark for mark in reading.marks if mark.right_side and mark.free and not _restates(mark.number, reading.prompt)
+    ]
+    if not values:
+        return _reversed_sum(reading)
+    last = values[-1].number
+    # A text cut off inside its last number: take the whole number that the same text gave before.
+    if last.end == len(reading.text.rstrip()) and len(values) > 1:
+        before, cut = (reading.text[n.start : n.end] for n in (values[-2].number, last))
+        if before != cut and before.startswith(cut):
+            last = values[-2].number
+    return _found(reading.text, last, "equals")
+
+
+def _reversed_sum(reading: _Reading) -> ParsedAnswer | None:
+    """`12 = 7 + 5`: the value stands on the left."""
+    for mark, following in pairwise(reading.marks):
+        if mark.free and mark.left_side and following.operand and following.right_side:
+            return None if _restates(mark.number, reading.prompt) else _found(reading.text, mark.number, "equals")
+    return None
+
+
+def _sole_or_last(reading: _Reading) -> ParsedAnswer | None:
+    free = [mark for mark in reading.marks if mark.free and not mark.left_side]
+    if not free:
+        # `1. The first …` with no other number: the 1 may open a list or be the answer.
+        free = [mark for mark in reading.marks[:1] if mark.aside and not mark.operand and mark.number.start < 3]
+    free = [mark for mark in free if not _copied(reading, mark) and not _restates(mark.number, reading.prompt)]
+    if not free:
+        return None
+    if len({mark.number.value for mark in free}) == 1:
+        return _found(reading.text, free[-1].number, "sole")
+    if sorted(mark.number.value for mark in free) == sorted(n.value for n in find_numbers(reading.prompt)):
+        return None  # the problem told again
+    return _found(reading.text, free[-1].number, "last", "ambiguous")
+
+
+# --- numbers that only repeat the prompt
+
+
+def _mark_restates(reading: _Reading, mark: Mark) -> bool:
+    return _restates(mark.number, reading.prompt)
+
+
+def _restates(number: Number, prompt: str) -> bool:
+    """697/2 after `697 ÷ 2 =` is the question, not its answer."""
+    return number.fraction is not None and number.fraction in _prompt_divisions(prompt)
+
+
+@lru_cache(maxsize=256)
+def _prompt_divisions(prompt: str) -> frozenset[tuple[int, int]]:
+    marks = _marks(prompt)
+    pairs = {mark.number.fraction for mark in marks if mark.number.fraction}
+    for first, second in pairwise(marks):
+        one, other = first.number.value, second.number.value
+        if second.joined in ("/", "?") and one.denominator == other.denominator == 1:
+            pairs.add((int(one), int(other)))
+    return frozenset(pairs)
+
+
+_WORDS = re.compile(r"[^\W_]+")
+
+
+def _copied(reading: _Reading, mark: Mark) -> bool:
+    """True where the number stands in the prompt too, behind the same three words (one of them may differ)."""
+    if not reading.prompt:
+        return False
+    contexts = _prompt_contexts(reading.prompt).get(str(mark.number.value), ())
+    start = mark.number.start
+    words = [word.lower() for word in _WORDS.findall(reading.text[max(0, start - 60) : start])][-3:]
+    if len(words) < 3:
+        return False
+    return any(sum(a == b for a, b in zip(words, context, strict=True)) >= 2 for context in contexts)
+
+
+@lru_cache(maxsize=256)
+def _prompt_contexts(prompt: str) -> dict[str, list[list[str]]]:
+    contexts: dict[str, list[list[str]]] = {}
+    for number in find_numbers(prompt[:20_000]):
+        words = [word.lower() for word in _WORDS.findall(prompt[max(0, number.start - 60) : number.start])][-3:]
+        if len(words) == 3:
+            contexts.setdefault(str(number.value), []).append(words)
+    return contexts
+
+
+# --- script
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("response", help="the response's text; - reads it from standard input")
+    parser.add_argument("--prompt", help="the prompt that it answers, so that an echo is known as one")
+    parser.add_argument("--gold", help="the right answer, to compare with")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what a response answers."""
+    args = parse_args(argv)
+    response = sys.stdin.read() if args.response == "-" else args.response
+    parsed = parse_prediction_text(response, args.prompt)
+    line: dict[str, Any] = {"value": None if parsed.value is None else str(parsed.value)}
+    line |= {"rule": parsed.rule, "status": parsed.status, "text": parsed.text}
+    gold = gold_value(args.gold, args.prompt)
+    if gold is not None:
+        line |= {"gold": str(gold), "right": matches_gold(parsed, gold)}
+    print(json.dumps(line, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
