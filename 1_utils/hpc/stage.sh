@@ -1,0 +1,219 @@
+#!/usr/bin/env bash
+# What every job does; the .slurm files call it, nobody else needs to:
+#
+#   stage.sh [--resumes] [--process-per-gpu] SCRIPT ARGUMENTS…
+#
+# It reads site.env, runs the script, and passes its exit code through. Before the time limit Slurm sends SIGUSR1:
+# a script that --resumes is then told to finish what is under way, and this array task alone goes back into the queue.
+# So does one whose process was killed (a node short of memory), three times at most. With --process-per-gpu, several
+# GPUs on the node get one process each by `accelerate launch`, unless the arguments say --device_map.
+#
+# It leaves small files in the folder that the script writes to (--output_dir or --results_dir), which run_status.py
+# and submit.sh read: .job.<script>.<task> (what happened last, and the log) and, where all was tried, .done.<script> (its
+# arguments) with .wrote.<script> (the files that came into the folder meanwhile).
+# shellcheck disable=SC2317 # the functions that traps call look unreachable
+set -euo pipefail
+# shellcheck source=1_utils/hpc/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+STOPPED=75    # exit code of a script that was told to stop and has kept everything: it goes on when called again
+KILLED=137    # by SIGKILL
+BY_USR1=138   # by SIGUSR1, before it could listen to it: nothing had been begun
+KILLED_MOST=3 # a process that is killed each time is not tried for ever
+MARGIN=20     # seconds before the time limit at which a task that is still not finished is put back all the same
+
+resumes="" per_gpu=""
+while [[ "${1:-}" == --* ]]; do
+    case $1 in
+        --resumes) resumes=1 ;;
+        --process-per-gpu) per_gpu=1 ;;
+        *) fail "stage.sh: unknown option $1" ;;
+    esac
+    shift
+done
+script=${1:?stage.sh: which script?}
+shift
+
+name=$(basename "$script" .py)
+task="${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-0}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+restarts=${SLURM_RESTART_COUNT:-0}
+log_file=$(readlink "/proc/$$/fd/1" || true)
+
+say() {
+    echo "[$(date '+%F %T')] $*"
+}
+
+value_of() { # the word after a flag among the script's arguments
+    local wanted=$1 word last=""
+    shift
+    for word in "$@"; do
+        if [ "$last" = "$wanted" ]; then
+            echo "$word"
+            return
+        fi
+        if [[ "$word" == "$wanted="* ]]; then
+            echo "${word#*=}"
+            return
+        fi
+        last=$word
+    done
+}
+
+place=$(value_of --output_dir "$@")
+place=${place:-$(value_of --results_dir "$@")}
+
+record() { # what happened to this task, for run_status.py
+    [ -n "$place" ] && mkdir -p "$place" || return 0
+    printf '%s\n' "task=$task" "state=$*" "time=$(date +%s)" "log=$log_file" \
+        >"$place/.job.$name.${SLURM_ARRAY_TASK_ID:-0}" || true
+}
+
+# --- the processes
+
+# One process of the script. It leaves its id, so that a signal reaches it and not what launched it, and its exit code:
+# the processes are independent, but `accelerate launch` would end all of them for one that ends with another code than 0.
+# shellcheck disable=SC2016
+one_process='code=0
+( echo "$BASHPID" >"$STAGE_NOTES/pid.${RANK:-0}"; exec "$@" ) || code=$?
+echo "$code" >"$STAGE_NOTES/code.${RANK:-0}"'
+
+launch_command() { # sets the array `launch`; the last word of `python` is the interpreter, a container stands before it
+    local last=$((${#python[@]} - 1)) gpus=${SLURM_GPUS_ON_NODE:-1}
+    launch=("${python[@]}")
+    processes=1
+    if [ -z "$per_gpu" ] || [ "$gpus" -le 1 ] || [[ " $* " == *" --device_map"* ]]; then
+        launch=("${python[@]:0:last}" bash -c "$one_process" process "${python[last]}")
+        return
+    fi
+    processes=$gpus
+    # Port 0 is any free one: array tasks may share a node.
+    launch+=(-m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 --mixed_precision no
+        --dynamo_backend no --main_process_port 0 --no_python bash -c "$one_process" process "${python[last]}")
+}
+
+exit_code() { # of the script: what its processes left, the gravest first; without these, what the launcher said
+    local wanted found
+    found=$(cat "$STAGE_NOTES"/code.* 2>/dev/null || true)
+    if [ "$(wc -w <<<"$found")" != "$processes" ]; then
+        echo "$1"
+        return
+    fi
+    for wanted in $KILLED $BY_USR1; do
+        if grep -qx "$wanted" <<<"$found"; then
+            echo "$wanted"
+            return
+        fi
+    done
+    { grep -vx "$STOPPED" <<<"$found" | grep -vx 0 || grep -x "$STOPPED" <<<"$found" || echo 0; } | head -n 1
+}
+
+note_end() { # what submit.sh needs to know that this need not be done again
+    [ -n "$place" ] || return 0
+    (cd "$place" && find . -maxdepth 1 -type f -newer "$STAGE_NOTES/began" ! -name '.*') >"$place/.wrote.$name"
+    printf '%s\n' "$@" >"$place/.done.$name"
+}
+
+tell_processes() {
+    local file
+    for file in "$STAGE_NOTES"/pid.*; do
+        if [ -s "$file" ]; then kill -s "$1" "$(cat "$file")" 2>/dev/null || true; fi
+    done
+}
+
+# --- signals
+
+signalled="" near_limit="" watchdog=""
+
+on_time_limit() {
+    signalled=1
+    [ -z "$near_limit" ] || return 0
+    near_limit=1
+    if [ -z "$resumes" ]; then
+        say "the time limit is near, and $name starts from the beginning each time: give it more (sbatch --time=…)"
+        return
+    fi
+    say "the time limit is near: $name finishes what is under way, then this task goes back into the queue"
+    tell_processes USR1
+    local left
+    if may_restart "$MAX_RESTARTS" && left=$(seconds_left); then
+        (sleep "$((left > MARGIN ? left - MARGIN : 0))" && put_back "put back at the time limit, unfinished") &
+        watchdog=$!
+    fi
+}
+
+on_terminate() { # preemption, or scancel: Slurm decides what becomes of the job
+    signalled=1
+    say "told to end: $name keeps what it has"
+    tell_processes TERM
+}
+
+seconds_left() {
+    local end
+    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' | head -n 1)
+    end=$(date -d "$end" +%s 2>/dev/null) && echo $((end - $(date +%s)))
+}
+
+may_restart() { # fewer than $1 restarts so far?
+    [ -n "${SLURM_JOB_ID:-}" ] && [ "$restarts" -lt "$1" ]
+}
+
+put_back() {
+    say "task $task goes back into the queue"
+    record "$@"
+    scontrol requeue "$task" || say "Slurm did not take it back: submit it again, and it goes on from there"
+}
+
+# --- the job
+
+read_site MODULES VENV CONTAINER CONTAINER_OPTIONS HF_CACHE
+STAGE_NOTES=$(mktemp -d)
+export STAGE_NOTES
+trap 'rm -rf "$STAGE_NOTES"' EXIT
+use_environment
+[ -f "$repository/$script" ] || fail "$repository/$script: no such script"
+launch_command "$@"
+if [ "$OFFLINE" = 1 ]; then export HF_HUB_OFFLINE=1; fi
+threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" TOKENIZERS_PARALLELISM=false
+export PYTHONUNBUFFERED=1 TQDM_MININTERVAL="${TQDM_MININTERVAL:-30}" # a log is read while it is written, and not too long
+
+say "$name on $(hostname), job $task, start $((restarts + 1))"
+printf '  $ python %s' "$script" && printf ' %q' "$@" && echo
+record running
+touch "$STAGE_NOTES/began"
+trap on_time_limit USR1
+trap on_terminate TERM
+code=0
+"${launch[@]}" "$repository/$script" "$@" &
+child=$!
+wait "$child" || code=$?
+while [ -n "$signalled" ]; do # a trap interrupts `wait`, which then returns the signal and not the exit code
+    signalled="" code=0
+    wait "$child" || code=$?
+done
+trap '' USR1 TERM
+if [ -n "$watchdog" ]; then
+    pkill -P "$watchdog" || true
+    kill "$watchdog" 2>/dev/null || true
+fi
+code=$(exit_code "$code")
+
+if [ "$code" = 0 ]; then
+    record "done"
+    note_end "$@"
+    say "$name is done"
+elif [ -n "$resumes" ] && [[ "$code" == "$STOPPED" || "$code" == "$BY_USR1" ]]; then
+    say "$name was stopped; what it has is kept, and the same command goes on from there"
+    record "stopped before the end"
+    if [ -n "$near_limit" ] && may_restart "$MAX_RESTARTS"; then put_back "put back at the time limit"; fi
+elif [ "$code" = "$KILLED" ]; then
+    say "$name was killed: out of memory? (sbatch --mem=… gives it more)"
+    record "killed"
+    if may_restart "$KILLED_MOST"; then put_back "killed and put back"; fi
+else
+    say "$name ended with exit code $code, the reason is above; jobs that depend on this one are cancelled"
+    record "exit code $code"
+    # 1: all was tried and some prompts failed; submit.sh counts them.
+    if [ "$code" = 1 ] && [ -n "$resumes" ]; then note_end "$@"; fi
+fi
+exit "$code"

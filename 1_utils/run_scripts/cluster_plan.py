@@ -1,0 +1,272 @@
+"""What submit.sh has to submit: the steps of run_pipeline.py for the same arguments, and which of them are done.
+
+Reads   prompt files, run folders, and the notes that jobs leave there (.done.<script>)
+Writes  nothing; prints a table, or with --fields what submit.sh reads (fields that end in a NUL byte)
+
+    python 1_utils/run_scripts/cluster_plan.py --stages 2,3,4,5,report -- --model_name google/gemma-2-9b-it \\
+        --prompt_file 0_data/maths.json --run_name gemma
+
+A step is done when a job of it ended with exit code 0, with the same arguments, after everything that it reads and the
+code that it runs were last changed, and the steps that it waits for are done. Stage 2 is done when a job of it with the
+same arguments has ended and no prompt is missing or failed (with --keep_going: none is missing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import UserError, make_parser, run_main
+from run_pipeline import Job, Step, jobs_of, report_step, steps_of
+from run_pipeline import parse_args as parse_pipeline_args
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("0", "2", "3", "4", "5", "report")
+DEFAULT_STAGES = "2,3,4,5,report"
+CAPTURE, ACCURACY, CHECK = "attn_act_logi", "evaluate_predictions", "check_prompts"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step, the numbers of the steps whose success it waits for, and whether it is done."""
+
+    step: Step
+    after: tuple[int, ...]
+    done: bool
+
+    @property
+    def stem(self) -> str:
+        """Name of the script, of its .slurm file and of the job."""
+        return Path(self.step.script).stem
+
+    @property
+    def slurm_file(self) -> Path:
+        """The job file beside the script."""
+        return ROOT / Path(self.step.script).parents[1] / "hpc" / f"{self.stem}.slurm"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that tells this job from one of the same name for another run: where it writes."""
+        return place_of(self.step).resolve()
+
+
+# --- the chain
+
+
+def plan(args: argparse.Namespace, stages: Sequence[str]) -> list[Planned]:
+    """The chosen steps in order, each after the chosen steps that make what it reads."""
+    jobs = jobs_of(args)
+    chains = [[check_step(job), *steps_of(job, args)] for job in jobs]
+    chosen = [[fitted(step, stages) for step in chain if stage_of(step) in stages] for chain in chains]
+    planned: list[Planned] = []
+    for job, chain in zip(jobs, chosen, strict=True):
+        first = len(planned)
+        for step in chain:
+            after = tuple(first + i for i, earlier in enumerate(chain) if feeds(earlier, step, job))
+            done = is_done(step, job, args.keep_going) and all(planned[i].done for i in after)
+            planned.append(Planned(step, after, done))
+    if "report" in stages:
+        report = report_step(jobs, args)
+        done = has_ended_well(report) and all(item.done for item in planned)
+        planned.append(Planned(report, tuple(range(len(planned))), done))
+    return planned
+
+
+def check_step(job: Job) -> Step:
+    """Stage 0 of a chain: the prompt file is checked."""
+    return Step("check prompts", "0_data/run_scripts/check_prompts.py", ("--prompt_file", str(job.prompts.path)))
+
+
+def fitted(step: Step, stages: Sequence[str]) -> Step:
+    """The step without `--maths_items`, where stage 3 is left out and has left no such file earlier."""
+    if "--maths_items" not in step.arguments or "3" in stages:
+        return step
+    place = step.arguments.index("--maths_items")
+    items = Path(step.arguments[place + 1])
+    if items.is_file():
+        return step
+    arguments = (*step.arguments[:place], *step.arguments[place + 2 :])
+    return replace(step, arguments=arguments, reads=tuple(path for path in step.reads if path != items))
+
+
+def stage_of(step: Step) -> str:
+    """The number of the step's folder; `report` for the shared one."""
+    return "report" if step.script.startswith("1_utils/") else step.script[0]
+
+
+def feeds(earlier: Step, later: Step, job: Job) -> bool:
+    """Whether `later` needs what `earlier` of the same prompt file makes."""
+    if later is earlier:
+        return False
+    stem, waiting = Path(earlier.script).stem, Path(later.script).stem
+    if waiting == CHECK:
+        return False
+    if waiting == CAPTURE:
+        return stem == CHECK
+    if stem == ACCURACY:
+        return job.results / "maths_items.csv" in later.reads
+    return stem == CAPTURE
+
+
+# --- what is done
+
+
+def is_done(step: Step, job: Job, keep_going: bool) -> bool:
+    """Whether a step need not be submitted."""
+    if Path(step.script).stem == CHECK:
+        return False
+    if Path(step.script).stem != CAPTURE:
+        return has_ended_well(step)
+    return note_is_of(step) and is_complete(job.output, keep_going)
+
+
+def is_complete(output: Path, failed_too: bool) -> bool:
+    """Whether every prompt of a run folder is done (`failed_too`: or has failed)."""
+    from run_status import read_styles
+
+    try:
+        styles = read_styles(output)
+    except UserError:
+        return False
+    return bool(styles) and all(style.missing == 0 and (failed_too or style.failed == 0) for style in styles)
+
+
+def has_ended_well(step: Step) -> bool:
+    """Whether the step's note has these arguments, is newer than all that the step reads and runs, and its files are
+    there."""
+    if not note_is_of(step) or not all(path.is_file() for path in files_of(step)):
+        return False
+    written = note_of(step).stat().st_mtime_ns
+    code = [(ROOT / step.script).parent, ROOT / "1_utils" / "run_scripts"]
+    changed = [newest(folder, "*.py") for folder in code] + [newest(path, "*") for path in step.reads]
+    return max(changed) <= written
+
+
+def files_of(step: Step) -> list[Path]:
+    """The files that came into the step's folder while it ran, and the report."""
+    note = note_of(step).with_name(f".wrote.{Path(step.script).stem}")
+    names = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
+    report = step.arguments[step.arguments.index("--report") + 1 :][:1] if "--report" in step.arguments else ()
+    return [*(place_of(step) / name for name in names), *map(Path, report)]
+
+
+def note_is_of(step: Step) -> bool:
+    """Whether a job of this step has ended with these arguments (exit code 0; stage 2 also with 1, some failed).
+
+    The order of words is left out: a report names its runs in the order in which they were begun.
+    """
+    try:
+        words = note_of(step).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return sorted(words) == sorted("\n".join(step.arguments).splitlines())
+
+
+def note_of(step: Step) -> Path:
+    """The file that stage.sh writes when a job has ended."""
+    return place_of(step) / f".done.{Path(step.script).stem}"
+
+
+def place_of(step: Step) -> Path:
+    """Where stage.sh leaves its notes: --output_dir, else the (first) --results_dir; where there is none, the file."""
+    for flag in ("--output_dir", "--results_dir"):
+        if flag in step.arguments:
+            return Path(step.arguments[step.arguments.index(flag) + 1])
+    return Path(step.arguments[step.arguments.index("--prompt_file") + 1])
+
+
+def newest(path: Path, pattern: str) -> int:
+    """Time of the last change (ns) of a file, or of any file under a folder; hidden ones and reports left out."""
+    files = [path] if path.is_file() else [p for p in path.rglob(pattern) if p.is_file()]
+    times = [p.stat().st_mtime_ns for p in files if not p.name.startswith(".") and p.name != "report.html"]
+    return max(times, default=0)
+
+
+# --- models
+
+
+def models_of(planned: Sequence[Planned], args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(model, revision or "") that the steps that are not done will load."""
+    flags = list(args.stage2_flags)
+    revision = flags[flags.index("--revision") + 1] if "--revision" in flags[:-1] else ""
+    needed = {CAPTURE: (args.model_name, revision), "activation_diffs": (args.model_name, revision)}
+    needed |= {"compare_responses": (embedding_model(args.embedding_model), "")}
+    needed |= {"score_scripts": (args.reward_model or "", "")}
+    found = [needed[item.stem] for item in planned if item.stem in needed and not item.done]
+    return list(dict.fromkeys(found))
+
+
+def embedding_model(name: str | None) -> str:
+    """The model that compare_responses.py will load: the one named, else the checkout's own, else the hub's."""
+    local = ROOT / "models" / "all-MiniLM-L6-v2"
+    return name or (str(local) if local.is_dir() else "sentence-transformers/all-MiniLM-L6-v2")
+
+
+# --- script
+
+
+def print_table(planned: Sequence[Planned]) -> None:
+    """One line a step."""
+    for number, item in enumerate(planned):
+        after = f"after {' '.join(map(str, item.after))}" if item.after else ""
+        print(f"{number:>3}  {'done' if item.done else 'missing':8} {item.stem:22} {item.folder}  {after}")
+
+
+def print_fields(planned: Sequence[Planned], models: Sequence[tuple[str, str]]) -> None:
+    """For each model: `model`, name, revision. For each step: `step`, stem, .slurm file, folder, done or missing,
+    numbers of the steps to wait for, number of arguments, the arguments. Each field ends in a NUL byte."""
+    fields: list[str] = []
+    for name, revision in models:
+        fields += ["model", name, revision]
+    for item in planned:
+        state = "done" if item.done else "missing"
+        after = " ".join(map(str, item.after))
+        arguments = item.step.arguments
+        fields += ["step", item.stem, str(item.slurm_file), str(item.folder), state, after]
+        fields += [str(len(arguments)), *arguments]
+    sys.stdout.write("".join(f"{field}\0" for field in fields))
+
+
+def chosen_stages(text: str) -> list[str]:
+    """Stages of a comma-separated list. Raises UserError for one that there is not."""
+    stages = [stage.strip() for stage in text.split(",") if stage.strip()]
+    for stage in stages:
+        if stage not in STAGES:
+            raise UserError(f"--stages {text}: there is no stage {stage}; choose among {', '.join(STAGES)}")
+    if not stages:
+        raise UserError(f"--stages: give at least one of {', '.join(STAGES)}")
+    return stages
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what follows the first `--` is run_pipeline.py's."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    parser = make_parser(__doc__)
+    parser.add_argument("--stages", default=DEFAULT_STAGES, help=f"of {','.join(STAGES)}")
+    parser.add_argument("--fields", action="store_true", help="for submit.sh")
+    args = parser.parse_args(words[:cut])
+    args.pipeline = words[cut + 1 :]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan."""
+    args = parse_args(argv)
+    stages = chosen_stages(args.stages)
+    pipeline = parse_pipeline_args(args.pipeline)
+    planned = plan(pipeline, stages)
+    if args.fields:
+        print_fields(planned, models_of(planned, pipeline))
+    else:
+        print_table(planned)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
