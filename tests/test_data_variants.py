@@ -324,6 +324,30 @@ def test_operator_words_units_and_labels_stay_in_arithmetic():
         assert any(text in piece for piece in protected), text
 
 
+@pytest.mark.parametrize(
+    ("text", "protected"),
+    [
+        ("It costs $12.50, or 10% less.", ["$12.50", "10%"]),
+        ("Mind the -7 and the ½ litre", ["-7", "½"]),
+        ("see https://a.org/x?y=1, www.b.com or me@c.de!", ["https://a.org/x?y=1", "www.b.com", "me@c.de"]),
+        ("call foo() or a.b, x_1 and C:\\dir", ["foo()", "a.b", "x_1", "C:\\dir"]),
+        ("fill in {the name} and [date] and <b>", ["{the name}", "[date]", "<b>"]),
+        ("say \"good morning\" and 'my dear' now", ['"good morning"', "'my dear'"]),
+        ("run `let it be` or\n```\nsome code\n```\nthen stop", ["`let it be`", "```\nsome code\n```"]),
+        ("Take twenty-one of them", ["twenty-one"]),
+        ("It is 5 km or three miles long", ["5", "km", "three miles"]),
+        ("nothing here, it's all free", []),
+    ],
+)
+def test_what_is_protected(text, protected):
+    found = rules.protected_texts(text)
+    for piece in protected:
+        assert any(piece in one for one in found), (piece, found)
+    assert bool(found) == bool(protected)
+    free = re.sub("|".join(re.escape(piece) for piece in found) or "$^", "", text)
+    assert not re.search(r"\d|[{}<>@]", free)
+
+
 def test_words_that_only_decide_arithmetic_are_free_elsewhere():
     assert rules.protected_texts("Explain the difference between power and a product from France.") == []
 

@@ -252,7 +252,7 @@ _PATTERNS = {
 }  # fmt: skip
 _TOKEN = re.compile(rf"{_START}[A-Za-z]+{_END}")
 _SURE_UNITS = frozenset(unit for unit in UNITS - {"am", "pm"} if len(unit) > 1)  # units even without a number before
-_ARITHMETIC = NUMBER_WORDS | ARITHMETIC_WORDS | _SURE_UNITS
+_ARITHMETIC = ARITHMETIC_WORDS | _SURE_UNITS
 PROTECTED_WORDS = NUMBER_WORDS | ARITHMETIC_WORDS | UNITS
 _MARKED = re.compile(
     r"[\d@#\\_=|~^<>{}\[\]&*$€£¥₹%°+×÷·−±√∑∫≤≥≠²³¹¼½¾⁰-₟⅐-\u218f①-⓿]|\(\)|\w\(|[A-Za-z]\.[A-Za-z]|\w/\w|::|://|->"
@@ -267,8 +267,18 @@ def is_arithmetic(text: str, row: dict[str, Any] | None = None) -> bool:
 
 
 def _has_two_numbers(text: str) -> bool:
-    words = sum(match[0].lower() in NUMBER_WORDS for match in _TOKEN.finditer(text))
-    return words + sum(1 for _ in _DIGITS.finditer(text)) >= 2
+    return len(_number_words(text)) + sum(1 for _ in _DIGITS.finditer(text)) >= 2
+
+
+def _number_words(text: str) -> list[Span]:
+    """Spans of numbers in words; words with a hyphen or one space between them (twenty-one) are one number."""
+    spans: list[Span] = []
+    for match in _TOKEN.finditer(text):
+        if match[0].lower() in NUMBER_WORDS:
+            joined = spans and text[spans[-1][1] : match.start()] in ("-", " ", "\n", "\u2011")
+            start = spans.pop()[0] if joined else match.start()
+            spans.append((start, match.end()))
+    return spans
 
 
 def _is_number(value: Any) -> bool:
@@ -304,8 +314,9 @@ def protected_texts(text: str, row: dict[str, Any] | None = None) -> list[str]:
 def _protected_spans(text: str, task: str, answer: str, arithmetic: bool) -> tuple[Span, ...]:
     spans = [match.span() for pattern in _PATTERNS.values() for match in pattern.finditer(text)]
     spans += _marked_pieces(text)
-    words = _ARITHMETIC if arithmetic else NUMBER_WORDS
-    spans += [match.span() for match in _TOKEN.finditer(text) if match[0].lower() in words]
+    spans += _number_words(text)
+    if arithmetic:
+        spans += [match.span() for match in _TOKEN.finditer(text) if match[0].lower() in _ARITHMETIC]
     if task:
         spans += [match.span() for match in re.finditer(re.escape(task), text)]
     if answer:
