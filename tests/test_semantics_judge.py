@@ -408,7 +408,8 @@ def test_the_key_appears_nowhere(
     root.setLevel(logging.DEBUG)
     told = ""
     try:
-        with LocalOpenAIServer(reply=prefers_marks, api_key=KEY, faults=faults) as server:
+        echo = lambda messages: prefers_marks(messages) + f" You sent {KEY}."  # noqa: E731
+        with LocalOpenAIServer(reply=echo, api_key=KEY, faults=faults) as server:
             judge(server, run_folder, tmp_path / "out", "--max_retries", "0", "--max_concurrency", "1")
     except UserError as error:
         told = f"{error!r} {error}"

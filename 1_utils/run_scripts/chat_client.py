@@ -275,7 +275,7 @@ class ChatClient:
                 answer = self._connected().chat.completions.create(
                     model=self.model, **_adapted(request.parameters(), changed)
                 )
-                return _reply_of(answer, changed)
+                return _reply_of(answer, changed, self._secret)
             except openai.APIStatusError as error:
                 if self._adapt(error, request, changed):
                     continue
@@ -402,9 +402,9 @@ def _adapted(parameters: dict[str, Any], changed: tuple[str, ...]) -> dict[str, 
     return sent
 
 
-def _reply_of(answer: Any, changed: tuple[str, ...]) -> ChatReply:
+def _reply_of(answer: Any, changed: tuple[str, ...], secret: str) -> ChatReply:
     """Raises ValueError where the body is no chat completion."""
-    choices = getattr(answer, "choices", None)
+    choices: list[Any] = getattr(answer, "choices", None) or []
     message = getattr(choices[0], "message", None) if choices else None
     if message is None:
         raise ValueError("no choices")
@@ -413,6 +413,8 @@ def _reply_of(answer: Any, changed: tuple[str, ...]) -> ChatReply:
         raise ValueError("content is no text")
     usage = getattr(answer, "usage", None)
     counts = (getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
+    if secret and content:  # a server that echoes its headers must not put the key into the cache
+        content = content.replace(secret, "[key]")
     return ChatReply(content, choices[0].finish_reason, counts, getattr(answer, "model", None), changed)
 
 
