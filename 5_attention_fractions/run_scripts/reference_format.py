@@ -66,10 +66,13 @@ class TokenRegions:
 
 def decoded_offsets(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
     """(text of the tokens, character offsets of each), from what each token adds to the decoded text."""
-    ends = [len(_decode(tokenizer, ids[: count + 1])) for count in range(len(ids))]
-    # A character cut in two tokens decodes to a stand-in first: an end never lies before the one before it.
-    ends = np.maximum.accumulate(ends).tolist() if ends else []
-    return _decode(tokenizer, ids), list(zip([0, *ends[:-1]], ends, strict=True))
+    offsets: list[tuple[int, int]] = []
+    end = 0
+    for count in range(1, len(ids) + 1):
+        start, end = end, max(end, len(_decode(tokenizer, ids[:count])))
+        # The second half of a character cut in two adds nothing: it stands where its first half does.
+        offsets.append((start, end) if start < end or not offsets else offsets[-1])
+    return _decode(tokenizer, ids), offsets
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
