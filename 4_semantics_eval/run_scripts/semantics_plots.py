@@ -36,7 +36,6 @@ def plot_similarity(
             f"noise floor {noise_floor:.2f}:\ntwo normal samples",
             (1.01, noise_floor), xycoords=("axes fraction", "data"), color="#d62728", fontsize=8, va="center",
         )  # fmt: skip
-    axes.set_ylim(top=1.03)
     axes.set_ylabel("cosine similarity to the normal response")
     axes.set_title(f"Response similarity, by prompt style\n{_short(embedding_model)}", fontsize=10)
     save_figure(path, figure)
