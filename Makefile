@@ -15,20 +15,23 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 
+PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo --model_name models/SmolLM2-135M-Instruct \
+  $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
+CAPTURE := --neurons --entropy
+
 .PHONY: help run test stress clean check
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
+# Two calls, for maths is completed from three shots and instructions are answered in the chat template; one report.
 run: $(VENV)/.installed
 	@$(PY) 1_utils/run_scripts/fetch_models.py
-	@$(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo \
-	  --model_name models/SmolLM2-135M-Instruct --embedding_model models/all-MiniLM-L6-v2 \
-	  --prompt_file 0_data/maths.json 0_data/instructions.json \
-	  --max_samples 60 12 --max_new_tokens 16 48 \
-	  --few_shot_file 0_data/few_shot_maths.txt none \
-	  $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
+	@$(PIPELINE) --prompt_file 0_data/maths.json --max_samples 60 --few_shot_file 0_data/few_shot_maths.txt \
+	  -- --max_new_tokens 16 $(CAPTURE)
+	@$(PIPELINE) --prompt_file 0_data/instructions.json --max_samples 12 \
+	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE)
 
 # One thread a worker: the workers share the cores, and so do not fight over them.
 test: $(VENV)/.installed-dev check

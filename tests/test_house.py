@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import shlex
 import subprocess
@@ -45,19 +46,25 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def path_uses(path: Path) -> int:
+    """How often a file's code touches sys.path."""
+    return sum(isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path" for node in ast.walk(tree_of(path)))
+
+
 @cache
-def help_of(path: Path) -> tuple[float, str]:
-    """(seconds of the best of three calls, text) of a script's --help, called from the file system's root."""
-    best, text = float("inf"), ""
+def help_of(path: Path) -> tuple[float, float, str]:
+    """(seconds by the clock, seconds of a core, text) of a script's --help from the root folder: the best of three."""
+    clock, core, text = float("inf"), float("inf"), ""
     for _ in range(3):
-        start = time.perf_counter()
+        before, start = os.times(), time.perf_counter()
         done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd="/")
-        best = min(best, time.perf_counter() - start)
+        clock, after = min(clock, time.perf_counter() - start), os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        core, text = min(core, used), done.stdout
         assert done.returncode == 0, done.stderr
-        text = done.stdout
-        if best < 1:
+        if clock < 1:
             break
-    return best, text
+    return clock, core, text
 
 
 def test_there_are_scripts_to_look_at():
@@ -70,8 +77,10 @@ def test_there_are_scripts_to_look_at():
 
 @every(SCRIPTS)
 def test_help_answers_within_a_second_from_any_folder(path):
-    seconds, text = help_of(path)
-    assert seconds < 1, f"--help took {seconds:.2f} s"
+    clock, core, text = help_of(path)
+    assert core < 1, f"--help took {core:.2f} s of a core"
+    # Where more processes want a core than there are cores, the clock measures them and not the script.
+    assert clock < 1 or os.getloadavg()[0] > (os.cpu_count() or 1), f"--help took {clock:.2f} s"
     first = (ast.get_docstring(tree_of(path)) or "").splitlines()[0]
     assert first in text, "--help does not show the docstring's first line"
 
@@ -90,7 +99,7 @@ def test_a_script_has_the_common_shape(path):
 def test_the_path_line_is_there_and_the_same(path):
     text = path.read_text(encoding="utf-8")
     assert text.splitlines().count(PATH_LINE) == 1
-    assert text.count("sys.path") == 1, "sys.path is changed by the one path line alone"
+    assert path_uses(path) == 1, "sys.path is changed by the one path line alone"
     body = tree_of(path).body
     place = next(i for i, node in enumerate(body) if ast.get_source_segment(text, node) == PATH_LINE)
     local = {other.stem for other in MODULES}
@@ -103,7 +112,7 @@ def test_the_path_line_is_there_and_the_same(path):
 @every([path for path in MODULES if path not in SCRIPTS])
 def test_other_modules_have_the_same_line_or_none(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("sys.path") == text.splitlines().count(PATH_LINE) <= 1
+    assert path_uses(path) == text.splitlines().count(PATH_LINE) <= 1
 
 
 # --- names and imports
@@ -127,8 +136,8 @@ def test_no_stage_imports_another(path):
 def test_a_module_imports_only_what_is_required(path):
     names = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     required = {name.lower().replace("_", "-") for name in names}
-    # What torch and transformers themselves always bring.
-    required |= {"huggingface-hub", "tokenizers", "safetensors", "psutil"}
+    # What transformers, accelerate and scikit-learn themselves always bring.
+    required |= {"huggingface-hub", "tokenizers", "safetensors", "psutil", "threadpoolctl"}
     distributions = importlib.metadata.packages_distributions()
     for name in imports_of(path) - sys.stdlib_module_names - {other.stem for other in MODULES}:
         known = {found.lower().replace("_", "-") for found in distributions.get(name, [])}
@@ -186,15 +195,16 @@ def test_functions_are_short(path):
 def commands_in(text: str) -> list[list[str]]:
     """The `python <script> …` commands of a text, continuation lines joined, split as a shell would."""
     joined = text.replace("\\\n", " ")
-    found = re.findall(r"^[ \t!$]*python3? (\d_\w+/run_scripts/\w+\.py[^\n`]*)$", joined, re.MULTILINE)
+    found = re.findall(r"^[ \t!$]*(?:[A-Z_]+=\S+ )?python3? (\d_\w+/run_scripts/\w+\.py[^\n`]*)$", joined, re.MULTILINE)
     return [shlex.split(command.partition(" #")[0], posix=True) for command in found]
 
 
 def check_command(words: list[str]) -> None:
     script = ROOT / words[0]
     assert script.is_file(), f"{words[0]} does not exist"
-    flags = {word.partition("=")[0] for word in words[1:] if word.startswith("--") and word != "--"}
-    known = set(re.findall(r"--\w+", help_of(script)[1].partition("options:")[2]))
+    own = words[: words.index("--")] if "--" in words else words  # what follows goes to another script
+    flags = {word.partition("=")[0] for word in own if word.startswith("--")}
+    known = set(re.findall(r"--\w+", help_of(script)[2].partition("options:")[2]))
     assert flags <= known, f"{words[0]} has no {flags - known}"
 
 

@@ -11,6 +11,7 @@ import pytest
 from build_report import (
     ANY,
     CHANGED,
+    MAX_ROWS,
     HeadlineRow,
     Interval,
     build_report,
@@ -20,12 +21,14 @@ from build_report import (
     main,
     merge_intervals,
     pick_examples,
+    rows_of,
     to_table,
     whiskers,
     word_difference,
 )
 from command_line import UserError
 from paired_stats import paired_summary
+from report_sections import TableOf
 from run_store import open_run
 from synthetic_run import prompt_rows, write_run
 
@@ -203,8 +206,17 @@ def test_every_estimate_stands_with_its_interval():
 
 
 def test_long_tables_say_how_long_they_are():
-    table = to_table(pd.DataFrame({"layer": range(100)}), "x.csv", max_rows=7)
-    assert (len(table.rows), table.total) == (7, 100)
+    table = to_table(pd.DataFrame({"layer": range(1000)}), "x.csv")
+    assert (len(table.rows), table.total) == (MAX_ROWS, 1000)
+
+
+def test_a_section_takes_the_first_rows_of_each_style(tmp_path):
+    lines = [(style, measure, rank) for measure in ("jsd", "mass") for style in ("a", "b") for rank in range(5)]
+    pd.DataFrame(lines, columns=["style", "measure", "rank"]).to_csv(tmp_path / "x.csv", index=False)
+    table = rows_of(tmp_path, TableOf("x.csv", "", ("style", "rank"), (("measure", "mass"),), 2))
+    assert table.rows == [["a", "0"], ["a", "1"], ["b", "0"], ["b", "1"]]
+    assert table.total == 20
+    assert rows_of(tmp_path, TableOf("x.csv", "", only=(("measure", "none"),))) is None
 
 
 def test_headline_leaves_out_what_is_unknown(tmp_path):

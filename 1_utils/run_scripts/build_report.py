@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import write_text
 from read_predictions import Prediction, iter_predictions
+from report_sections import SECTIONS, TableOf
 from run_store import Run, open_run, read_failures, row_count
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 TEMPLATE = "report_template.html"
 MAX_TEXT = 700  # characters of a prompt or answer that are shown
 INVISIBLE = {"\u00ad": "\u2027", "\u200b": "\u2027", "\u200c": "\u2027", "\u200d": "\u2027", "\ufeff": "\u2027"}
+MAX_ROWS = 120  # of a table
 DASH = "–"
 
 
@@ -120,15 +122,13 @@ def read_table(path: Path) -> pd.DataFrame | None:
         raise UserError(f"{path}: cannot be read ({why}); delete it and run its stage again") from None
 
 
-def to_table(frame: pd.DataFrame, source: str, columns: Sequence[str] = (), max_rows: int = 40) -> Table:
+def to_table(frame: pd.DataFrame, source: str, columns: Sequence[str] = (), total: int | None = None) -> Table:
     """The chosen columns (default: all) as text, each estimate merged with its interval into one cell."""
-    merged = merge_intervals(frame)
-    names = [name for name in columns if name in merged.columns] or list(merged.columns)
-    rows = [
-        [format_cell(name, value) for name, value in zip(names, line, strict=True)]
-        for line in merged[names].head(max_rows).itertuples(index=False)
-    ]
-    return Table(source, [name.replace("_", " ") for name in names], rows, len(frame))
+    shown = merge_intervals(frame.head(MAX_ROWS))
+    names = [name for name in dict.fromkeys(columns) if name in shown.columns] or list(shown.columns)
+    lines = shown[names].itertuples(index=False)
+    rows = [[format_cell(name, value) for name, value in zip(names, line, strict=True)] for line in lines]
+    return Table(source, [name.replace("_", " ") for name in names], rows, total or len(frame))
 
 
 def merge_intervals(frame: pd.DataFrame) -> pd.DataFrame:
@@ -181,7 +181,7 @@ NOTHING = Interval(math.nan)
 def headline_rows(counts: dict[str, int], results: Path) -> list[HeadlineRow]:
     """A row for each style of a run (`counts`: style → number of prompts), from the summary CSVs in `results`."""
     accuracy = by_style(read_table(results / "maths_summary.csv"))
-    similarity = by_style(read_table(results / "similarity_summary.csv"))
+    similarity = by_style(read_table(results / "similarity_summary.csv"), measure="similarity")
     attention = by_style(read_table(results / "prompt_task_fraction_aggregate.csv"))
     return [
         HeadlineRow(
@@ -204,10 +204,12 @@ def headline_table(rows: Sequence[HeadlineRow]) -> tuple[list[str], list[list[st
     return [HEADLINE_COLUMNS[i] for i in keep], [[line[i] for i in keep] for line in lines]
 
 
-def by_style(frame: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
-    """The first row of each style, by the style's name."""
+def by_style(frame: pd.DataFrame | None, measure: str | None = None) -> dict[str, dict[str, Any]]:
+    """The first row of each style (of this measure, where the table holds several), by the style's name."""
     if frame is None or "style" not in frame.columns:
         return {}
+    if measure is not None and "measure" in frame.columns:
+        frame = frame[frame["measure"] == measure]
     return {str(row["style"]): row for row in reversed(frame.to_dict("records"))}
 
 
@@ -349,50 +351,7 @@ def verdicts_in(results: Path) -> dict[tuple[str, int], str]:
     return {(style, int(row)): "right" if mark in (1, True, "True") else "wrong" for style, row, mark in marks}
 
 
-# --- sections of plots and tables
-
-
-@dataclass(frozen=True)
-class Section:
-    """What a stage wrote, under one heading. `figures`: (glob, what it shows); `tables`: (CSV, columns, what it is)."""
-
-    title: str
-    figures: tuple[tuple[str, str], ...]
-    tables: tuple[tuple[str, tuple[str, ...], str], ...]
-
-
-SUMMARY = (
-    "style", "measure", "n", "n_paired", "n_identical", "estimate", "difference",
-    "minimum_detectable_difference", "p", "p_adjusted",
-)  # fmt: skip
-
-SECTIONS = (
-    Section(
-        "Are the answers right?",
-        (("maths_*.png", ""),),
-        (("maths_summary.csv", SUMMARY, "Accuracy by style."),),
-    ),
-    Section(
-        "Do the answers mean the same?",
-        (("similarity*.png", ""), ("reward*.png", "")),
-        (
-            ("similarity_summary.csv", SUMMARY, "Similarity of each style's answer to the clean one."),
-            ("rewards_summary.csv", SUMMARY, "Reward scores by style."),
-        ),
-    ),
-    Section(
-        "Where does attention go?",
-        (("boxplot_frac_*.png", ""), ("boxplot_perlayer_*.png", "")),
-        (("prompt_task_fraction_aggregate.csv", (), "Attention fractions by style."),),
-    ),
-    Section("Which heads react?", (("head_*.png", ""),), (("head_sensitivity.csv", (), "Heads."),)),
-    Section(
-        "Which layers react?",
-        (("activation_*.png", ""), ("probe_*.png", "")),
-        (("activation_diffs.csv", (), "Layers."), ("probe_layers.csv", (), "Probes.")),
-    ),
-    Section("Which neurons react?", (("neuron_*.png", ""),), (("neuron_sensitivity.csv", (), "Neurons."),)),
-)
+# --- plots and tables
 
 
 @dataclass(frozen=True)
@@ -440,12 +399,10 @@ def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, 
 
 def made_with(run: Run) -> str:
     """Model, revision and dtype of the run in a few words."""
-    settings = dict(settings_of(run))
-    revision = settings.get("revision", "None")
-    pinned = (
-        f", revision {revision}" if revision != "None" else f", files {settings.get('model_fingerprint', 'unknown')}"
-    )
-    return f"{settings.get('model_name', 'unknown model')}{pinned}, {settings.get('dtype', 'dtype unknown')}"
+    settings = {name: value.strip('"') for name, value in settings_of(run)}
+    revision, files = settings.get("revision", "None"), settings.get("model_fingerprint", "unknown")
+    pinned = f"revision {revision}" if revision != "None" else f"fingerprint of its files {files}"
+    return f"{settings.get('model_name', 'unknown')}, {pinned}, {settings.get('dtype', 'dtype unknown')}"
 
 
 def headline_note(columns: Sequence[str], results: Path) -> str:
@@ -472,27 +429,35 @@ def row_indices(run: Run, style: str) -> Iterator[int]:
 
 
 def sections_of(results: Path) -> list[dict[str, Any]]:
-    """Every section that has a plot or a table in `results`; plots that no section knows come last."""
-    found, used = [], set()
+    """Every section that has a plot or a table in `results`; plots that no section names come last."""
+    found: list[dict[str, Any]] = []
+    used: set[Path] = set()
     for section in SECTIONS:
-        paths = {path: text for pattern, text in section.figures for path in sorted(results.glob(pattern))}
-        tables = [(name, columns, text, read_table(results / name)) for name, columns, text in section.tables]
-        shown = [(to_table(frame, name, columns), text) for name, columns, text, frame in tables if frame is not None]
-        if paths or shown:
-            found.append(_section(section.title, {p: text for p, text in paths.items() if p not in used}, shown))
-        used |= paths.keys()
-    rest = {
-        path: "A plot that this report does not know." for path in sorted(results.glob("*.png")) if path not in used
-    }
-    return [*found, _section("Further plots", rest, [])] if rest else found
+        figures: list[Figure] = []
+        folded: list[Figure] = []
+        for plots in section.plots:
+            for path in sorted(set(results.glob(plots.pattern)) - used):
+                (folded if plots.folded else figures).append(embedded(path, plots.caption))
+                used.add(path)
+        tables = [(table, one.caption) for one in section.tables if (table := rows_of(results, one)) is not None]
+        if figures or folded or tables:
+            found.append({"title": section.title, "figures": figures, "folded": folded, "tables": tables})
+    if rest := [embedded(path, "") for path in sorted(set(results.glob("*.png")) - used)]:
+        found.append({"title": "Further plots", "figures": rest, "folded": [], "tables": []})
+    return found
 
 
-def _section(title: str, paths: dict[Path, str], tables: list[tuple[Table, str]]) -> dict[str, Any]:
-    """One of each kind of plot is shown at once, the others of its kind (a plot per style) wait under a fold."""
-    shown = {text: embedded(path, text) for path, text in reversed(paths.items())}
-    names = {figure.name for figure in shown.values()}
-    folded = [embedded(path, text) for path, text in paths.items() if path.name not in names]
-    return {"title": title, "figures": list(reversed(shown.values())), "folded": folded, "tables": tables}
+def rows_of(results: Path, wanted: TableOf) -> Table | None:
+    """The rows of a CSV that a section asks for; None where there are none."""
+    frame = read_table(results / wanted.source)
+    if frame is None:
+        return None
+    total = len(frame)
+    for column, value in wanted.only:
+        frame = frame[frame[column] == value] if column in frame.columns else frame
+    if wanted.per_style is not None and "style" in frame.columns:
+        frame = frame.groupby("style", sort=False).head(wanted.per_style)
+    return to_table(frame, wanted.source, wanted.columns, total) if len(frame) else None
 
 
 def embedded(path: Path, caption: str) -> Figure:

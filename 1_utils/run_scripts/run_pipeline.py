@@ -1,8 +1,8 @@
-"""Run stages 2 to 5 on one or more prompt files and write the report: each script as a user would call it, echoed.
+"""Run stages 0 to 5 on one or more prompt files and write the report: each script as a user would call it, echoed.
 
 Reads   prompt files (0_data/*.json)
 Writes  outputs/<run_name>/<file>/    .pt files of stage 2, for each prompt file
-        results/<run_name>/<file>/    CSVs and plots of stages 3 to 5
+        results/<run_name>/<file>/    findings of stage 0; CSVs and plots of stages 3 to 5
         results/<run_name>/report.html
 
     python 1_utils/run_scripts/run_pipeline.py --model_name google/gemma-2-9b-it --prompt_file 0_data/maths.json \\
@@ -10,7 +10,8 @@ Writes  outputs/<run_name>/<file>/    .pt files of stage 2, for each prompt file
 
 A step that fails stops the run with its own message and exit code. The same command again goes on from there: stage 2
 keeps what it has, and a step whose arguments, inputs and code are the same as when it last succeeded is not run again.
-Flags after `--` go to stage 2 as they are: `-- --apply_chat_template --neurons`.
+Flags after `--` go to stage 2 as they are: `-- --apply_chat_template --neurons`. A second call with the same run_name
+and another prompt file (and other flags, where it needs them) adds that file to the report.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from load_json import PromptFile, read_prompt_file
 from run_store import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECK_SCRIPT = "0_data/run_scripts/check_prompts.py"
 STAMP = ".pipeline.json"
 EXIT_SOME_FAILED = 1
 DEFAULT_MODEL = "google/gemma-2-9b-it"
 REWARD_EXAMPLE = "OpenAssistant/reward-model-deberta-v3-large-v2"
-DEFAULT_EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt file and what is done with it."""
+    """One prompt file and where its outputs and results go."""
 
     prompts: PromptFile
     output: Path
     results: Path
-    max_samples: int | None
-    max_new_tokens: str | None
-    few_shot_file: str | None
 
 
 # --- what is to be done
@@ -79,37 +77,9 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     files = [read_prompt_file(path) for path in args.prompt_file]
     names = [file.path.stem for file in files]
     if len(set(names)) < len(names):
-        raise UserError(f"--prompt_file: two files are named {names}; their results would mix, so rename one")
-    limits = _for_each(args.max_samples, files, "--max_samples")
-    lengths = _for_each(args.max_new_tokens, files, "--max_new_tokens")
-    few_shot = _for_each(args.few_shot_file, files, "--few_shot_file")
-    return [
-        Job(
-            prompts=file,
-            output=args.output_dir / args.run_name / file.path.stem,
-            results=args.results_dir / args.run_name / file.path.stem,
-            max_samples=None if limits[i] is None else whole_number(limits[i], "--max_samples"),
-            max_new_tokens=lengths[i],
-            few_shot_file=None if few_shot[i] in (None, "none") else few_shot[i],
-        )
-        for i, file in enumerate(files)
-    ]
-
-
-def _for_each(values: Sequence[str] | None, files: Sequence[PromptFile], flag: str) -> list[str | None]:
-    """One value for each file: as given, or the only one for all."""
-    if values is None or len(values) == 1:
-        return [values[0] if values else None] * len(files)
-    if len(values) != len(files):
-        raise UserError(f"{flag}: {len(values)} values for {len(files)} prompt files; give one for all, or one each")
-    return list(values)
-
-
-def whole_number(text: str, flag: str) -> int:
-    """A number from 1 up. Raises UserError otherwise."""
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"{flag} {text}: give a whole number from 1 up")
-    return int(text)
+        raise UserError(f"--prompt_file: two of {', '.join(names)} have one name; rename a file, or run them apart")
+    output, results = args.output_dir / args.run_name, args.results_dir / args.run_name
+    return [Job(file, output / name, results / name) for file, name in zip(files, names, strict=True)]
 
 
 def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
@@ -121,7 +91,8 @@ def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
     calls: list[tuple[str, str, tuple[str, ...]]] = []
     if scored:
         calls.append(("accuracy", "3_maths_eval/run_scripts/evaluate_predictions.py", ()))
-    calls.append(("similarity", f"{stage_4}/compare_responses.py", ("--embedding_model", args.embedding_model)))
+    embedding = ("--embedding_model", args.embedding_model) if args.embedding_model else ()
+    calls.append(("similarity", f"{stage_4}/compare_responses.py", embedding))
     if args.reward_model:
         calls.append(("reward scores", f"{stage_4}/score_scripts.py", ("--rm_name", args.reward_model)))
     calls.append(("attention fractions", f"{stage_5}/dirs_eval.py", ()))
@@ -140,28 +111,40 @@ def has_answers(prompts: PromptFile) -> bool:
     return any(isinstance(row, dict) and "answer" in row for row in prompts.rows)
 
 
+def check_step(job: Job) -> Step:
+    """Stage 0: tell what in the prompt file would bias a comparison. It warns, it does not stop."""
+    findings = job.results / "prompt_findings.csv"
+    arguments = ("--prompt_file", str(job.prompts.path), "--output_csv", str(findings))
+    return Step("prompts", CHECK_SCRIPT, arguments, (job.prompts.path,), job.results)
+
+
 def capture_step(job: Job, args: argparse.Namespace) -> Step:
     """Stage 2 for one prompt file. It resumes by itself, so it is always called."""
     arguments = ["--model_name", args.model_name, "--prompt_file", str(job.prompts.path)]
     arguments += ["--prompt_keys", *args.styles, "--output_dir", str(job.output)]
-    for flag, value in (
-        ("--max_samples", job.max_samples),
-        ("--max_new_tokens", job.max_new_tokens),
-        ("--few_shot_file", job.few_shot_file),
-    ):
-        arguments += [flag, str(value)] if value is not None else []
-    if job.few_shot_file:
-        arguments += ["--stop_strings", "\\n"]  # a few-shot answer ends at its line
+    arguments += ["--max_samples", str(args.max_samples)] if args.max_samples is not None else []
+    if args.few_shot_file is not None:
+        arguments += ["--few_shot_file", str(args.few_shot_file)]
+        if "--stop_strings" not in args.stage2_flags:
+            arguments += ["--stop_strings", "\\n"]  # an answer to a few-shot prompt ends with its line
     return Step("capture", "2_inference/run_scripts/attn_act_logi.py", (*arguments, *args.stage2_flags))
 
 
 def report_step(jobs: Sequence[Job], args: argparse.Namespace) -> Step:
-    """The report over all prompt files."""
+    """The report over the jobs and the prompt files of earlier calls with the same run_name."""
     folder = args.results_dir / args.run_name
-    arguments = ["--run_dir", *(str(job.output) for job in jobs), "--results_dir", *(str(job.results) for job in jobs)]
-    reads = (*(job.output for job in jobs), *(job.results for job in jobs))
-    report = ("--report", str(folder / "report.html"))
-    return Step("report", "1_utils/run_scripts/build_report.py", (*arguments, *report), reads, folder)
+    outputs = runs_in(args.output_dir / args.run_name)
+    outputs += [job.output for job in jobs if job.output not in outputs]
+    results = [folder / output.name for output in outputs]
+    arguments = ["--run_dir", *map(str, outputs), "--results_dir", *map(str, results)]
+    arguments += ["--report", str(folder / "report.html")]
+    return Step("report", "1_utils/run_scripts/build_report.py", tuple(arguments), (*outputs, *results), folder)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of stage 2 in a folder, in the order in which they were begun."""
+    begun = {copy.parent: copy.stat().st_mtime for copy in folder.glob("*/prompts.json")}
+    return sorted(begun, key=lambda path: (begun[path], path.name))
 
 
 # --- doing it
@@ -186,6 +169,17 @@ def run_step(step: Step, number: str) -> int:
     return code
 
 
+def tolerable(step: Step, code: int, keep_going: bool) -> bool:
+    """True where the next step makes sense although this one found fault; says so."""
+    if code == EXIT_SOME_FAILED and step.script == CHECK_SCRIPT:
+        say("    findings above; going on, for stage 2 leaves out what it cannot use")
+        return True
+    if code == EXIT_SOME_FAILED and step.results is None and keep_going:
+        say("    some prompts failed (see failures.csv); going on without them")
+        return True
+    return False
+
+
 def printable(step: Step) -> str:
     """The command as a reader can paste it."""
     return shlex.join(["python", step.script, *step.arguments])
@@ -206,10 +200,10 @@ def state_of(step: Step) -> dict[str, Any]:
 
 
 def files_in(folder: Path) -> dict[str, list[int]]:
-    """Name → [size, time of change] of the files under a folder (or of one file); hidden ones and reports left out."""
+    """Name → [size, time of change] of the files under a folder (or of one file); hidden ones (stamps, locks) left out."""
     found = {}
     for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith(".") and path.name != "report.html":
+        if path.is_file() and not path.name.startswith("."):
             status = path.stat()
             found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
     return found
@@ -252,21 +246,22 @@ def stamps_in(folder: Path) -> dict[str, Any]:
 # --- what came out
 
 
-def print_headline(jobs: Sequence[Job], args: argparse.Namespace) -> None:
+def print_headline(args: argparse.Namespace) -> None:
     """A table for each prompt file: accuracy, difference, similarity, attention, each with its interval."""
-    for job in jobs:
-        run = open_run(job.output)
+    results = args.results_dir / args.run_name
+    for output in runs_in(args.output_dir / args.run_name):
+        run = open_run(output)
         counts = {style: sum(1 for _ in row_indices(run, style)) for style in run.styles}
-        columns, lines = headline_table(headline_rows(counts, job.results))
+        columns, lines = headline_table(headline_rows(counts, results / output.name))
         widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
-        say(f"\n{job.prompts.path.name}")
+        say(f"\n{output.name}")
         for line in [columns, *lines]:
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
     say("\n[…]: 95 % intervals; difference: to the clean form, paired by row and clustered by template")
     if not args.reward_model:
         say(f"reward scoring was skipped: add --reward_model {REWARD_EXAMPLE} (fetched from the hub) or a local folder")
-    say(f"report: {args.results_dir / args.run_name / 'report.html'}")
+    say(f"report: {results / 'report.html'}")
 
 
 # --- script
@@ -280,15 +275,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("prompts")
     data.add_argument("--prompt_file", type=Path, nargs="+", required=True, help="JSON lists of objects")
     data.add_argument("--styles", nargs="+", default=["all"], help="styles to run (the clean form among them)")
-    per_file = "one value for all prompt files, or one for each"
-    data.add_argument("--max_samples", nargs="+", help=f"first rows of a file; {per_file}; default: all")
-    data.add_argument("--few_shot_file", nargs="+", help=f"text before every prompt, or none; {per_file}")
-    data.add_argument("--max_new_tokens", nargs="+", help=f"longest answer; {per_file}; default: that of stage 2")
+    data.add_argument("--max_samples", type=int, help="first rows of each file; default: all")
+    data.add_argument("--few_shot_file", type=Path, help="text before every prompt; answers then end with their line")
     models = parser.add_argument_group("models (hub ids or local folders)")
     models.add_argument("--model_name", default=DEFAULT_MODEL, help="the causal language model to study")
-    models.add_argument(
-        "--embedding_model", default=DEFAULT_EMBEDDING_MODEL, help="sentence embeddings, for similarity"
-    )
+    models.add_argument("--embedding_model", help="for similarity; default: all-MiniLM-L6-v2, here or on the hub")
     models.add_argument("--reward_model", help=f"for reward scores, such as {REWARD_EXAMPLE}; default: none, skipped")
     places = parser.add_argument_group("places")
     places.add_argument("--run_name", required=True, help="name of the folders below")
@@ -304,16 +295,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps that are not done; print the closing table."""
     args = parse_args(argv)
     jobs = jobs_of(args)
-    steps = [step for job in jobs for step in steps_of(job, args)] + [report_step(jobs, args)]
+    steps = [*(step for job in jobs for step in (check_step(job), *steps_of(job, args))), report_step(jobs, args)]
     start = time.monotonic()
     for number, step in enumerate(steps, start=1):
         code = run_step(step, f"{number}/{len(steps)}")
-        if code == EXIT_SOME_FAILED and args.keep_going and step.results is None:
-            say("    some prompts failed (see failures.csv); going on without them")
-        elif code != 0:
+        if code != 0 and not tolerable(step, code, args.keep_going):
             say(f"stopped: {step.script} ended with exit code {code} (its message is above); the same command goes on")
             return code if code > 0 else 128 - code  # killed by a signal: as a shell tells it
-    print_headline(jobs, args)
+    print_headline(args)
     say(f"{len(steps)} steps in {time.monotonic() - start:.0f} s")
     return 0
 

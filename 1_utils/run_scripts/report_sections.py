@@ -1,0 +1,171 @@
+"""What the report shows of the files of stages 3 to 5: headings, plots with a sentence each, tables with their columns.
+
+Captions say what a plot shows; how many prompts it holds stands in the plot itself. A file that a run lacks is left
+out, a plot that is not listed here is shown at the end of the report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Plots of one kind. Those that match `pattern` are shown, or wait under a fold."""
+
+    pattern: str
+    caption: str
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class TableOf:
+    """Rows of a CSV: those where `only` holds, the first `per_style` of each style; `columns` empty: all."""
+
+    source: str
+    caption: str
+    columns: tuple[str, ...] = ()
+    only: tuple[tuple[str, str], ...] = ()
+    per_style: int | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Plots and tables under one heading."""
+
+    title: str
+    plots: tuple[Plots, ...] = ()
+    tables: tuple[TableOf, ...] = ()
+
+
+SUMMARY = (
+    "style", "n", "n_paired", "n_identical", "n_clusters", "estimate", "difference", "minimum_detectable_difference",
+    "p", "p_mcnemar", "p_adjusted",
+)  # fmt: skip
+
+SECTIONS = (
+    Section(
+        "Are the answers right?",
+        (
+            Plots("maths_accuracy.png", "Share of right answers by style, with 95 % intervals."),
+            Plots("maths_flips.png", "Answers that turned from right to wrong, and from wrong to right, by style."),
+            Plots("maths_*.png", "Accuracy, seen another way.", folded=True),
+        ),
+        (
+            TableOf(
+                "maths_summary.csv",
+                "Accuracy by style, its difference to the clean form, and the smallest difference that this n could "
+                "detect (80 % power)",
+                SUMMARY,
+            ),
+        ),
+    ),
+    Section(
+        "Do the answers mean the same?",
+        (
+            Plots("similarity.png", "Cosine similarity of each answer to the clean answer of its row, by style."),
+            Plots("rewards.png", "Reward scores (raw logits) of the answers, by style."),
+            Plots("judge*.png", "A judge's verdict on the answers, by style."),
+        ),
+        (
+            TableOf("similarity_summary.csv", "Answers beside the clean answers", ("style", "measure", *SUMMARY)),
+            TableOf("rewards_summary.csv", "Reward scores by style", SUMMARY),
+            TableOf("judge_summary.csv", "A judge's verdict by style"),
+        ),
+    ),
+    Section(
+        "Where does attention go?",
+        (
+            Plots(
+                "boxplot_frac_task.png",
+                "Share of the attention that lies on the task, mean over layers and heads, one box of prompts a style; "
+                "the diamond is the share of the tokens that lie there, so a box above it is more than even attention.",
+            ),
+            Plots("boxplot_frac_prompt.png", "The same for the instruction, the words around the task."),
+            Plots("boxplot_perlayer_*.png", "Attention on the instruction by layer, for one style.", folded=True),
+        ),
+        (
+            TableOf(
+                "prompt_task_fraction_aggregate.csv",
+                "Attention fractions by style; density 1 is even attention",
+                (
+                    "style", "n", "frac_task", "frac_task_baseline", "frac_task_density", "frac_task_difference",
+                    "frac_task_p_adjusted", "frac_prompt", "frac_prompt_baseline", "frac_prompt_difference",
+                    "frac_prompt_p_adjusted",
+                ),
+            ),
+        ),
+    ),
+    Section(
+        "Which heads react?",
+        (
+            Plots(
+                "head_sensitivity.png",
+                "Change in each head's attention to the edited words, from the clean form to the style; a dot marks an "
+                "adjusted p below 0.05, grey a style without edited words to compare.",
+            ),
+            Plots(
+                "head_overlap.png",
+                "Whether styles share their heads: rank correlation of the heads' changes between two halves of the "
+                "data; the diagonal is the reliability of one style with itself.",
+            ),
+            Plots("head_answer_flips.png", "Heads whose change goes with an answer that turns from right to wrong."),
+            Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", folded=True),
+        ),
+        (
+            TableOf(
+                "head_sensitivity.csv",
+                "The three heads of each style whose attention to the edited words changes most surely",
+                ("style", "layer", "head", "n", "clean", "estimate", "difference", "effect_size", "p", "p_adjusted"),
+                (("measure", "edited_mass_last"),),
+                3,
+            ),
+            TableOf(
+                "head_sensitivity.csv",
+                "The same for the entropy of attention",
+                ("style", "layer", "head", "n", "clean", "estimate", "difference", "effect_size", "p", "p_adjusted"),
+                (("measure", "entropy_last"),),
+                3,
+            ),
+        ),
+    ),
+    Section(
+        "Which layers react?",
+        (
+            Plots("activation_diffs.png", "Distance of the residual stream from its clean twin, by layer and place."),
+            Plots(
+                "typo_recovery.png",
+                "From which layer on a mistyped word's state is nearer to its own clean twin than to other words.",
+            ),
+            Plots(
+                "probe_layers.png",
+                "How well a linear probe tells typos apart, by layer; the control has shuffled labels and should lie "
+                "at 0.5.",
+            ),
+        ),
+        (
+            TableOf(
+                "activation_diffs_summary.csv",
+                "Recovery depth and next-token change by style, beside the split control",
+                (
+                    "style", "measure", "n", "n_censored", "median", "estimate", "split_estimate",
+                    "difference_to_split", "p", "p_adjusted",
+                ),
+            ),
+        ),
+    ),
+    Section(
+        "Which neurons react?",
+        (Plots("neuron_*.png", "Typo neurons and heads found on one half of the rows and confirmed on the other."),),
+        (
+            TableOf(
+                "neuron_sensitivity_summary.csv",
+                "Found and confirmed units by style; chance: random sets of the same size",
+                (
+                    "style", "unit", "control", "n", "n_units", "n_found", "n_confirmed", "delta", "random_low",
+                    "random_high", "excess_over_clean", "excess_over_split", "p", "p_adjusted",
+                ),
+            ),
+        ),
+    ),
+)  # fmt: skip
