@@ -272,8 +272,8 @@ def check_kills(model_dir, prompt_file, tmp_path, small_files, runs, first_seed=
         folder = tmp_path / f"killed_{seed}"
         kills += kill_and_resume(model_dir, prompt_file, folder, seed)
         assert_same_run(folder, small_files)
-        kept = {p.name.split("_")[0] for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")}
-        assert kept == {"run.json", "activations", "prompts.json"}
+        kept = {p.name.split("_")[0] for p in folder.rglob("*") if p.is_file()}
+        assert kept == {"run.json", "activations", "prompts.json", ".lock"}
     return kills
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
@@ -44,6 +45,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what killed writers of `path` left beside it. Only for a caller that knows nobody is writing it now."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.*.part{path.suffix}"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

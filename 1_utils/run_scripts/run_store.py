@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import UserError, one_line
-from file_output import atomic_path, write_json
+from file_output import atomic_path, remove_leftovers, write_json
 from load_json import CLEAN_KEYS
 
 if TYPE_CHECKING:
@@ -183,7 +183,9 @@ def _style_of(folder: Path) -> str:
 # --- writing a run
 
 
-def begin_run(folder: Path, settings: dict[str, Any], environment: dict[str, Any], overwrite: bool = False) -> None:
+def begin_run(
+    folder: Path, settings: dict[str, Any], environment: dict[str, Any] | None, overwrite: bool = False
+) -> None:
     """Write run.json, or check that the one there has the same settings. Raises UserError naming the difference.
 
     `settings` decide the numbers and must agree; `environment` (versions, device) is recorded, a new one is appended.
@@ -191,6 +193,8 @@ def begin_run(folder: Path, settings: dict[str, Any], environment: dict[str, Any
     path = folder / "run.json"
     settings = json.loads(json.dumps(settings))  # as they will be read back
     with locked(folder):
+        for name in ("run.json", "failures.csv", "prompts.json"):
+            remove_leftovers(folder / name)
         if overwrite:
             clear_run(folder)
         if not path.is_file():

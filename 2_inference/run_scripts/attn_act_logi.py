@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError, make_parser, run_main
-from file_output import atomic_path
+from file_output import atomic_path, remove_leftovers
 from load_json import PromptFile, read_prompt_file
 from logger import get_logger
 from run_store import (
@@ -366,11 +366,12 @@ def run_style(
     generator.set_regions(job.style.names, job.style.pooled)
     for result in generator.run(prompt_windows(job, reader, stop, forced)):
         position = positions_of[result.prompt.key]
-        row = result_row(result, job, reader, position, generator) if result.error is None else None
-        if row is None:
-            failed[result.prompt.key] = (reader.file.element_index(result.prompt.key), result.error)
         positions = file_of[position]
-        done[positions][position] = row or {}
+        if result.error is None:
+            done[positions][position] = result_row(result, job, reader, position, generator)
+        else:
+            failed[result.prompt.key] = (reader.file.element_index(result.prompt.key), result.error)
+            done[positions][position] = {}
         bar.update(1)
         if len(done[positions]) == len(positions):
             write_file(job, positions, done.pop(positions), reader, writer)
@@ -589,10 +590,14 @@ def begin_all(
     for job in jobs:
         begin_run(job.folder, job.settings, where, args.overwrite)
         record_failures(job.folder, job.style.style, job.style.failures, job.style.failures)
+        for positions in job.files:
+            remove_leftovers(job.path(positions))
     copy = args.output_dir / "prompts.json"
-    if not copy.is_file() or copy.read_bytes() != prompts.content:
-        with atomic_path(copy) as temporary:
-            temporary.write_bytes(prompts.content)
+    with locked(args.output_dir):
+        remove_leftovers(copy)
+        if not copy.is_file() or copy.read_bytes() != prompts.content:
+            with atomic_path(copy) as temporary:
+                temporary.write_bytes(prompts.content)
 
 
 def report_failures(jobs: list[StyleJob]) -> int:

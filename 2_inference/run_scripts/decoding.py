@@ -25,6 +25,7 @@ from command_line import one_line
 from transformers import Cache, DynamicLayer
 
 SPARE_POSITIONS = 32  # a cache layer grows by this many positions at a time
+LEAVE_TOGETHER = 0.25  # share of the rows that must be finished before they leave the batch
 TAIL_TOKENS = 24  # a stop string is looked for in the text of this many last tokens, and its own length more
 
 
@@ -93,9 +94,10 @@ class GrowingLayer(DynamicLayer):
         new = old + key_states.shape[-2]
         if self.buffers is None or self.buffers[0].shape[-2] < new:
             room = new + SPARE_POSITIONS
-            pairs = ((self.keys, key_states), (self.values, value_states))
-            self.buffers = tuple(_buffer(kept, added, old, room) for kept, added in pairs)  # type: ignore[assignment]
-        assert self.buffers is not None
+            self.buffers = (
+                _buffer(self.keys, key_states, old, room),
+                _buffer(self.values, value_states, old, room),
+            )
         self.buffers[0][:, :, old:new] = key_states
         self.buffers[1][:, :, old:new] = value_states
         self.keys, self.values = self.buffers[0][:, :, :new], self.buffers[1][:, :, :new]
@@ -107,30 +109,30 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values, self.buffers = keys, values, None
 
 
-def _buffer(kept: torch.Tensor, added: torch.Tensor, length: int, room: int) -> torch.Tensor:
+def _buffer(kept: torch.Tensor | None, added: torch.Tensor, length: int, room: int) -> torch.Tensor:
     buffer = added.new_empty(*added.shape[:2], room, added.shape[-1])
-    if length:
+    if kept is not None and length:
         buffer[:, :, :length] = kept
     return buffer
 
 
-def new_cache(layers: int, source: Cache | None = None, batch: int = 1) -> Cache:
+def new_cache(layers: int, source: Any = None, batch: int = 1) -> Any:
     """An empty cache, or one that begins with the single row of `source` in each of `batch` rows (not copied)."""
-    cache = Cache(layers=[GrowingLayer() for _ in range(layers)])
+    cache: Any = Cache(layers=[GrowingLayer() for _ in range(layers)])
     if source is not None:
         for layer, given in zip(cache.layers, source.layers, strict=True):
             layer.replace(given.keys.expand(batch, -1, -1, -1), given.values.expand(batch, -1, -1, -1))
     return cache
 
 
-def select_rows(cache: Cache, rows: torch.Tensor, drop: int = 0, repeats: int = 1) -> None:
+def select_rows(cache: Any, rows: torch.Tensor, drop: int = 0, repeats: int = 1) -> None:
     """Keep these rows, each `repeats` times, without their first `drop` positions."""
     for layer in cache.layers:
         index = rows.to(layer.keys.device).repeat_interleave(repeats)
         layer.replace(layer.keys[:, :, drop:].index_select(0, index), layer.values[:, :, drop:].index_select(0, index))
 
 
-def join_rows(cache: Cache, other: Cache) -> None:
+def join_rows(cache: Any, other: Any) -> None:
     """Add the rows of `other` below those of `cache`; the shorter ones get masked positions on the left."""
     length = max(cache.get_seq_length(), other.get_seq_length())
     for layer, added in zip(cache.layers, other.layers, strict=True):
@@ -223,15 +225,33 @@ class _Active:
     """The rows being decoded: their cache, which of its positions are real [B, S], and the tokens to feed next."""
 
     responses: list[Response]
-    cache: Cache
+    cache: Any
     mask: torch.Tensor
     next_ids: list[int]
+
+    @property
+    def running(self) -> int:
+        """Rows whose response is not finished."""
+        return sum(not response.finish_reason for response in self.responses)
+
+
+def _compacted(active: _Active) -> _Active:
+    """Without the rows of finished responses, and without positions that are padding in every row that stays."""
+    staying = [b for b, response in enumerate(active.responses) if not response.finish_reason]
+    if len(staying) == len(active.responses):
+        return active
+    rows = torch.tensor(staying, device=active.mask.device)
+    mask = active.mask[rows]
+    drop = int(mask.any(0).to(torch.uint8).argmax())
+    select_rows(active.cache, rows, drop)
+    responses, next_ids = [active.responses[b] for b in staying], [active.next_ids[b] for b in staying]
+    return _Active(responses, active.cache, mask[:, drop:], next_ids)
 
 
 @dataclass(frozen=True)
 class _Prefix:
     ids: list[int]
-    cache: Cache
+    cache: Any
     capture: Capture
 
 
@@ -294,7 +314,7 @@ class Generator:
                 waiting.extend(next(source, ()))
             if not waiting and active is None:
                 return
-            running = len(active.responses) if active else 0
+            running = active.running if active else 0
             try:
                 if waiting and self.limit.may_join(running, len(waiting)):
                     started = self._start(waiting, running, under_way)
@@ -361,7 +381,7 @@ class Generator:
         return values[:, None], indices[:, None], sums[:, None]
 
     def _begin_responses(
-        self, group: list[Prompt], fields: list[dict[str, Any]], logits: torch.Tensor, cache: Cache, mask: torch.Tensor
+        self, group: list[Prompt], fields: list[dict[str, Any]], logits: torch.Tensor, cache: Any, mask: torch.Tensor
     ) -> tuple[list[Result], _Active | None]:
         samples = self.options.num_samples
         forced = self._forced_logprobs(group, logits, cache, mask)
@@ -381,7 +401,7 @@ class Generator:
         return started, self._advance(active, logits)
 
     def _forced_logprobs(
-        self, group: list[Prompt], logits: torch.Tensor, cache: Cache, mask: torch.Tensor
+        self, group: list[Prompt], logits: torch.Tensor, cache: Any, mask: torch.Tensor
     ) -> list[float | None]:
         """Sum of log-probabilities of each prompt's `forced_ids` after it; the cache is left as it was."""
         if not any(prompt.forced_ids for prompt in group):
@@ -405,7 +425,7 @@ class Generator:
 
     # --- decoding
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, keep: int = 1) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
         """Logits of the last position [B, V] (or of the last `keep` > 1 positions, [B, keep, V])."""
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache}
         if "position_ids" in self.accepts:
@@ -424,23 +444,19 @@ class Generator:
             return advanced
 
     def _advance(self, active: _Active, logits: torch.Tensor) -> _Active | None:
-        """Give each response its next token; the finished ones leave."""
+        """Give each response its next token; rows of finished ones leave once they are many enough."""
         tokens, logprobs = self.chooser.choose(logits, active.responses)
         for b, response in enumerate(active.responses):
-            response.ids.append(tokens[b])
-            response.logprobs += logprobs[b : b + 1]
-            response.finish_reason = self._finish_reason(response)
-        staying = [b for b, response in enumerate(active.responses) if not response.finish_reason]
-        if not staying:
+            if not response.finish_reason:
+                response.ids.append(tokens[b])
+                response.logprobs += logprobs[b : b + 1]
+                response.finish_reason = self._finish_reason(response)
+        active.next_ids = tokens
+        finished = len(active.responses) - active.running
+        if finished == len(active.responses):
             return None
-        next_ids = [tokens[b] for b in staying]
-        if len(staying) == len(active.responses):
-            return _Active(active.responses, active.cache, active.mask, next_ids)
-        rows = torch.tensor(staying, device=active.mask.device)
-        mask = active.mask[rows]
-        drop = int(mask.any(0).to(torch.uint8).argmax())  # positions that are padding in every row that stays
-        select_rows(active.cache, rows, drop)
-        return _Active([active.responses[b] for b in staying], active.cache, mask[:, drop:], next_ids)
+        # Leaving copies the cache of the rows that stay: worth it for a quarter of the rows, not for each.
+        return _compacted(active) if finished >= LEAVE_TOGETHER * len(active.responses) else active
 
     def _finish_reason(self, response: Response) -> str:
         reason = ""
@@ -469,6 +485,7 @@ class Generator:
     def _joined(self, active: _Active | None, started: _Active | None) -> _Active | None:
         if active is None or started is None:
             return active or started
+        active = _compacted(active)
         join_rows(active.cache, started.cache)
         length = max(active.mask.shape[1], started.mask.shape[1])
         mask = torch.cat([left_pad(active.mask, length), left_pad(started.mask, length)])
