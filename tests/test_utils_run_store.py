@@ -1,0 +1,176 @@
+"""The contract of run folders and .pt files: packing, refusing, recording."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import zipfile
+
+import pytest
+import torch
+from command_line import UserError
+from file_output import atomic_path, write_csv
+from load_model import load_model
+from read_predictions import iter_predictions
+from run_store import (
+    begin_run,
+    load_pt,
+    open_run,
+    pack_rows,
+    read_failures,
+    record_failures,
+    save_pt,
+    unpack_rows,
+)
+
+SHARED = {"style": "normal", "regions": ["all", "last"], "pooled_regions": ["last"], "topk_positions": "all"}
+
+
+def row(length: int, index: int) -> dict:
+    return {
+        "original_index": index, "element_index": index + 1, "prompt": "p", "response": "r", "final_prediction": "pr",
+        "input_ids": torch.arange(length) + 5, "attention_mask": torch.ones(length, dtype=torch.bool),
+        "region_mask": torch.rand(length, 2) > 0.5, "span_mass": torch.rand(3, 4, 2, 2),
+        "hidden_pooled": torch.rand(4, 1, 8), "topk_vals": torch.rand(length, 5), "logsumexp": torch.rand(length),
+        "hidden_states": {"layer_0": torch.rand(length, 8)}, "attentions": {"layer_0": torch.rand(4, length, length)},
+        "response_ids": torch.arange(index + 1), "response_logprobs": torch.rand(index + 1),
+    }  # fmt: skip
+
+
+def test_rows_come_back_as_they_were_packed():
+    rows = [row(3, 0), row(7, 1), row(1, 2)]
+    content = pack_rows(rows, SHARED, pad_token_id=99)
+    assert content["input_ids"].shape == (3, 7)
+    assert content["input_ids"][0, :4].tolist() == [99] * 4
+    assert content["span_mass"].shape == (3, 3, 4, 2, 2)
+    assert content["attentions"]["layer_0"].shape == (3, 4, 7, 7)
+    for before, after in zip(rows, unpack_rows(content), strict=True):
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            pairs = [(value[k], after[key][k]) for k in value] if isinstance(value, dict) else [(value, after[key])]
+            for left, right in pairs:
+                assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, key
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this code must never run",)
+
+
+def test_a_file_with_code_in_it_is_refused_and_nothing_runs(tmp_path, capsys):
+    path = tmp_path / "activations_00000_00001.pt"
+    torch.save({"original_indices": [0], "x": Payload()}, path)
+    with pytest.raises(UserError, match="refused, for it holds more than tensors and text"):
+        load_pt(path)
+    path.write_bytes(pickle.dumps({"original_indices": [0], "x": Payload()}))
+    with pytest.raises(UserError):
+        load_pt(path)
+    assert "must never run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cut", [0, 1, 10, 200, 1000])
+def test_a_truncated_file_is_one_line(tmp_path, cut):
+    path = tmp_path / "activations_00000_00001.pt"
+    save_pt(path, pack_rows([row(5, 0)], SHARED, 0))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - cut] if cut else b"")
+    with pytest.raises(UserError, match=r"truncated or damaged|not a readable .pt file") as caught:
+        load_pt(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_something_else_is_told(tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="not a file of stage 2"):
+        load_pt(tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
+        archive.writestr("hello", "world")
+    with pytest.raises(UserError):
+        load_pt(tmp_path / "y.pt")
+
+
+def test_folders_without_a_run_are_told(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        open_run(tmp_path / "none")
+    with pytest.raises(UserError, match=r"holds no activations_\*.pt"):
+        open_run(tmp_path)
+
+
+def test_reference_files_are_read_without_responses(tmp_path):
+    torch.save(
+        {"original_indices": [0, 1], "final_predictions": ["2 + 2 = 4", "odd"], "prompts": ["2 + 2 =", "3 + 3 ="]},
+        tmp_path / "activations_00000_00002.pt",
+    )
+    found = list(iter_predictions(tmp_path))
+    assert [one.response for one in found] == [" 4", None]
+    assert [one.element_index for one in found] == [1, 2]
+
+
+def test_settings_must_agree_and_environments_are_collected(tmp_path):
+    begin_run(tmp_path, {"seed": 1, "raw_layers": (0, 1)}, {"torch": "1"})
+    begin_run(tmp_path, {"seed": 1, "raw_layers": (0, 1)}, {"torch": "2"})
+    with pytest.raises(UserError, match="seed: 1 there, 2 now"):
+        begin_run(tmp_path, {"seed": 2, "raw_layers": (0, 1)}, {"torch": "1"})
+    text = (tmp_path / "run.json").read_text()
+    assert '"torch": "1"' in text
+    assert '"torch": "2"' in text
+
+
+def fail_one(folder, index):
+    record_failures(folder, "normal", [index], {index: (index, "no memory")})
+
+
+def test_failures_of_several_processes_all_stay(tmp_path):
+    processes = [multiprocessing.get_context("fork").Process(target=fail_one, args=(tmp_path, i)) for i in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(read_failures(tmp_path)) == list(range(8))
+    assert record_failures(tmp_path, "normal", range(8), {}) == 0
+    assert not (tmp_path / "failures.csv").exists()
+
+
+def half_written(path):
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        half_written(path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
+    import pandas as pd
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_csv(tmp_path / "file" / "table.csv", pd.DataFrame({"a": [1]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("/no/such/folder", {}, "no such model on the hub and no such folder"),
+        ("tests", {}, "cannot be loaded|no such model"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(name, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="not in the local cache, and the hub cannot be reached") as caught:
+        load_model("nobody/no-such-model-here")
+    assert "\n" not in str(caught.value)
