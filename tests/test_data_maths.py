@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from fractions import Fraction
@@ -221,7 +222,7 @@ def test_make_maths_rebuilds_the_file_bit_for_bit(tmp_path: Path) -> None:
 def test_another_seed_gives_other_problems() -> None:
     wordings = make_maths.read_wordings(DATA / "maths_wordings.csv")
     problems = [
-        [next(make_maths.draw_problems("addition", "whole", 3, make_maths.random.Random(seed))) for _ in range(3)]
+        [next(make_maths.draw_problems("addition", "whole", 3, random.Random(seed))) for _ in range(3)]
         for seed in (1, 2)
     ]
     assert problems[0] != problems[1]
@@ -229,7 +230,18 @@ def test_another_seed_gives_other_problems() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["t,addition,whole", "t,sum,whole,Add: {x}", "t,addition,odd,Add: {x}", "t,addition,any,Add nothing"]
+    "line",
+    [
+        "t_01,addition,whole",
+        "t_01,sum,whole,Add: {x}",
+        "t_01,addition,odd,Add: {x}",
+        "t_01,addition,any,Add nothing",
+        "t_01,addition,any,Add {x} and {x}",
+        "t_01,addition,any,Add {y}: {x}",
+        "t_01,addition,any,Add [{a} and {b}] and {x}",
+        "t_01,addition,any,Add [{a",
+        "t,addition,any,Add: {x}",
+    ],
 )
 def test_a_wrong_wording_is_named_by_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "wordings.csv"

@@ -110,9 +110,14 @@ def read_wordings(path: Path) -> list[Wording]:
         raise UserError(f"cannot read the wordings {path}: {error}; four columns are needed") from error
     for line, row in enumerate(rows, start=2):
         known = row.operation in (*OPERATIONS, "any") and row.results in ("whole", "any")
-        if not known or (row.text.count("{x}") == 1) == bool(re.search(r"\[.+\]", row.text)):
-            raise UserError(f"{path} line {line}: not a known operation and result kind with one {{x}} or one [task]")
+        if not known or not re.fullmatch(r"\w*\d\d", row.template) or not _WORDING.fullmatch(row.text):
+            raise UserError(
+                f"{path} line {line}: needs template_NN, a known operation and results, one {{x}} or [task]"
+            )
     return rows
+
+
+_WORDING = re.compile(r"[^\[\]{}]*(\{x\}|\[([^\[\]{}]|\{[abs]\})+\])[^\[\]{}]*")
 
 
 def draw_problems(operation: str, result: str, digits: int, rng: random.Random) -> Iterator[Problem]:
