@@ -12,7 +12,7 @@ pairs that share a question, directly or through other pairs, share a `_template
 
 Writes the prompt file and, where lines were bad, <name>_bad_lines.csv (line, reason) beside it; element_index is
 the number of the record in the dataset, bad ones included. Memory does not grow with the dataset, but for quora
-by some 100 bytes a question (ids alone). Exit code 1: done, but some lines were bad.
+by some 200 bytes a question (ids alone). Exit code 1: done, but some lines were bad.
 
     python 0_data/run_scripts/adapt_dataset.py --format gsm8k --input_file gsm8k.jsonl --output_file outputs/gsm8k.json
 """
