@@ -19,7 +19,8 @@ edited_mass_last, _mean      mass on the edited words; in the clean form on the 
 edited_density_last, _mean   that mass over what even attention would give: a typo that is cut into more tokens
                              gains mass even if attention stays even, but no density
 first_mass_last              mass on the first token, the usual sink
-entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `edited`: of the edited words' queries
+entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `edited`: of the edited words' queries;
+                             where stage 2 ran with --entropy
 jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's attention in the two forms, tokens aligned
                              around the edit; only layers with raw maps. A distance: never below 0, so it has no test
 
@@ -55,7 +56,7 @@ MEASURES = (
     "edited_density_mean", "first_mass_last", "entropy_last", "entropy_mean", "entropy_edited",
 )  # fmt: skip
 DISTANCES = ("jsd_last", "jsd_mean")
-PANELS = ("edited_mass_last", "edited_density_last", "task_fraction_last", "entropy_last")
+PANELS = ("edited_mass_last", "edited_density_last", "task_fraction_last", "entropy_last", "first_mass_last")
 MAX_CLUSTERS = 256  # clusters above this are pooled, so that memory stays flat
 ALPHA = 0.05
 
@@ -253,10 +254,10 @@ def sensitivity_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame]
     }  # fmt: skip
     for name in ("effect_size", "t", "p"):
         columns[name] = np.where([measure in DISTANCES for measure in effect.measures], np.nan, columns[name])
-    order = np.where(np.isnan(columns["t"]), 0, np.abs(columns["t"]))
+    order = np.abs(columns["t"])
     for column, measure in enumerate(effect.measures):
         if measure in DISTANCES:
-            order[:, column] = np.nan_to_num(difference.mean[:, column])
+            order[:, column] = difference.mean[:, column]
     return _split_levels(effect, columns, order)
 
 
@@ -280,7 +281,7 @@ def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None
         "ci_high": found.ci_high, "change_if_flipped": found.change_if_flipped,
         "change_if_still_right": found.change_if_kept, "p": found.p,
     }  # fmt: skip
-    return _split_levels(effect, columns, np.abs(np.nan_to_num(found.r)))
+    return _split_levels(effect, columns, np.abs(found.r))
 
 
 def _split_levels(
@@ -315,7 +316,8 @@ def _ranked(
         table = pd.DataFrame({"style": effect.style, **places, "measure": measure, "rank": 0, **values})
         table["p_adjusted"] = benjamini_hochberg(table["p"].to_numpy())
         table = table.iloc[np.argsort(-order[rows, column], kind="stable")]
-        table["rank"] = np.arange(1, len(table) + 1)
+        ranks = pd.Series(np.arange(1, len(table) + 1), index=table.index, dtype="Int64")
+        table["rank"] = ranks.where(~np.isnan(order[rows, column][table.index]))  # blank where nothing can be ranked
         tables.append(table[table["n"] > 0])
     return pd.concat(tables, ignore_index=True)
 
@@ -354,9 +356,9 @@ def _measure_groups(effect: StyleEffect, groups: np.ndarray, measure: str) -> np
 # --- pictures
 
 LABELS = {
-    "mass": "change in attention mass (fraction of 1)",
+    "mass": "change in attention mass (0 to 1)",
     "density": "change in density (1 = even attention)",
-    "fraction": "change in attention fraction (of 1)",
+    "fraction": "change in attention fraction (0 to 1)",
     "entropy": "change in normalised entropy (0 to 1)",
 }
 
@@ -364,47 +366,58 @@ LABELS = {
 def save_pictures(
     effects: Sequence[StyleEffect], heads: pd.DataFrame, overlap: pd.DataFrame, folder: Path, measure: str
 ) -> list[Path]:
-    """The heatmaps: all styles on one measure, each style on PANELS, and the overlap matrix."""
+    """The heatmaps: all styles on one measure, each style on the first four PANELS it has, the overlap matrix."""
     import numpy as np
     from heatmaps import file_word, save_layer_head_grid, save_style_matrix
 
     dots = f"dots: adjusted p < {ALPHA}"
-    panels = [_panel(heads, effect, measure, f"{effect.style} (n = {effect.pairs} pairs)") for effect in effects]
+    # A style that only adds words (polite) has no clean twin of them, so some measures do not exist for it.
+    counts = heads[heads["measure"] == measure].groupby("style")["n"].max()
+    having = [effect for effect in effects if effect.style in counts]
+    if not having:
+        raise UserError(f"--measure {measure}: no row of these styles has it; choose another, see head_sensitivity.csv")
+    panels = [_panel(heads, effect, measure, f"{effect.style} (n = {counts[effect.style]} pairs)") for effect in having]
     paths = [folder / "head_sensitivity.png"]
     title = f"{measure}: style minus clean form, by layer and head; {dots}"
     save_layer_head_grid(paths[0], panels, _label(measure), title, effects[0].layers)
     for effect in effects:
-        panels = [_panel(heads, effect, name, f"{name}\n{_label(name)}") for name in PANELS]
+        known = set(heads.loc[heads["style"] == effect.style, "measure"])
+        shown = [name for name in PANELS if name in known][:4]
+        panels = [_panel(heads, effect, name, f"{name}\n{_label(name)}") for name in shown]
+        if not panels:
+            continue
         paths.append(folder / f"head_sensitivity_{file_word(effect.style)}.png")
         title = f"{effect.style} minus clean form, n = {effect.pairs} pairs; {dots}"
         save_layer_head_grid(paths[-1], panels, "", title, effect.layers, shared_scale=False)
-    names = [effect.style for effect in effects]
+    names = [effect.style for effect in having]
     matrix = np.full((len(names), len(names)), np.nan)
-    for row in overlap[overlap["measure"] == measure].itertuples():
+    among = overlap["style"].isin(names) & overlap["other_style"].isin(names)
+    for row in overlap[(overlap["measure"] == measure) & among].itertuples():
         a, b = names.index(row.style), names.index(row.other_style)
         matrix[a, b] = matrix[b, a] = row.cross_half_spearman
     paths.append(folder / "head_overlap.png")
-    pairs = sorted({effect.pairs for effect in effects})
-    count = f"{pairs[0]} to {pairs[-1]}" if len(pairs) > 1 else f"{pairs[0]}"
+    count = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
     title = f"Do the styles share their heads? {measure}\n(diagonal: split-half reliability; n = {count} pairs)"
     save_style_matrix(paths[-1], matrix, names, "rank correlation over heads", title)
     return paths
 
 
-def save_flip_picture(effects: Sequence[StyleEffect], flips: pd.DataFrame, folder: Path, measure: str) -> Path:
-    """Heatmap of the correlation of each head's change with a flipped answer."""
+def save_flip_picture(effects: Sequence[StyleEffect], flips: pd.DataFrame, folder: Path, measure: str) -> list[Path]:
+    """Heatmap of the correlation of each head's change with a flipped answer; none where too few answers flip."""
     from heatmaps import save_layer_head_grid
 
     panels = []
     for effect in effects:
-        counts = flips[flips["style"] == effect.style]
-        if len(counts):
+        counts = flips[(flips["style"] == effect.style) & (flips["measure"] == measure)]
+        if counts["point_biserial_r"].notna().any():
             note = f"{effect.style} (n = {counts['n'].max()}, {counts['n_flipped'].max()} flipped)"
             panels.append(_panel(flips, effect, measure, note, "point_biserial_r"))
+    if not panels:
+        return []
     path = folder / "head_answer_flips.png"
     title = f"Does the change in {measure} go with a wrong answer? dots: adjusted p < {ALPHA}"
     save_layer_head_grid(path, panels, "point-biserial r", title, effects[0].layers)
-    return path
+    return [path]
 
 
 def _panel(
@@ -494,7 +507,7 @@ def write_results(
         write_csv(path, table)
     paths += save_pictures(effects, tables["head_sensitivity"], tables["head_overlap"], folder, args.measure)
     if flips:
-        paths.append(save_flip_picture(effects, tables["head_answer_flips"], folder, args.measure))
+        paths += save_flip_picture(effects, tables["head_answer_flips"], folder, args.measure)
     return paths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ def draw_layer_head(
     )  # fmt: skip
     if marked is not None and marked.any():
         layer, head = np.nonzero(marked)
-        axes.scatter(layer, head, s=5, c="black", linewidths=0)
+        axes.scatter(layer, head, s=9, c="black", edgecolors="white", linewidths=0.5)
     step = max(1, int(np.ceil(len(numbers) / 15)))
     axes.set_xticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
     axes.set_yticks(range(0, values.shape[1], max(1, int(np.ceil(values.shape[1] / 9)))))
@@ -86,9 +87,12 @@ def save_layer_head_grid(
         if not shared_scale:
             figure.colorbar(image, ax=axes, extend=_extend(values, own), pad=0.02)
     if shared_scale:
-        figure.colorbar(image, cax=_bar_axes(figure), label=label, extend=_extend(everything, limit))
-    height = figure.get_figheight()
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left", y=1 - 0.08 / height, va="top")
+        bar = _bar_axes(figure)
+        wrapped = textwrap.fill(label, max(16, int(12 * bar.get_position().height * figure.get_figheight())))
+        figure.colorbar(image, cax=bar, label=wrapped, extend=_extend(everything, limit))
+    # Anchored at its foot: a title of several lines grows upward, and the saved picture with it.
+    wrapped = textwrap.fill(title, int(11 * figure.get_figwidth()))
+    figure.suptitle(wrapped, fontsize=12, x=0.01, ha="left", y=1 - 0.27 / figure.get_figheight(), va="bottom")
     save_figure(path, figure)
 
 
