@@ -116,7 +116,7 @@ def read_table(
         if isinstance(line, BadLine):
             yield number, line
             continue
-        if not line.strip():
+        if not line:
             continue
         fields = _read_fields(line, lines, delimiter, len(header)) if quoting else line.split(delimiter)
         if fields is None:
