@@ -102,7 +102,8 @@ def nearness(
 def first_lasting_layer(holds: np.ndarray, stay: int) -> np.ndarray:
     """First layer [n] of `stay` layers in a row in which `holds` [n, layers] is true; `layers` where there is none."""
     stay = min(stay, holds.shape[1])
-    opens: np.ndarray = np.lib.stride_tricks.sliding_window_view(holds, stay, axis=1).all(axis=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(holds, stay, axis=1)
+    opens = np.asarray(windows.all(axis=-1))
     return np.where(opens.any(axis=1), opens.argmax(axis=1), holds.shape[1])
 
 

@@ -1,0 +1,102 @@
+"""AUC of out-of-fold scores with a clustered interval."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Auc(NamedTuple):
+    """AUC, its 95 % interval, and p of the two-sided test against 0.5 (NaN where it cannot be had)."""
+
+    auc: float
+    ci_low: float
+    ci_high: float
+    p: float
+
+
+def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters: np.ndarray) -> Auc:
+    """AUC over the pairs (positive, negative) of the same fold; labels [n] of 0 and 1, ties count half.
+
+    Pairs across folds are left out: each fold's probe has its own zero, and under the null scores of different folds
+    would make the AUC fall below 0.5. The standard error is that of clustered ROC data (Obuchowski 1997: DeLong's
+    placement values summed within clusters; a cluster lies in one fold), enlarged as in `cross_validation_factor`; the
+    interval is on the logit scale. With every pair in the right order there is no variance: then the lower end is the
+    exact binomial one, a cluster being one trial (fewer, by the same factor).
+    """
+    from scipy import stats
+
+    auc, influence = placement_influence(labels, scores, folds)
+    if np.isnan(auc):
+        return Auc(*[float("nan")] * 4)
+    _, slots = np.unique(clusters, return_inverse=True)
+    totals = np.bincount(slots, weights=influence)
+    count = len(totals)
+    if count < 2:
+        return Auc(auc, float("nan"), float("nan"), float("nan"))
+    factor = cross_validation_factor(folds)
+    error = float(np.sqrt(factor * count / (count - 1) * (totals**2).sum()))
+    if error == 0 and 0 < auc < 1:  # nothing but ties: no variance to go by
+        return Auc(auc, float("nan"), float("nan"), float("nan"))
+    if error == 0 or min(auc, 1 - auc) < 1e-9:
+        trials = max(1, int(count / factor))
+        exact = stats.binomtest(trials if auc > 0.5 else 0, trials).proportion_ci()
+        p = float(stats.binomtest(trials, trials).pvalue)
+        return Auc(auc, float(exact.low), float(exact.high), p)
+    logit, spread = np.log(auc / (1 - auc)), error / (auc * (1 - auc))
+    quantile = stats.t.ppf(0.975, count - 1)
+    low, high = (float(1 / (1 + np.exp(-(logit + side * quantile * spread)))) for side in (-1, 1))
+    return Auc(auc, low, high, float(2 * stats.t.sf(abs(auc - 0.5) / error, count - 1)))
+
+
+def macro_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters: np.ndarray) -> Auc:
+    """Mean over classes of the one-against-rest `fold_auc`; labels [n] of 0 … K-1, scores [n, K]."""
+    from scipy import stats
+
+    parts = [placement_influence(labels == k, scores[:, k], folds) for k in range(scores.shape[1])]
+    auc = float(np.mean([value for value, _ in parts]))
+    _, slots = np.unique(clusters, return_inverse=True)
+    totals = np.bincount(slots, weights=np.mean([influence for _, influence in parts], axis=0))
+    count = len(totals)
+    if count < 2 or np.isnan(auc):
+        return Auc(auc, float("nan"), float("nan"), float("nan"))
+    error = float(np.sqrt(cross_validation_factor(folds) * count / (count - 1) * (totals**2).sum()))
+    half = stats.t.ppf(0.975, count - 1) * error
+    p = float(2 * stats.t.sf(abs(auc - 0.5) / error, count - 1)) if error > 0 else float("nan")
+    return Auc(auc, max(0.0, auc - half), min(1.0, auc + half), p)
+
+
+def cross_validation_factor(folds: np.ndarray) -> float:
+    """How much larger the variance is than the test items alone make it: 1 + k / (k - 1) with k folds.
+
+    The folds' probes share most of their training rows, so their errors go together (Nadeau and Bengio 2003, whose
+    correction this is). Without it a test at 0.05 calls noise a finding in 8 to 25 % of data sets.
+    """
+    count = len(np.unique(folds))
+    return 1 + count / (count - 1) if count > 1 else 1.0
+
+
+def placement_influence(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray) -> tuple[float, np.ndarray]:
+    """(AUC over within-fold pairs, what each item's sampling adds to its error [n]); NaN without a pair."""
+    from scipy.stats import rankdata
+
+    labels = np.asarray(labels, dtype=bool)
+    influence, parts, pairs = np.zeros(len(labels)), [], []
+    for fold in np.unique(folds):
+        here = np.flatnonzero(folds == fold)
+        positive, negative = here[labels[here]], here[~labels[here]]
+        if not len(positive) or not len(negative):
+            continue
+        ranks = rankdata(scores[np.concatenate([positive, negative])])
+        split = len(positive)
+        above = (ranks[:split] - rankdata(scores[positive])) / len(negative)  # share of negatives below each positive
+        below = 1 - (ranks[split:] - rankdata(scores[negative])) / len(positive)
+        auc = above.mean()
+        influence[positive] = split * len(negative) * (above - auc) / split
+        influence[negative] = split * len(negative) * (below - auc) / len(negative)
+        parts.append(auc * split * len(negative))
+        pairs.append(split * len(negative))
+    if not pairs:
+        return float("nan"), influence
+    return float(sum(parts) / sum(pairs)), influence / sum(pairs)
