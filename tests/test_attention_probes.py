@@ -183,7 +183,7 @@ def test_the_script_itself_finds_nothing_in_pairing(tmp_path):
     assert len(wrong) == 6
     assert (wrong["ci_low"] < 0.5).all()
     assert (wrong["p_adjusted"] > 0.01).all()
-    assert wrong["auc"].mean() == pytest.approx(0.5, abs=0.2)  # 20 templates are 20 answers: chance is wide
+    assert wrong["auc"].mean() == pytest.approx(0.5, abs=0.25)  # 20 templates are 20 answers: chance is wide
     typo = table.query("target == 'typo'")
     assert (typo["p_adjusted"] > 0.01).all()
     assert typo["auc"].mean() == pytest.approx(0.5, abs=0.06)
@@ -220,6 +220,14 @@ def test_a_label_that_leaks_through_length_scores_half(tmp_path):
     assert naive_auc(content["hidden_states"]["layer_0"].mean(1).numpy(), long.astype(int)) > 0.99
     assert table["auc"].mean() == pytest.approx(0.5, abs=0.12)
     assert (table["p_adjusted"] > 0.05).all()
+    states = pl.open_states(pl.open_run(run), pl.parse_args(["--run_dir", str(run)]))
+    for region in ("instruction", "task"):  # the instruction is where the length is
+        items = pl.Items("wrong", "normal", region)
+        items.add(("normal", region), list(range(ROWS)), long.astype(int).tolist(), ["normal"] * ROWS)
+        plan = pl.plan_probe(items, states, 5, 0)
+        found, _ = pl.probe_auc(states.features(items, 1), plan.labels, plan.folds, plan.clusters)
+        assert found.ci_low < 0.5
+        assert found.auc < 0.7
 
 
 def test_p_under_the_null_keeps_its_level():
@@ -235,9 +243,9 @@ def test_p_under_the_null_keeps_its_level():
         found, _ = pl.probe_auc(features, labels, folds, clusters)
         small += found.p < 0.05
         error = (found.ci_high - found.ci_low) / np.sqrt(cross_validation_factor(folds)) / 2
-        wide += abs(found.auc - 0.5) > error
+        wide += found.auc - 0.5 > error
     assert small <= stats.binom.ppf(0.99, runs, 0.05)
-    assert wide > stats.binom.ppf(0.99, runs, 0.05)  # without the correction the level is not kept: it is needed
+    assert wide > stats.binom.ppf(0.99, runs, 0.025)  # without the correction the level is not kept: it is needed
 
 
 # --- AUC and its interval

@@ -10,8 +10,9 @@ from a twin. Targets:
     wrong           will the answer to this prompt be wrong, a probe for each style, at the region `last` alone
                     (`--maths_items`, the table of stage 3; default: maths_items.csv in the results folder, where it is)
 
-auc is that of the out-of-fold scores, over pairs of one fold, with a clustered 95 % interval (grouped_auc.py), p of
-auc = 0.5, BH-adjusted over the lines of a target. control_auc is the same with shuffled labels: within each prompt
+auc is that of the out-of-fold scores, over pairs of one fold, with a clustered 95 % interval that knows that the folds
+share their training rows (grouped_auc.py; rough with fewer than 20 templates); p: one-sided, of auc > 0.5, BH-adjusted
+over the lines of a target. control_auc is the same with shuffled labels: within each prompt
 and its twin (typo: each pair keeps one of each), within a row (typo_vs_split, style), or among the prompts of the style
 (wrong). Where the control is off 0.5, the probe's own number is worth nothing.
 
