@@ -25,7 +25,8 @@ jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's atten
                              around the edit; only layers with raw maps. A distance: never below 0, so it has no test
 
 effect_size is Cohen's d_z, the mean difference over the standard deviation of the differences. Standard errors are
-clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure.
+clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure. The flips
+correlate the change with the answer turning wrong (point-biserial r), on rows whose clean answer is right.
 """
 
 from __future__ import annotations
