@@ -385,7 +385,8 @@ def _plot(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, p
         image = axes.imshow(counts, aspect="auto", cmap="Blues", vmin=0, vmax=max(1, counts.max()))
         lines = summary[summary["unit"] == unit].set_index("style").reindex(styles)
         labels = [
-            f"{s} ({c:.0f} of {n:.0f})" for s, c, n in zip(styles, lines["n_confirmed"], lines["n_found"], strict=True)
+            f"{style} (too few rows)" if np.isnan(count) else f"{style} ({good_ones:.0f} of {count:.0f})"
+            for style, good_ones, count in zip(styles, lines["n_confirmed"], lines["n_found"], strict=True)
         ]
         axes.set_yticks(range(len(styles)), labels)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
