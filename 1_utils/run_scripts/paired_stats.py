@@ -148,9 +148,9 @@ class ClusterSums:
         shape = () if self._cells is None else self._cells
         joined = [np.concatenate(field).reshape(shape) for field in zip(*parts, strict=True)]
         if shape == () and width == 1:
-            *numbers, n, n_clusters = (field.item() for field in joined)
-            return Estimate(*numbers, n=int(n), n_clusters=int(n_clusters))
-        return Estimate(*joined[:7], n=joined[7].astype(int), n_clusters=joined[8].astype(int))
+            numbers = [field.item() for field in joined]
+            return Estimate._make([*numbers[:7], int(numbers[7]), int(numbers[8])])
+        return Estimate._make([*joined[:7], joined[7].astype(int), joined[8].astype(int)])
 
     def _slots_of(self, labels: Sequence[Hashable]) -> np.ndarray:
         if not self._pooled:
@@ -179,9 +179,11 @@ class ClusterSums:
 
 def _labels(count: int, clusters: Iterable[Hashable] | None, first_row: int = 0) -> list[Hashable]:
     """One label per row; rows without one get a label of their own."""
-    labels = [None] * count if clusters is None else list(clusters)
+    labels: list[Any] = [None] * count if clusters is None else list(clusters)
     if len(labels) != count:
         raise ValueError(f"{count} rows but {len(labels)} cluster labels")
+    if labels and getattr(getattr(clusters, "dtype", None), "kind", "O") in "iu":
+        return labels
     # A NaN differs from itself; a tuple cannot clash with a template's name.
     return [("row", first_row + i) if label is None or label != label else label for i, label in enumerate(labels)]
 
@@ -264,6 +266,9 @@ def sign_flip_test(
     sums, _ = _cluster_totals(differences, clusters)
     if len(sums) < 2 or not np.any(sums):
         return math.nan
+    sums = sums[sums != 0]  # a sum of 0 is the same whichever way it is flipped
+    if len(sums) == 1:
+        return 1.0
     result = stats.permutation_test(
         (sums,), np.sum, permutation_type="samples", vectorized=True, n_resamples=n_resamples,
         batch=_batch(len(sums)), rng=np.random.default_rng(seed),
@@ -404,6 +409,7 @@ def paired_summary(
     baseline: str = "normal",
     interval: Literal["t", "wilson"] = "t",
     text_column: str = "prompt",
+    adjust: bool = True,
 ) -> pd.DataFrame:
     """One row per style (and per value column): estimate, paired difference to `baseline`, test, power.
 
@@ -412,10 +418,10 @@ def paired_summary(
     interval: of the estimate, `t` (clustered mean) or `wilson` (proportions, rows taken as independent).
 
     A row whose text in `text_column` equals the baseline's text of that row is counted in n_identical and left
-    out of the paired difference (a boolean column `identical` does instead of the text). The baseline comes
-    first; its difference is NaN. p is the clustered t test's, p_adjusted Holm's over the styles of one value
-    column. minimum_detectable_difference: at 80 % power and alpha 0.05. With a list of value columns a column
-    `measure` follows the style.
+    out of the paired difference (a boolean column `identical` does instead of the text). The baseline comes first;
+    its difference is NaN. p is the clustered t test's, p_adjusted Holm's over the styles of one value column
+    (adjust=False leaves it to the caller, for a wider family). minimum_detectable_difference: at 80 % power and alpha
+    0.05. With a list of value columns a column `measure` follows the style.
     """
     import pandas as pd
 
@@ -430,7 +436,7 @@ def paired_summary(
         lines = [_style_line(rows, style, baseline, interval) for style in styles]
         table = pd.DataFrame(lines, columns=["style", *_SUMMARY_COLUMNS])
         table = table.rename(columns={"style": style_column})
-        table["p_adjusted"] = holm(table["p"])
+        table["p_adjusted"] = holm(table["p"]) if adjust else math.nan
         if not isinstance(value_columns, str):
             table.insert(1, "measure", name)
         tables.append(table)
@@ -484,14 +490,15 @@ def _row_means(
         labels = items[cluster].astype(object)
     else:
         labels = rows.map(cluster).astype(object)
-    alone = labels.isna()
-    labels[alone] = pd.Series([("row", row) for row in rows[alone]], index=labels.index[alone], dtype=object)
+    # Numbers for labels, rows without one numbered on: quicker, and no label can clash with a row.
+    codes, names = pd.factorize(labels)
+    codes = np.where(codes >= 0, codes, len(names) + pd.factorize(rows)[0])
     lines = pd.DataFrame(
         {
             "style": items[style_column],
             "row": rows,
             "value": items[value].astype(float),
-            "cluster": labels,
+            "cluster": codes,
             "identical": items["identical"].astype(bool),
         }
     )

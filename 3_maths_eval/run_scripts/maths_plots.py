@@ -1,0 +1,116 @@
+"""Figures of stage 3: accuracy with intervals, flipped answers, accuracy by number of edits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+from command_line import one_line
+from file_output import save_figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CLEAN_COLOUR, STYLE_COLOUR, LOST_COLOUR, WON_COLOUR = "#7f7f7f", "#4c78a8", "#d62728", "#2ca02c"
+
+
+def plot_accuracy(summary: pd.DataFrame, path: Path, baseline: str, title: str) -> None:
+    """Left: accuracy of each style with its Wilson interval. Right: paired difference to the clean form with the
+    clustered interval; the grey band is what n could not detect with 80 % power."""
+    plt = _pyplot()
+    height = 1.9 + 0.36 * len(summary)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, height), sharey=True, layout="constrained")
+    for position, line in enumerate(summary.itertuples()):
+        colour = CLEAN_COLOUR if line.style == baseline else STYLE_COLOUR
+        _interval(left, line.estimate, line.ci_low, line.ci_high, position, colour)
+        if line.style != baseline and line.difference == line.difference:
+            limit = line.minimum_detectable_difference
+            if limit == limit:
+                right.barh(position, 2 * limit, left=-limit, height=0.8, color="#e8e8e8", zorder=0)
+            _interval(right, line.difference, line.difference_ci_low, line.difference_ci_high, position, colour)
+    labels = [f"{_plain(line.style)} (n = {line.n})" for line in summary.itertuples()]
+    left.set_yticks(range(len(summary)), labels)
+    left.invert_yaxis()
+    left.set_xlim(-0.02, 1.02)
+    left.set_xlabel("share of right answers (95 % Wilson interval)")
+    right.axvline(0, color="black", linewidth=0.8)
+    right.locator_params(axis="x", nbins=6)
+    right.set_xlabel(f"difference to {baseline}, same rows (95 % interval)\ngrey: too small to detect (80 % power)")
+    for axes in (left, right):
+        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
+        axes.set_axisbelow(True)
+    figure.suptitle(_plain(title), fontsize=10)
+    save_figure(path, figure)
+
+
+def plot_flips(summary: pd.DataFrame, path: Path, baseline: str, title: str) -> None:
+    """How many answers each style turned from right to wrong (to the left) and from wrong to right (to the right)."""
+    plt = _pyplot()
+    table = summary[(summary["style"] != baseline) & summary["right_to_wrong"].notna()]
+    figure, axes = plt.subplots(figsize=(7.5, 1.9 + 0.36 * len(table)), layout="constrained")
+    widest = max([1.0, *table["right_to_wrong"], *table["wrong_to_right"]])
+    for position, line in enumerate(table.itertuples()):
+        for count, side, colour in ((line.right_to_wrong, -1, LOST_COLOUR), (line.wrong_to_right, 1, WON_COLOUR)):
+            axes.barh(position, side * count, color=colour, height=0.7)
+            axes.annotate(
+                f"{count:.0f}", (side * count, position), xytext=(3 * side, 0), textcoords="offset points",
+                ha="left" if side > 0 else "right", va="center", fontsize=8,
+            )  # fmt: skip
+    axes.set_yticks(range(len(table)), [f"{_plain(line.style)} (n = {line.n_paired})" for line in table.itertuples()])
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlim(-1.15 * widest, 1.15 * widest)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    axes.set_xlabel(f"answers, compared with {baseline}:   right → wrong   |   wrong → right")
+    axes.set_title(_plain(title), fontsize=10)
+    save_figure(path, figure)
+
+
+def plot_edits(table: pd.DataFrame, path: Path, title: str) -> None:
+    """Accuracy against the number of edits, with clustered intervals; 0 edits are the clean prompts of these rows."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(5.6, 3.9), layout="constrained")
+    positions = list(range(len(table)))
+    axes.plot(positions, table["estimate"], color=STYLE_COLOUR, linewidth=1, zorder=1)
+    for position, line in zip(positions, table.itertuples(), strict=True):
+        colour = CLEAN_COLOUR if line.edits == "0" else STYLE_COLOUR
+        _interval(axes, line.estimate, line.ci_low, line.ci_high, position, colour, upright=True)
+    axes.set_xticks(positions, [f"{line.edits}\nn = {line.n}" for line in table.itertuples()])
+    axes.set_xlim(-0.4, len(table) - 0.6)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("edits in the prompt (0: the clean form of the same rows)")
+    axes.set_ylabel("share of right answers (95 % interval)")
+    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axes.set_title(_plain(title), fontsize=10)
+    save_figure(path, figure)
+
+
+def _interval(
+    axes: Any, value: float, low: float, high: float, position: float, colour: str, upright: bool = False
+) -> None:
+    """A point with its interval; a point alone where the interval is unknown."""
+    if value != value:
+        return
+    errors = [[max(0.0, value - low)], [max(0.0, high - value)]] if low == low else None
+    style = {"fmt": "o", "color": colour, "markersize": 4.5, "capsize": 3}
+    if upright:
+        axes.errorbar([position], [value], yerr=errors, **style)
+    else:
+        axes.errorbar([value], [position], xerr=errors, **style)
+
+
+def _plain(text: str) -> str:
+    """`text` for a figure: a $ begins no formula."""
+    return one_line(text, 80).replace("$", r"\$")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
