@@ -130,7 +130,7 @@ on_time_limit() {
     near_limit=1
     if [ -z "$resumes" ]; then
         say "the time limit is near, and $name starts from the beginning each time: give it more (sbatch --time=…)"
-        return
+        return 0 # a bare return in a trap passes on the status from before the trap
     fi
     say "the time limit is near: $name finishes what is under way, then this task goes back into the queue"
     tell_processes USR1

@@ -154,7 +154,7 @@ def read_notes(run_dir: Path) -> list[JobNote]:
 
 def mended(note: JobNote) -> JobNote:
     """The note, with the state that Slurm tells where the job itself has not noted its end."""
-    if note.state != "running" and not note.state.endswith("put back") and "put back at" not in note.state:
+    if note.state != "running" and "put back" not in note.state:
         return note
     state = slurm_state(note.task)
     if state is None:
@@ -238,7 +238,7 @@ def status_lines(styles: Sequence[StyleStatus], notes: Sequence[JobNote], run_di
 def style_table(styles: Sequence[StyleStatus]) -> list[str]:
     """Rows: styles and their sum. Folders are named where there are several."""
     several = len({Path(style.folder).parent for style in styles}) > 1
-    rows = [("style", "done", "failed", "missing", "size")]
+    rows: list[tuple[str, ...]] = [("style", "done", "failed", "missing", "size")]
     for style in styles:
         name = f"{Path(style.folder).parent.name}/{style.style}" if several else style.style
         rows.append((name, str(style.done), str(style.failed), str(style.missing), gigabytes(style.bytes)))
@@ -295,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{error}; {'; '.join(note_lines(notes)) or 'its jobs are done'}") from None
     progress = progress_of(styles, args.run_dir)
     if args.json:
-        content = {"styles": styles, "jobs": notes}
-        lists = {key: [asdict(item) for item in items] for key, items in content.items()}
+        lists = {"styles": [asdict(style) for style in styles], "jobs": [asdict(note) for note in notes]}
         print(json.dumps(asdict(progress) | lists, ensure_ascii=False, indent=2))
     else:
         print("\n".join(status_lines(styles, notes, args.run_dir, time.time())))

@@ -1,0 +1,249 @@
+"""run_status.py on run folders in every state, and which steps cluster_plan.py takes for done."""
+
+import csv
+import json
+import os
+import time
+
+import cluster_plan
+import pytest
+import run_status
+import torch
+from command_line import UserError
+from run_store import FAILURE_COLUMNS, begin_run, save_pt
+
+STAGE_2_WORDS = ("--run_name", "r", "--model_name", "m")
+
+
+def write_run(folder, style, rows, files, failed=(), started=1000.0, **settings):
+    """A style's folder: `files` lists (rows, time of writing); returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "prompts.json").write_text(json.dumps(rows))
+    begin_run(folder, {"style": style, "max_samples": None} | settings, None)
+    os.utime(folder / "run.json", (started, started))
+    for number, (indices, moment) in enumerate(files):
+        path = folder / f"activations_{number:05d}_{number + 1:05d}.pt"
+        save_pt(path, {"original_indices": list(indices), "hidden": torch.zeros(len(indices), 10)})
+        os.utime(path, (moment, moment))
+    if failed:
+        with open(folder / "failures.csv", "w", newline="") as handle:
+            csv.writer(handle).writerows(
+                [FAILURE_COLUMNS, *((style, index, index + 1, "too long") for index in failed)]
+            )
+    return folder
+
+
+def rows(count, **more):
+    return [{"normal": f"a {i}", "swap": f"b {i}"} | more for i in range(count)]
+
+
+def test_prompts_are_done_failed_or_missing_and_nothing_else(tmp_path):
+    prompts = rows(10)
+    del prompts[9]["swap"]  # never asked for
+    prompts[8]["swap"] = 7  # asked for, and no prompt
+    prompts[7]["swap"] = " "
+    folder = write_run(tmp_path / "swap", "swap", prompts, [((0, 1, 2), 1060.0), ((3,), 1090.0)], failed=(7, 8, 3))
+    status = run_status.read_style(folder)
+    # Row 3 failed once and was run later: it is done. Rows 4, 5, 6 are left.
+    assert (status.done, status.failed, status.missing) == (4, 2, 3)
+    assert status.bytes == sum(path.stat().st_size for path in folder.glob("*.pt"))
+
+
+def test_max_samples_counts_rows(tmp_path):
+    folder = write_run(tmp_path / "swap", "swap", rows(10), [((0, 1), 1060.0)], max_samples=4)
+    assert run_status.read_style(folder).missing == 2
+
+
+def test_a_damaged_file_is_counted_and_its_prompts_are_missing(tmp_path):
+    folder = write_run(tmp_path / "swap", "swap", rows(4), [((0, 1), 1060.0), ((2, 3), 1060.0)])
+    path = next(folder.glob("activations_00001*"))
+    path.write_bytes(path.read_bytes()[:100])
+    status = run_status.read_style(folder)
+    assert (status.done, status.missing, status.damaged) == (2, 2, 1)
+
+
+def test_rate_and_time_left_by_hand(tmp_path):
+    first = write_run(tmp_path / "normal", "normal", rows(100), [(range(60), 1060.0), (range(60, 100), 1100.0)])
+    second = write_run(tmp_path / "swap", "swap", rows(100), [(range(20), 1200.0)])
+    styles = [run_status.read_style(folder) for folder in (first, second)]
+    progress = run_status.progress_of(styles, tmp_path)
+    assert (progress.done, progress.missing, progress.last_written) == (120, 80, 1200.0)
+    assert progress.rate == pytest.approx(120 / 200)  # 120 prompts in the 200 s since run.json
+    assert progress.seconds_left == pytest.approx(80 / 0.6)
+    assert progress.bytes_left == pytest.approx(progress.bytes / 120 * 80, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("written", "starts", "expected"),
+    [
+        ([], [0.0], None),
+        ([(50.0, 10), (100.0, 10)], [0.0], 20 / 100),
+        ([(50.0, 10), (100.0, 10)], [0.0, 60.0], 10 / 40),  # started anew: the first file is of the earlier start
+        ([(50.0, 10), (100.0, 10)], [0.0, 500.0], 20 / 100),  # started anew, nothing written since
+        ([(0.5, 1), (9000.0, 10), (10000.0, 10)], [0.0], 20 / 3600),  # its last hour
+        ([(100.0, 10)], [200.0], None),
+    ],
+)
+def test_the_rate_counts_from_the_last_start(written, starts, expected):
+    assert run_status.rate_of(written, starts) == (expected if expected is None else pytest.approx(expected))
+
+
+def test_the_table_names_styles_clean_form_first_and_where_to_look(tmp_path, capsys):
+    write_run(
+        tmp_path / "a" / "swap", "swap", rows(3), [((0,), time.time() - 60)], failed=(1,), started=time.time() - 90
+    )
+    write_run(tmp_path / "a" / "normal", "normal", rows(3), [((0, 1, 2), time.time() - 70)], started=time.time() - 90)
+    log = tmp_path / "logs" / "attn_act_logi_5_0.out"
+    note = f"task=5_0\nstate=exit code 1\ntime=1000\nlog={log}\n"
+    (tmp_path / "a" / ".job.attn_act_logi.0").write_text(note)
+    (tmp_path / "a" / ".job.attn_act_logi.1").write_text(note.replace("exit code 1", "done"))
+    assert run_status.main([str(tmp_path / "a")]) == 1
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0][:4] == ["style", "done", "failed", "missing"]
+    assert [line[:4] for line in lines[1:4]] == [
+        ["normal", "3", "0", "0"],
+        ["swap", "1", "1", "1"],
+        ["all", "4", "1", "1"],
+    ]
+    assert "job 5_0 (attn_act_logi): exit code 1 since 19" in out
+    assert out.count(f"log {log}") == 1
+    assert str(tmp_path / "a" / "swap" / "failures.csv") in out
+    assert "time left at this rate" in out
+    assert " free" in out
+
+
+def test_several_runs_and_json(tmp_path, capsys):
+    for name in ("maths", "instructions"):
+        write_run(tmp_path / name / "normal", "normal", rows(2), [((0, 1), 1060.0)])
+    assert run_status.main([str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["done"], told["missing"], told["failed"]) == (4, 0, 0)
+    assert [style["done"] for style in told["styles"]] == [2, 2]
+    assert run_status.main([str(tmp_path)]) == 0
+    assert "maths/normal" in capsys.readouterr().out
+
+
+def test_a_single_style_in_one_folder(tmp_path):
+    folder = write_run(tmp_path / "run", "normal", rows(2), [((0, 1), 1060.0)])
+    (tmp_path / "prompts.json").rename(folder / "prompts.json")
+    [status] = run_status.read_styles(folder)
+    assert (status.style, status.done, status.missing) == ("normal", 2, 0)
+
+
+@pytest.mark.parametrize(("make", "told"), [(False, "no such folder"), (True, "no run has begun there")])
+def test_where_there_is_no_run_it_says_so(tmp_path, make, told):
+    if make:
+        (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=told):
+        run_status.main([str(tmp_path / "run")])
+
+
+def test_a_job_that_failed_before_the_run_began_is_told_with_its_log(tmp_path):
+    (tmp_path / ".job.attn_act_logi.0").write_text("task=5_0\nstate=exit code 2\ntime=1000\nlog=/logs/x.out\n")
+    with pytest.raises(UserError, match=r"no run has begun.*job 5_0 \(attn_act_logi\): exit code 2 .*log /logs/x\.out"):
+        run_status.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [("echo RUNNING", "running"), ("echo PENDING", "pending"), ("true", run_status.ENDED), ("exit 1", "running"),
+     ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", run_status.ENDED)],
+)  # fmt: skip
+def test_a_job_that_could_not_note_its_end_is_asked_for_at_slurm(tmp_path, monkeypatch, answer, state):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / ".job.attn_act_logi.0").write_text("task=5_0\nstate=running\ntime=1000\nlog=x\n")
+    assert [note.state for note in run_status.read_notes(tmp_path)] == [state]
+
+
+# --- which steps are done
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """A run of stages 2, 3 and 5 on disk, each step noted as done; returns the function that plans it anew."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.json").write_text(json.dumps(rows(2, answer=1)))
+
+    def plan(*more, stages=("2", "3", "5", "report")):
+        args = cluster_plan.parse_pipeline_args(["--prompt_file", "p.json", *STAGE_2_WORDS, *more])
+        return cluster_plan.plan(args, stages)
+
+    past = time.time() - 500
+    for style in ("normal", "swap"):
+        write_run(tmp_path / "outputs" / "r" / "p" / style, style, rows(2), [((0, 1), past)], started=past)
+    os.utime(tmp_path / "outputs" / "r" / "p" / "prompts.json", (past, past))
+    for item in plan():
+        note = cluster_plan.note_of(item.step)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("".join(f"{word}\n" for word in item.step.arguments))
+        result = f"{item.stem}.csv"
+        if item.step.results:
+            (note.parent / result).write_text("x")
+            os.utime(note.parent / result, (past + 1, past + 1))
+        note.with_name(f".wrote.{item.stem}").write_text(f"./{result}\n" if item.step.results else "")
+    (tmp_path / "results" / "r" / "report.html").write_text("x")
+    return plan
+
+
+def missing(planned):
+    return [item.stem for item in planned if not item.done]
+
+
+def test_a_chain_that_is_done_needs_nothing(chain):
+    assert missing(chain()) == []
+
+
+def test_other_arguments_are_another_step(chain):
+    assert missing(chain("--max_samples", "2"))[0] == "attn_act_logi"
+
+
+def test_a_file_that_is_gone_or_new_brings_its_steps_back(chain, tmp_path):
+    results = tmp_path / "results" / "r" / "p"
+    (results / "dirs_eval.csv").unlink()
+    assert missing(chain()) == ["dirs_eval", "build_report"]
+    (results / "dirs_eval.csv").write_text("new")
+    assert missing(chain()) == ["build_report"]
+    next((tmp_path / "outputs" / "r" / "p" / "swap").glob("*.pt")).touch()
+    assert set(missing(chain())) >= {"evaluate_predictions", "dirs_eval", "head_sensitivity", "build_report"}
+
+
+def test_a_missing_prompt_brings_stage_2_and_all_after_it_back(chain, tmp_path):
+    next((tmp_path / "outputs" / "r" / "p" / "swap").glob("*.pt")).unlink()
+    assert missing(chain()) == [item.stem for item in chain()]
+    assert "attn_act_logi" not in missing(chain(stages=("3", "5", "report")))
+
+
+def test_failed_prompts_are_tried_again_unless_told_to_keep_going(chain, tmp_path):
+    folder = tmp_path / "outputs" / "r" / "p" / "swap"
+    past = time.time() - 400
+    path = next(folder.glob("*.pt"))
+    save_pt(path, {"original_indices": [0]})
+    os.utime(path, (past, past))
+    (folder / "failures.csv").write_text("style,original_index,element_index,reason\nswap,1,2,too long\n")
+    os.utime(folder / "failures.csv", (past, past))
+    assert missing(chain())[0] == "attn_act_logi"
+    assert missing(chain("--keep_going")) == []
+
+
+def test_without_stage_3_heads_are_not_given_a_file_that_nobody_makes(chain, tmp_path):
+    items = tmp_path / "results" / "r" / "p" / "maths_items.csv"
+    assert not items.exists()
+    words = {item.stem: item.step.arguments for item in chain(stages=("2", "5"))}
+    assert "--maths_items" not in words["head_sensitivity"]
+    items.write_text("x")
+    words = {item.stem: item.step.arguments for item in chain(stages=("2", "5"))}
+    assert "--maths_items" in words["head_sensitivity"]
+
+
+def test_the_models_that_are_fetched_are_those_that_will_be_loaded(chain):
+    args = cluster_plan.parse_pipeline_args(
+        ["--prompt_file", "p.json", "--run_name", "new", "--model_name", "a/b", "--reward_model", "c/d",
+         "--embedding_model", "e/f", "--", "--revision", "v1"]
+    )  # fmt: skip
+    planned = cluster_plan.plan(args, ("2", "4"))
+    assert set(cluster_plan.models_of(planned, args)) == {("a/b", "v1"), ("c/d", ""), ("e/f", "")}
+    assert cluster_plan.models_of(cluster_plan.plan(args, ("3",)), args) == []
