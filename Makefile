@@ -15,8 +15,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 
-PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo --model_name models/SmolLM2-135M-Instruct \
-  $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
+PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo \
+  --model_name models/SmolLM2-135M-Instruct --lens_rows 20 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
 CAPTURE := --neurons --entropy
 
 .PHONY: help run test stress clean check
@@ -36,7 +36,7 @@ run: $(VENV)/.installed
 # One thread a worker: the workers share the cores, and so do not fight over them.
 test: $(VENV)/.installed-dev check
 	@$(PY) 1_utils/run_scripts/fetch_models.py
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) -m "not stress"
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not stress"
 
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

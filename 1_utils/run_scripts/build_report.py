@@ -348,7 +348,8 @@ def verdicts_in(results: Path) -> dict[tuple[str, int], str]:
         return {}
     first = items.drop_duplicates(["style", "original_index"])
     marks = zip(first["style"].astype(str), first["original_index"], first["correct"], strict=True)
-    return {(style, int(row)): "right" if mark in (1, True, "True") else "wrong" for style, row, mark in marks}
+    known = {"1": "right", "1.0": "right", "True": "right", "0": "wrong", "0.0": "wrong", "False": "wrong"}
+    return {(style, int(row)): known[str(mark)] for style, row, mark in marks if str(mark) in known}
 
 
 # --- plots and tables
@@ -418,8 +419,21 @@ def headline_note(columns: Sequence[str], results: Path) -> str:
         "similarity": "similarity: cosine between the embeddings of the answer and of the clean answer",
         "attention on task": f"attention on task: share {whose.get(query, 'of attention')}, mean over layers and heads",
     }
-    notes_shown = [notes[name] for name in columns if name in notes]
-    return "; ".join([*notes_shown, f"[{DASH}]: no interval, for nothing varied"]) + "."
+    told = [notes[name] for name in columns if name in notes]
+    told.append(f"[{DASH}]: no interval, for nothing varied")
+    return "; ".join([*told, *detectable(read_table(results / "maths_summary.csv"))]) + "."
+
+
+def detectable(summary: pd.DataFrame | None) -> list[str]:
+    """The smallest accuracy difference that the run could have found, as a phrase; nothing where it is unknown."""
+    name = "minimum_detectable_difference"
+    if summary is None or name not in summary.columns or not summary[name].notna().any():
+        return []
+    low, high = (f"{100 * value:.1f}" for value in (summary[name].min(), summary[name].max()))
+    return [
+        f"accuracy differences below {low} to {high} points, depending on the style, are too small for this n to detect"
+        " (80 % power)"
+    ]
 
 
 def row_indices(run: Run, style: str) -> Iterator[int]:

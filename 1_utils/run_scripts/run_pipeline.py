@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
         calls.append(("reward scores", f"{stage_4}/score_scripts.py", ("--rm_name", args.reward_model)))
     calls.append(("attention fractions", f"{stage_5}/dirs_eval.py", ()))
     calls.append(("heads", f"{stage_5}/head_sensitivity.py", scored))
-    calls.append(("layers", f"{stage_5}/activation_diffs.py", ("--model_name", args.model_name)))
+    lens = ("--model_name", args.model_name, "--lens_rows", str(args.lens_rows)) if args.lens_rows else ()
+    calls.append(("layers", f"{stage_5}/activation_diffs.py", lens))
     if "--neurons" in args.stage2_flags:
         calls.append(("neurons", f"{stage_5}/neuron_sensitivity.py", ()))
     calls.append(("probes", f"{stage_5}/probe_layers.py", scored))
@@ -158,15 +160,21 @@ def run_step(step: Step, number: str) -> int:
         return 0
     say(f"[{number}] {step.name}\n    $ {printable(step)}")
     before = {} if step.results is None else files_in(step.results)
-    start = time.monotonic()
+    start, used = time.monotonic(), core_seconds()
     code = subprocess.run(step.command).returncode
     if code == 0 and step.results is not None:
         after = files_in(step.results)
         wrote = {name: mark for name, mark in after.items() if before.get(name) != mark}
         remember(step, {"state": state, "wrote": wrote})
     if code == 0:
-        say(f"    {time.monotonic() - start:.0f} s")
+        say(f"    {time.monotonic() - start:.0f} s, {core_seconds() - used:.0f} s of a core")
     return code
+
+
+def core_seconds() -> float:
+    """Seconds of a core that the steps so far have used."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def tolerable(step: Step, code: int, keep_going: bool) -> bool:
@@ -200,7 +208,7 @@ def state_of(step: Step) -> dict[str, Any]:
 
 
 def files_in(folder: Path) -> dict[str, list[int]]:
-    """Name → [size, time of change] of the files under a folder (or of one file); hidden ones (stamps, locks) left out."""
+    """Name → [size, time of change] of the files under a folder, or of one file; hidden ones (stamps, locks) aside."""
     found = {}
     for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith("."):
@@ -281,6 +289,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     models.add_argument("--model_name", default=DEFAULT_MODEL, help="the causal language model to study")
     models.add_argument("--embedding_model", help="for similarity; default: all-MiniLM-L6-v2, here or on the hub")
     models.add_argument("--reward_model", help=f"for reward scores, such as {REWARD_EXAMPLE}; default: none, skipped")
+    models.add_argument("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
     places = parser.add_argument_group("places")
     places.add_argument("--run_name", required=True, help="name of the folders below")
     places.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where .pt files go")
