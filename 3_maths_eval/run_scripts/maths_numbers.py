@@ -7,8 +7,9 @@ not taken for an answer.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
 
 MAX_DIGITS = 300  # longer digit strings are no answers, and Python's int() is quadratic in them
 MAX_EXPONENT = 300
@@ -77,8 +78,7 @@ def _is_markup(match: re.Match[str]) -> bool:
 # --- numbers
 
 
-@dataclass(frozen=True, slots=True)
-class Number:
+class Number(NamedTuple):
     """A number at text[start:end]. `decimals`: digits after the point as written; None for a fraction."""
 
     start: int
@@ -304,6 +304,7 @@ _WEAK_WORDS = ("one", "half", "a half", "quarter", "a quarter", "one half", "one
 _ALONE = re.compile(r"\s*(?:[.!,;)}]|\n|$)")
 
 
+@lru_cache(maxsize=8)
 def words_of(text: str) -> frozenset[str]:
     """The words of a text in small letters: a cheap test before a slow pattern."""
     return frozenset(_LETTERS.findall(text.lower()))

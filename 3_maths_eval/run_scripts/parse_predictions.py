@@ -37,7 +37,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
@@ -48,8 +48,7 @@ MIN_DECIMALS = 2  # a response rounded to fewer decimals than this must be exact
 MIN_SIGNIFICANT = 2
 
 
-@dataclass(frozen=True)
-class ParsedAnswer:
+class ParsedAnswer(NamedTuple):
     """What a response answers. status: `parsed`; `ambiguous` (several candidates: `value` is the last, or None where
     the response lists them); `none`. `percent`: written with a per cent sign, 10 % has the value 1/10. `decimals`:
     digits after the point, None for a fraction. `ellipsis`: written with three dots."""
@@ -212,7 +211,7 @@ _EQUALS_HEAD = re.compile(rf"[\s$)}}\]]{{0,4}}{_UNITS}[\s$)}}\]]{{0,4}}(?:=|≈)
 _HANGING_OPERATOR = re.compile(r"\s{0,3}(?:[-*×÷·+/^]|x(?![A-Za-z]))\s{0,3}(?:\Z|[=?])|\s{0,3}[*×÷·+^]\s{0,3}[A-Za-z(]")
 _LEFT_OPERATOR = re.compile(r"[A-Za-z)\]?]\s{0,2}[*×÷·+/^]\s{0,2}[$(]?$|(?:sqrt ?\{?|√ ?)$")
 _LABEL = re.compile(
-    r"\b(?:step|question|problem|example|exercise|equation|figure|table|chapter|option|method|case|page)s?\s?#?$|#$",
+    r"\b(?:step|question|problem|example|exercise|equation|figure|table|chapter|option|method|case|page)s?\s?#?\Z|(?<!#)#\Z",
     re.IGNORECASE,
 )
 _LIST_DOT = re.compile(r"[.)]\*{0,2}[ ]{1,3}[A-Za-z*$\\(]")
@@ -435,13 +434,13 @@ _AFTER_MARKER = re.compile(r"####[\s$:*]{0,8}")
 
 
 def _marker(reading: _Reading) -> ParsedAnswer | None:
-    match = _AFTER_MARKER.search(reading.text)
-    if match is None:
-        return None
-    line_end = reading.text.find("\n", match.end())
-    line_end = len(reading.text) if line_end < 0 else line_end
-    number = _announced(reading, match.end(), min(line_end, match.end() + 80))
-    return _found(reading.text, number, "marker") if number else None
+    for match in _AFTER_MARKER.finditer(reading.text):  # a heading (#### Step 1) announces no number
+        line_end = reading.text.find("\n", match.end())
+        line_end = len(reading.text) if line_end < 0 else line_end
+        number = _announced(reading, match.end(), min(line_end, match.end() + 80))
+        if number is not None:
+            return _found(reading.text, number, "marker")
+    return None
 
 
 _OPENING = re.compile(r"[\s:=*_\"'$(\[{~≈>.-]*\Z")
