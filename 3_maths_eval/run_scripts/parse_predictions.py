@@ -672,9 +672,9 @@ def _reversed_sum(reading: _Reading) -> ParsedAnswer | None:
 
 def _sole_or_last(reading: _Reading) -> ParsedAnswer | None:
     free = [mark for mark in reading.marks if mark.free and not mark.left_side]
-    if not free:
+    if not free and len(reading.marks) == 1:
         # `1. The first …` with no other number: the 1 may open a list or be the answer.
-        free = [mark for mark in reading.marks[:1] if mark.aside and not mark.operand and mark.number.start < 3]
+        free = [mark for mark in reading.marks if mark.aside and not mark.operand and mark.number.start < 3]
     free = [mark for mark in free if not _copied(reading, mark) and not _restates(mark.number, reading.prompt)]
     if not free:
         return None
