@@ -60,7 +60,10 @@ def stand_ins(tmp_path):
             f"#!{sys.executable}\nimport json, os, sys\n"
             f"with open({str(tmp_path / 'calls')!r}, 'a') as f:\n"
             f"    f.write(json.dumps([{name!r}, *sys.argv[1:]]) + '\\n')\n"
-            f"if sys.argv[1:2] == ['show']: print('   StartTime=x EndTime=' + os.environ.get('END_TIME', 'Unknown'))\n"
+            f"if sys.argv[1:2] == ['show']:\n"
+            f"    print('   JobState=' + os.environ.get('JOB_STATE', 'RUNNING'), 'Reason=None')\n"
+            f"    print('   StartTime=x EndTime=' + os.environ.get('END_TIME', 'Unknown'), 'Deadline=N/A')\n"
+            f"if {name!r} == 'squeue': print(os.environ.get('QUEUE', ''))\n"
         )
         (folder / name).chmod(0o755)
     (tmp_path / "calls").touch()
@@ -146,10 +149,10 @@ def submit(checkout, cwd, stand_ins, *words, **environment):
 
 
 def planned(out):
-    """Commands of a dry run as lists of words, by job name."""
-    lines = [shlex.split(line.removeprefix("would submit: ")) for line in out.splitlines() if "would submit" in line]
-    names = [next(word.partition("=")[2] for word in line if word.startswith("--job-name=")) for line in lines]
-    return dict(zip(names, lines, strict=True))
+    """Commands of a dry run as lists of words, by job name; the first word is the name that others wait for."""
+    lines = re.findall(r"^would submit (JOB\d+): sbatch (.*)", out, re.M)
+    words = [[number, *shlex.split(line)] for number, line in lines]
+    return {next(word.partition("=")[2] for word in line if word.startswith("--job-name=")): line for line in words}
 
 
 def test_site_env_as_it_is_shipped_is_refused_in_one_line(checkout, tmp_path, stand_ins):
@@ -184,8 +187,8 @@ def test_a_dry_run_prints_the_chain_and_does_nothing(checkout, tmp_path, stand_i
     assert capture[-2:] == ["--stop_strings", "a b"]
     assert "--partition=small" in jobs["dirs_eval"]
     assert not [word for word in jobs["dirs_eval"] if word.startswith(("--gres", "--array", "--time"))]
-    order = {name: f"JOB{number}" for number, name in enumerate(jobs)}
-    waits = {name: set(re.findall(r"JOB\d+", " ".join(words))) for name, words in jobs.items()}
+    order = {name: words[0] for name, words in jobs.items()}
+    waits = {name: set(re.findall(r"JOB\d+", " ".join(words[1:]))) for name, words in jobs.items()}
     assert waits["check_prompts"] == set()
     assert waits["attn_act_logi"] == {order["check_prompts"]}
     assert waits["dirs_eval"] == {order["attn_act_logi"]}
@@ -195,6 +198,20 @@ def test_a_dry_run_prints_the_chain_and_does_nothing(checkout, tmp_path, stand_i
     assert all("--kill-on-invalid-dep=yes" in words for words in jobs.values())
     assert list((tmp_path / "w d").iterdir()) == []
     assert calls(tmp_path, "sbatch") == []
+
+
+def test_what_is_in_the_queue_is_waited_for_and_not_submitted_again(checkout, tmp_path, stand_ins):
+    write_prompts(tmp_path / "p.json")
+    folder = tmp_path / "w d" / "outputs" / "r" / "p"
+    queue = f"40|attn_act_logi|{folder} \n41|dirs_eval|{folder}\n42|attn_act_logi|{folder}2\n"
+    words = ("--", "--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", "m")
+    for stages in ("2,5", "5"):
+        code, out, _ = submit(
+            checkout, tmp_path / "w d", stand_ins, "--dry-run", "--stages", stages, *words, QUEUE=queue
+        )
+        jobs = planned(out)
+        assert (code, set(jobs)) == (0, {"dirs_eval", "head_sensitivity", "activation_diffs", "probe_layers"})
+        assert all("--dependency=afterok:40" in words for words in jobs.values())
 
 
 @pytest.mark.parametrize(
@@ -330,6 +347,13 @@ def test_a_killed_process_goes_back_three_times_at_most(checkout, tmp_path, stan
     os.kill(int(wait_for(tmp_path / "out dir" / "pid")), signal.SIGKILL)
     assert job.wait(20) == 137
     assert (["scontrol", "requeue", "10_2"] in calls(tmp_path, "scontrol")) == again
+
+
+def test_a_task_that_slurm_has_cancelled_is_not_brought_back(checkout, tmp_path, stand_ins, sleeper):
+    job = start_stage(checkout, tmp_path, stand_ins, "--resumes", *sleeper, JOB_STATE="CANCELLED")
+    os.kill(int(wait_for(tmp_path / "out dir" / "pid")), signal.SIGKILL)
+    assert job.wait(20) == 137
+    assert ["scontrol", "requeue", "10_2"] not in calls(tmp_path, "scontrol")
 
 
 def test_a_task_does_not_go_back_for_ever(checkout, tmp_path, stand_ins, sleeper):

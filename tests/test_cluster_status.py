@@ -176,7 +176,7 @@ def chain(tmp_path, monkeypatch):
     for style in ("normal", "swap"):
         write_run(tmp_path / "outputs" / "r" / "p" / style, style, rows(2), [((0, 1), past)], started=past)
     os.utime(tmp_path / "outputs" / "r" / "p" / "prompts.json", (past, past))
-    for item in plan():
+    for item in [item for item in plan() if item.chosen]:
         note = cluster_plan.note_of(item.step)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text("".join(f"{word}\n" for word in item.step.arguments))
@@ -190,7 +190,7 @@ def chain(tmp_path, monkeypatch):
 
 
 def missing(planned):
-    return [item.stem for item in planned if not item.done]
+    return [item.stem for item in planned if item.state == "missing"]
 
 
 def test_a_chain_that_is_done_needs_nothing(chain):
@@ -213,8 +213,16 @@ def test_a_file_that_is_gone_or_new_brings_its_steps_back(chain, tmp_path):
 
 def test_a_missing_prompt_brings_stage_2_and_all_after_it_back(chain, tmp_path):
     next((tmp_path / "outputs" / "r" / "p" / "swap").glob("*.pt")).unlink()
-    assert missing(chain()) == [item.stem for item in chain()]
+    assert missing(chain()) == [item.stem for item in chain() if item.chosen]
     assert "attn_act_logi" not in missing(chain(stages=("3", "5", "report")))
+
+
+def test_a_stage_that_is_left_out_is_named_so_that_it_can_be_waited_for(chain):
+    planned = chain(stages=("5",))
+    states = {item.stem: item.state for item in planned}
+    assert states["attn_act_logi"] == states["evaluate_predictions"] == states["build_report"] == "left out"
+    heads = next(item for item in planned if item.stem == "head_sensitivity")
+    assert {planned[number].stem for number in heads.after} == {"attn_act_logi"}
 
 
 def test_failed_prompts_are_tried_again_unless_told_to_keep_going(chain, tmp_path):

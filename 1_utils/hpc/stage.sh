@@ -107,9 +107,10 @@ exit_code() { # of the script: what its processes left, the gravest first; witho
     { grep -vx "$STOPPED" <<<"$found" | grep -vx 0 || grep -x "$STOPPED" <<<"$found" || echo 0; } | head -n 1
 }
 
-note_end() { # what submit.sh needs to know that this need not be done again
+note_end() { # what submit.sh needs to know that this need not be done again; before `record` changes its file's time
     [ -n "$place" ] || return 0
-    (cd "$place" && find . -maxdepth 1 -type f -newer "$STAGE_NOTES/began" ! -name '.*') >"$place/.wrote.$name"
+    (cd "$place" && find . -maxdepth 1 -type f -newer ".job.$name.${SLURM_ARRAY_TASK_ID:-0}" ! -name '.*') \
+        >"$place/.wrote.$name"
     printf '%s\n' "$@" >"$place/.done.$name"
 }
 
@@ -147,9 +148,13 @@ on_terminate() { # preemption, or scancel: Slurm decides what becomes of the job
     tell_processes TERM
 }
 
+job_field() { # what Slurm says of this task
+    scontrol show job "$task" | sed -n "s/.* $1=\([^ ]*\).*/\1/p" | head -n 1
+}
+
 seconds_left() {
     local end
-    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' | head -n 1)
+    end=$(job_field EndTime)
     end=$(date -d "$end" +%s 2>/dev/null) && echo $((end - $(date +%s)))
 }
 
@@ -158,6 +163,12 @@ may_restart() { # fewer than $1 restarts so far?
 }
 
 put_back() {
+    local state
+    state=$(job_field JobState)
+    if [ -n "$state" ] && [ "$state" != RUNNING ]; then # a job that was cancelled is not brought back to life
+        say "Slurm has ended task $task ($state): it does not go back into the queue"
+        return 0
+    fi
     say "task $task goes back into the queue"
     record "$@"
     scontrol requeue "$task" || say "Slurm did not take it back: submit it again, and it goes on from there"
@@ -180,7 +191,6 @@ export PYTHONUNBUFFERED=1 TQDM_MININTERVAL="${TQDM_MININTERVAL:-30}" # a log is 
 say "$name on $(hostname), job $task, start $((restarts + 1))"
 printf '  $ python %s' "$script" && printf ' %q' "$@" && echo
 record running
-touch "$STAGE_NOTES/began"
 trap on_time_limit USR1
 trap on_terminate TERM
 code=0
@@ -192,15 +202,12 @@ while [ -n "$signalled" ]; do # a trap interrupts `wait`, which then returns the
     wait "$child" || code=$?
 done
 trap '' USR1 TERM
-if [ -n "$watchdog" ]; then
-    pkill -P "$watchdog" || true
-    kill "$watchdog" 2>/dev/null || true
-fi
+if [ -n "$watchdog" ]; then kill "$watchdog" 2>/dev/null || true; fi
 code=$(exit_code "$code")
 
 if [ "$code" = 0 ]; then
-    record "done"
     note_end "$@"
+    record "done"
     say "$name is done"
 elif [ -n "$resumes" ] && [[ "$code" == "$STOPPED" || "$code" == "$BY_USR1" ]]; then
     say "$name was stopped; what it has is kept, and the same command goes on from there"
@@ -212,8 +219,8 @@ elif [ "$code" = "$KILLED" ]; then
     if may_restart "$KILLED_MOST"; then put_back "killed and put back"; fi
 else
     say "$name ended with exit code $code, the reason is above; jobs that depend on this one are cancelled"
-    record "exit code $code"
     # 1: all was tried and some prompts failed; submit.sh counts them.
     if [ "$code" = 1 ] && [ -n "$resumes" ]; then note_end "$@"; fi
+    record "exit code $code"
 fi
 exit "$code"

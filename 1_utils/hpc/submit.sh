@@ -147,7 +147,7 @@ submit_one() { # job number $1 with its words in `words`: sets ids[$1]
         dry-run)
             ids[$1]="JOB$1"
             add_dependency "$1"
-            printf 'would submit: sbatch' && printf ' %q' "${options[@]}" "${files[$1]}" "${words[@]}" && echo
+            printf '%s' "would submit ${ids[$1]}: sbatch" && printf ' %q' "${options[@]}" "${files[$1]}" "${words[@]}" && echo
             ;;
         test-only)
             # A dependency needs a job's number, which nothing has yet.
@@ -182,14 +182,15 @@ if [ "$mode" = submit ]; then
 fi
 for ((n = 0; n < ${#stems[@]}; n++)); do
     words=("${all_words[@]:${first_word[$n]}:${counts[n]}}")
-    queued=""
-    if [ "${states[n]}" = missing ]; then queued=$(in_queue "${stems[n]}" "${folders[n]}"); fi
     if [ "${states[n]}" = "done" ]; then
         echo "done before: ${stems[n]}  ${folders[n]}"
-    elif [ -n "$queued" ]; then
+        continue
+    fi
+    queued=$(in_queue "${stems[n]}" "${folders[n]}")
+    if [ -n "$queued" ]; then
         ids[n]=$queued
         echo "in the queue: $queued  ${stems[n]}  ${folders[n]}"
-    else
+    elif [ "${states[n]}" = missing ]; then
         submit_one "$n"
     fi
 done

@@ -33,11 +33,20 @@ CAPTURE, ACCURACY, CHECK = "attn_act_logi", "evaluate_predictions", "check_promp
 
 @dataclass(frozen=True)
 class Planned:
-    """A step, the numbers of the steps whose success it waits for, and whether it is done."""
+    """A step, the numbers of the steps whose success it waits for, and what becomes of it.
+
+    `done` is False for a step that is to be submitted; one that is not `chosen` is waited for where it is in the queue.
+    """
 
     step: Step
     after: tuple[int, ...]
     done: bool
+    chosen: bool
+
+    @property
+    def state(self) -> str:
+        """`done`, `missing`, or `left out` by --stages."""
+        return ("done" if self.done else "missing") if self.chosen else "left out"
 
     @property
     def stem(self) -> str:
@@ -59,22 +68,24 @@ class Planned:
 
 
 def plan(args: argparse.Namespace, stages: Sequence[str]) -> list[Planned]:
-    """The chosen steps in order, each after the chosen steps that make what it reads."""
+    """All steps in order, each after the steps that make what it reads."""
     jobs = jobs_of(args)
-    chains = [[check_step(job), *steps_of(job, args)] for job in jobs]
-    chosen = [[fitted(step, stages) for step in chain if stage_of(step) in stages] for chain in chains]
     planned: list[Planned] = []
-    for job, chain in zip(jobs, chosen, strict=True):
+    for job in jobs:
         first = len(planned)
+        chain = [fitted(step, stages) for step in (check_step(job), *steps_of(job, args))]
         for step in chain:
             after = tuple(first + i for i, earlier in enumerate(chain) if feeds(earlier, step, job))
-            done = is_done(step, job, args.keep_going) and all(planned[i].done for i in after)
-            planned.append(Planned(step, after, done))
-    if "report" in stages:
-        report = report_step(jobs, args)
-        done = has_ended_well(report) and all(item.done for item in planned)
-        planned.append(Planned(report, tuple(range(len(planned))), done))
-    return planned
+            done = is_done(step, job, args.keep_going) and not any_missing(planned, after)
+            planned.append(Planned(step, after, done, stage_of(step) in stages))
+    report, after = report_step(jobs, args), tuple(range(len(planned)))
+    done = has_ended_well(report) and not any_missing(planned, after)
+    return [*planned, Planned(report, after, done, "report" in stages)]
+
+
+def any_missing(planned: Sequence[Planned], numbers: Sequence[int]) -> bool:
+    """Whether one of these steps is to be submitted."""
+    return any(planned[number].state == "missing" for number in numbers)
 
 
 def check_step(job: Job) -> Step:
@@ -197,7 +208,7 @@ def models_of(planned: Sequence[Planned], args: argparse.Namespace) -> list[tupl
     needed = {CAPTURE: (args.model_name, revision), "activation_diffs": (args.model_name, revision)}
     needed |= {"compare_responses": (embedding_model(args.embedding_model), "")}
     needed |= {"score_scripts": (args.reward_model or "", "")}
-    found = [needed[item.stem] for item in planned if item.stem in needed and not item.done]
+    found = [needed[item.stem] for item in planned if item.stem in needed and item.state == "missing"]
     return list(dict.fromkeys(found))
 
 
@@ -214,20 +225,19 @@ def print_table(planned: Sequence[Planned]) -> None:
     """One line a step."""
     for number, item in enumerate(planned):
         after = f"after {' '.join(map(str, item.after))}" if item.after else ""
-        print(f"{number:>3}  {'done' if item.done else 'missing':8} {item.stem:22} {item.folder}  {after}")
+        print(f"{number:>3}  {item.state:8} {item.stem:22} {item.folder}  {after}")
 
 
 def print_fields(planned: Sequence[Planned], models: Sequence[tuple[str, str]]) -> None:
-    """For each model: `model`, name, revision. For each step: `step`, stem, .slurm file, folder, done or missing,
+    """For each model: `model`, name, revision. For each step: `step`, stem, .slurm file, folder, state,
     numbers of the steps to wait for, number of arguments, the arguments. Each field ends in a NUL byte."""
     fields: list[str] = []
     for name, revision in models:
         fields += ["model", name, revision]
     for item in planned:
-        state = "done" if item.done else "missing"
         after = " ".join(map(str, item.after))
         arguments = item.step.arguments
-        fields += ["step", item.stem, str(item.slurm_file), str(item.folder), state, after]
+        fields += ["step", item.stem, str(item.slurm_file), str(item.folder), item.state, after]
         fields += [str(len(arguments)), *arguments]
     sys.stdout.write("".join(f"{field}\0" for field in fields))
 
