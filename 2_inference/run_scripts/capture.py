@@ -211,35 +211,35 @@ class _Pass:
                 mask: torch.Tensor | None, keep_map: bool, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip  # noqa: E501
         """As `_by_values`, by explicit maps of a block of queries at a time: raw layers, entropy, eager models."""
         batch, heads, queries, _ = q.shape
+        size, dtype = v.shape[-1], v.dtype
         step = queries if keep_map else max(1, MAP_ELEMENTS // (batch * heads * k.shape[2]))
-        outputs, masses, entropies, maps = [], [], [], []
-        regions = self.on(self.keys, v)[:, None]  # [B, 1, Sk, R]
+        both, entropies = [], []
+        regions = self.on(self.keys, v, dtype)[:, None].expand(-1, v.shape[1], -1, -1)
+        wide = torch.cat([v, regions], dim=-1)  # one product gives the output and the mass
         for start in range(0, queries, step):
             block = slice(start, min(start + step, queries))
             seen = self._block_mask(mask, q, k, block)
-            output, probs = self._eager(delegate, module, q[:, :, block], k, v, seen, **kwargs)
-            outputs.append(output)
-            masses.append((probs.float() @ regions).transpose(1, 2))
+            output, probs = self._eager(delegate, module, q[:, :, block], k, wide, seen, **kwargs)
+            both.append(output)
             if self.options.entropy:
                 entropies.append(self._relative_entropy(probs.float(), seen))
-            if keep_map:
-                maps.append(probs.detach())
-        if keep_map:
-            self.maps[module.layer_idx] = torch.cat(maps, dim=2)
+            if keep_map:  # then this is the only block
+                self.maps[module.layer_idx] = probs.detach()
         if entropies:
             weights = self.on(self.queries, q)[:, None]  # [B, 1, Q, S]
             self.entropy[module.layer_idx] = (weights @ torch.cat(entropies, dim=2)[..., None])[..., 0]
-        return torch.cat(outputs, dim=1), torch.cat(masses, dim=1)
+        whole = both[0] if len(both) == 1 else torch.cat(both, dim=1)
+        return whole[..., :size].contiguous(), whole[..., size:]
 
     def _eager(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         if self.recorder.base_attention == "eager":
             return delegate(module, q, k, v, mask, **kwargs)
         groups = q.shape[1] // k.shape[1]
-        scores = q @ k.repeat_interleave(groups, dim=1).transpose(2, 3) * kwargs["scaling"]
+        scores = (q * kwargs["scaling"]) @ k.repeat_interleave(groups, dim=1).transpose(2, 3)
         if mask is not None:
             floor = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill(~mask, floor) if mask.dtype == torch.bool else scores + mask
+            scores = scores.masked_fill_(~mask, floor) if mask.dtype == torch.bool else scores.add_(mask)
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         return (probs @ v.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), probs
 
