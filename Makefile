@@ -16,7 +16,8 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 
 PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo \
-  --model_name models/SmolLM2-135M-Instruct --lens_rows 20 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
+  --model_name models/SmolLM2-135M-Instruct --lens_rows 20 \
+  --probe_layers 0 5 10 15 20 25 30 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
 CAPTURE := --neurons --entropy
 
 .PHONY: help run test stress clean check
@@ -31,6 +32,7 @@ run: $(VENV)/.installed
 	@$(PIPELINE) --prompt_file 0_data/maths.json --max_samples 60 --few_shot_file 0_data/few_shot_maths.txt \
 	  -- --max_new_tokens 16 $(CAPTURE)
 	@$(PIPELINE) --prompt_file 0_data/instructions.json --max_samples 12 \
+	  --styles normal swap three real_word split polite urgent \
 	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE)
 
 # One thread a worker: the workers share the cores, and so do not fight over them.

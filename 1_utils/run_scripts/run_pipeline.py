@@ -102,9 +102,14 @@ def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
     calls.append(("layers", f"{stage_5}/activation_diffs.py", lens))
     if "--neurons" in args.stage2_flags:
         calls.append(("neurons", f"{stage_5}/neuron_sensitivity.py", ()))
-    calls.append(("probes", f"{stage_5}/probe_layers.py", scored))
-    reads = {name: (job.output, items) if extra == scored != () else (job.output,) for name, _, extra in calls}
-    steps = [Step(name, script, (*folders, *extra), reads[name], job.results) for name, script, extra in calls]
+    layers = ("--layers", *map(str, args.probe_layers)) if args.probe_layers else ()
+    calls.append(("probes", f"{stage_5}/probe_layers.py", (*scored, *layers)))
+    steps = [
+        Step(
+            name, script, (*folders, *extra), (job.output, items) if str(items) in extra else (job.output,), job.results
+        )
+        for name, script, extra in calls
+    ]
     return [capture_step(job, args), *steps]
 
 
@@ -289,7 +294,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     models.add_argument("--model_name", default=DEFAULT_MODEL, help="the causal language model to study")
     models.add_argument("--embedding_model", help="for similarity; default: all-MiniLM-L6-v2, here or on the hub")
     models.add_argument("--reward_model", help=f"for reward scores, such as {REWARD_EXAMPLE}; default: none, skipped")
-    models.add_argument("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
+    depth = parser.add_argument_group("how much of the slow analyses")
+    depth.add_argument("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
+    depth.add_argument("--probe_layers", type=int, nargs="+", help="layers that are probed; default: all")
     places = parser.add_argument_group("places")
     places.add_argument("--run_name", required=True, help="name of the folders below")
     places.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where .pt files go")
