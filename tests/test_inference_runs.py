@@ -172,7 +172,9 @@ def test_shards_in_any_order_make_the_same_files(model_dir, prompt_file, tmp_pat
     more = ["--response_logprobs"]
     assert run(model_dir, prompt_file, tmp_path / "one", *more) == 0
     for shard in (3, 0, 4, 1, 2):
+        before = len(list(tmp_path.glob("five/*/*.pt")))
         assert run(model_dir, prompt_file, tmp_path / "five", "--shard", f"{shard}/5", *more) == 0
+        assert 1 <= len(list(tmp_path.glob("five/*/*.pt"))) - before <= 3  # 11 files in all: a fair share each
     assert len(pt_files(tmp_path / "five" / "normal")) == 6
     assert_same_run(tmp_path / "five", tmp_path / "one")
 
@@ -305,6 +307,24 @@ def test_a_signal_keeps_what_was_under_way(model_dir, prompt_file, small_files, 
     assert 0 < kept < len(rows_by_key(small_files))
     assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "4") == 0
     assert_same_run(tmp_path / "run", small_files)
+
+
+def test_memory_does_not_grow_with_the_number_of_prompts(model_dir, tmp_path, monkeypatch):
+    import background_writer
+    import bench_capture
+
+    resident = []
+    write = background_writer.BackgroundWriter.write
+    monkeypatch.setattr(
+        background_writer.BackgroundWriter,
+        "write",
+        lambda self, *args: (resident.append(bench_capture.status_kb("VmRSS")), write(self, *args))[1],
+    )
+    prompts = write_prompts(tmp_path / "prompts.json", 5000)
+    more = ["--prompt_keys", "normal", "--max_new_tokens", "2", "--raw_layers", "0"]
+    assert run(model_dir, prompts, tmp_path / "run", *more) == 0
+    assert len(resident) == 79  # files of 64 rows
+    assert resident[-1] <= 1.05 * resident[8]  # two windows of prompts are held at a time
 
 
 # --- shortage

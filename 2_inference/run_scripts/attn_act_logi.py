@@ -273,7 +273,8 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     itemsize = getattr(torch, model["dtype"]).itemsize
     cost = row_cost(config, capture_options(args), len(style.names), len(style.pooled), itemsize)
     index, count = args.shard
-    files = [positions for i, positions in enumerate(plan_files(style.lengths, cost)) if i % count == index]
+    first = list(reader.file.style_counts).index(style_name)  # else the only file of every small style fell to shard 0
+    files = [positions for i, positions in enumerate(plan_files(style.lengths, cost), first) if i % count == index]
     return StyleJob(style, folder, run_settings(args, reader.file, style, model), cost, files, {})
 
 
