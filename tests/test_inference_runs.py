@@ -324,7 +324,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts(model_dir, tmp_path, mo
     more = ["--prompt_keys", "normal", "--max_new_tokens", "2", "--raw_layers", "0"]
     assert run(model_dir, prompts, tmp_path / "run", *more) == 0
     assert len(resident) == 79  # files of 64 rows
-    assert resident[-1] <= 1.05 * resident[8]  # two windows of prompts are held at a time
+    assert resident[-1] <= 1.05 * resident[8]  # from when two windows of prompts have been held at once
 
 
 # --- shortage
