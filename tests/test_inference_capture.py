@@ -136,7 +136,7 @@ def test_entropy_is_relative_to_what_the_query_may_see(tmp_path, family, reuse_p
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_text_equals_generate_without_capture(tmp_path, family):
     reader = prompt_reader(tmp_path)
-    style, prompts, results = captured(tiny_models.model(family), reader, CaptureOptions(raw_layers=(0,)), 2, False)
+    _, prompts, results = captured(tiny_models.model(family), reader, CaptureOptions(raw_layers=(0,)), 2, False)
     plain = tiny_models.model(family)
     for prompt, result in zip(prompts, results, strict=True):
         ids = torch.tensor([prompt.input_ids])
