@@ -179,6 +179,7 @@ def test_intervals_as_text():
     assert Interval(0.5834, 0.457, 0.699).text(percent=True) == "58.3 [45.7, 69.9]"
     assert Interval(-0.05, -0.12, 0.02).text(percent=True, signed=True) == "−5.0 [−12.0, +2.0]"
     assert Interval(0.24, 0.2333, 0.2489).text() == "0.240 [0.233, 0.249]"
+    assert Interval(0.001, 0.0002, 0.0018).text(signed=True) == "+0.0010 [+0.0002, +0.0018]"
     assert Interval(float("nan")).text() == "–"
     assert Interval(0.0).text(percent=True, signed=True) == "+0.0 [–]"
     assert Interval(-0.0001, -0.01, 0.01).text(percent=True, signed=True).startswith("+0.0 ")
@@ -203,6 +204,19 @@ def test_every_estimate_stands_with_its_interval():
     merged = merge_intervals(frame)
     assert list(merged.columns) == ["style", "estimate", "frac_task", "difference"]
     assert merged.iloc[0].tolist() == ["a", "0.500 [0.400, 0.600]", "0.200 [0.100, 0.300]", "+0.100 [−0.100, +0.300]"]
+
+
+def test_intervals_of_other_names_are_merged_too():
+    line = {
+        "auc": 0.9,
+        "ci_low": 0.8,
+        "ci_high": 1.0,
+        "control_auc": 0.5,
+        "control_ci_low": 0.4,
+        "control_ci_high": 0.6,
+    }
+    merged = merge_intervals(pd.DataFrame([line]))
+    assert merged.iloc[0].to_dict() == {"auc": "0.900 [0.800, 1.000]", "control_auc": "0.500 [0.400, 0.600]"}
 
 
 def test_long_tables_say_how_long_they_are():

@@ -61,14 +61,21 @@ class Interval:
         """`58.3 [45.7, 69.9]`, in percent where asked, with a sign where asked; a dash where unknown."""
         if not self.known:
             return DASH
-        numbers = [_decimal(value, percent, signed) for value in (self.estimate, self.low, self.high)]
+        digits = 1 if percent else self.digits
+        numbers = [_decimal(value, digits, percent, signed) for value in (self.estimate, self.low, self.high)]
         if math.isnan(self.low) or math.isnan(self.high):
             return f"{numbers[0]} [{DASH}]"
         return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
+    @property
+    def digits(self) -> int:
+        """Decimals that show the interval's width with two digits; 3 to 6."""
+        width = self.high - self.low
+        return min(6, max(3, 1 - math.floor(math.log10(width)))) if width > 0 else 3
 
-def _decimal(value: float, percent: bool, signed: bool) -> str:
-    text = f"{100 * value:+.1f}" if percent else f"{value:+.3f}"
+
+def _decimal(value: float, digits: int, percent: bool, signed: bool) -> str:
+    text = f"{100 * value if percent else value:+.{digits}f}"
     if float(text) == 0:
         text = text.replace("-", "+")
     return (text if signed else text.removeprefix("+")).replace("-", "\u2212")
@@ -126,19 +133,27 @@ def to_table(frame: pd.DataFrame, source: str, columns: Sequence[str] = (), tota
     """The chosen columns (default: all) as text, each estimate merged with its interval into one cell."""
     shown = merge_intervals(frame.head(MAX_ROWS))
     names = [name for name in dict.fromkeys(columns) if name in shown.columns] or list(shown.columns)
-    lines = shown[names].itertuples(index=False)
-    rows = [[format_cell(name, value) for name, value in zip(names, line, strict=True)] for line in lines]
+    cells = {name: [format_cell(name, value) for value in shown[name]] for name in names}
+    names = [name for name in names if set(cells[name]) - {DASH}]  # a column that says nothing goes
+    rows = [list(line) for line in zip(*(cells[name] for name in names), strict=True)]
     return Table(source, [name.replace("_", " ") for name in names], rows, total or len(frame))
 
 
+# Columns whose interval is not named after them.
+INTERVALS = {
+    "estimate": ("ci_low", "ci_high"),
+    "auc": ("ci_low", "ci_high"),
+    "control_auc": ("control_ci_low", "control_ci_high"),
+    "difference_to_split": ("difference_ci_low", "difference_ci_high"),
+}
+
+
 def merge_intervals(frame: pd.DataFrame) -> pd.DataFrame:
-    """Replace `x`, `x_ci_low`, `x_ci_high` (and `estimate`, `ci_low`, `ci_high`) by one text column `x`."""
+    """Replace `x`, `x_ci_low`, `x_ci_high` (and the columns of INTERVALS) by one text column `x`."""
     merged = frame.copy()
-    pairs = {name: (f"{name}_ci_low", f"{name}_ci_high") for name in frame.columns}
-    if "estimate" in pairs:
-        pairs["estimate"] = ("ci_low", "ci_high")
-    for name, (low, high) in pairs.items():
-        if low in frame.columns and high in frame.columns:
+    for name in frame.columns:
+        low, high = INTERVALS.get(name, (f"{name}_ci_low", f"{name}_ci_high"))
+        if {low, high} <= set(merged.columns):
             numbers = zip(frame[name], frame[low], frame[high], strict=True)
             signed = "difference" in name or "change" in name
             merged[name] = [Interval(*map(float, three)).text(signed=signed) for three in numbers]

@@ -43,6 +43,8 @@ SUMMARY = (
     "p", "p_mcnemar", "p_adjusted",
 )  # fmt: skip
 
+ANSWERS = ("style", "n", "estimate", "difference", "p", "p_adjusted")  # no difference where there is but one sample
+
 SECTIONS = (
     Section(
         "Are the answers right?",
@@ -68,7 +70,13 @@ SECTIONS = (
             Plots("judge*.png", "A judge's verdict on the answers, by style."),
         ),
         (
-            TableOf("similarity_summary.csv", "Answers beside the clean answers", ("style", "measure", *SUMMARY)),
+            TableOf("similarity_summary.csv", "Similarity to the clean answer", ANSWERS, (("measure", "similarity"),)),
+            TableOf(
+                "similarity_summary.csv",
+                "Share of answers that are word for word the clean answer",
+                ANSWERS,
+                (("measure", "exact_match"),),
+            ),
             TableOf("rewards_summary.csv", "Reward scores by style", SUMMARY),
             TableOf("judge_summary.csv", "A judge's verdict by style"),
         ),
@@ -87,11 +95,18 @@ SECTIONS = (
         (
             TableOf(
                 "prompt_task_fraction_aggregate.csv",
-                "Attention fractions by style; density 1 is even attention",
+                "Attention on the task; baseline: share of tokens; density 1 is even attention",
                 (
                     "style", "n", "frac_task", "frac_task_baseline", "frac_task_density", "frac_task_difference",
-                    "frac_task_p_adjusted", "frac_prompt", "frac_prompt_baseline", "frac_prompt_difference",
-                    "frac_prompt_p_adjusted",
+                    "frac_task_p", "frac_task_p_adjusted",
+                ),
+            ),
+            TableOf(
+                "prompt_task_fraction_aggregate.csv",
+                "Attention on the instruction",
+                (
+                    "style", "n", "frac_prompt", "frac_prompt_baseline", "frac_prompt_density",
+                    "frac_prompt_difference", "frac_prompt_p", "frac_prompt_p_adjusted",
                 ),
             ),
         ),
@@ -115,7 +130,8 @@ SECTIONS = (
         (
             TableOf(
                 "head_sensitivity.csv",
-                "The three heads of each style whose attention to the edited words changes most surely",
+                "The three heads of each style whose attention to the edited words changes most surely (picked from the "
+                "same data, so their effects look larger than they are)",
                 ("style", "layer", "head", "n", "clean", "estimate", "difference", "effect_size", "p", "p_adjusted"),
                 (("measure", "edited_mass_last"),),
                 3,
@@ -144,6 +160,12 @@ SECTIONS = (
             ),
         ),
         (
+            TableOf(
+                "probe_layers.csv",
+                "Is there a typo? AUC of a probe of the last token, all typo styles together; control: shuffled labels",
+                ("style", "layer", "n", "n_clusters", "auc", "p_adjusted", "control_auc"),
+                (("style", "all_typos"), ("target", "typo"), ("region", "last")),
+            ),
             TableOf(
                 "activation_diffs_summary.csv",
                 "Recovery depth and next-token change by style, beside the split control",
