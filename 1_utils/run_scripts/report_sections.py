@@ -130,8 +130,8 @@ SECTIONS = (
         (
             TableOf(
                 "head_sensitivity.csv",
-                "The three heads of each style whose attention to the edited words changes most surely (picked from the "
-                "same data, so their effects look larger than they are)",
+                "The three heads of each style whose attention to the edited words changes most surely (picked from "
+                "the same data, so their effects look larger than they are)",
                 ("style", "layer", "head", "n", "clean", "estimate", "difference", "effect_size", "p", "p_adjusted"),
                 (("measure", "edited_mass_last"),),
                 3,
