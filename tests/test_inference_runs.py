@@ -14,6 +14,7 @@ from pathlib import Path
 
 import attn_act_logi
 import decoding
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -191,6 +192,24 @@ def test_second_call_finds_all_done(model_dir, prompt_file, undisturbed, monkeyp
 def test_another_runs_folder_is_refused_by_the_difference(model_dir, prompt_file, undisturbed):
     with pytest.raises(UserError, match=r"other settings \(generation: .*max_new_tokens': 6.*max_new_tokens': 7"):
         run(model_dir, prompt_file, undisturbed, "--max_new_tokens", "7")
+
+
+def test_a_style_of_another_run_in_the_folder_is_refused(model_dir, prompt_file, tmp_path):
+    clean = ["--prompt_keys", "normal", "--max_samples", "3"]
+    assert run(model_dir, prompt_file, tmp_path / "run", *clean) == 0
+    other = ["--prompt_keys", "swap", "--max_samples", "3", "--few_shot_file", str(prompt_file)]
+    with pytest.raises(UserError, match=r"a style of another run .*few_shot_text"):
+        run(model_dir, prompt_file, tmp_path / "run", *other)
+    with pytest.raises(UserError, match="a style of another run"):
+        run(model_dir, prompt_file, tmp_path / "run", *other, "--overwrite")
+    assert run(model_dir, prompt_file, tmp_path / "run", "--prompt_keys", "swap", "--max_samples", "3") == 0
+
+
+def test_a_run_does_not_depend_on_the_working_directory(model_dir, prompt_file, tmp_path, monkeypatch):
+    clean = ["--prompt_keys", "normal", "--max_samples", "3"]
+    assert run(model_dir, prompt_file, tmp_path / "run", *clean) == 0
+    monkeypatch.chdir(prompt_file.parent)
+    assert run(model_dir, Path(prompt_file.name), tmp_path / "run", *clean) == 0
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "rows missing"])
@@ -388,6 +407,49 @@ def test_a_prompt_that_cannot_run_alone_is_told_and_tried_again(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def test_a_prompt_that_fits_alone_waits_for_room(model_dir, prompt_file, undisturbed, tmp_path, monkeypatch):
+    forward = decoding.Generator._forward
+    rows = {"running": 0}
+
+    def short_of_memory(self, ids, mask, cache, keep=1):
+        reading = ids.shape[1] > 1
+        if ids.shape[0] + (rows["running"] if reading else 0) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids, mask, cache, keep)
+
+    advance = decoding.Generator._advance
+
+    def counting(self, active, logits):
+        result = advance(self, active, logits)
+        rows["running"] = len(result.responses) if result else 0
+        return result
+
+    monkeypatch.setattr(decoding.Generator, "_forward", short_of_memory)
+    monkeypatch.setattr(decoding.Generator, "_advance", counting)
+    assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "8") == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_stopped_run_says_so_though_prompts_failed(model_dir, tmp_path, monkeypatch):
+    import batching
+
+    monkeypatch.setattr(batching, "ROWS_PER_FILE", 3)
+    path = write_prompts(tmp_path / "prompts.json", 20)
+    rows = json.loads(path.read_text())
+    rows[2]["normal"] = 7
+    path.write_text(json.dumps(rows))
+    forward = decoding.Generator._forward
+
+    def interrupting(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Generator, "_forward", interrupting)
+        assert run(model_dir, path, tmp_path / "run", "--batch_size", "2") == attn_act_logi.EXIT_STOPPED
+    assert run(model_dir, path, tmp_path / "run") == 1
+
+
 def test_too_long_and_bad_rows_are_counted_and_told(model_dir, tmp_path, capsys):
     rows = [
         {"normal": "a fine prompt: 1 + 1 ="},
@@ -452,6 +514,9 @@ def test_the_estimate_is_within_a_tenth_of_what_is_written(model_dir, tmp_path, 
     [
         (["--prompt_keys", "nosuch"], r"no row has the key 'nosuch'; prompt keys there: normal \(23\), swap \(18\)"),
         (["--shard", "5/5"], "write i/n"),
+        (["--stop_strings", ""], "would end every response at once"),
+        (["--attn_implementation", "flex_attention"], "cannot be captured; use --attn_implementation sdpa"),
+        (["--max_new_tokens", "300"], "the model's context is 256 tokens"),
         (["--raw_layers", "99"], "the model has layers 0 to 3"),
         (["--num_samples", "3"], "greedy samples are all the same"),
         (["--task_regex", "("], "not a regular expression"),
@@ -538,6 +603,54 @@ def test_response_logprobs_are_the_models(model_dir, prompt_file, tmp_path):
             expected = float(logprobs(row["input_ids"], normal).sum())
             assert row["normal_response_logprob"] == pytest.approx(expected, abs=1e-3)
             assert row["normal_response_token_count"] == len(normal)
+
+
+def test_log_probabilities_of_short_and_of_missing_normal_responses(model_dir, tmp_path):
+    rows = [{"swap": "smu: 1 + 1 ="}, {"normal": "sum: 2 + 2 =", "swap": "smu: 2 + 2 ="}, {"normal": "sum: 3 + 3 ="}]
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(rows))
+    path.with_suffix(".txt").write_text("")
+    for tokens in ("0", "1", "2"):
+        folder = tmp_path / tokens
+        assert run(model_dir, path, folder, "--response_logprobs", "--max_new_tokens", tokens) == 0
+        found = rows_by_key(folder)
+        assert np.isnan(found["swap", 0]["normal_response_logprob"])
+        assert found["swap", 0]["normal_response_token_count"] == 0
+        assert (found["swap", 1]["normal_response_logprob"] < 0) == (tokens != "0")
+
+
+def test_shards_of_an_array():
+    shard_of = attn_act_logi.shard_of
+    array = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_ID": "6"}
+    assert shard_of(None, {}) == (0, 1)
+    assert shard_of("1/4", array) == (1, 4)
+    assert shard_of(None, array) == (2, 3)
+    assert shard_of(None, array | {"WORLD_SIZE": "2", "RANK": "1"}) == (5, 6)
+    assert shard_of(None, {"SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_ID": "5"}) == (0, 1)
+    with pytest.raises(UserError, match="has gaps"):
+        shard_of(None, {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_ID": "5"})
+
+
+@pytest.mark.parametrize("key", ["../out", ".hidden", "a/b", "nul\0"])
+def test_a_key_that_cannot_name_a_folder_is_refused(model_dir, tmp_path, key):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([{"normal": "a", key: "b"}]))
+    path.with_suffix(".txt").write_text("")
+    with pytest.raises(UserError, match="cannot name a folder"):
+        run(model_dir, path, tmp_path / "run")
+
+
+def test_prompts_run_alone_where_positions_depend_on_the_longest_row(tmp_path, prompt_file):
+    half = 4  # of the rotary dimensions of a head
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * half, "long_factor": [4.0] * half,
+        "original_max_position_embeddings": 48, "factor": 4.0,
+    }  # fmt: skip
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 48}
+    phi = tiny_models.save(tmp_path / "model", "phi3", **changes)
+    assert run(phi, prompt_file, tmp_path / "a", "--batch_size", "1", "--no_prefix_reuse") == 0
+    assert run(phi, prompt_file, tmp_path / "b", "--batch_size", "9") == 0
+    assert_same_run(tmp_path / "b", tmp_path / "a")
 
 
 def test_stop_strings_end_a_response(model_dir, prompt_file, undisturbed, tmp_path):

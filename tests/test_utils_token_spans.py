@@ -71,6 +71,19 @@ def test_chat_template_words_are_context_though_the_prompt_says_the_same():
     assert "assistant" in pieces["context"]
 
 
+def test_a_template_that_prints_the_date_prints_a_fixed_one():
+    tokenizer = tiny_models.tokenizer("bytes")
+    template = tokenizer.chat_template
+    tokenizer.chat_template = "Today {{ strftime_now('%d %b %Y') }} {{ messages[-1]['content'] }}"
+    try:
+        assert render_prompt(tokenizer, "hello", apply_chat_template=True).text == "Today 26 Jul 2024 hello"
+        tokenizer.chat_template = "{% for part in messages[-1]['content'] %}{% if part.type %}x{% endif %}{% endfor %}"
+        with pytest.raises(UserError, match="takes no plain text"):
+            render_prompt(tokenizer, "hello", apply_chat_template=True)
+    finally:
+        tokenizer.chat_template = template
+
+
 def test_a_tokenizer_without_template_is_told_in_one_line():
     tokenizer = tiny_models.tokenizer("bytes")
     template, tokenizer.chat_template = tokenizer.chat_template, None

@@ -104,7 +104,9 @@ exit_code() { # of the script: what its processes left, the gravest first; witho
             return
         fi
     done
-    { grep -vx "$STOPPED" <<<"$found" | grep -vx 0 || grep -x "$STOPPED" <<<"$found" || echo 0; } | head -n 1
+    # One that was stopped is to go on, though some prompts of another failed (1); wrong usage (2 …) will not mend itself.
+    { grep -vx -e 0 -e 1 -e "$STOPPED" <<<"$found" || grep -x "$STOPPED" <<<"$found" || grep -x 1 <<<"$found" || echo 0; } |
+        head -n 1
 }
 
 note_end() { # what submit.sh needs to know that this need not be done again; before `record` changes its file's time

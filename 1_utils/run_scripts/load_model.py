@@ -127,7 +127,7 @@ def _told(error: Exception, model_name: str, part: str) -> UserError:
     low = text.lower()
     if isinstance(error, MemoryError) or "out of memory" in low or "allocate memory" in low:
         return UserError(f"{model_name}: no memory for the {part}; use a smaller --dtype, --device_map auto, or more")
-    if "gated" in low or "401" in low or "403" in low:
+    if not Path(model_name).exists() and ("gated" in low or "401" in low or "403" in low):
         return UserError(f"{model_name}: access is restricted; accept its licence on the hub and run `hf auth login`")
     if "trust_remote_code" in low:
         return UserError(f"{model_name}: needs code of its own; if you trust its author, add --trust_remote_code")

@@ -18,7 +18,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -205,9 +205,9 @@ def begin_run(
             write_json(path, {"settings": settings, "environments": [environment] if environment else []})
             return
         known = read_json_file(path)
-        if differences := _differences(known.get("settings", {}), settings):
+        if found := differences(known.get("settings", {}), settings):
             raise UserError(
-                f"{folder}: holds a run with other settings ({'; '.join(differences)}); "
+                f"{folder}: holds a run with other settings ({'; '.join(found)}); "
                 "use these settings, another --output_dir, or --overwrite"
             )
         if environment and environment not in known.get("environments", []):
@@ -254,7 +254,8 @@ def read_failures(folder: Path) -> dict[int, tuple[Any, ...]]:
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as handle:
-        return {int(line[1]): tuple(line) for line in list(csv.reader(handle))[1:]}
+        lines = [line for line in csv.reader(handle) if len(line) == len(FAILURE_COLUMNS)]
+        return {int(line[1]): tuple(line) for line in lines if line[1].isdigit()}
 
 
 @contextmanager
@@ -266,7 +267,8 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}; choose another --output_dir") from None
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks (some Lustre mounts): go on without
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
@@ -280,7 +282,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
     return [
         f"{key}: {one_line(str(known.get(key)), 80)} there, {one_line(str(wanted.get(key)), 80)} now" for key in keys
@@ -299,6 +301,8 @@ def pack_rows(rows: list[dict[str, Any]], shared: dict[str, Any], pad_token_id: 
     import torch
 
     length = max(row["input_ids"].shape[0] for row in rows)
+    if unequal := [row["original_index"] for row in rows if row.keys() != rows[0].keys()]:
+        raise ValueError(f"rows {unequal} have other fields than the first one")
     content: dict[str, Any] = dict(shared)
     for key, first in rows[0].items():
         values = [row[key] for row in rows]

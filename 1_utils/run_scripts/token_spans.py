@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 Span = tuple[int, int]  # characters, end exclusive
+MARKER = "\u2402content\u2403"  # stands for a prompt; no template holds it
+# A template that prints today's date would change the prompts from day to day: it prints this one.
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 BASE_REGIONS = ("all", "last", "context", "instruction", "task", "first")
 
 
@@ -65,8 +68,15 @@ def render_prompt(
 def _content_start(tokenizer: Any, system_prompt: str | None) -> int:
     # A text that stands in no template shows where the content begins; searching for the prompt itself would
     # find "user" or "a" in the template's own words.
-    marker = "\u2402content\u2403"
-    return _apply_template(tokenizer, marker, system_prompt).index(marker)
+    start = template_text(tokenizer, system_prompt).find(MARKER)
+    if start < 0:
+        raise UserError("the tokenizer's chat template takes no plain text; run without --apply_chat_template")
+    return start
+
+
+def template_text(tokenizer: Any, system_prompt: str | None) -> str:
+    """What the chat template puts around a prompt (`MARKER` stands for it): part of a run's settings."""
+    return _apply_template(tokenizer, MARKER, system_prompt)
 
 
 def _apply_template(tokenizer: Any, content: str, system_prompt: str | None) -> str:
@@ -75,7 +85,11 @@ def _apply_template(tokenizer: Any, content: str, system_prompt: str | None) -> 
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; run without --apply_chat_template")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        template = tokenizer.get_chat_template()
+        template = FIXED_DATE + template if "strftime_now" in template else template
+        return str(
+            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+        )
     except Exception as error:  # a template may raise what it likes (Gemma 2: "System role not supported")
         raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
 

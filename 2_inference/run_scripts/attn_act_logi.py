@@ -13,6 +13,8 @@ Exit code: 0 all is done, 1 some prompts failed (see failures.csv), 2 wrong usag
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -31,8 +33,10 @@ from logger import get_logger
 from run_store import (
     SCHEMA_VERSION,
     begin_run,
+    differences,
     load_pt,
     locked,
+    read_json_file,
     record_failures,
     unpack_rows,
 )
@@ -67,7 +71,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (auto on a CPU: float32)")
     group.add_argument("--device_map", help="auto: spread over all GPUs; cpu, cuda:1 …: that device")
-    group.add_argument("--attn_implementation", help="sdpa, eager, flash_attention_2 …; default: the model's best")
+    group.add_argument(
+        "--attn_implementation", help="sdpa (with its flash kernels) or eager; default: the model's best"
+    )
     group.add_argument("--trust_remote_code", action="store_true", help="run code from the model's repository")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt_file", type=Path, required=True, help="JSON list of objects")
@@ -114,8 +120,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("max_new_tokens", 0), ("num_samples", 1), ("topk_logits", 1), ("temperature", 0.0)):
-        if getattr(args, name) < least:
+    for name, least in (
+        ("max_new_tokens", 0),
+        ("top_k", 0),
+        ("num_samples", 1),
+        ("topk_logits", 1),
+        ("temperature", 0.0),
+    ):
+        if not getattr(args, name) >= least:  # nan, too
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.max_samples is not None and args.max_samples < 1:
         raise UserError(f"--max_samples {args.max_samples}: must be at least 1")
@@ -127,7 +139,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--batch_size {args.batch_size}: give a number or auto")
     if not 0 < args.top_p <= 1 or args.repetition_penalty <= 0:
         raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
-    args.stop_strings = [text.encode().decode("unicode_escape") if "\\" in text else text for text in args.stop_strings]
+    args.stop_strings = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop_strings]
+    if "" in args.stop_strings:
+        raise UserError("--stop_strings: an empty string would end every response at once; leave it out")
     args.shard = shard_of(args.shard, os.environ)
     if args.overwrite and args.shard[1] > 1:
         raise UserError("--overwrite: one shard would remove another's files; clear the folder before the shards start")
@@ -144,7 +158,10 @@ def shard_of(text: str | None, environment: Any) -> tuple[int, int]:
     task = int(environment.get("SLURM_ARRAY_TASK_ID", 0)) - int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
     step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
     ranks, rank = int(environment.get("WORLD_SIZE", 1)), int(environment.get("RANK", 0))
-    return (task // step if tasks > 1 else 0) * ranks + rank, tasks * ranks
+    task = task // step if tasks > 1 else 0
+    if task >= tasks:
+        raise UserError("this SLURM array has gaps, so its tasks do not tell the shards apart; give each --shard i/n")
+    return task * ranks + rank, tasks * ranks
 
 
 def raw_layers(wanted: Sequence[str], layers: int) -> tuple[int, ...]:
@@ -169,11 +186,13 @@ def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
             have = ", ".join(f"{style} ({count})" for style, count in prompts.style_counts.items())
             raise UserError(f"{prompts.path}: holds several styles: {have}; choose with --prompt_keys, or all")
         return available
-    if list(keys) == ["all"]:
-        return available
-    for key in keys:
+    for key in keys if list(keys) != ["all"] else ():
         prompts.prompts(key, 0)  # raises for a key nobody has
-    return [style for style in available if style in keys]
+    styles = [style for style in available if style in keys or list(keys) == ["all"]]
+    for style in styles:
+        if Path(style).name != style or style.startswith(".") or "\0" in style:
+            raise UserError(f"{prompts.path}: the key {style!r} cannot name a folder; rename it")
+    return styles
 
 
 # --- settings of a run
@@ -183,8 +202,11 @@ def model_settings(args: argparse.Namespace, config: Any) -> dict[str, Any]:
     """What of the model decides the numbers."""
     from load_model import model_fingerprint, resolve_dtype
 
+    folder = Path(args.model_name)
     return {
-        "model_name": args.model_name,
+        "model_name": folder.resolve().name
+        if folder.is_dir()
+        else args.model_name,  # the fingerprint tells folders apart
         "revision": args.revision,
         "model_fingerprint": model_fingerprint(args.model_name, config),
         "dtype": resolve_dtype(args.dtype, config, args.device_map),
@@ -204,12 +226,12 @@ def run_settings(
         "schema_version": SCHEMA_VERSION,
         "style": style.style,
         **model,
-        "prompt_file": str(args.prompt_file),
         "prompt_sha256": prompts.sha256,
         "max_samples": args.max_samples,
         "few_shot_text": args.few_shot,
         "apply_chat_template": args.apply_chat_template,
         "system_prompt": args.system_prompt,
+        "chat_template_text": args.template_text,
         "task_regex": args.task_regex,
         "generation": {name: getattr(args, name) for name in generation},
         "capture": {name: getattr(args, name) for name in capture} | {"pooled_regions": style.pooled},
@@ -217,7 +239,7 @@ def run_settings(
     }
 
 
-def environment(model: Any) -> dict[str, Any]:
+def environment(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Where a run took place: versions, device, threads, commit. Recorded, not compared."""
     import subprocess
 
@@ -225,7 +247,10 @@ def environment(model: Any) -> dict[str, Any]:
     import transformers
 
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     on_gpu = model.device.type == "cuda"
     return {
         "python": sys.version.split()[0],
@@ -234,7 +259,8 @@ def environment(model: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         "threads": torch.get_num_threads(),
         "attention": model.config.get_text_config(decoder=True)._attn_implementation,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
+        "prompt_file": str(args.prompt_file),
     }
 
 
@@ -250,7 +276,7 @@ class StyleJob:
     settings: dict[str, Any]
     cost: RowCost
     files: list[range]
-    kept: dict[int, dict[str, Any]]  # position → row that an incomplete file already holds
+    kept: set[int]  # positions whose rows incomplete files already hold
 
     def path(self, positions: range) -> Path:
         """Name of a file."""
@@ -275,7 +301,7 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     index, count = args.shard
     first = list(reader.file.style_counts).index(style_name)  # else the only file of every small style fell to shard 0
     files = [positions for i, positions in enumerate(plan_files(style.lengths, cost), first) if i % count == index]
-    return StyleJob(style, folder, run_settings(args, reader.file, style, model), cost, files, {})
+    return StyleJob(style, folder, run_settings(args, reader.file, style, model), cost, files, set())
 
 
 def find_done(job: StyleJob) -> None:
@@ -290,7 +316,7 @@ def find_done(job: StyleJob) -> None:
                 indices = content["original_indices"]
                 if indices == list(expected):
                     continue
-                job.kept |= {expected[row["original_index"]]: row for row in unpack_rows(content)}
+                job.kept |= {expected[index] for index in indices}
             except (UserError, KeyError) as error:
                 log.warning(f"{error}; it is run again")
         left.append(positions)
@@ -360,16 +386,18 @@ def run_style(
     """Run what is missing of one style and hand its files to the writer."""
     positions_of = {job.style.texts[p][0]: p for positions in job.files for p in positions}
     file_of = {p: positions for positions in job.files for p in positions}
-    done: dict[range, dict[int, dict[str, Any]]] = {positions: {} for positions in job.files}
-    for position, row in job.kept.items():
-        done[file_of[position]][position] = row
+    done: dict[range, dict[int, dict[str, Any] | None]] = {positions: {} for positions in job.files}
+    tried: list[int] = []
+    for position in job.kept:
+        done[file_of[position]][position] = None  # read when its file is completed
     failed: dict[int, tuple[int, str]] = {}
     generator.set_regions(job.style.names, job.style.pooled)
     for result in generator.run(prompt_windows(job, reader, stop, forced)):
         position = positions_of[result.prompt.key]
+        tried.append(result.prompt.key)
         positions = file_of[position]
         if result.error is None:
-            done[positions][position] = result_row(result, job, reader, position, generator)
+            done[positions][position] = result_row(result, job, reader, position, generator, forced is not None)
         else:
             failed[result.prompt.key] = (reader.file.element_index(result.prompt.key), result.error)
             done[positions][position] = {}
@@ -379,8 +407,7 @@ def run_style(
     for positions, rows in done.items():  # only after a stop: what is there of unfinished files
         if len(rows) > sum(p in job.kept for p in positions):
             write_file(job, positions, rows, reader, writer)
-    ran = [job.style.texts[p][0] for positions in job.files for p in positions]
-    record_failures(job.folder, job.style.style, ran, failed)
+    record_failures(job.folder, job.style.style, tried, failed)
 
 
 def prompt_windows(job: StyleJob, reader: PromptReader, stop: Stop, forced: Any) -> Iterator[list[Any]]:
@@ -397,10 +424,13 @@ def prompt_windows(job: StyleJob, reader: PromptReader, stop: Stop, forced: Any)
 
 
 def write_file(
-    job: StyleJob, positions: range, rows: dict[int, dict[str, Any]], reader: PromptReader, writer: Any
+    job: StyleJob, positions: range, rows: dict[int, dict[str, Any] | None], reader: PromptReader, writer: Any
 ) -> None:
     """Hand a file's rows, in the prompt file's order, to the writer; a file without rows is not made."""
-    good = [rows[position] for position in sorted(rows) if rows[position]]
+    if any(row is None for row in rows.values()):
+        earlier = {row["original_index"]: row for row in unpack_rows(load_pt(job.path(positions)))}
+        rows = {p: earlier[job.style.texts[p][0]] if row is None else row for p, row in rows.items()}
+    good = [row for _, row in sorted(rows.items()) if row]
     if good:
         shared = {
             "style": job.style.style,
@@ -411,7 +441,9 @@ def write_file(
         writer.write(job.path(positions), good, shared, reader.tokenizer.pad_token_id)
 
 
-def result_row(result: Any, job: StyleJob, reader: PromptReader, position: int, generator: Any) -> dict[str, Any]:
+def result_row(
+    result: Any, job: StyleJob, reader: PromptReader, position: int, generator: Any, has_normal: bool
+) -> dict[str, Any]:
     """One row of a .pt file."""
     import torch
 
@@ -433,11 +465,11 @@ def result_row(result: Any, job: StyleJob, reader: PromptReader, position: int, 
     if generator.options.num_samples > 1:
         row["response_samples"] = [response.text for response in result.responses]
     if generator.options.response_logprobs:
-        row["response_ids"] = torch.tensor(first.ids)
+        row["response_ids"] = torch.tensor(first.ids, dtype=torch.long)
         row["response_logprobs"] = torch.tensor(first.logprobs)
-        if result.prompt.forced_ids is not None:
-            row["normal_response_logprob"] = result.forced_logprob
-            row["normal_response_token_count"] = len(result.prompt.forced_ids)
+        if has_normal:  # NaN where this row has no normal response
+            row["normal_response_logprob"] = float("nan") if result.forced_logprob is None else result.forced_logprob
+            row["normal_response_token_count"] = len(result.prompt.forced_ids or ())
     return row
 
 
@@ -455,13 +487,19 @@ def normal_responses(normal: StyleJob, reader: PromptReader, generator: Any) -> 
     from batching import plan_files
 
     position_of = {index: p for p, (index, _) in enumerate(normal.style.texts)}
-    paths = [normal.path(positions) for positions in plan_files(normal.style.lengths, normal.cost)]
+    paths = {positions: normal.path(positions) for positions in plan_files(normal.style.lengths, normal.cost)}
     known: dict[int, list[int]] = {}
 
     def look_up(job: StyleJob, positions: list[int]) -> dict[int, list[int]]:
         wanted = {job.style.texts[p][0]: p for p in positions if job.style.texts[p][0] in position_of}
-        for path in [path for path in paths if path.is_file()]:
-            content = load_pt(path)
+        near = {index for index in wanted if index not in known}
+        for files, path in paths.items():
+            if not path.is_file() or not near & {normal.style.texts[p][0] for p in files}:
+                continue
+            try:
+                content = load_pt(path)
+            except UserError:
+                continue  # being repaired: made anew below
             hits = [i for i, index in enumerate(content["original_indices"]) if index in wanted]
             for i in hits:
                 ids = content["response_ids"][i]
@@ -488,14 +526,18 @@ def run_jobs(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReade
     from tqdm import tqdm
 
     recorder = Recorder(model, capture_options(args))
-    limit = batch_limit(args.batch_size, model, jobs[0].cost, args.num_samples, args.max_new_tokens)
+    longest = max((max(job.style.lengths, default=0) for job in jobs), default=0) + args.max_new_tokens
+    alone = positions_depend_on_the_batch(model.config, longest)
+    batch_size = "1" if alone else args.batch_size
+    limit = batch_limit(batch_size, model, jobs[0].cost, args.num_samples, args.max_new_tokens)
     generator = Generator(model, reader.tokenizer, recorder, generation_options(args, model, reader.tokenizer), limit)
-    generator.set_prefix([] if args.no_prefix_reuse else usable_prefix(reader, jobs, model, args.max_new_tokens))
+    no_prefix = args.no_prefix_reuse or alone
     writer, stop = BackgroundWriter(), Stop()
     generator.stop = stop
     clean = next((job for job in jobs if job.style.style == reader.file.clean_key), None)
     forced = normal_responses(clean, reader, generator) if args.response_logprobs and clean else None
     try:
+        generator.set_prefix([] if no_prefix else usable_prefix(reader, model.config, longest))
         with tqdm(total=sum(job.missing for job in jobs), unit="prompt", dynamic_ncols=True) as bar:
             for job in jobs:
                 bar.set_description(job.style.style)
@@ -511,15 +553,29 @@ def run_jobs(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReade
     return stop.asked
 
 
-def usable_prefix(reader: PromptReader, jobs: list[StyleJob], model: Any, max_new_tokens: int) -> list[int]:
+def usable_prefix(reader: PromptReader, config: Any, longest: int) -> list[int]:
     """The shared prefix, unless a sliding window is shorter than the longest text.
 
     A padded prompt has its padding between the prefix and its own tokens, so a window would reach less far.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    longest = max((max(job.style.lengths, default=0) for job in jobs), default=0) + max_new_tokens
     return [] if window and 2 * longest > window else reader.shared_prefix()
+
+
+def positions_depend_on_the_batch(config: Any, longest: int) -> bool:
+    """True where rotary embeddings are chosen by the longest row (longrope, dynamic NTK): rows must then run alone."""
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type", one.get("type")) in ("longrope", "dynamic"):
+            original = one.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            if longest > (original or config.max_position_embeddings):
+                log.info("this model's positions depend on the longest row of a batch: prompts are run one by one")
+                return True
+    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -542,19 +598,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         begin_all(args, jobs, None, prompts)
         log.info(f"{args.output_dir}: all prompts of this run are done")
-    return report_failures(jobs) or (EXIT_STOPPED if stopped else 0)
+    failed = report_failures(jobs)
+    return EXIT_STOPPED if stopped else failed  # a stopped run is not over, whatever failed so far
 
 
 def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) -> tuple[list[StyleJob], PromptReader]:
     """The jobs of all styles, from config and tokenizer alone (no weights yet)."""
     from load_model import load_config, load_tokenizer
     from prompt_reader import PromptReader, Rendering, longest_prompt, read_few_shot
+    from token_spans import template_text
 
     config = load_config(args.model_name, args.revision, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model_name, args.revision, args.trust_remote_code)
     args.raw_layers = raw_layers(args.raw_layers, config.get_text_config(decoder=True).num_hidden_layers)
     args.few_shot = read_few_shot(args.few_shot_file)
     rendering = Rendering(args.few_shot, args.apply_chat_template, args.system_prompt, args.task_regex)
+    args.template_text = template_text(tokenizer, args.system_prompt) if args.apply_chat_template else None
     room = longest_prompt(config, args.max_new_tokens)
     reader = PromptReader(prompts, tokenizer, rendering, room, args.pool_regions)
     model = model_settings(args, config)
@@ -564,6 +623,8 @@ def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) 
         if not args.overwrite:
             check_same_run(job)
             find_done(job)
+    if nested:
+        check_siblings(args.output_dir, jobs)
     return jobs, reader
 
 
@@ -573,6 +634,26 @@ def check_same_run(job: StyleJob) -> None:
         begin_run(job.folder, job.settings, None)
 
 
+def check_siblings(output_dir: Path, jobs: list[StyleJob]) -> None:
+    """Refuse a run folder whose other styles were made by another model, prompt file or settings."""
+    own = {job.folder for job in jobs}
+    wanted = _of_all_styles(json.loads(json.dumps(jobs[0].settings)))
+    for path in sorted(output_dir.glob("*/run.json")):
+        if path.parent in own:
+            continue
+        known = _of_all_styles(read_json_file(path).get("settings", {}))
+        if found := differences(known, wanted):
+            raise UserError(
+                f"{path.parent}: a style of another run ({'; '.join(found)}); styles of one run are compared, "
+                "so use its settings or another --output_dir"
+            )
+
+
+def _of_all_styles(settings: dict[str, Any]) -> dict[str, Any]:
+    capture = {key: value for key, value in settings.get("capture", {}).items() if key != "pooled_regions"}
+    return {key: value for key, value in settings.items() if key not in ("style", "regions")} | {"capture": capture}
+
+
 def load_and_run(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader) -> bool:
     """Load the model and run what is missing."""
     from load_model import load_model
@@ -580,7 +661,7 @@ def load_and_run(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptR
     model, _ = load_model(
         args.model_name, args.dtype, args.device_map, args.revision, args.trust_remote_code, args.attn_implementation
     )
-    begin_all(args, jobs, environment(model), reader.file)
+    begin_all(args, jobs, environment(args, model), reader.file)
     return run_jobs(args, jobs, reader, model)
 
 

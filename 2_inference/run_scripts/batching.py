@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 import torch
 from capture import CaptureOptions
+from command_line import UserError
 from decoding import Prompt
 
 ROWS_PER_FILE = 64
@@ -68,8 +69,13 @@ class RowCost:
 def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, itemsize: int) -> RowCost:
     """Cost of a row from a model's config alone, before its weights are loaded."""
     config = config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not hasattr(config, "num_attention_heads") or any("attention" not in kind or "linear" in kind for kind in kinds):
+        raise UserError(
+            f"{config.model_type}: not all its layers have attention, so it cannot be captured; choose another"
+        )
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     states = len(set(options.raw_layers))
     maps = sum(layer < layers for layer in set(options.raw_layers))
     return RowCost(
@@ -196,7 +202,11 @@ def free_memory(device: torch.device) -> int:
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     with_limit = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
     available = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if "MemAvailable" in line), free)
-    return min(available, with_limit[0] - with_limit[1]) if with_limit[0] and with_limit[1] else available
+    if not with_limit[0] or not with_limit[1]:
+        return available
+    stat = (line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
+    cached = next((int(words[1]) for words in stat if words[0] == "inactive_file"), 0)  # given back when asked for
+    return min(available, with_limit[0] - with_limit[1] + cached)
 
 
 def _read_number(path: str) -> int | None:

@@ -1,7 +1,7 @@
 """Everything that touches a model's inside: what is recorded while the model reads a prompt, without a second pass.
 
-A `Recorder` puts its own function in front of the model's attention (SDPA, flash, flex or eager, whichever the model
-was loaded with) and hooks on its layers. While `recording`, one forward pass yields, for every layer and head, the
+A `Recorder` puts its own function in front of the model's attention (SDPA or eager)
+and hooks on its layers. While `recording`, one forward pass yields, for every layer and head, the
 attention mass from regions to regions; the mean residual stream and MLP activations of regions; raw layers; and the
 top-k logits. At all other times the model runs as if nothing were there.
 
@@ -64,7 +64,10 @@ class Capture:
 
 
 class Recorder:
-    """Hooks on one model. Only one recorder may record at a time (the attention function is the process's own)."""
+    """Hooks on one model whose attention is `sdpa` or `eager`.
+
+    Only one recorder may record at a time, for the attention function is the process's own.
+    """
 
     active: Recorder | None = None
 
@@ -108,6 +111,7 @@ class Recorder:
             yield current
         finally:
             Recorder.active = None
+            del self._current  # or the pass's states and maps would stay in memory while responses are made
 
     # --- hooks
 
@@ -392,6 +396,7 @@ def all_position_logits(
         logits = _head(model, states[:, start : start + step])
         parts.append(top_logits(logits, k))
     own = logits[:, -1].float()
+    last_logits = last_logits.to(own.device)
     if not torch.allclose(own, last_logits.float(), rtol=1e-2, atol=1e-2 * float(last_logits.float().abs().max())):
         raise UserError(f"{type(model).__name__} computes its logits in a way of its own; use --topk_positions last")
     values, indices, sums = zip(*parts, strict=True)
@@ -428,7 +433,7 @@ def down_projection(layer: torch.nn.Module) -> torch.nn.Module:
         for name, module in layer.named_modules()
         if name.rsplit(".", 1)[-1] in DOWN_PROJECTIONS and "attn" not in name and "attention" not in name
     ]
-    if len(found) != 1:
+    if len(found) != 1 or any("expert" in name for name, _ in layer.named_modules()):
         raise UserError(f"no single MLP in {type(layer).__name__} (a mixture of experts?); run without --neurons")
     return found[0]
 
@@ -439,6 +444,8 @@ def install_attention(model: Any) -> str:
     The mask must be registered under the same name too, or it is silently None.
     """
     base = str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
+    if base not in ("sdpa", "eager"):
+        raise UserError(f"attention {base!r} cannot be captured; use --attn_implementation sdpa (or eager)")
     name = "error_interp_over_" + base.replace("sdpa", "fused")  # a name with "sdpa" in it is refused by Gemma 2
     AttentionInterface.register(name, _recording_attention(base))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])

@@ -266,6 +266,7 @@ class Generator:
         self.accepts = set(inspect.signature(model.forward).parameters)
         self.prefix: _Prefix | None = None
         self.prefill_tokens = self.prompt_tokens = 0
+        self.crowded = False  # one prompt more did not fit beside those that are decoded
         self.stop: Any = None  # an object whose `asked` turns true when nothing new is to be begun
 
     def twin(self, names: list[str], pooled: list[str]) -> Generator:
@@ -290,7 +291,7 @@ class Generator:
         cache = new_cache(self.recorder.num_layers)
         mask = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
         with self.recorder.recording(regions, list(range(len(PREFIX_REGIONS))), len(ids)) as recorded:
-            logits = self._forward(torch.tensor([ids], device=self.device), mask, cache)
+            logits = self._forward(torch.tensor([ids], device=self.device), mask, cache)[:, -1]
         capture = recorded.finish()
         capture.topk = self._topk(recorded, logits) if self.recorder.options.topk_positions == "all" else None
         self.prefix = _Prefix(ids, cache, capture)
@@ -316,7 +317,8 @@ class Generator:
                 return
             running = active.running if active else 0
             try:
-                if waiting and self.limit.may_join(running, len(waiting)):
+                self.crowded = self.crowded and running > 0
+                if waiting and not self.crowded and self.limit.may_join(running, len(waiting)):
                     started = self._start(waiting, running, under_way)
                     with _memory_errors():
                         active = self._joined(active, started)
@@ -340,6 +342,10 @@ class Generator:
                     under_way |= {id(result.prompt): result for result in results}
                     return started
             except _OutOfMemory as error:
+                if len(group) == 1 and running:  # not alone yet: again when the others are done
+                    self.crowded = True
+                    waiting.appendleft(group[0])
+                    return None
                 if len(group) == 1:
                     under_way[id(group[0])] = Result(group[0], error=error.reason)
                     return None
@@ -352,7 +358,7 @@ class Generator:
         shared = len(self.prefix.ids) if self.prefix else 0
         own = [prompt.input_ids[shared:] for prompt in group]
         width = max(len(ids) for ids in own)
-        pad = self.tokenizer.pad_token_id or 0
+        pad = min(self.tokenizer.pad_token_id or 0, self.model.get_input_embeddings().num_embeddings - 1)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in own], device=self.device)
         mask = torch.tensor([[True] * shared + [False] * (width - len(row)) + [True] * len(row) for row in own])
         regions = torch.zeros(len(group), shared + width, len(self.names), dtype=torch.bool)
@@ -362,7 +368,7 @@ class Generator:
         cache = new_cache(self.recorder.num_layers, self.prefix.cache if self.prefix else None, len(group))
         columns = [self.names.index(name) for name in self.pooled]
         with self.recorder.recording(regions, columns, width) as recorded:
-            logits = self._forward(ids, mask, cache)
+            logits = self._forward(ids, mask, cache)[:, -1]
         capture = recorded.finish()
         capture.topk = self._topk(recorded, logits)
         fields = rows_of(
@@ -426,20 +432,19 @@ class Generator:
     # --- decoding
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any, keep: int = 1) -> torch.Tensor:
-        """Logits of the last position [B, V] (or of the last `keep` > 1 positions, [B, keep, V])."""
+        """Logits of the last `keep` positions, [B, keep, V]."""
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "past_key_values": cache}
         if "position_ids" in self.accepts:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self.accepts:
             inputs["logits_to_keep"] = keep
-        logits = self.model(**inputs, use_cache=True).logits[:, -keep:]
-        return logits[:, -1] if keep == 1 else logits
+        return self.model(**inputs, use_cache=True).logits[:, -keep:]
 
     def _step(self, active: _Active) -> _Active | None:
         with _memory_errors():
             ids = torch.tensor(active.next_ids, device=self.device)[:, None]
             active.mask = torch.cat([active.mask, active.mask.new_ones(len(active.responses), 1)], dim=1)
-            advanced = self._advance(active, self._forward(ids, active.mask, active.cache))
+            advanced = self._advance(active, self._forward(ids, active.mask, active.cache)[:, -1])
             self.limit.grow()
             return advanced
 
@@ -523,7 +528,7 @@ def _memory_errors() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _OutOfMemory(_reason(error)) from None
     except RuntimeError as error:
-        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+        if not any(sign in str(error) for sign in ("allocate memory", "out of memory", "ALLOC_FAILED")):
             raise
         raise _OutOfMemory(_reason(error)) from None
     finally:

@@ -168,4 +168,6 @@ def longest_prompt(config: Any, max_new_tokens: int) -> int:
     text_config = config.get_text_config(decoder=True)
     limits: Iterable[Any] = (getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions"))
     context = next((limit for limit in limits if limit), 1 << 20)
-    return max(1, int(context) - max_new_tokens)
+    if context <= max_new_tokens:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: the model's context is {context} tokens; ask for fewer")
+    return int(context) - max_new_tokens
