@@ -212,13 +212,14 @@ def test_the_closing_table_says_what_the_files_say(demo):
     folder, output, _ = demo
     with open(folder / "results" / "demo" / "maths" / "maths_items.csv", newline="", encoding="utf-8") as handle:
         items = list(csv.DictReader(handle))
+    table = output[output.index("\nmaths\n") :].splitlines()
     for style in ("normal", "swap", "polite", "split"):
         marks = [
             float(item["correct"].replace("True", "1").replace("False", "0"))
             for item in items
             if item["style"] == style
         ]
-        line = next(line for line in output.splitlines() if re.match(rf"{style}\s", line))
+        line = next(line for line in table if re.match(rf"{style}\s", line))
         assert line.split()[1] == str(len(marks))
         assert line.split()[2] == f"{100 * sum(marks) / len(marks):.1f}"
     assert "reward scoring was skipped: add --reward_model" in output
