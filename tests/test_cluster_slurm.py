@@ -284,8 +284,8 @@ def test_a_task_at_its_time_limit_finishes_its_batch_and_goes_on_in_a_second_sta
 def test_two_gpus_are_two_processes_that_stop_and_go_on_together(place, tmp_path):
     job = sbatch_capture(place, tmp_path, "--gres=gpu:2")
     log = tmp_path / "logs" / f"attn_act_logi_{job}_0.out"
-    at_work = r" [1-9]\d*/(128|132) \["  # prompts of the one and of the other process
-    wait_until(lambda: log.is_file() and len(set(re.findall(at_work, log.read_text()))) == 2, "both at work")
+    begun = r"normal: +0%\|[^|]*\| 0/130 \["  # the first bar of a process
+    wait_until(lambda: log.is_file() and len(re.findall(begun, log.read_text())) == 2, "both at work")
     assert processes_of(tmp_path).keys() == {0, 1}
     slurm("scancel", "--batch", "--signal=USR1", f"{job}_0")
     wait_until(lambda: "start 2\n" in log.read_text(), "the second start")
