@@ -19,8 +19,9 @@ fail() {
     exit 1
 }
 
-running() { # is the process of a pid file alive?
-    [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null
+running() { # is the process of a pid file alive, and still the one that wrote it?
+    local id
+    id=$(cat "$1" 2>/dev/null) && [ -n "$id" ] && grep -qE '^(munged|slurmctld|slurmd)' "/proc/$id/comm" 2>/dev/null
 }
 
 stop_all() {
