@@ -87,19 +87,13 @@ def format_cell(column: str, value: Any) -> str:
         return DASH
     if isinstance(value, bool) or not isinstance(value, int | float):
         return visible(str(value))
-    if (
-        column in ("p", "p_adjusted")
-        or column.startswith(("p_", "mcnemar_p"))
-        or column.endswith(("_p", "_p_adjusted"))
-    ):
+    if re.search(r"(^|_)p(_|$)", column):
         return "< 0.001" if value < 0.001 else f"{value:.3f}"
     if float(value).is_integer():
-        return (
-            f"{int(value):,}".replace("-", "\u2212")
-            if column.startswith("n")
-            else f"{int(value)}".replace("-", "\u2212")
-        )
-    return f"{value:.3g}".replace("-", "\u2212")
+        text = f"{int(value):,}" if column.startswith("n") else f"{int(value)}"
+    else:
+        text = f"{value:.3g}"
+    return text.replace("-", "\u2212")
 
 
 # --- tables
