@@ -19,9 +19,9 @@ fail() {
     exit 1
 }
 
-running() { # is the process of a pid file alive, and still the one that wrote it?
+running() { # is the process of a pid file alive, no zombie, and still the one that wrote it?
     local id
-    id=$(cat "$1" 2>/dev/null) && [ -n "$id" ] && grep -qE '^(munged|slurmctld|slurmd)' "/proc/$id/comm" 2>/dev/null
+    id=$(cat "$1" 2>/dev/null) && readlink "/proc/${id:-none}/exe" 2>/dev/null | grep -qE '/(munged|slurmctld|slurmd)'
 }
 
 stop_all() {
