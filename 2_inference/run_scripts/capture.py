@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PREFIX_REGIONS = ("all", "context", "first")
 FLASH_HEAD_SIZE = 256  # the widest head of the fused kernels
 MAP_ELEMENTS = 1 << 27  # an explicit attention map is made for as many queries at a time as fit into this
+CACHE_ELEMENTS = 1 << 20  # and on a CPU into this, which its caches hold
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 
 
@@ -213,39 +214,53 @@ class _Pass:
 
     def _by_map(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                 mask: torch.Tensor | None, keep_map: bool, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip  # noqa: E501
-        """As `_by_values`, by explicit maps of a block of queries at a time: raw layers, entropy, eager models."""
+        """As `_by_values`, by explicit maps of a block of queries at a time: raw layers, entropy, eager models.
+
+        Only the keys that a block's queries may see are multiplied: half of them for a causal model.
+        """
         batch, heads, queries, _ = q.shape
-        size, dtype = v.shape[-1], v.dtype
-        step = queries if keep_map else max(1, MAP_ELEMENTS // (batch * heads * k.shape[2]))
-        both, entropies = [], []
-        regions = self.on(self.keys, v, dtype)[:, None].expand(-1, v.shape[1], -1, -1)
+        keys, size = k.shape[2], v.shape[-1]
+        eager = self.recorder.base_attention == "eager"
+        regions = self.on(self.keys, v, v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)
         wide = torch.cat([v, regions], dim=-1)  # one product gives the output and the mass
+        whole = q.new_empty(batch, queries, heads, wide.shape[-1])
+        kept = q.new_zeros(batch, heads, queries, keys) if keep_map else None
+        entropy = q.new_empty(batch, heads, queries, dtype=torch.float32) if self.options.entropy else None
+        step = max(16, (MAP_ELEMENTS if eager or q.is_cuda else CACHE_ELEMENTS) // (batch * heads * keys))
         for start in range(0, queries, step):
             block = slice(start, min(start + step, queries))
             seen = self._block_mask(mask, q, k, block)
-            output, probs = self._eager(delegate, module, q[:, :, block], k, wide, seen, **kwargs)
-            both.append(output)
-            if self.options.entropy:
-                entropies.append(self._relative_entropy(probs.float(), seen))
-            if keep_map:  # then this is the only block
-                self.maps[module.layer_idx] = probs.detach()
-        if entropies:
+            visible = slice(0, keys) if eager else _visible_keys(seen, keys)
+            seen = None if seen is None else seen[..., visible]
+            whole[:, block], probs = self._eager(
+                delegate, module, q[:, :, block], k[:, :, visible], wide[:, :, visible], seen, **kwargs
+            )
+            if entropy is not None:
+                entropy[:, :, block] = self._relative_entropy(probs.float(), seen)
+            if kept is not None:
+                kept[:, :, block, visible] = probs
+        if entropy is not None:
             weights = self.on(self.queries, q)[:, None]  # [B, 1, Q, S]
-            self.entropy[module.layer_idx] = (weights @ torch.cat(entropies, dim=2)[..., None])[..., 0]
-        whole = both[0] if len(both) == 1 else torch.cat(both, dim=1)
+            self.entropy[module.layer_idx] = (weights @ entropy[..., None])[..., 0]
+        if kept is not None:
+            self.maps[module.layer_idx] = kept
         return whole[..., :size].contiguous(), whole[..., size:]
 
     def _eager(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Output [B,S,H,D] and probabilities [B,H,S,Sk]; grouped heads share their keys, which are not repeated."""
         if self.recorder.base_attention == "eager":
             return delegate(module, q, k, v, mask, **kwargs)
-        groups = q.shape[1] // k.shape[1]
-        scores = (q * kwargs["scaling"]) @ k.repeat_interleave(groups, dim=1).transpose(2, 3)
+        batch, heads, queries, size = q.shape
+        groups = k.shape[1]
+        grouped = (q * kwargs["scaling"]).reshape(batch, groups, -1, size)  # [B, Hkv, Hq / Hkv * S, D]
+        scores = (grouped @ k.transpose(2, 3)).view(batch, heads, queries, -1)
         if mask is not None:
             floor = torch.finfo(scores.dtype).min
             scores = scores.masked_fill_(~mask, floor) if mask.dtype == torch.bool else scores.add_(mask)
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        return (probs @ v.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), probs
+        output = (probs.view(batch, groups, -1, probs.shape[-1]) @ v).view(batch, heads, queries, -1)
+        return output.transpose(1, 2), probs
 
     def _block_mask(
         self, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, block: slice
@@ -283,6 +298,15 @@ class _Pass:
             states={layer: state.cpu() for layer, state in self.states.items()},
             maps={layer: probs.cpu() for layer, probs in self.maps.items()},
         )
+
+
+def _visible_keys(mask: torch.Tensor | None, keys: int) -> slice:
+    """The keys from the first to the last that any query of a block may see, by its mask [B, 1 or H, S, Sk]."""
+    if mask is None:
+        return slice(0, keys)
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    seen = allowed.flatten(0, -2).any(0).nonzero()
+    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, keys)
 
 
 def _stack(tensors: dict[int, torch.Tensor], order: range) -> torch.Tensor:
@@ -366,9 +390,9 @@ def _joined(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
 
 def _whole_map(before: torch.Tensor | None, probs: torch.Tensor, own: int, shared: int) -> torch.Tensor:
     """[H,S,S] of one prompt from the rows of its own tokens [H,Sq,shared+Sq] and the prefix's map."""
+    if before is None:  # a view: nothing is copied until the file is written
+        return probs[:, -own:, -own:]
     rows = torch.cat([probs[:, -own:, :shared], probs[:, -own:, probs.shape[2] - own :]], dim=2)
-    if before is None:
-        return rows
     return torch.cat([F.pad(before, (0, own)), rows], dim=1)
 
 
