@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -664,3 +665,43 @@ def test_stop_strings_end_a_response(model_dir, prompt_file, undisturbed, tmp_pa
         assert row["final_prediction"].endswith(row["response"])
         stopped += row["finish_reason"] == "stop"
     assert stopped
+
+
+# --- memory that is kept
+
+FREED_TWICE = """
+import resource, sys, torch
+sys.path[:0] = {paths!r}
+import batching
+kept = {keep} and batching.keep_heap(torch.device("cpu"))
+faults = []
+for _ in range(40):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 64 MB, freed at once
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, faults[0], sum(faults[-8:]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_kept_heap_is_not_given_back_page_by_page(keep):
+    script = FREED_TWICE.format(paths=[str(SCRIPT.parent)], keep=keep)
+    options = {"THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | options)
+    kept, first, last = done.stdout.split()
+    assert kept == str(keep)
+    assert int(first) > 10_000  # pages of 4 kB
+    assert int(last) < int(first) / 10 if keep else int(last) > 7 * int(first)
+
+
+def test_the_heap_is_kept_for_raw_maps_alone(model_dir, prompt_file, tmp_path, monkeypatch):
+    import batching
+
+    calls = []
+    monkeypatch.setattr(batching, "keep_heap", lambda device: calls.append(device.type) or True)
+    for name, layers in (("raw", "0"), ("none", "none")):
+        assert run(model_dir, prompt_file, tmp_path / name, "--raw_layers", layers, "--max_samples", "2") == 0
+    assert calls == ["cpu"]
+    told = [json.loads((tmp_path / name / "swap" / "run.json").read_text())["environments"] for name in ("raw", "none")]
+    assert [one[0]["heap_kept"] for one in told] == [True, False]

@@ -656,12 +656,14 @@ def _of_all_styles(settings: dict[str, Any]) -> dict[str, Any]:
 
 def load_and_run(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader) -> bool:
     """Load the model and run what is missing."""
+    from batching import keep_heap
     from load_model import load_model
 
     model, _ = load_model(
         args.model_name, args.dtype, args.device_map, args.revision, args.trust_remote_code, args.attn_implementation
     )
-    begin_all(args, jobs, environment(args, model), reader.file)
+    kept = bool(args.raw_layers) and keep_heap(model.device)
+    begin_all(args, jobs, environment(args, model) | {"heap_kept": kept}, reader.file)
     return run_jobs(args, jobs, reader, model)
 
 

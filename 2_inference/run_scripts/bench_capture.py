@@ -203,42 +203,61 @@ def two_pass(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
 
 
 def with_nnsight(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
-    """nnsight, one pass: hidden states of the raw layers saved while tracing inside generate."""
+    """nnsight, one pass: hidden states of the raw layers saved while tracing inside generate; no attention maps."""
+    import copy
+
     from attn_act_logi import raw_layers
     from capture import find_layers
-    from nnsight import NNsight
+    from load_model import load_tokenizer
+    from nnsight import LanguageModel
 
-    traced = NNsight(model)
-    layers = raw_layers(args.raw_layers, model.config.get_text_config(decoder=True).num_hidden_layers)
-    backbone = next(name for name, module in model.named_modules() if module is find_layers(model)[0])
+    if not args.model_name:
+        raise ImportError("it needs the tokenizer of --model_name")
+    model = copy.deepcopy(model)  # as it wraps every module
+    traced = LanguageModel(model, tokenizer=load_tokenizer(args.model_name))
+    _, blocks = find_layers(model)
+    layers = [layer for layer in raw_layers(args.raw_layers, len(blocks)) if layer < len(blocks)]
+    backbone = next(name for name, module in model.named_modules() if module is blocks[0]).split(".")[:-1]
 
     def run(ids: Any) -> int:
         import torch
 
-        inner = traced
-        for part in backbone.split("."):
-            inner = getattr(inner, part)
+        envoys = traced
+        for part in backbone:
+            envoys = getattr(envoys, part)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        with torch.inference_mode(), traced.generate(ids, attention_mask=torch.ones_like(ids), **options):
-            saved = [inner.layers[layer].output.save() for layer in layers]
-        states = [state[0] if isinstance(state, tuple) else state for state in saved]
-        return tensor_bytes({str(i): state.cpu() for i, state in enumerate(states)})
+        with torch.inference_mode(), traced.generate(inputs, **options):
+            states = [].save()
+            for layer in layers:
+                states.append(envoys[layer].output)
+        states = [state[0] if isinstance(state, tuple) else state for state in states]
+        return tensor_bytes({str(layer): state.cpu() for layer, state in zip(layers, states, strict=True)})
 
     return run
 
 
 def with_transformer_lens(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
-    """TransformerLens: its own generate, then run_with_cache of the raw layers' residual streams and patterns."""
-    from attn_act_logi import raw_layers
-    from transformer_lens import HookedTransformer
+    """TransformerLens (3 and later): its own generate, then run_with_cache of the raw layers' inputs and patterns."""
+    import copy
 
-    lens = HookedTransformer.from_pretrained_no_processing(args.model_name, hf_model=model, dtype=model.dtype)
+    from attn_act_logi import raw_layers
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if not args.model_name:
+        raise ImportError("it needs the tokenizer of --model_name")
+    # A copy, as it takes modules apart and switches to eager attention.
+    lens = TransformerBridge.boot_transformers(args.model_name, hf_model=copy.deepcopy(model), dtype=model.dtype)
     layers = raw_layers(args.raw_layers, lens.cfg.n_layers)
-    wanted = {f"blocks.{layer}.{hook}" for layer in layers for hook in ("hook_resid_pre", "attn.hook_pattern")}
+    wanted = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
+    wanted += [f"blocks.{layer}.attn.hook_pattern" for layer in layers if layer < lens.cfg.n_layers]
 
     def run(ids: Any) -> int:
-        lens.generate(ids, max_new_tokens=args.max_new_tokens, do_sample=False, stop_at_eos=False, verbose=False)
-        _, cache = lens.run_with_cache(ids, names_filter=lambda name: name in wanted)
+        import torch
+
+        with torch.inference_mode():
+            lens.generate(ids, max_new_tokens=args.max_new_tokens, do_sample=False, stop_at_eos=False, verbose=False)
+            _, cache = lens.run_with_cache(ids, names_filter=wanted)
         return tensor_bytes(dict(cache))
 
     return run
@@ -284,6 +303,14 @@ def timed(run: Callable[[], Any], device: str) -> tuple[float, float, Any]:
     return time.perf_counter() - start, max(0.0, peak - held) / 1e6, result
 
 
+def give_back_heap() -> None:
+    """Return freed memory to the system, so that one way's leavings do not hide another's peak (glibc only)."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak() -> None:
     """Start the process's peak memory (VmHWM) anew; where the system does not allow it, peaks are too high."""
     with contextlib.suppress(OSError):
@@ -302,6 +329,7 @@ def status_kb(key: str) -> int:
 def bench_batches(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     """Single batches of random tokens: every way in turn, round by round; ratios are medians of the rounds' ratios."""
     import torch
+    from batching import keep_heap
 
     ways: dict[str, Callable[[Any], int]] = {}
     for name in args.ways:
@@ -311,6 +339,8 @@ def bench_batches(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
             print(f"{name}: left out ({error})", file=sys.stderr)
         except KeyError:
             raise UserError(f"--ways {name}: choose among {', '.join(WAYS)}") from None
+    if args.raw_layers != ["none"]:  # as the stage does; every way gains by it
+        keep_heap(model.device)
     rows = []
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     for length in args.lengths:
@@ -323,17 +353,18 @@ def bench_batches(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
 def bench_length(
     args: argparse.Namespace, ways: dict[str, Callable[[Any], int]], ids: Any, device: str
 ) -> list[dict[str, Any]]:
-    """All ways on one batch."""
+    """All ways on one batch: a first round for the peaks, then the timed ones."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, float] = dict.fromkeys(ways, 0.0)
+    peaks: dict[str, float] = {}
     captured: dict[str, int] = {}
-    for round_number in range(args.repeats + 1):  # the first round warms up
-        order = list(ways) if round_number % 2 else list(reversed(ways))
-        for name in order:
-            spent, peak, captured[name] = timed(partial(ways[name], ids), device)
-            if round_number:
-                seconds[name].append(spent)
-                peaks[name] = max(peaks[name], peak)
+    for way in ways.values():  # what is made once and stays is no part of a way's peak
+        way(ids)
+    for name, way in ways.items():
+        give_back_heap()
+        _, peaks[name], captured[name] = timed(partial(way, ids), device)
+    for round_number in range(args.repeats):
+        for name in list(ways) if round_number % 2 else list(reversed(ways)):
+            seconds[name].append(timed(partial(ways[name], ids), device)[0])
     base = seconds.get("generate") or next(iter(seconds.values()))
     tokens = ids.shape[0] * args.max_new_tokens
     return [
