@@ -209,7 +209,7 @@ def with_nnsight(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
     from attn_act_logi import raw_layers
     from capture import find_layers
     from load_model import load_tokenizer
-    from nnsight import LanguageModel
+    from nnsight import LanguageModel, save
 
     if not args.model_name:
         raise ImportError("it needs the tokenizer of --model_name")
@@ -228,7 +228,7 @@ def with_nnsight(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         with torch.inference_mode(), traced.generate(inputs, **options):
-            states = [].save()
+            states: Any = save([])
             for layer in layers:
                 states.append(envoys[layer].output)
         states = [state[0] if isinstance(state, tuple) else state for state in states]
