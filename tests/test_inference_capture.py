@@ -9,6 +9,7 @@ import tiny_models
 import torch
 from batching import BatchLimit
 from capture import CaptureOptions, Recorder
+from command_line import UserError
 from decoding import GenerationOptions, Generator, Prompt
 from load_json import read_prompt_file
 from prompt_reader import PromptReader, Rendering
@@ -85,6 +86,78 @@ def test_fields_equal_an_eager_pass_of_the_prompt_alone(tmp_path, family, batch_
         torch.testing.assert_close(fields["logsumexp"], logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
         own = logits.gather(1, fields["topk_indices"])  # indices may swap at ties, their logits may not
         torch.testing.assert_close(own, fields["topk_vals"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reuse_prefix", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("kernels", ["flash_attention_2", "flex_attention"])
+def test_flash_and_flex_give_the_fields_and_the_text_of_eager(tmp_path, monkeypatch, kernels, family, reuse_prefix):
+    calls = flash_without_a_gpu(monkeypatch)
+    wide = {"sliding_window": 300} if reuse_prefix and family != "llama" else {}
+    options = CaptureOptions(raw_layers=(1,), topk_logits=5, entropy=False)
+    reader = prompt_reader(tmp_path)
+    with torch.compiler.set_stance("force_eager"):  # the same formulas, and no C++ compiler
+        fast = tiny_models.model(family, **wide)
+        fast.config._attn_implementation = kernels
+        _, prompts, found = captured(fast, reader, options, 3, reuse_prefix)
+    assert bool(calls) == (kernels == "flash_attention_2")
+    eager = tiny_models.model(family, attn_implementation="eager", **wide)
+    _, _, expected = captured(eager, reader, options, 3, reuse_prefix)
+    for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
+        assert ours.responses[0].ids == theirs.responses[0].ids
+        torch.testing.assert_close(
+            ours.fields["attentions"]["layer_1"], theirs.fields["attentions"]["layer_1"], rtol=1e-4, atol=1e-5
+        )
+        for name in ("span_mass", "hidden_pooled", "topk_vals"):
+            torch.testing.assert_close(
+                ours.fields[name].float(), theirs.fields[name].float(), rtol=2e-3, atol=1e-3, equal_nan=True
+            )
+        assert ours.fields["span_mass"].shape[-1] == prompt.region_mask.shape[1]
+
+
+def test_an_attention_of_another_kind_is_refused():
+    model = tiny_models.model("llama")
+    model.config._attn_implementation = "paged_attention"
+    with pytest.raises(UserError, match="attention 'paged_attention' cannot be captured; use --attn_implementation"):
+        Recorder(model, CaptureOptions())
+
+
+def flash_without_a_gpu(monkeypatch) -> list[str]:
+    """The flash_attn package's two functions by their documentation, in plain PyTorch; returns the calls made."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    calls: list[str] = []
+
+    def one(q, k, v, softmax_scale, causal, window_size, softcap):  # [S,H,D] and [Sk,Hkv,D]
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        ahead = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+        hidden = (ahead < 0) if causal else torch.zeros_like(ahead, dtype=torch.bool)
+        if window_size[0] >= 0:
+            hidden = hidden | (ahead > window_size[0])
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
+        calls.append("whole")
+        rows = zip(q, k, v, strict=True)
+        return torch.stack([one(*row, softmax_scale, causal, window_size, softcap) for row in rows])
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0,
+    ):  # fmt: skip
+        calls.append("ragged")
+        parts = [x.tensor_split(cu[1:-1].long()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
+        return torch.cat(
+            [one(*row, softmax_scale, causal, window_size, softcap) for row in zip(*parts, strict=True)]
+        )
+
+    functions = (flash_attn_func, flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_args, **_kwargs: functions)
+    monkeypatch.setattr(flash, "_loaded_implementation", None)
+    return calls
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

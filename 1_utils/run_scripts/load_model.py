@@ -99,10 +99,12 @@ def load_model(
     resolved = getattr(torch, resolve_dtype(dtype, config, device_map))
     spread = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": resolved}
+    target = device_map if spread else default_device(device_map)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+        if attn_implementation == "flex_attention" and target == "cpu":
+            raise UserError("--attn_implementation flex_attention: PyTorch compiles it for GPUs only; use sdpa on a CPU")
     # Straight onto the device where it is no CPU, so that the weights never lie in memory twice.
-    target = device_map if spread else default_device(device_map)
     if target != "cpu":
         options["device_map"] = target
     try:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -326,23 +326,25 @@ def _cluster_totals(values: Any, clusters: Iterable[Hashable] | None) -> tuple[n
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """Holm-adjusted p values, same shape; NaN stays NaN and is no comparison."""
-    return _adjusted(p_values, "holm")
+    """Holm-adjusted p values (statsmodels), same shape; NaN stays NaN and is no comparison."""
+    from statsmodels.stats.multitest import multipletests
+
+    return _adjusted(p_values, lambda known: multipletests(known, method="holm")[1])
 
 
 def benjamini_hochberg(p_values: Any) -> np.ndarray:
-    """Benjamini-Hochberg adjusted p values (false discovery rate), same shape; NaN stays NaN."""
-    return _adjusted(p_values, "fdr_bh")
+    """Benjamini-Hochberg adjusted p values (false discovery rate, SciPy), same shape; NaN stays NaN."""
+    from scipy.stats import false_discovery_control
+
+    return _adjusted(p_values, false_discovery_control)
 
 
-def _adjusted(p_values: Any, method: str) -> np.ndarray:
-    from statsmodels.stats.multitest import multipletests
-
+def _adjusted(p_values: Any, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     array = np.asarray(p_values, dtype=np.float64)
     adjusted = np.full(array.shape, np.nan)
     known = ~np.isnan(array)
     if known.any():
-        adjusted[known] = multipletests(array[known], method=method)[1]
+        adjusted[known] = adjust(array[known])
     return adjusted
 
 

@@ -72,7 +72,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (auto on a CPU: float32)")
     group.add_argument("--device_map", help="auto: spread over all GPUs; cpu, cuda:1 …: that device")
     group.add_argument(
-        "--attn_implementation", help="sdpa (with its flash kernels) or eager; default: the model's best"
+        "--attn_implementation",
+        help="sdpa (with its own flash kernels), flash_attention_2 (or 3, 4), flex_attention, eager; default: what "
+        "transformers chooses for the model",
     )
     group.add_argument("--trust_remote_code", action="store_true", help="run code from the model's repository")
     prompts = parser.add_argument_group("prompts")

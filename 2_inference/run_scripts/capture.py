@@ -1,6 +1,6 @@
 """Everything that touches a model's inside: what is recorded while the model reads a prompt, without a second pass.
 
-A `Recorder` puts its own function in front of the model's attention (SDPA or eager)
+A `Recorder` puts its own function in front of the model's attention (SDPA, flash, flex or eager)
 and hooks on its layers. While `recording`, one forward pass yields, for every layer and head, the
 attention mass from regions to regions; the mean residual stream and MLP activations of regions; raw layers; and the
 top-k logits. At all other times the model runs as if nothing were there.
@@ -32,6 +32,7 @@ PREFIX_REGIONS = ("all", "context", "first")
 FLASH_HEAD_SIZE = 256  # the widest head of the fused kernels
 MAP_ELEMENTS = 1 << 27  # an explicit attention map is made for as many queries at a time as fit into this
 CACHE_ELEMENTS = 1 << 20  # and on a CPU into this, which its caches hold
+RENAMED = ("sdpa", "eager")  # attention that the recording function stands before under a name of its own
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 
 
@@ -65,7 +66,7 @@ class Capture:
 
 
 class Recorder:
-    """Hooks on one model whose attention is `sdpa` or `eager`.
+    """Hooks on one model whose attention is `sdpa`, `eager`, `flex_attention` or a flash attention.
 
     Only one recorder may record at a time, for the attention function is the process's own.
     """
@@ -92,7 +93,8 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.model.set_attn_implementation(self.base_attention)
+        if self.base_attention in RENAMED:
+            self.model.set_attn_implementation(self.base_attention)
 
     @property
     def num_layers(self) -> int:
@@ -229,7 +231,7 @@ class _Pass:
         step = max(16, (MAP_ELEMENTS if eager or q.is_cuda else CACHE_ELEMENTS) // (batch * heads * keys))
         for start in range(0, queries, step):
             block = slice(start, min(start + step, queries))
-            seen = self._block_mask(mask, q, k, block)
+            seen = self._block_mask(mask, q, k, block, kwargs.get("sliding_window"))
             visible = slice(0, keys) if eager else _visible_keys(seen, keys)
             seen = None if seen is None else seen[..., visible]
             whole[:, block], probs = self._eager(
@@ -255,22 +257,56 @@ class _Pass:
         groups = k.shape[1]
         grouped = (q * kwargs["scaling"]).reshape(batch, groups, -1, size)  # [B, Hkv, Hq / Hkv * S, D]
         scores = (grouped @ k.transpose(2, 3)).view(batch, heads, queries, -1)
+        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        if self.recorder.base_attention == "sdpa":
+            softcap = sinks = None  # SDPA knows neither
+        if kwargs.get("position_bias") is not None:
+            raise UserError(
+                "raw layers and entropy of attention with a position bias need --attn_implementation eager; "
+                "or run with --raw_layers none and without --attention_entropy"
+            )
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         if mask is not None:
             floor = torch.finfo(scores.dtype).min
             scores = scores.masked_fill_(~mask, floor) if mask.dtype == torch.bool else scores.add_(mask)
+        if sinks is not None:  # learned logits that take a share of the attention to nowhere
+            scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, queries, 1)], dim=-1)
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        if sinks is not None:
+            probs = probs[..., :-1]
         output = (probs.view(batch, groups, -1, probs.shape[-1]) @ v).view(batch, heads, queries, -1)
         return output.transpose(1, 2), probs
 
     def _block_mask(
-        self, mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, block: slice
+        self, mask: Any, q: torch.Tensor, k: torch.Tensor, block: slice, sliding_window: int | None
     ) -> torch.Tensor | None:
-        if mask is not None:
-            return mask[:, :, block, : k.shape[2]] if mask.shape[2] > 1 else mask[..., : k.shape[2]]
-        if q.shape[2] == 1 or self.recorder.base_attention == "eager":
+        """What the block's queries may see, [B or 1, 1 or H, S, Sk], bool or additive; None where that is all.
+
+        SDPA and eager come with it or with None, flash with the keys that are no pads [B, Sk], flex with a BlockMask.
+        """
+        queries, keys = q.shape[2], k.shape[2]
+        if hasattr(mask, "mask_mod"):
+            from torch.nn.attention.flex_attention import create_mask
+
+            def shifted(b: Any, h: Any, row: Any, column: Any) -> Any:
+                return mask.mask_mod(b, h, row + block.start, column)
+
+            return create_mask(shifted, q.shape[0], 1, block.stop - block.start, keys, device=q.device)
+        if mask is not None and mask.dim() == 4:
+            return mask[:, :, block, :keys] if mask.shape[2] > 1 else mask[..., :keys]
+        if (queries == 1 and mask is None) or self.recorder.base_attention == "eager":
             return None
-        rows = torch.arange(block.start, block.stop, device=q.device)[:, None] + k.shape[2] - q.shape[2]
-        return (torch.arange(k.shape[2], device=q.device) <= rows)[None, None]
+        flash = self.recorder.base_attention not in ("sdpa", "flex_attention")
+        rows = torch.arange(block.start, block.stop, device=q.device)[:, None] + keys - queries
+        columns = torch.arange(keys, device=q.device)
+        if mask is None:
+            mask = torch.ones(1, keys, dtype=torch.bool, device=q.device)
+        seen = mask[:, None, None, :keys].bool() & (columns <= rows)
+        if flash and sliding_window is not None:  # pads are taken out before the window is laid
+            place = mask.long().cumsum(-1)
+            seen = seen & (place[:, None, rows] - place[:, None, None] < sliding_window)
+        return seen
 
     def _relative_entropy(self, probs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """H(attention) / log(number of keys the query may see), [B,H,S]; 0 where that is one key (not counted)."""
@@ -463,32 +499,43 @@ def down_projection(layer: torch.nn.Module) -> torch.nn.Module:
 
 
 def install_attention(model: Any) -> str:
-    """Put the recording function in front of the model's attention; returns the name of the attention it had.
+    """Put the recording function in front of the model's attention; returns the name of the attention it has.
 
-    The mask must be registered under the same name too, or it is silently None.
+    SDPA and eager get a name of their own, under which the mask must be registered too, or it is silently None. Flash
+    and flex keep their name, by which transformers chooses kernels; outside a recording the function only passes on.
     """
     base = str(model.config.get_text_config(decoder=True)._attn_implementation or "eager")
-    if base not in ("sdpa", "eager"):
-        raise UserError(f"attention {base!r} cannot be captured; use --attn_implementation sdpa (or eager)")
-    name = "error_interp_over_" + base.replace("sdpa", "fused")  # a name with "sdpa" in it is refused by Gemma 2
-    AttentionInterface.register(name, _recording_attention(base))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    model.set_attn_implementation(name)
+    if base in RENAMED:
+        name = "error_interp_over_" + base.replace("sdpa", "fused")  # a name with "sdpa" in it is refused by Gemma 2
+        AttentionInterface.register(name, _recording_attention(base))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        model.set_attn_implementation(name)
+    elif ("flash" in base or base == "flex_attention") and base in ALL_ATTENTION_FUNCTIONS:
+        present = ALL_ATTENTION_FUNCTIONS[base]
+        if not hasattr(present, "records"):
+            ALL_ATTENTION_FUNCTIONS[base] = _recording_attention(base, present)
+    else:
+        raise UserError(
+            f"attention {base!r} cannot be captured; use --attn_implementation sdpa, flash_attention_2, flex_attention "
+            "or eager"
+        )
     return base
 
 
-def _recording_attention(base: str) -> Callable[..., Any]:
+def _recording_attention(base: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        kwargs.pop("output_attentions", None)
         if base == "eager":
             delegate = sys.modules[type(module).__module__].eager_attention_forward
         else:
-            delegate = ALL_ATTENTION_FUNCTIONS[base]
+            delegate = function or ALL_ATTENTION_FUNCTIONS[base]
         recorder = Recorder.active
+        if base in RENAMED or recorder is not None:
+            kwargs.pop("output_attentions", None)
         if recorder is None:
             return delegate(module, query, key, value, mask, **kwargs)
         return recorder._current.attend(delegate, module, query, key, value, mask, **kwargs)
 
+    attention.records = base  # type: ignore[attr-defined]
     return attention

@@ -24,7 +24,7 @@ class StyleRows:
     `indices` are the original indices at hand, ascending (`max_samples`: below this row of the prompt file only).
     """
 
-    def __init__(self, run: Run, style: str, max_samples: int | None = None, max_open: int = 4) -> None:
+    def __init__(self, run: Run, style: str, max_samples: int | None = None, max_open: int = 16) -> None:
         self.run, self.style = run, style
         self._max_open = max_open
         self._open: OrderedDict[Path, dict[str, Any]] = OrderedDict()
