@@ -119,7 +119,7 @@ def test_an_attention_of_another_kind_is_refused():
     model = tiny_models.model("llama")
     model.config._attn_implementation = "paged_attention"
     with pytest.raises(UserError, match="attention 'paged_attention' cannot be captured; use --attn_implementation"):
-        Recorder(model, CaptureOptions())
+        Recorder(model, CaptureOptions(raw_layers=()))
 
 
 def flash_without_a_gpu(monkeypatch) -> list[str]:
@@ -150,9 +150,7 @@ def flash_without_a_gpu(monkeypatch) -> list[str]:
     ):  # fmt: skip
         calls.append("ragged")
         parts = [x.tensor_split(cu[1:-1].long()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
-        return torch.cat(
-            [one(*row, softmax_scale, causal, window_size, softcap) for row in zip(*parts, strict=True)]
-        )
+        return torch.cat([one(*row, softmax_scale, causal, window_size, softcap) for row in zip(*parts, strict=True)])
 
     functions = (flash_attn_func, flash_attn_varlen_func, None, flash._pad_input, flash._unpad_input)
     monkeypatch.setattr(flash, "_lazy_imports", lambda *_args, **_kwargs: functions)

@@ -103,7 +103,7 @@ def load_model(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
         if attn_implementation == "flex_attention" and target == "cpu":
-            raise UserError("--attn_implementation flex_attention: PyTorch compiles it for GPUs only; use sdpa on a CPU")
+            raise UserError("--attn_implementation flex_attention: PyTorch has it for GPUs only; use sdpa on a CPU")
     # Straight onto the device where it is no CPU, so that the weights never lie in memory twice.
     if target != "cpu":
         options["device_map"] = target

@@ -372,7 +372,7 @@ def open_states(run: Run, args: argparse.Namespace) -> States:
     clean, styles = clean_and_styles(run, args.styles)
     if args.folds < 2:
         raise UserError(f"--folds {args.folds}: at least 2 are needed")
-    tables = {style: StyleRows(run, style, args.max_samples, max_open=64) for style in (clean, *styles)}
+    tables = {style: StyleRows(run, style, args.max_samples, max_open=sys.maxsize) for style in (clean, *styles)}
     if missing := [style for style, table in tables.items() if not table.has("hidden_pooled")]:
         raise UserError(f"{run.styles[missing[0]]}: no hidden_pooled in its files; run stage 2 again with pooling on")
     pooled = set(tables[clean].regions()) | {"edited"}
