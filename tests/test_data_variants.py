@@ -376,6 +376,54 @@ def test_another_seed_gives_other_variants_and_the_same_targets():
     assert [e["word"] for e in log_a if e["style"] == "main"] == [e["word"] for e in log_b if e["style"] == "main"]
 
 
+def all_variants_of(prompt: str, style: str, seeds: int = 60) -> set[str]:
+    """What any of many seeds makes of a prompt."""
+    made = [make_variants.make_variants([{"normal": prompt}], [style], seed)[0][0] for seed in range(seeds)]
+    return {row[style] for row in made if style in row}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sound"),
+    [
+        ("Solve the problem that you find here now.", "you found"),
+        ("Read this aloud, then do this quickly.", "these"),
+        ("Keep those with care.", "that"),
+        ("Say what happens if the price was higher.", "were"),
+        ("Our team is late today.", "are"),
+        ("Which is the best road?", "Which are"),
+        ("None of them has time.", "have"),
+        ("Describe an historic day.", "a historic"),
+        ("Choose a, b or c now.", "an,"),
+        ("Choose one: a) bread or b) tea.", "an)"),
+        ("Explain how a becomes b here.", "an becomes"),
+    ],
+)
+def test_a_slip_of_grammar_is_none_where_both_forms_are_right(prompt, sound):
+    made = all_variants_of(prompt, "grammar")
+    assert made, "another slip is possible"
+    assert not [text for text in made if sound in text]
+
+
+def test_slips_of_grammar_that_stay():
+    made = all_variants_of("Can you find this road? A red car has an engine.", "grammar")
+    for slip in ("you found", "you finds", "these road", "An red", "car have", "a engine"):
+        assert any(slip in text for text in made), slip
+
+
+def test_a_stray_comma_stands_where_none_can_be_right():
+    made = all_variants_of("In the morning we walk along the river and talk because it helps", "punctuation")
+    commas = {text.split(",")[0].split()[-1] for text in made if "," in text}
+    assert commas == {"the"}
+
+
+@pytest.mark.parametrize(("word", "other"), [("practise", "practice"), ("forget", "forgot"), ("defence", "defense")])
+def test_real_word_makes_no_other_form_or_spelling_of_the_word(word, other):
+    assert rules.is_real_word(other)
+    assert rules.osa_distance(word, other) == 1
+    assert other not in rules.real_word_options(word)
+    assert word not in rules.real_word_options(other)
+
+
 def test_no_edit_makes_an_insult():
     prompts = [f"Please count every {word} on the list" for word in ("sheet", "duck", "beach", "count", "cook", "fact")]
     for seed in range(30):

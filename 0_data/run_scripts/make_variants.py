@@ -246,7 +246,7 @@ def _typos(prompt: Prompt, words: list[Word], operations: list[str], count: int,
             edits.append(edit)
         if len(edits) == count:
             return edits
-    raise Lacks(f"fewer than {count} {where} that can take the edit" if count > 1 else f"no {where} that can take it")
+    raise Lacks(f"fewer than {count} {where}s that can take the edit" if count > 1 else f"no {where} that can take it")
 
 
 def _typo(prompt: Prompt, word: Word, operations: list[str], rng: Random) -> Edit | None:
@@ -266,7 +266,7 @@ def _one_kind(prompt: Prompt, style: str) -> list[Edit]:
 def _mixed_kinds(prompt: Prompt, style: str) -> list[Edit]:
     rng = prompt.rng(style)
     operations = rules.shuffled(rng, list(rules.TYPO_OPERATIONS))
-    edits = _typos(prompt, prompt.content, operations, rules.FIXED_COUNTS[style], rng, "content words")
+    edits = _typos(prompt, prompt.content, operations, rules.FIXED_COUNTS[style], rng, "content word")
     if len({edit.operation for edit in edits}) == 1:
         raise Lacks("no mixture of kinds of typo is possible")
     return edits
@@ -336,9 +336,18 @@ _AGREEMENT = {
     "this": "these", "these": "this", "those": "that",
 }  # fmt: skip
 _DOUBLED = rules.word_set("the a an of to is are in on at with for and or it you your this what how which")
-_BEFORE_BASE_FORM = rules.word_set(
-    "to please will would can could should must may might shall you and then do does did let's not"
+_AUXILIARIES = rules.word_set("will would can could should must may might shall do does did")
+_BEFORE_BASE_FORM = _AUXILIARIES | rules.word_set("to please and then let's not")
+# What may be no slip: "the data is" or "are", "if it was" or "were", "do this quickly" or "these", "an historic".
+_EITHER_NUMBER = rules.word_set(
+    """
+    data team staff family group class company firm government police committee crew audience public couple band choir
+    council army media majority minority rest half none some any all most them these those us which who
+    """
 )
+_UNREAL = rules.word_set("if though unless wish wishes wished suppose imagine")
+_AFTER_PRONOUN = rules.word_set("aloud step well soon today tomorrow right fast mean work works sound look looks feel")
+_SILENT_H = ("hour", "honest", "honour", "honor", "heir")
 _PAST = {
     "find": "found", "give": "gave", "write": "wrote", "show": "showed", "tell": "told", "make": "made", "get": "got",
     "take": "took", "keep": "kept", "think": "thought", "say": "said", "choose": "chose", "know": "knew", "see": "saw",
@@ -362,29 +371,58 @@ def _grammar(prompt: Prompt, style: str) -> list[Edit]:
 def _grammar_slips(prompt: Prompt) -> dict[str, list[Edit]]:
     slips: dict[str, list[Edit]] = {}
     pieces = prompt.text.split()
+    has_b = any(piece.strip("().,:;?!") in ("b", "B") for piece in pieces)  # then `a` is an option or a variable
     for word in prompt.words:
-        before = pieces[word.index - 1].lower() if word.index else ""
-        after = pieces[word.index + 1] if word.index + 1 < len(pieces) else ""
-        for operation, changed in _slips_of(word, before, after):
+        if has_b and word.lower == "a":
+            continue
+        unmarked = pieces[word.index].endswith(word.text) and word.index + 1 < len(pieces)
+        after = pieces[word.index + 1] if unmarked else ""
+        for operation, changed in _slips_of(word, _sentence_before(pieces, word.index), after):
             slip = Edit(word.start, word.end, _in_case_of(word.text, changed), operation, word)
             slips.setdefault(operation, []).append(slip)
     return slips
 
 
-def _slips_of(word: Word, before: str, after: str) -> list[tuple[str, str]]:
+def _sentence_before(pieces: list[str], index: int) -> list[str]:
+    """Up to 12 pieces of the same sentence before a word, in lower case."""
+    earlier: list[str] = []
+    for piece in reversed(pieces[max(0, index - 12) : index]):
+        if piece[-1] in ".!?:":
+            break
+        earlier.insert(0, piece.lower())
+    return earlier
+
+
+def _slips_of(word: Word, earlier: list[str], after: str) -> list[tuple[str, str]]:
+    """Slips of one word, `earlier` in its sentence and `after` it; `after` is empty where a mark stands between."""
     lower, slips = word.lower, []
-    if lower in _AGREEMENT and before != "if":  # "if it were" is as right as "if it was"
+    before = earlier[-1] if earlier else ""
+    if lower in _AGREEMENT and _is_agreement(lower, earlier, after):
         slips.append(("agreement", _AGREEMENT[lower]))
-    if lower in _PAST and (word.starts_sentence or before in _BEFORE_BASE_FORM):
-        slips.append(("tense", _PAST[lower]))
-        slips.append(("agreement", _third_person(lower)))
+    if lower in _PAST:
+        base_form = word.starts_sentence or before in _BEFORE_BASE_FORM
+        if base_form or (before == "you" and _AUXILIARIES.intersection(earlier[-2:-1])):  # "that you found" is right
+            slips.append(("tense", _PAST[lower]))
+        if base_form or before == "you":
+            slips.append(("agreement", _third_person(lower)))
     if lower == "a" and after[:1] in "bcdfgjklmnpqrstvwxyz" and after:
         slips.append(("article", "an"))
-    if lower == "an" and after[:1] in "aehio" and after:
+    if lower == "an" and (after[:1] in "aeio" or after.startswith(_SILENT_H)) and after:
         slips.append(("article", "a"))
     if lower in _DOUBLED and after:
         slips.append(("doubled_word", f"{lower} {lower}"))
     return slips
+
+
+def _is_agreement(lower: str, earlier: list[str], after: str) -> bool:
+    """True where the other number of a word in _AGREEMENT is wrong for sure."""
+    if lower in ("this", "these", "those"):  # before a noun; alone, the other may be as right
+        noun = after.rstrip(".,;:!?").lower()
+        pronoun = noun in rules.FUNCTION_WORDS | _AFTER_PRONOUN or noun.endswith("ly") or not noun.isalpha()
+        return not pronoun or (lower == "those" and noun in ("that", "who"))
+    if lower in ("was", "were") and _UNREAL.intersection(earlier):
+        return False
+    return not _EITHER_NUMBER.intersection(earlier[-1:])
 
 
 def _third_person(verb: str) -> str:
@@ -415,6 +453,7 @@ def _turns(rng: Random, by_kind: dict[str, list[Edit]], count: int) -> list[str]
 # --- punctuation
 
 _MARKS = ",.;!?"
+_NO_COMMA_AFTER = rules.word_set("the a an of to with from at my your our their its every")  # elsewhere it may be right
 
 
 def _punctuation(prompt: Prompt, style: str) -> list[Edit]:
@@ -438,8 +477,9 @@ def _punctuation_slips(prompt: Prompt) -> dict[str, list[Edit]]:
                 slips.setdefault(operation, []).append(slip)
         following = prompt.words[position + 1] if position + 1 < len(prompt.words) else None
         if following and text[end : following.start] == " ":
-            stray = Edit(word.start, end, word.text + ",", "stray_mark", word)
-            slips.setdefault("stray_mark", []).append(stray)
+            if word.lower in _NO_COMMA_AFTER:
+                stray = Edit(word.start, end, word.text + ",", "stray_mark", word)
+                slips.setdefault("stray_mark", []).append(stray)
             joined = word.text + following.text
             if rules.zipf(joined) < rules.KNOWN_WORD_ZIPF:
                 gone = Edit(word.start, following.end, joined, "missing_space", word)

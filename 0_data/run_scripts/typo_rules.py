@@ -196,7 +196,8 @@ def plain_words(text: str) -> list[Word]:
     new_sentence = True
     for index, piece in enumerate(_PIECE.finditer(text)):
         core = _CORE.fullmatch(piece[0])
-        if core and (core[1].islower() or core[1].istitle()):
+        # A single letter is a word as a, A or I alone; `A)` and `b,` name an option or a variable.
+        if core and (core[1].islower() or core[1].istitle()) and (len(core[1]) > 1 or piece[0] in ("a", "A", "I")):
             start = piece.start() + core.start(1)
             found.append(Word(index, start, start + len(core[1]), core[1], new_sentence))
         new_sentence = piece[0][-1] in '.!?:…"”'
@@ -458,16 +459,23 @@ def _is_same_word(a: str, b: str) -> bool:
     return bool(stems[0] & stems[1]) or _american(a) == _american(b) or f"{min(a, b)}/{max(a, b)}" in _IRREGULAR
 
 
-# Irregular forms and second spellings one edit apart, in alphabetical order.
+# Second spellings (or one British sound), then irregular forms, one edit apart and each pair in alphabetical order.
 _IRREGULAR = word_set(
     """
-    adviser/advisor disc/disk gray/grey tire/tyre tires/tyres
-    became/become began/begin bend/bent bit/bite blew/blow build/built came/come cling/clung dig/dug drank/drink
-    draw/drew drive/drove fall/fell fed/feed fling/flung gave/give get/got grew/grow hang/hung hear/heard
-    held/hold hid/hide knew/know lead/led lend/lent lose/lost man/men mean/meant meet/met overcame/overcome
-    ran/run rang/ring ride/rode rise/rose sang/sing sank/sink sat/sit send/sent shoot/shot shrank/shrink
-    slid/slide sped/speed spend/spent sprang/spring stank/stink stick/stuck string/strung swam/swim swing/swung
-    wake/woke win/won woman/women write/wrote
+    adviser/advisor ageing/aging aluminium/aluminum buses/busses defence/defense dependant/dependent disc/disk
+    enquiry/inquiry farther/further gray/grey judgement/judgment licence/license offence/offense poor/pour
+    practice/practise practices/practises programing/programming protesters/protestors storey/story tire/tyre
+    tires/tyres
+    analyses/analysis awake/awoke axes/axis bases/basis became/become began/begin began/begun begin/begun bend/bent
+    bit/bite blew/blow build/built came/come chairman/chairmen choose/chose cling/clung crises/crisis
+    diagnoses/diagnosis dig/dug drank/drink drank/drunk draw/drew drink/drunk drive/drove elder/older eldest/oldest
+    fall/fell fed/feed fling/flung focused/focussed focusing/focussing forgave/forgive forget/forgot gave/give
+    gentleman/gentlemen get/got grew/grow hang/hung hear/heard held/hold hid/hide knew/know lead/led lend/lent
+    lose/lost made/make man/men mean/meant meet/met overcame/overcome ran/run rang/ring rang/rung ride/rode ring/rung
+    rise/rose sang/sing sang/sung sank/sink sank/sunk sat/sit send/sent shine/shone shoot/shot shrank/shrink sing/sung
+    sink/sunk slid/slide smell/smelt sped/speed spell/spelt spend/spent spin/spun sprang/spring sprang/sprung
+    spring/sprung stank/stink stick/stuck string/strung swam/swim swam/swum swim/swum swing/swung theses/thesis
+    threw/throw wake/woke win/won withdraw/withdrew woman/women write/wrote
     """
 )
 _ENDINGS = ("", "s", "es", "d", "ed", "r", "er", "n", "en", "y", "ly", "e", "ing", "t")
@@ -565,7 +573,10 @@ def _number_faults(clean: str, variant: str) -> list[Fault]:
     return [Fault("changed_numbers", f"digits or operators differ: {lost[:40]!r} became {gained[:40]!r}")]
 
 
-_NUMBERS_AND_OPERATORS = re.compile(r"\d+(?:[.,]\d+)*|[+×÷=*/^%<>≤≥±√−]|(?<=[\d\s)])-(?=[\d\s(])|(?<!\w)-(?=\d)")
+_NUMBERS_AND_OPERATORS = re.compile(
+    r"\d+(?:[.,]\d+)*|[+×÷=*/^%<>≤≥±√−]|(?<=[\d\s)])-(?=[\d\s(])|(?<!\w)-(?=\d)"
+    r"|(?<=\d)[xX](?=\d)|(?<=\d )[xX](?= \d)"
+)
 
 
 def _numbers_and_operators(text: str) -> list[str]:
@@ -691,13 +702,26 @@ def _letters(text: str) -> str:
 def _check_framing(clean: str, variant: str, style: str, _: int) -> list[Fault]:
     at = variant.find(clean.strip())
     if at < 0 or not clean.strip():
-        return [Fault("request_changed", f"{style} does not keep the request word for word")]
+        reworded = Fault("request_changed", f"{style} does not keep the request word for word")
+        return [reworded, *_changed_number_words(clean, variant)]
     added = variant[:at] + variant[at + len(clean.strip()) :]
     if not added.strip():
         return [Fault("no_op", "differs from the clean text in white space alone")]
     if clean.rstrip().partition(":")[1:] != variant.rstrip().partition(":")[1:]:
         return [Fault("task_split", "the text after the first colon, the task, is no longer the same")]
     return []
+
+
+def _changed_number_words(clean: str, variant: str) -> Iterator[Fault]:
+    """In arithmetic, number words and the names of operations count as digits and operators do; more may be added."""
+    if _has_two_numbers(clean):
+        before, after = ([w for w in re.findall("[a-z]+", text.lower()) if w in _SAID] for text in (clean, variant))
+        left = iter(after)
+        if lost := next((word for word in before if word not in left), None):
+            yield Fault("changed_numbers", f"number words differ: {lost!r} is not where it was")
+
+
+_SAID = NUMBER_WORDS | {"plus", "minus", "times", "multiplied", "divided"}
 
 
 def _check_split(clean: str, variant: str, style: str, count: int) -> list[Fault]:
