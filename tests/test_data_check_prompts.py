@@ -84,6 +84,7 @@ FAULTS = [
     (set_key(0, "main", PROMPTS[0].replace("12 + 7", "12 - 7")), "changed_numbers", "main", True),
     (set_key(0, "main", PROMPTS[0].replace("12 + 7", "13 + 7")), "changed_numbers", "main", True),
     (set_key(0, "mine", PROMPTS[0].replace("7", "9") + "!"), "changed_numbers", "mine", True),
+    (set_key(0, "mine", PROMPTS[0].replace("of 12 and 7", "of 12 x 7")), "changed_numbers", "mine", True),
     (set_key(0, "grammar", PROMPTS[0].replace("sum", "difference")), "changed_protected", "grammar", True),
     (set_key(0, "task", "12 + 8"), "task_not_in_prompt", "normal", False),
     (set_key(2, "main", None), "wrong_type", "main", True),
@@ -102,6 +103,8 @@ FAULTS = [
     (lambda rows: rows.append({"normal": PROMPTS[0]}), "duplicate_prompt", "normal", False),
     (lambda rows: rows[3].update(mine=rows[3]["main"]), "duplicate_variant", "mine", True),
     (lambda rows: rows[3].update({"homo,nym": rows[3].pop("homonym")}), "misspelled_key", "homo,nym", True),
+    (lambda rows: rows[3].update({"homynom": rows[3].pop("homonym")}), "misspelled_key", "homynom", True),
+    (lambda rows: rows[3].update({"tow": rows[3].pop("two")}), "misspelled_key", "tow", True),
     (lambda rows: rows[3].update({"Main": rows[3].pop("main")}), "misspelled_key", "Main", True),
     (lambda rows: rows[3].update({"punctutation": rows[3]["normal"] + "!!"}), "misspelled_key", "punctutation", False),
     (lambda rows: rows[3].update({"Answer": rows[3].pop("answer")}), "misspelled_key", "Answer", True),
@@ -151,6 +154,20 @@ def test_own_styles_and_free_rewordings_are_held_to_less():
     rows[1]["other"] = "How do 2 plants make sugar?"
     rows[1]["main_2"] = "Another draw, by a name with a number"
     assert {f.kind for f in check_rows(rows)} == {"missing_style"}
+
+
+@pytest.mark.parametrize(
+    ("polite", "errors"),
+    [
+        ("Kindly tell me in one sentence what seven plus five makes.", set()),
+        ("Kindly tell me what seven plus six makes.", {"changed_numbers"}),
+        ("Kindly tell me what seven minus five makes.", {"changed_numbers"}),
+    ],
+)
+def test_a_reworded_framing_keeps_number_words(polite, errors):
+    found = check_rows([{"normal": "What does seven plus five make?", "polite": polite}])
+    assert {f.kind for f in found if f.severity == "error"} == errors
+    assert "request_changed" in {f.kind for f in found}
 
 
 def test_a_key_that_differs_from_a_frequent_one_is_a_slip():
@@ -246,6 +263,8 @@ def test_the_given_file_is_not_overwritten_and_options_are_checked(tmp_path):
     source = write(tmp_path / "p.json", json.dumps(sound_rows()))
     with pytest.raises(UserError, match="give --fix a new file"):
         main(["--prompt_file", source, "--fix", source])
+    with pytest.raises(UserError, match="give --output_csv a new file"):
+        main(["--prompt_file", source, "--output_csv", source])
     with pytest.raises(UserError, match="--intensity"):
         main(["--prompt_file", source, "--intensity", "0"])
     with pytest.raises(UserError, match="cannot be read"):

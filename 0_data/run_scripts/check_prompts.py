@@ -161,8 +161,13 @@ def _slip_for(key: str, targets: list[str]) -> str | None:
     for target in targets:
         if bare == _bare(target) and bare:
             return target
-    if any(character.isdigit() for character in key) or len(bare) < 4:
+    if any(character.isdigit() for character in key):
         return None  # main_2, v3: names, not slips
+    for target in targets:
+        if sorted(bare) == sorted(_bare(target)) and rules.osa_distance(bare, _bare(target), limit=2) <= 2:
+            return target  # tow, homynom
+    if len(bare) < 4:
+        return None
     for target in targets:
         allowed = 1 if len(target) < 8 else 2
         if len(target) >= 4 and rules.osa_distance(bare, _bare(target), limit=allowed) <= allowed:
@@ -396,6 +401,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = read_rows(args.prompt_file)
     if args.intensity < 1:
         raise UserError(f"--intensity {args.intensity}: the number of edits must be 1 or more")
+    for flag, path in (("--fix", args.fix), ("--output_csv", args.output_csv)):
+        if path and Path(path).resolve() == Path(args.prompt_file).resolve():
+            raise UserError(f"{path}: is the prompt file itself; give {flag} a new file")
     findings = check_rows(rows, args.intensity, args.styles)
     if args.output_csv:
         write_csv(args.output_csv, findings_table(findings))
@@ -406,8 +414,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_fixed(args: argparse.Namespace, rows: list[Any]) -> list[Finding]:
-    if Path(args.fix).resolve() == Path(args.prompt_file).resolve():
-        raise UserError(f"{args.fix}: is the prompt file itself; give --fix a new file")
     fixed, done = fix_rows(rows, args.intensity)
     write_json(args.fix, fixed)
     left = check_rows(fixed, args.intensity, args.styles)
