@@ -190,6 +190,17 @@ def test_paws_sentences_become_the_task_of_an_instruction(tmp_path: Path) -> Non
     ]
 
 
+def test_paws_byte_literals_are_read(tmp_path: Path) -> None:
+    lines = ["id\tsentence1\tsentence2\tlabel", "1\tb'It is caf\\xc3\\xa9 .'\tb\"It 's a caf\\xc3\\xa9 .\"\t1"]
+    lines += ["2\tb'open\tb'\\xff'\t0"]  # no literal, and one that is no UTF-8: taken as they stand
+    code, rows, _ = adapt(tmp_path, "paws", "\n".join(lines), "--instruction", "Say:")
+    assert code == 0
+    assert [(row["normal"], row.get("other", row.get("negative"))) for row in rows] == [
+        ("Say: It is café .", "Say: It 's a café ."),
+        ("Say: b'open", "Say: b'\\xff'"),
+    ]
+
+
 # --- tables of the user's own
 
 FIELD = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('",\n\t '), min_size=1, max_size=20)
@@ -260,8 +271,11 @@ def test_an_unusable_dataset_is_told_in_one_line(tmp_path: Path, name: str, cont
 def test_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         adapt_dataset.main(["--format", "csv", "--input_file", f"{tmp_path}/no", "--output_file", f"{tmp_path}/o"])
-    with pytest.raises(UserError, match="is the dataset itself"):
+    with pytest.raises(UserError, match="would overwrite the dataset itself"):
         adapt_dataset.main(["--format", "csv", "--input_file", f"{tmp_path}/a", "--output_file", f"{tmp_path}/a"])
+    files = ["--input_file", f"{tmp_path}/a_bad_lines.csv", "--output_file", f"{tmp_path}/a.json"]
+    with pytest.raises(UserError, match="would overwrite the dataset"):
+        adapt_dataset.main(["--format", "csv", *files])
     with pytest.raises(UserError, match="must be 1 or more"):
         adapt(tmp_path, "csv", "prompt\nx\n", "--max_samples", "0")
 

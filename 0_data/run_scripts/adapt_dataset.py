@@ -20,6 +20,7 @@ by some 200 bytes a question (ids alone). Exit code 1: done, but some lines were
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import itertools
 import json
@@ -220,6 +221,7 @@ def quora_row(record: Record) -> Row:
 
 def paws_row(record: Record, instruction: str) -> Row:
     """A pair of sentences, each as the task of `instruction`."""
+    record = {key: _without_literal(text) for key, text in record.items()}
     pair = _pair(record, "sentence1", "sentence2", "label")
     style = "other" if pair["_label"] else "negative"
     return {
@@ -228,6 +230,17 @@ def paws_row(record: Record, instruction: str) -> Row:
         "_id": record["id"],
         "_label": pair["_label"],
     }
+
+
+def _without_literal(text: str) -> str:
+    """The text inside a Python byte literal, as which some copies of PAWS hold their sentences; others as they are."""
+    if not re.fullmatch(r"b(['\"]).*\1", text.strip(), re.DOTALL):
+        return text
+    try:
+        literal = ast.literal_eval(text.strip())
+        return literal.decode() if isinstance(literal, bytes) else text
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def _pair(record: Record, first: str, second: str, label_column: str) -> Row:
@@ -376,8 +389,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_samples is not None and args.max_samples < 1:
         raise UserError(f"--max_samples {args.max_samples}: must be 1 or more")
-    if args.output_file.resolve() == args.input_file.resolve():
-        raise UserError(f"{args.output_file}: is the dataset itself; choose another --output_file")
+    if args.input_file.resolve() in (args.output_file.resolve(), bad_lines_path(args.output_file).resolve()):
+        raise UserError(f"{args.output_file}: would overwrite the dataset itself; choose another --output_file")
     return args
 
 
