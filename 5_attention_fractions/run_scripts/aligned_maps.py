@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,26 @@ class RowMaps:
     real: np.ndarray
     maps: dict[int, torch.Tensor]  # views [H,S,S] into the memory-mapped file, pads included
 
-    def map(self, layer: int) -> np.ndarray:
-        """Attention [H,S,S] of one layer, float32, pads cut out."""
-        return self.maps[layer].float().numpy()[:, self.real][:, :, self.real]
+    def on_shared_keys(self, gaps: np.ndarray) -> Callable[[int], np.ndarray]:
+        """Layer → attention [H,U,U+G] of the U unedited queries on the unedited tokens and, summed, on each of G gaps.
+
+        A gap is named by how many unedited tokens stand before it; see `gaps`.
+        """
+        places = np.flatnonzero(self.real)
+        kept = places[~self.edited]
+        keys = np.concatenate([kept, places[self.edited]])
+        in_gap = (self.gaps()[:, None] == gaps).astype(np.float32)
+
+        def read(layer: int) -> np.ndarray:
+            attention = self.maps[layer].float().numpy()[:, kept[:, None], keys]
+            on_gaps = attention[..., len(kept) :] @ in_gap
+            return np.concatenate([attention[..., : len(kept)], on_gaps], axis=-1)
+
+        return read
+
+    def gaps(self) -> np.ndarray:
+        """The gap in which each edited token lies."""
+        return (~self.edited).cumsum()[self.edited]
 
 
 def row_maps(
@@ -54,27 +72,23 @@ def aligned_divergence(variants: np.ndarray, cleans: np.ndarray, layers: list[in
     for pair, (variant, clean) in enumerate(zip(variants, cleans, strict=True)):
         if not np.array_equal(variant.ids[~variant.edited], clean.ids[~clean.edited]) or clean.edited.all():
             continue
-        shared = [layer for layer in layers if layer in variant.maps and layer in clean.maps]
-        for layer in shared:
-            of_queries = _divergence(_on_slots(variant, layer), _on_slots(clean, layer))  # [H,U]
-            last = of_queries[:, -1] if not (variant.edited[-1] or clean.edited[-1]) else np.nan
-            divergence[pair, layers.index(layer), :, 0] = last
-            divergence[pair, layers.index(layer), :, 1] = of_queries.mean(axis=1)
+        gaps = np.union1d(variant.gaps(), clean.gaps())
+        own, other = variant.on_shared_keys(gaps), clean.on_shared_keys(gaps)
+        last_kept = not (variant.edited[-1] or clean.edited[-1])
+        for place, layer in enumerate(layers):
+            if layer in variant.maps and layer in clean.maps:
+                of_queries = _divergence(own(layer), other(layer))  # [H,U]
+                divergence[pair, place, :, 0] = of_queries[:, -1] if last_kept else np.nan
+                divergence[pair, place, :, 1] = of_queries.mean(axis=1)
     return divergence
 
 
-def _on_slots(row: RowMaps, layer: int) -> np.ndarray:
-    """Attention [H,U,2U+1] of the U unedited queries on the unedited tokens and the gaps before, between, after."""
-    kept = ~row.edited
-    before = kept.cumsum() - kept
-    slot = np.where(kept, 2 * before + 1, 2 * before)
-    onehot = np.zeros((len(slot), 2 * int(kept.sum()) + 1), dtype=np.float32)
-    onehot[np.arange(len(slot)), slot] = 1
-    return row.map(layer)[:, kept] @ onehot
-
-
 def _divergence(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    from scipy.special import entr
+    # Key by key before the sum: the entropies of whole rows are large next to their difference.
+    terms = (_negative_entropy(one) + _negative_entropy(other)) / 2 - _negative_entropy((one + other) / 2)
+    return np.maximum(terms.sum(axis=-1), 0) / np.log(2)
 
-    both = entr((one + other) / 2).sum(axis=-1) - (entr(one) + entr(other)).sum(axis=-1) / 2
-    return np.maximum(both, 0) / np.log(2)
+
+def _negative_entropy(p: np.ndarray) -> np.ndarray:
+    """p log p, 0 at 0 (SciPy's `entr` does the same four times slower, without the vector units)."""
+    return p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))

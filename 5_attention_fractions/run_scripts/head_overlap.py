@@ -34,10 +34,15 @@ class GroupSums:
             self.sums, self.counts = np.zeros((2, self.groups, *values.shape[1:]))
         codes = [zlib.crc32(str(label).encode("utf-8", "backslashreplace")) % self.groups for label in clusters]
         order = np.argsort(codes, kind="stable")
-        present, starts = np.unique(np.array(codes)[order], return_index=True)
+        present, starts, rows = np.unique(np.array(codes)[order], return_index=True, return_counts=True)
         ordered = values[order]
-        self.sums[present] += np.add.reduceat(np.nan_to_num(ordered, posinf=np.inf, neginf=-np.inf), starts, axis=0)
-        self.counts[present] += np.add.reduceat(~np.isnan(ordered), starts, axis=0, dtype=np.float64)
+        known = ~np.isnan(ordered)
+        if known.all():
+            self.counts[present] += rows.reshape(-1, *[1] * (values.ndim - 1))
+        else:
+            self.counts[present] += np.add.reduceat(known, starts, axis=0, dtype=np.float64)
+            ordered = np.where(known, ordered, 0.0)
+        self.sums[present] += np.add.reduceat(ordered, starts, axis=0)
 
 
 @dataclass(frozen=True)

@@ -158,14 +158,15 @@ def style_effect(
     from paired_rows import paired_batches, read_rows, take_rows
 
     info: dict[str, Any] = {}
-    variants = read_rows(run, style, _extractor(run, style, None, tokenizer, info), max_samples)
-    others = read_rows(run, baseline, _extractor(run, baseline, style, tokenizer, {}), max_samples)
+    distances = baseline == run.clean_style
+    variants = read_rows(run, style, _extractor(run, style, None, tokenizer, info, distances), max_samples)
+    others = read_rows(run, baseline, _extractor(run, baseline, style, tokenizer, {}, distances), max_samples)
     effect: StyleEffect | None = None
     identical = unpaired = 0
     for pair in paired_batches(variants, others):
         identical, unpaired = identical + pair.identical, unpaired + pair.unpaired
         variant, other = pair.variant, pair.clean
-        if baseline != run.clean_style:
+        if not distances:
             keep = _same_words(run, style, baseline, variant["original_index"])
             variant, other = take_rows(variant, keep), take_rows(other, keep)
         indices = variant["original_index"]
@@ -215,8 +216,10 @@ def _pair_values(
     return both, MEASURES + DISTANCES
 
 
-def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None, info: dict[str, Any]) -> Extract:
-    """What is read of each file; `info` takes the layers."""
+def _extractor(
+    run: Run, style: str, compared: str | None, tokenizer: str | None, info: dict[str, Any], distances: bool
+) -> Extract:
+    """What is read of each file, with `distances` the raw maps too; `info` takes the layers."""
     from aligned_maps import row_maps
     from attention_fields import attention_fields, edited_region, layers_of
     from reference_format import TokenRegions
@@ -227,7 +230,7 @@ def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None
     def extract(content: dict[str, Any], path: Path) -> Batch:
         info["layers"] = layers_of(content)
         fields = attention_fields(content, path, edited, reference)
-        if content.get("attentions"):
+        if distances and content.get("attentions"):
             fields["maps"] = row_maps(content, path, edited, reference)
         return fields
 
