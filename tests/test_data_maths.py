@@ -278,9 +278,9 @@ HEARD_PAIRS = """
     choose/chews coat/cote cream/creme done/dun dough/doe fair/fare few/phew find/fined flour/flower for/fore
     freeze/frees gate/gait great/grate guest/guessed hall/haul have/halve hear/here heard/herd heart/hart
     here/hear high/hi its/it's know/no knows/nose lay/lei lesson/lessen lie/lye made/maid main/mane mark/marque
-    meat/meet might/mite morning/mourning need/knead new/knew night/knight no/know not/knot or/ore packed/pact
-    past/passed pears/pairs pick/pic piece/peace plain/plane please/pleas pour/pore praise/prays profit/prophet
-    queue/cue rain/reign rained/reigned reads/reeds rest/wrest rhyme/rime right/write road/rode role/roll
+    meat/meet might/mite mind/mined morning/mourning need/knead new/knew night/knight no/know not/knot or/ore
+    packed/pact past/passed pears/pairs pick/pic piece/peace plain/plane please/pleas pour/pore praise/prays
+    profit/prophet queue/cue rain/reign rained/reigned reads/reeds rest/wrest rhyme/rime right/write road/rode role/roll
     rolls/roles rough/ruff row/roe rows/rose sales/sails see/sea seems/seams seller/cellar sells/cells
     side/sighed sign/sine size/sighs so/sew stayed/staid steel/steal step/steppe steps/steppes straight/strait
     sun/son sweets/suites tea/tee their/there there/their through/threw to/too tray/trey very/vary wait/weight
