@@ -70,13 +70,14 @@ def test_padding_changes_nothing(source: str) -> None:
             np.testing.assert_allclose(batch[name][row], values[0], atol=1e-6, err_msg=name)
 
 
-def test_what_stands_in_pads_does_not_count() -> None:
+@pytest.mark.parametrize("value", [7.0, float("nan")])
+def test_what_stands_in_pads_does_not_count(value: float) -> None:
     content = without(content_of([0, 1, 2]), "span_mass", "attention_entropy")
     clean = fields_of(content)
     pad = ~content["attention_mask"]
     assert pad.any()
     for attention in content["attentions"].values():
-        attention.masked_fill_(pad[:, None, :, None], 7.0)  # queries that are pads
+        attention.masked_fill_(pad[:, None, :, None], value)  # queries that are pads
     dirty = fields_of(content)
     np.testing.assert_allclose(dirty["mass"], clean["mass"], atol=1e-6)
     np.testing.assert_allclose(dirty["entropy"], clean["entropy"], atol=1e-6)

@@ -12,6 +12,7 @@ import torch
 from answer_flips import FlipMoments
 from head_overlap import GroupSums, cross_half
 from head_sensitivity import StyleEffect, main, overlap_table, sensitivity_tables
+from paired_stats import benjamini_hochberg
 from run_store import open_run
 from scipy import stats
 from synthetic_run import prompt_rows, write_run
@@ -177,6 +178,22 @@ def test_flips_keep_their_error_rate_with_clustered_rows() -> None:
     assert found is not None
     assert (found.p < 0.05).mean() < 0.085
     assert (stats.pearsonr(np.repeat(flip[:, None], 800, axis=1), change, axis=0).pvalue < 0.05).mean() > 0.2
+
+
+@pytest.mark.parametrize(("rows", "flipped"), [(40, 5), (60, 15), (200, 30)])
+def test_under_a_null_at_most_five_percent_of_runs_tie_a_head_to_wrong_answers(rows: int, flipped: int) -> None:
+    # 200 runs of 270 heads, rows of one template alike: what counts is p far out in the tail.
+    runs, rng = 200, np.random.default_rng(8)
+    template = rng.integers(0, 30, rows)
+    moments = FlipMoments()
+    change = rng.standard_normal((rows, runs * 270)) + 0.5 * rng.standard_normal((30, runs * 270))[template]
+    flip = np.zeros(rows)
+    flip[rng.permutation(rows)[:flipped]] = 1
+    moments.add(change, flip, [f"t{one}" for one in template])
+    found = moments.finish()
+    assert found is not None
+    adjusted = [benjamini_hochberg(p) for p in found.p.reshape(runs, 270)]
+    assert sum(p.min() < 0.05 for p in adjusted) <= stats.binom.ppf(0.99, runs, 0.05)
 
 
 def test_a_head_whose_reaction_goes_with_wrong_answers_is_named(tmp_path) -> None:

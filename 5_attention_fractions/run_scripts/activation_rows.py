@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import UserError
-from run_store import BATCH_AXIS, Run, load_pt, row_count
+from paired_rows import original_indices
+from run_store import BATCH_AXIS, Run, load_pt
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,7 @@ class StyleRows:
         self._open: OrderedDict[Path, dict[str, Any]] = OrderedDict()
         self._places: dict[int, tuple[Path, int]] = {}
         for path in run.files(style):
-            content = self._content(path)
-            for position in range(row_count(content)):
-                index = int(content["original_indices"][position]) if "original_indices" in content else position
+            for position, index in enumerate(original_indices(self._content(path), path).tolist()):
                 if max_samples is None or index < max_samples:
                     self._places[index] = (path, position)
         self.indices = sorted(self._places)
@@ -149,11 +148,6 @@ def clean_and_styles(run: Run, styles: Sequence[str] | None, with_split: bool = 
     if not chosen:
         raise UserError(f"{run.path}: only the clean form is there; run stage 2 with more --prompt_keys")
     return clean, chosen
-
-
-def edited_region(style: str, of: str, clean: str) -> str:
-    """Name of the words that `of` edits: `edited` in the style itself, `edited:<of>` in the clean run."""
-    return f"edited:{of}" if style == clean else "edited"
 
 
 def twin_region(region: str, style: str) -> str:

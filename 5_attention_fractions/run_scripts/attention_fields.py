@@ -129,6 +129,7 @@ def _from_maps(maps: dict[str, torch.Tensor], keys: np.ndarray, real: np.ndarray
     masses, entropies = [], []
     for name in sorted(maps, key=layer_number):
         attention = maps[name].float().numpy()  # one layer in memory at a time
+        attention = np.where(real[:, None, :, None], attention, 0)  # a pad's row may be NaN, and 0 x NaN is NaN
         masses.append(map_mass(attention, keys, real))
         entropies.append(map_entropy(attention, keys[..., REGIONS.index("edited")], real))
     return np.stack(masses, axis=1), np.stack(entropies, axis=1)
