@@ -246,7 +246,7 @@ def test_a_run_without_clean_form_is_refused(tmp_path: Path) -> None:
 def test_an_answer_table_of_another_kind_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", prompt_rows(2, ["swap"]))
     (tmp_path / "items.csv").write_text("style,original_index\nnormal,0\n")
-    with pytest.raises(UserError, match="lacks the column 'correct'"):
+    with pytest.raises(UserError, match="needs the columns style, original_index, correct"):
         main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--maths_items", str(tmp_path / "items.csv")])
 
 

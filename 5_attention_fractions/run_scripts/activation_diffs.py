@@ -22,7 +22,7 @@ Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled, topk_vals; see st
 Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
         results/<run>/activation_diffs_summary.csv   style, measure
         results/<run>/activation_diffs_items.csv  one line per row and style
-        results/<run>/activation_diffs.png        typo_recovery.png
+        results/<run>/activation_diffs.png        typo_recovery.png, with --model_name logit_lens.png
 
     python 5_attention_fractions/run_scripts/activation_diffs.py --run_dir outputs/demo/maths
 """
@@ -494,10 +494,11 @@ def _items_writer(path: Path) -> Iterator[Any]:
 
 
 def _plot(curves: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> None:
-    from layer_curves import plot_distances, plot_recovery
+    from layer_curves import plot_distances, plot_lens, plot_recovery
 
     plot_distances(curves, folder / "activation_diffs.png")
     plot_recovery(curves, summary, folder / "typo_recovery.png")
+    plot_lens(curves, folder / "logit_lens.png")
 
 
 if __name__ == "__main__":

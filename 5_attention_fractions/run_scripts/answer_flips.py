@@ -15,31 +15,42 @@ MIN_FLIPS = 5  # fewer flips (or fewer kept answers) say nothing about a correla
 
 
 class Answers:
-    """Which answers are right, from the maths_items.csv of stage 3."""
+    """Which answers are right, from the maths_items.csv of stage 3; of several samples, at least half must be."""
 
     def __init__(self, path: Path) -> None:
         import pandas as pd
 
+        needed = ["style", "original_index", "correct"]
         try:
-            table = pd.read_csv(path)
+            table = pd.read_csv(path, usecols=needed)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run stage 3 (evaluate_predictions.py) first") from None
         except (ValueError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a readable CSV ({error}); run stage 3 again") from None
-        if missing := {"style", "original_index", "correct"} - set(table.columns):
-            raise UserError(f"{path}: lacks the column {sorted(missing)[0]!r}; give the maths_items.csv of stage 3")
-        if "sample" in table:
-            table = table[table["sample"] == table["sample"].min()]
+            raise UserError(f"{path}: needs the columns {', '.join(needed)} of stage 3 ({error})") from None
         words = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
-        correct = table["correct"].astype(str).str.lower().map(words)
-        keys = zip(table["style"].astype(str), table["original_index"].astype(int), strict=True)
-        self._correct = dict(zip(keys, correct, strict=True))
+        table["correct"] = table["correct"].astype(str).str.lower().map(words)
+        share = table.dropna(subset=["correct"]).groupby(["style", "original_index"])["correct"].mean()
+        self._right = {(str(style), int(row)): float(value >= 0.5) for (style, row), value in share.items()}
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._right
+
+    def right(self, style: str, index: int) -> float:
+        """1 or 0, NaN where the answer was not evaluated."""
+        return self._right.get((style, index), np.nan)
 
     def flips(self, style: str, clean_style: str, indices: np.ndarray) -> np.ndarray:
         """[n]: 1 where the clean answer is right and the style's wrong, 0 where both are right, else NaN."""
-        clean = np.array([self._correct.get((clean_style, int(i)), np.nan) for i in indices])
-        own = np.array([self._correct.get((style, int(i)), np.nan) for i in indices])
+        clean = np.array([self.right(clean_style, int(i)) for i in indices])
+        own = np.array([self.right(style, int(i)) for i in indices])
         return np.where(clean == 1, 1 - own, np.nan)
+
+
+def open_answers(path: Path | None, folder: Path) -> Answers | None:
+    """The table that was asked for, else the results folder's own; None where neither is there."""
+    if path is None and not (folder / "maths_items.csv").is_file():
+        return None
+    return Answers(path or folder / "maths_items.csv")
 
 
 @dataclass(frozen=True)

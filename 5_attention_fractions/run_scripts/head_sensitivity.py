@@ -1,13 +1,13 @@
 """Which layers and heads react to a typo, how strongly, how surely, and whether that goes with wrong answers.
 
-Reads   outputs/<run>/<style>/activations_*.pt; with --maths_items the maths_items.csv of stage 3
+Reads   outputs/<run>/<style>/activations_*.pt; the maths_items.csv of stage 3, where it is
 Writes  head_sensitivity.csv, layer_sensitivity.csv    every style x head (x layer) x measure, ranked by |t|
         head_overlap.csv                               do styles share their heads, and do halves of the data
-        head_answer_flips.csv, layer_answer_flips.csv  with --maths_items: does the change go with a flipped answer
+        head_answer_flips.csv, layer_answer_flips.csv  with maths_items.csv: does the change go with a flipped answer
         head_sensitivity.png, head_sensitivity_<style>.png, head_overlap.png
 
     python 5_attention_fractions/run_scripts/head_sensitivity.py --run_dir outputs/demo/maths \\
-        --results_dir results/demo/maths --maths_items results/demo/maths/maths_items.csv
+        --results_dir results/demo/maths
 
 Each row gives difference = style - clean form, on rows that have both and whose texts differ. Where the run has the
 control style `split` (the clean word, cut into more tokens by an invisible character), difference_vs_split is style -
@@ -453,7 +453,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--results_dir", type=Path, help="folder for the tables; default: results/<run name>")
     data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
     data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
-    data.add_argument("--maths_items", type=Path, help="maths_items.csv of stage 3, for the answers' flips")
+    data.add_argument("--maths_items", type=Path, help="for the flips; default: maths_items.csv in results_dir")
     data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
     shown = parser.add_argument_group("pictures and splits")
     shown.add_argument("--measure", choices=MEASURES, default="edited_mass_last", help="shown for all styles at once")
@@ -465,12 +465,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the pictures."""
     args = parse_args(argv)
     from activation_rows import SPLIT_STYLE, clean_and_styles
-    from answer_flips import Answers
+    from answer_flips import open_answers
     from run_store import open_run
 
     run = open_run(args.run_dir)
     clean, styles = clean_and_styles(run, args.styles, with_split=False)
-    answers = Answers(args.maths_items) if args.maths_items else None
+    folder = args.results_dir or Path("results") / run.name
+    answers = open_answers(args.maths_items, folder)
     effects, controls = [], []
     for style in styles:
         effect = style_effect(run, style, clean, args.max_samples, answers, args.tokenizer)
@@ -481,7 +482,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             controls.append(style_effect(run, style, SPLIT_STYLE, args.max_samples, tokenizer=args.tokenizer))
     if not effects:
         raise UserError(f"{run.path}: no style has a row whose text differs from the clean form's; nothing to compare")
-    folder = args.results_dir or Path("results") / run.name
     for path in write_results(effects, [control for control in controls if control], folder, args):
         print(path)
     return 0

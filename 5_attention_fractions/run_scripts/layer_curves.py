@@ -19,7 +19,8 @@ MEASURE_LABELS = {
     "relative_l2": "relative L2 distance\n|style − clean| / |clean|",
     "cka": "linear CKA with the clean states\n(debiased, over items)",
     "own_nearest": "share of words nearest to\ntheir own clean twin",
-    "lens_top1_probability": "logit lens: probability of the\nclean run's first token",
+    "lens_kl": "KL of the next token,\nclean || style (nats)",
+    "lens_top1_probability_change": "change in the probability of\nthe clean run's first token",
 }
 REGION_LABELS = {"edited": "edited word", "task": "task", "last": "last token", "instruction": "instruction"}
 DEPTH_LABELS = {
@@ -108,6 +109,26 @@ def plot_distances(curves: pd.DataFrame, path: str | Path) -> None:
         grid[i, 0].set_ylabel(MEASURE_LABELS[measure])
     figure.suptitle("Residual stream: each style against its clean twin (mean; band: 95 % clustered interval)")
     shared_legend(figure, grid.flat)
+    save_figure(path, figure)
+
+
+def plot_lens(curves: pd.DataFrame, path: str | Path) -> None:
+    """What the logit lens says at the last token, layer by layer; nothing where the lens was not applied."""
+    import matplotlib.pyplot as plt
+
+    measures = ("lens_kl", "lens_top1_probability_change")
+    if not curves["measure"].isin(measures).any():
+        return
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    colours = style_colours(list(curves["style"].unique()))
+    for axes, measure in zip(panels, measures, strict=True):
+        part = curves[curves["measure"] == measure]
+        draw_curves(axes, part, colours, ("estimate", "ci_low", "ci_high"))
+        layer_axis(axes)
+        axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_ylabel(MEASURE_LABELS[measure])
+        axes.set_title(f"Logit lens at the last token, {count_label(part['n'])}", fontsize=10)
+    shared_legend(figure, panels)
     save_figure(path, figure)
 
 
@@ -209,4 +230,6 @@ def _draw_controls(axes: Any, part: pd.DataFrame) -> None:
         own = own.sort_values("layer")
         label = "shuffled labels (control)" if position == 0 else None
         axes.plot(own["layer"], own["control_auc"], color="grey", linewidth=0.8, linestyle="--", label=label, zorder=1)
-        axes.fill_between(own["layer"], own["control_ci_low"], own["control_ci_high"], color="grey", alpha=0.07, lw=0)
+    # One band around all intervals: a band for each style would add up to black.
+    ends = part.groupby("layer").agg(low=("control_ci_low", "min"), high=("control_ci_high", "max"))
+    axes.fill_between(ends.index, ends["low"], ends["high"], color="grey", alpha=0.15, lw=0)

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 import numpy as np
 from activation_rows import SPLIT_STYLE, StyleRows, changed_rows, clean_and_styles, twin_region
+from answer_flips import Answers, open_answers
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
@@ -161,13 +162,14 @@ def style_items(states: States, styles: Sequence[str], region: str) -> Items:
     return items
 
 
-def wrong_items(states: States, style: str, wrong: dict[tuple[str, int], int]) -> Items:
+def wrong_items(states: States, style: str, answers: Answers) -> Items:
     """Whether the answer to the style's prompt is wrong (1); rows that were not evaluated are left out."""
     items = Items("wrong", style, WRONG_REGION)
     if _pooled(states, (style, WRONG_REGION)):
-        rows = [row for row in states.rows if row in states.tables[style] and (style, row) in wrong]
+        rows = [row for row in states.rows if row in states.tables[style] and (style, row) in answers]
         rows = sorted(states.known((style, WRONG_REGION), rows))
-        items.add((style, WRONG_REGION), rows, [wrong[style, row] for row in rows], [style] * len(rows))
+        labels = [int(answers.right(style, row) == 0) for row in rows]
+        items.add((style, WRONG_REGION), rows, labels, [style] * len(rows))
     return items
 
 
@@ -175,7 +177,7 @@ def _pooled(states: States, *sources: Source) -> bool:
     return all(region in states.tables[style].regions() for style, region in sources)
 
 
-def all_items(states: States, args: argparse.Namespace, wrong: dict[tuple[str, int], int]) -> Iterator[Items]:
+def all_items(states: States, args: argparse.Namespace, answers: Answers | None) -> Iterator[Items]:
     """The items of every probe that was asked for."""
     styles = [style for style in states.tables if style != states.clean]
     typos = [style for style in styles if style in args.typo_styles]
@@ -187,25 +189,8 @@ def all_items(states: States, args: argparse.Namespace, wrong: dict[tuple[str, i
             yield split_items(states, typos, region)
         if "style" in args.targets:
             yield style_items(states, styles, region)
-    if "wrong" in args.targets and wrong:
-        yield from (wrong_items(states, style, wrong) for style in (states.clean, *styles))
-
-
-def read_wrong(path: Path) -> dict[tuple[str, int], int]:
-    """(style, original index) → 1 where the answer is wrong, from a table of stage 3; more than half of the samples,
-    where there are several. Raises UserError for a table without the columns."""
-    import pandas as pd
-
-    needed = ["style", "original_index", "correct"]
-    try:
-        table = pd.read_csv(path, usecols=needed)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run stage 3 first, or leave --maths_items out") from None
-    except ValueError as error:
-        raise UserError(f"{path}: needs the columns {', '.join(needed)} ({error})") from None
-    table["correct"] = pd.to_numeric(table["correct"].replace({"True": 1, "False": 0, True: 1, False: 0}), "coerce")
-    share = table.dropna(subset=["correct"]).groupby(["style", "original_index"])["correct"].mean()
-    return {(str(style), int(row)): int(value < 0.5) for (style, row), value in share.items()}
+    if answers is not None:
+        yield from (wrong_items(states, style, answers) for style in (states.clean, *styles))
 
 
 # --- probing
@@ -331,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log, run = get_logger(), open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
     states = open_states(run, args)
-    items = [one for one in all_items(states, args, _wrong_answers(args, folder)) if one.labels]
+    items = [one for one in all_items(states, args, _answers(args, folder)) if one.labels]
     probes = [(one, plan_probe(one, states, args.folds, args.seed)) for one in items]
     if few := [f"{one.target} {one.style} {one.region}" for one, probe in probes if probe is None]:
         log.warning(f"fewer than {MIN_CLUSTERS} templates in a class, no probe: {', '.join(few)}")
@@ -385,14 +370,12 @@ def open_states(run: Run, args: argparse.Namespace) -> States:
     return States(run, clean, tables, [rows[place] for place in sorted(chosen)])
 
 
-def _wrong_answers(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], int]:
-    path = args.maths_items or folder / "maths_items.csv"
+def _answers(args: argparse.Namespace, folder: Path) -> Answers | None:
     if "wrong" not in args.targets:
-        return {}
-    if args.maths_items is None and not path.is_file():
-        get_logger().info(f"no {path}: without the target `wrong` (run stage 3, or give --maths_items)")
-        return {}
-    return read_wrong(path)
+        return None
+    if (answers := open_answers(args.maths_items, folder)) is None:
+        get_logger().info(f"no {folder}/maths_items.csv: without the target `wrong` (run stage 3, or --maths_items)")
+    return answers
 
 
 if __name__ == "__main__":
