@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import attn_act_logi
+import cpu_speed
 import decoding
 import numpy as np
 import pytest
@@ -668,13 +669,57 @@ def test_stop_strings_end_a_response(model_dir, prompt_file, undisturbed, tmp_pa
     assert stopped
 
 
+# --- what is copied while the model goes on
+
+
+def test_the_writer_makes_the_rows_while_copies_are_under_way(
+    model_dir, prompt_file, undisturbed, tmp_path, monkeypatch
+):
+    import threading
+
+    import capture
+
+    waited, made = [], []
+    monkeypatch.setattr(capture.HostCopies, "pending", True)  # as with results on a GPU
+    monkeypatch.setattr(capture.HostCopies, "wait", lambda copies: waited.append(threading.current_thread().name))
+    rows_of = decoding.rows_of
+    monkeypatch.setattr(
+        decoding, "rows_of", lambda *args: (made.append(threading.current_thread().name), rows_of(*args))[1]
+    )
+    assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "7") == 0
+    assert set(waited) == set(made) == {"writer"}
+    assert len(waited) == 2 * len(made) > 4  # of the prompts and of their shared prefix
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+# --- products of few rows
+
+
+@pytest.mark.skipif(not cpu_speed._has_onednn(), reason="needs oneDNN on x86")
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_gives_the_same_products_and_leaves_no_trace(bias):
+    model = torch.nn.Sequential(torch.nn.Linear(48, 96, bias=bias), torch.nn.Linear(96, 20, bias=bias))
+    replaced = torch.nn.Linear(20, 20)
+    replaced.forward = lambda states: states  # as accelerate does to offload
+    model.append(replaced)
+    for shape in [(1, 1, 48), (3, 1, 48), (32, 1, 48), (33, 48), (2, 60, 48), (128, 1, 48), (129, 1, 48), (2, 0, 48)]:
+        states = torch.randn(shape).transpose(0, 1) if len(shape) == 3 else torch.randn(shape)
+        with torch.inference_mode():
+            expected = model(states)
+            with cpu_speed.onednn_linears(model) as count:
+                got = model(states)
+        assert count == 2
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not any("forward" in vars(module) for module in model[:2])
+
+
 # --- memory that is kept
 
 FREED_TWICE = """
 import resource, sys, torch
 sys.path[:0] = {paths!r}
-import batching
-kept = {keep} and batching.keep_heap(torch.device("cpu"))
+import cpu_speed
+kept = {keep} and cpu_speed.keep_heap(torch.device("cpu"))
 faults = []
 for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -697,10 +742,8 @@ def test_a_kept_heap_is_not_given_back_page_by_page(keep):
 
 
 def test_the_heap_is_kept_for_raw_maps_alone(model_dir, prompt_file, tmp_path, monkeypatch):
-    import batching
-
     calls = []
-    monkeypatch.setattr(batching, "keep_heap", lambda device: calls.append(device.type) or True)
+    monkeypatch.setattr(cpu_speed, "keep_heap", lambda device: calls.append(device.type) or True)
     for name, layers in (("raw", "0"), ("none", "none")):
         assert run(model_dir, prompt_file, tmp_path / name, "--raw_layers", layers, "--max_samples", "2") == 0
     assert calls == ["cpu"]

@@ -446,8 +446,9 @@ def write_file(
 def result_row(
     result: Any, job: StyleJob, reader: PromptReader, position: int, generator: Any, has_normal: bool
 ) -> dict[str, Any]:
-    """One row of a .pt file."""
+    """One row of a .pt file; the captured fields join it when the file is written."""
     import torch
+    from background_writer import CAPTURED
 
     index, text = job.style.texts[position]
     first = result.responses[0]
@@ -462,7 +463,7 @@ def result_row(
         "response_token_count": len(first.ids),
         "input_ids": torch.tensor(ids),
         "attention_mask": torch.ones(len(ids), dtype=torch.bool),
-        **result.fields,
+        CAPTURED: result,
     }
     if generator.options.num_samples > 1:
         row["response_samples"] = [response.text for response in result.responses]
@@ -658,15 +659,17 @@ def _of_all_styles(settings: dict[str, Any]) -> dict[str, Any]:
 
 def load_and_run(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader) -> bool:
     """Load the model and run what is missing."""
-    from batching import keep_heap
+    from cpu_speed import keep_heap, onednn_linears
     from load_model import load_model
 
     model, _ = load_model(
         args.model_name, args.dtype, args.device_map, args.revision, args.trust_remote_code, args.attn_implementation
     )
     kept = bool(args.raw_layers) and keep_heap(model.device)
-    begin_all(args, jobs, environment(args, model) | {"heap_kept": kept}, reader.file)
-    return run_jobs(args, jobs, reader, model)
+    with onednn_linears(model) as linears:
+        where = environment(args, model) | {"heap_kept": kept, "onednn_linears": linears}
+        begin_all(args, jobs, where, reader.file)
+        return run_jobs(args, jobs, reader, model)
 
 
 def begin_all(

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 from run_store import pack_rows, save_pt
 
 FILES_WAITING = 2
+CAPTURED = "captured"  # a row's key for the result whose fields may still be on their way from a GPU
 
 
 class BackgroundWriter:
@@ -42,7 +43,7 @@ class BackgroundWriter:
                 continue  # keep taking jobs, or `write` would wait for ever
             try:
                 path, rows, shared, pad_token_id = job
-                save_pt(path, pack_rows(rows, shared, pad_token_id))
+                save_pt(path, pack_rows([_whole(row) for row in rows], shared, pad_token_id))
                 self.bytes_written += path.stat().st_size
             except BaseException as error:
                 self._error = error
@@ -50,3 +51,9 @@ class BackgroundWriter:
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def _whole(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its captured fields; a row that was read from a file has them already."""
+    captured = row.pop(CAPTURED, None)
+    return row if captured is None else row | captured.fields

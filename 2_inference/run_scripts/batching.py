@@ -25,7 +25,6 @@ WINDOW_ROWS = 256  # prompts sorted by length together
 WINDOW_BYTES = 1 << 30
 CPU_ROWS = 32  # more rows gain nothing: the step is bound by arithmetic then
 GPU_ROWS = 256
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 GROW_AFTER = 64  # steps without a shortage after which a shrunk batch may grow again
 
 
@@ -208,25 +207,6 @@ def free_memory(device: torch.device) -> int:
     stat = (line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
     cached = next((int(words[1]) for words in stat if words[0] == "inactive_file"), 0)  # given back when asked for
     return min(available, with_limit[0] - with_limit[1] + cached)
-
-
-def keep_heap(device: torch.device) -> bool:
-    """Make this process keep the memory it frees, where raw maps are captured on a CPU. Returns whether it does.
-
-    glibc maps every large tensor anew and gives it back when it is freed, so each batch pays for the kernel zeroing
-    its maps' pages: a quarter of the time of 2 × 2,000 tokens with SmolLM2-135M. M_MMAP_MAX and M_TRIM_THRESHOLD of
-    mallopt(3) put them on a heap that stays. Without raw maps the heap's gaps would cost more memory than they save
-    time, so it is left alone then; other allocators and systems are left alone always.
-    """
-    if device.type != "cpu" or sys.platform != "linux":
-        return False
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def _read_number(path: str) -> int | None:

@@ -73,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     work.add_argument("--max_new_tokens", type=int, default=16, help="tokens generated for each row")
     work.add_argument("--repeats", type=int, default=7, help="rounds; the median ratio is told")
     work.add_argument("--raw_layers", nargs="+", default=["0", "5", "10", "15"], help="raw layers of ours, or none")
-    work.add_argument("--ways", nargs="+", default=["generate", "ours", "two_pass", "nnsight", "transformer_lens"],
+    work.add_argument("--ways", nargs="+", default=list(WAYS),
                       help="what is timed; those not installed are left out")  # fmt: skip
     job = parser.add_argument_group("a whole job")
     job.add_argument("--prompt_file", type=Path, help="time the job of this file instead of single batches")
@@ -142,11 +142,25 @@ def plain_generate(model: Any, args: argparse.Namespace) -> Callable[[Any], int]
     return run
 
 
+def generate_onednn(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
+    """`generate()` alone with the matrix products that ours uses on a CPU: the rest of the difference is capture."""
+    from cpu_speed import onednn_linears
+
+    generate = plain_generate(model, args)
+
+    def run(ids: Any) -> int:
+        with onednn_linears(model):
+            return generate(ids)
+
+    return run
+
+
 def ours(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
     """This stage's capture and decoding, every layer; with the raw layers asked for."""
     from attn_act_logi import raw_layers
     from batching import BatchLimit
     from capture import CaptureOptions, Recorder
+    from cpu_speed import onednn_linears
     from decoding import GenerationOptions, Generator
 
     layers = raw_layers(args.raw_layers, model.config.get_text_config(decoder=True).num_hidden_layers)
@@ -156,8 +170,9 @@ def ours(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
     generator.set_regions(REGION_NAMES, POOLED)
 
     def run(ids: Any) -> int:
-        results = generator.run([prompts_of(ids)])
-        return sum(tensor_bytes(result.fields) for result in results)
+        with onednn_linears(model):
+            results = generator.run([prompts_of(ids)])
+            return sum(tensor_bytes(result.fields) for result in results)
 
     return run
 
@@ -265,6 +280,7 @@ def with_transformer_lens(model: Any, args: argparse.Namespace) -> Callable[[Any
 
 WAYS: dict[str, Callable[[Any, argparse.Namespace], Callable[[Any], int]]] = {
     "generate": plain_generate,
+    "generate_onednn": generate_onednn,
     "ours": ours,
     "two_pass": two_pass,
     "nnsight": with_nnsight,
@@ -329,7 +345,7 @@ def status_kb(key: str) -> int:
 def bench_batches(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     """Single batches of random tokens: every way in turn, round by round; ratios are medians of the rounds' ratios."""
     import torch
-    from batching import keep_heap
+    from cpu_speed import keep_heap
 
     ways: dict[str, Callable[[Any], int]] = {}
     for name in args.ways:

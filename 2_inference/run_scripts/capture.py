@@ -12,6 +12,7 @@ and, beside it, each query's exact mass on each region: the columns of M ride al
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,6 +64,42 @@ class Capture:
     states: dict[int, torch.Tensor] = field(default_factory=dict)
     maps: dict[int, torch.Tensor] = field(default_factory=dict)
     topk: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    copies: HostCopies = field(default_factory=lambda: HostCopies())
+
+
+class HostCopies:
+    """A pass's results on their way to the CPU: from a GPU, on a stream of their own beside what the GPU does next."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @property
+    def pending(self) -> bool:
+        """Whether `wait` must be called before the copies are read."""
+        return bool(self._streams)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` on the CPU, whole after `wait`."""
+        return self.stack([tensor])[0]
+
+    def stack(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Tensors of one shape, on any devices, stacked on the CPU; whole after `wait`."""
+        if not any(tensor.is_cuda for tensor in tensors):
+            return torch.stack([t.cpu() for t in tensors]) if len(tensors) > 1 else tensors[0].cpu()[None]
+        stacked = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, pin_memory=True)
+        for place, tensor in zip(stacked, tensors, strict=True):
+            stream = self._streams.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(stream):
+                place.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)  # or its memory would be given to others before it is read
+        return stacked
+
+    def wait(self) -> None:
+        """Until all copies are whole."""
+        for stream in self._streams.values():
+            stream.synchronize()
+        self._streams = {}
 
 
 class Recorder:
@@ -317,7 +354,8 @@ class _Pass:
         return torch.where(seen > 1, torch.special.entr(probs).sum(-1) / seen.clamp(min=2).float().log(), 0.0)
 
     def finish(self) -> Capture:
-        """The sums of the pass, on the CPU."""
+        """The sums of the pass, on the CPU once their `copies` are whole."""
+        copies = HostCopies()
         layers = range(self.recorder.num_layers)
         if set(self.mass) != set(layers):
             missing = next(layer for layer in layers if layer not in self.mass)
@@ -327,12 +365,13 @@ class _Pass:
             )
         return Capture(
             num_queries=self.num_queries,
-            mass=_stack(self.mass, layers),
-            hidden=_stack(self.hidden, range(len(layers) + 1)),
-            entropy=_stack(self.entropy, layers) if self.entropy else None,
-            neurons=_stack(self.neurons, layers) if self.neurons else None,
-            states={layer: state.cpu() for layer, state in self.states.items()},
-            maps={layer: probs.cpu() for layer, probs in self.maps.items()},
+            mass=copies.stack([self.mass[layer] for layer in layers]),
+            hidden=copies.stack([self.hidden[layer] for layer in range(len(layers) + 1)]),
+            entropy=copies.stack([self.entropy[layer] for layer in layers]) if self.entropy else None,
+            neurons=copies.stack([self.neurons[layer] for layer in layers]) if self.neurons else None,
+            states={layer: copies.copy(state) for layer, state in self.states.items()},
+            maps={layer: copies.copy(probs) for layer, probs in self.maps.items()},
+            copies=copies,
         )
 
 
@@ -345,13 +384,34 @@ def _visible_keys(mask: torch.Tensor | None, keys: int) -> slice:
     return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, keys)
 
 
-def _stack(tensors: dict[int, torch.Tensor], order: range) -> torch.Tensor:
-    return torch.stack([tensors[layer].cpu() for layer in order])
-
-
 # --- from sums to rows of a file
 
 
+class PassRows:
+    """The rows of one forward pass (see `rows_of`), made as soon as its results are on the CPU.
+
+    While copies from a GPU are under way that is when the first row is asked for: by the thread that writes the file.
+    """
+
+    def __init__(self, make: Callable[[], list[dict[str, Any]]], copies: list[HostCopies]):
+        self._make, self._copies = make, copies
+        self._lock = threading.Lock()
+        self._rows: list[dict[str, Any]] = []
+        if not any(one.pending for one in copies):
+            self.row(0)
+
+    def row(self, b: int) -> dict[str, Any]:
+        """The captured fields of row b."""
+        with self._lock:
+            if not self._rows:
+                for one in self._copies:
+                    one.wait()
+                self._rows = self._make()
+                del self._make  # and with it the sums of the pass
+            return self._rows[b]
+
+
+@torch.inference_mode()
 def rows_of(
     capture: Capture,
     masks: list[torch.Tensor],

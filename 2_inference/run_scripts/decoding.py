@@ -14,13 +14,14 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 import torch
-from capture import PREFIX_REGIONS, Capture, Recorder, all_position_logits, rows_of, top_logits
+from capture import PREFIX_REGIONS, Capture, PassRows, Recorder, all_position_logits, rows_of, top_logits
 from command_line import one_line
 from transformers import Cache, DynamicLayer
 
@@ -69,13 +70,19 @@ class Response:
 
 @dataclass
 class Result:
-    """All that one prompt yields; `fields` are the captured ones, `error` says why there are none."""
+    """All that one prompt yields: a row of the pass that read it, and responses; `error` says why there are none."""
 
     prompt: Prompt
-    fields: dict[str, Any] = field(default_factory=dict)
+    rows: PassRows | None = None
+    row: int = 0
     responses: list[Response] = field(default_factory=list)
     forced_logprob: float | None = None
     error: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The captured fields; waits while they are still being copied from a GPU."""
+        return self.rows.row(self.row) if self.rows else {}
 
 
 # --- a cache whose rows can leave and join
@@ -371,13 +378,13 @@ class Generator:
             logits = self._forward(ids, mask, cache)[:, -1]
         capture = recorded.finish()
         capture.topk = self._topk(recorded, logits)
-        fields = rows_of(
-            capture, [p.region_mask for p in group], self.names, self.pooled, self.model.dtype,
-            self.prefix.capture if self.prefix else None,
-        )  # fmt: skip
+        passes = [capture] + ([self.prefix.capture] if self.prefix else [])
+        masks = [prompt.region_mask for prompt in group]
+        make = partial(rows_of, capture, masks, self.names, self.pooled, self.model.dtype, *passes[1:])
+        rows = PassRows(make, [one.copies for one in passes])
         self.prefill_tokens += sum(map(len, own))
         self.prompt_tokens += sum(len(prompt.input_ids) for prompt in group)
-        return self._begin_responses(group, fields, logits, cache, mask)
+        return self._begin_responses(group, rows, logits, cache, mask)
 
     def _topk(self, recorded: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         k = self.recorder.options.topk_logits
@@ -387,14 +394,14 @@ class Generator:
         return values[:, None], indices[:, None], sums[:, None]
 
     def _begin_responses(
-        self, group: list[Prompt], fields: list[dict[str, Any]], logits: torch.Tensor, cache: Any, mask: torch.Tensor
+        self, group: list[Prompt], rows: PassRows, logits: torch.Tensor, cache: Any, mask: torch.Tensor
     ) -> tuple[list[Result], _Active | None]:
         samples = self.options.num_samples
         forced = self._forced_logprobs(group, logits, cache, mask)
         started = []
-        for prompt, row, logprob in zip(group, fields, forced, strict=True):
+        for b, (prompt, logprob) in enumerate(zip(group, forced, strict=True)):
             responses = [Response(prompt, sample) for sample in range(samples)]
-            started.append(Result(prompt, row, responses, logprob))
+            started.append(Result(prompt, rows, b, responses, logprob))
         if samples > 1:
             select_rows(cache, torch.arange(len(group)), repeats=samples)
             mask, logits = mask.repeat_interleave(samples, 0), logits.repeat_interleave(samples, 0)

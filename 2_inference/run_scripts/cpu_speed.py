@@ -1,0 +1,84 @@
+"""What makes a CPU faster without changing what is computed: oneDNN's matrix products, and memory that is kept."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+import torch
+from torch.nn import functional as F
+
+# oneDNN keeps half a megabyte for every number of rows it has met: rows are padded to few numbers, and the many rows
+# of a prompt, where it gains a tenth at most, are left to MKL.
+FEW_ROWS = 128
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+@contextmanager
+def onednn_linears(model: Any) -> Iterator[int]:
+    """While inside, the model's float32 linear maps on an x86 CPU are computed by oneDNN; yields how many are.
+
+    PyTorch multiplies float32 by MKL there, which is slow for the few rows of a decoding step; oneDNN gives the same
+    to float32 rounding (`bench_capture.py --ways generate generate_onednn` tells the gain). Modules whose
+    `forward` somebody else has replaced (accelerate's offloading) are left alone.
+    """
+    chosen = [module for module in model.modules() if _can_use_onednn(module)] if _has_onednn() else []
+    for module in chosen:
+        module.forward = partial(_onednn_linear, module)
+    try:
+        yield len(chosen)
+    finally:
+        for module in chosen:
+            del module.forward
+
+
+def _has_onednn() -> bool:
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+    return known and platform.machine() in ("x86_64", "AMD64")
+
+
+def _can_use_onednn(module: torch.nn.Module) -> bool:
+    if type(module) is not torch.nn.Linear or "forward" in vars(module):
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+
+
+def _onednn_linear(module: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    rows = states.numel() // states.shape[-1]
+    if not 0 < rows <= FEW_ROWS:
+        return F.linear(states, module.weight, module.bias)
+    flat = F.pad(states.reshape(rows, -1), (0, 0, 0, _rounded_up(rows) - rows))
+    # The operator of PyTorch's own compiler; F.linear has no switch for it.
+    product = torch.ops.mkldnn._linear_pointwise(flat, module.weight, module.bias, "none", [], "")
+    return product[:rows].view(*states.shape[:-1], -1)
+
+
+def _rounded_up(rows: int) -> int:
+    step = 1 if rows == 1 else 4 if rows <= 32 else 16
+    return -(-rows // step) * step
+
+
+def keep_heap(device: torch.device) -> bool:
+    """Make this process keep the memory it frees, where raw maps are captured on a CPU. Returns whether it does.
+
+    glibc maps every large tensor anew and gives it back when it is freed, so each batch pays for the kernel zeroing
+    its maps' pages: a quarter of the time of 2 × 2,000 tokens with SmolLM2-135M. M_MMAP_MAX and M_TRIM_THRESHOLD of
+    mallopt(3) put them on a heap that stays. Without raw maps the heap's gaps would cost more memory than they save
+    time, so it is left alone then; other allocators and systems are left alone always.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return False
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
