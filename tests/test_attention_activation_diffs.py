@@ -239,6 +239,16 @@ def test_cka_is_near_zero_for_unrelated_states_even_with_more_dimensions_than_it
     assert n == 192
 
 
+def test_cka_leaves_out_an_item_that_overflowed():
+    first, second = torch.randn(2, 3, 20, 6, generator=torch.Generator().manual_seed(0))
+    labels = [str(item) for item in range(20)]
+    without, with_one = CkaSums(), CkaSums()
+    without.add(first[:, 1:], second[:, 1:], labels[1:])
+    second[2, 0, 0] = torch.inf
+    with_one.add(first, second, labels)
+    np.testing.assert_allclose(with_one.finish()[0], without.finish()[0])
+
+
 def test_cka_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(2)
     mix = rng.standard_normal((6, 8))
@@ -360,6 +370,16 @@ def test_rows_are_found_wherever_they_lie(tmp_path):
         clean.gather("hidden_pooled", [0], "nowhere")
 
 
+def test_a_style_whose_states_all_overflowed_has_no_lines(tmp_path):
+    def overflow(row, style, index):
+        if style == "swap":
+            row["hidden_pooled"].fill_(torch.inf)
+
+    run = write_run(tmp_path / "run", prompt_rows(8, ["swap"]), change=overflow)
+    assert activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    assert pd.read_csv(tmp_path / "activation_diffs.csv").empty
+
+
 def test_user_errors_are_one_line(tmp_path):
     run = write_run(tmp_path / "run", prompt_rows(6, ["swap"]))
     with pytest.raises(UserError, match="no style 'wrong'"):
@@ -368,3 +388,5 @@ def test_user_errors_are_one_line(tmp_path):
         activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--regions", "nowhere"])
     with pytest.raises(UserError, match="clean form"):
         activation_diffs.main(["--run_dir", str(run / "swap"), "--results_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="no rows to read"):
+        activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--max_samples", "0"])

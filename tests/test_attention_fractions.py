@@ -320,6 +320,17 @@ def test_a_file_without_attention_is_refused(tmp_path: Path) -> None:
         main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")])
 
 
+def test_a_run_whose_numbers_overflowed_is_refused_in_one_line(tmp_path: Path) -> None:
+    from command_line import UserError
+
+    def overflow(row: dict, style: str, index: int) -> None:
+        row["span_mass"].fill_(float("nan"))
+
+    run = write_run(tmp_path / "run", prompt_rows(4, ["swap"]), change=overflow)
+    with pytest.raises(UserError, match="no row has a finite attention"):
+        main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")])
+
+
 def test_offsets_follow_what_each_token_adds() -> None:
     text, offsets = decoded_offsets(LetterTokenizer(), [1, ord("4"), 2, 3, ord("5")])
     assert [text[a:b] for a, b in offsets] == ["<bos>", "4", "÷", "÷", "5"]

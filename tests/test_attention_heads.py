@@ -243,6 +243,15 @@ def test_a_run_without_clean_form_is_refused(tmp_path: Path) -> None:
         main(["--run_dir", str(tmp_path / "run"), "--results_dir", str(tmp_path)])
 
 
+def test_styles_that_only_add_words_have_pictures_of_what_they_have(tmp_path: Path) -> None:
+    rows = [row | {"polite": f"Please help me. {row['normal']}"} for row in prompt_rows(12, [])]
+    run = write_run(tmp_path / "run", rows)
+    assert main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
+    found = pd.read_csv(tmp_path / "out" / "head_sensitivity.csv")
+    assert "edited_mass_last" not in set(found["measure"])  # added words have no clean twin
+    assert (tmp_path / "out" / "head_sensitivity.png").stat().st_size > 10_000
+
+
 def test_an_answer_table_of_another_kind_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", prompt_rows(2, ["swap"]))
     (tmp_path / "items.csv").write_text("style,original_index\nnormal,0\n")

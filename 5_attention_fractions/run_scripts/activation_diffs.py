@@ -362,7 +362,7 @@ def _cka_frame(style: str, region: str, cka: CkaSums) -> pd.DataFrame:
     if (found := cka.finish()) is None:
         return pd.DataFrame()
     value, low, high, n, clusters = found
-    line = {"style": style, "region": region, "measure": "cka", "layer": np.arange(len(value))}
+    line = {"style": style, "region": region, "measure": "cka", "layer": np.arange(len(value)), "p": np.nan}
     return pd.DataFrame(line | {"n": n, "n_clusters": clusters, "estimate": value, "ci_low": low, "ci_high": high})
 
 
@@ -430,6 +430,8 @@ def open_sources(args: argparse.Namespace) -> Sources:
     clean = StyleRows(run, clean_style, args.max_samples)
     if not clean.has("hidden_pooled"):
         raise UserError(f"{run.path}: its files hold no hidden_pooled; run stage 2 again with pooling on")
+    if not clean.indices:
+        raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
     if args.reference_words < 2:
         raise UserError(f"--reference_words {args.reference_words}: at least 2 are needed")
     if args.stay_layers < 1:

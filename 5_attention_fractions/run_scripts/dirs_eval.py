@@ -302,6 +302,8 @@ def old_table(table: pd.DataFrame, level: str, query: str, first_token: str) -> 
     keys = ["style", *{"model": [], "layer": ["layer"], "head": ["layer", "head"]}[level]]
     chosen = table[(table["level"] == level) & (table["query"] == query) & (table["first_token"] == first_token)]
     cells = {pair: rows.set_index(keys) for pair, rows in chosen.groupby(["region", "measure"], sort=False)}
+    if ("task", "fraction") not in cells:
+        raise UserError("no row has a finite attention on the task; run stage 2 with another --dtype")
     task = cells["task", "fraction"]
     out = task[["query", "first_token", "n", "n_paired", "n_identical", "n_clusters"]].copy()
     for region, name in OLD_NAMES.items():

@@ -456,7 +456,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--maths_items", type=Path, help="for the flips; default: maths_items.csv in results_dir")
     data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
     shown = parser.add_argument_group("pictures and splits")
-    shown.add_argument("--measure", choices=MEASURES, default="edited_mass_last", help="shown for all styles at once")
+    shown.add_argument("--measure", choices=MEASURES, help="shown for all styles; default: edited_mass_last if there")
     shown.add_argument("--seed", type=int, default=0, help="of the random halves")
     return parser.parse_args(argv)
 
@@ -481,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if SPLIT_STYLE in run.styles and style != SPLIT_STYLE:
             controls.append(style_effect(run, style, SPLIT_STYLE, args.max_samples, tokenizer=args.tokenizer))
     if not effects:
-        raise UserError(f"{run.path}: no style has a row whose text differs from the clean form's; nothing to compare")
+        raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     for path in write_results(effects, [control for control in controls if control], folder, args):
         print(path)
     return 0
@@ -509,10 +509,16 @@ def write_results(
     paths = [folder / f"{name}.csv" for name in tables]
     for path, table in zip(paths, tables.values(), strict=True):
         write_csv(path, table)
-    paths += save_pictures(effects, tables["head_sensitivity"], tables["head_overlap"], folder, args.measure)
+    measure = args.measure or _first_panel(tables["head_sensitivity"])
+    paths += save_pictures(effects, tables["head_sensitivity"], tables["head_overlap"], folder, measure)
     if flips:
-        paths += save_flip_picture(effects, tables["head_answer_flips"], folder, args.measure)
+        paths += save_flip_picture(effects, tables["head_answer_flips"], folder, measure)
     return paths
+
+
+def _first_panel(heads: pd.DataFrame) -> str:
+    """The first of PANELS that some style has: where styles only add words, nothing edited has a clean twin."""
+    return next((name for name in PANELS if (heads["measure"] == name).any()), PANELS[0])
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ class CkaSums:
         self._counts = np.zeros(max_clusters)
 
     def add(self, first: torch.Tensor, second: torch.Tensor, clusters: Sequence[str]) -> None:
-        """Add states [layers, b, D] of the same b items; items with a NaN are left out, fewer than four too."""
-        known = ~(first.isnan().any(-1) | second.isnan().any(-1)).any(0)
+        """Add states [layers, b, D] of the same b items; those not finite are left out, fewer than four too."""
+        known = (first.isfinite().all(-1) & second.isfinite().all(-1)).all(0)
         if int(known.sum()) < MIN_ITEMS:
             return
         labels = [label for label, use in zip(clusters, known.tolist(), strict=True) if use]
