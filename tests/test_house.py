@@ -86,6 +86,14 @@ def test_help_answers_within_a_second_from_any_folder(path):
 
 
 @every(SCRIPTS)
+def test_a_wrong_flag_is_told_in_one_line(path):
+    done = subprocess.run([sys.executable, str(path), "--no_such_flag"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@every(SCRIPTS)
 def test_a_script_has_the_common_shape(path):
     functions = {node.name: node for node in tree_of(path).body if isinstance(node, ast.FunctionDef)}
     for name in ("parse_args", "main"):

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -16,8 +17,8 @@ class UserError(Exception):
 
 
 def make_parser(docstring: str | None) -> argparse.ArgumentParser:
-    """Parser whose `--help` shows the script's docstring as it is written."""
-    return argparse.ArgumentParser(description=docstring, formatter_class=_HelpFormatter)
+    """Parser whose `--help` shows the script's docstring as it is written; a wrong flag is a UserError."""
+    return _Parser(description=docstring, formatter_class=_HelpFormatter)
 
 
 def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
@@ -42,6 +43,11 @@ def one_line(text: str, limit: int = 600) -> str:
     """`text` on one line, at most `limit` characters, whatever it holds."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -80,15 +80,17 @@ class HostCopies:
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` on the CPU, whole after `wait`."""
-        return self.stack([tensor])[0]
+        return self.stack([tensor])[0] if tensor.is_cuda else tensor.cpu()
 
     def stack(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Tensors of one shape, on any devices, stacked on the CPU; whole after `wait`."""
         if not any(tensor.is_cuda for tensor in tensors):
-            return torch.stack([t.cpu() for t in tensors]) if len(tensors) > 1 else tensors[0].cpu()[None]
+            return torch.stack([tensor.cpu() for tensor in tensors])
         stacked = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, pin_memory=True)
         for place, tensor in zip(stacked, tensors, strict=True):
-            stream = self._streams.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
+            if tensor.device not in self._streams:
+                self._streams[tensor.device] = torch.cuda.Stream(tensor.device)
+            stream = self._streams[tensor.device]
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
                 place.copy_(tensor, non_blocking=True)
