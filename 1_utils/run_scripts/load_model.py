@@ -55,7 +55,10 @@ def load_config(model_name: str, revision: str | None = None, trust_remote_code:
 
 
 def resolve_dtype(dtype: str, config: Any, device_map: str | None = None) -> str:
-    """`auto` is the checkpoint's own dtype on an accelerator, and float32 on a CPU (bfloat16 is slower on most)."""
+    """`auto` is the checkpoint's own dtype on an accelerator, and float32 on a CPU.
+
+    bfloat16 is quicker on a CPU that multiplies it, but greedy text then depends on the batch: ask for it by name.
+    """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if dtype != "auto":

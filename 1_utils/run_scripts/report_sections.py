@@ -149,6 +149,7 @@ SECTIONS = (
         "Which layers react?",
         (
             Plots("activation_diffs.png", "Distance of the residual stream from its clean twin, by layer and place."),
+            Plots("logit_lens.png", "What each layer would say next (logit lens), against the clean prompt."),
             Plots(
                 "typo_recovery.png",
                 "From which layer on a mistyped word's state is nearer to its own clean twin than to other words.",
