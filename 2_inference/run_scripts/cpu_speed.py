@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 # oneDNN keeps half a megabyte for every number of rows it has met: rows are padded to few numbers, and the many rows
-# of a prompt, where it gains a tenth at most, are left to MKL.
+# of a prompt, where it gains least, are left to MKL.
 FEW_ROWS = 128
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -69,9 +69,9 @@ def keep_heap(device: torch.device) -> bool:
     """Make this process keep the memory it frees, where raw maps are captured on a CPU. Returns whether it does.
 
     glibc maps every large tensor anew and gives it back when it is freed, so each batch pays for the kernel zeroing
-    its maps' pages: a quarter of the time of 2 × 2,000 tokens with SmolLM2-135M. M_MMAP_MAX and M_TRIM_THRESHOLD of
-    mallopt(3) put them on a heap that stays. Without raw maps the heap's gaps would cost more memory than they save
-    time, so it is left alone then; other allocators and systems are left alone always.
+    its maps' pages. M_MMAP_MAX and M_TRIM_THRESHOLD of mallopt(3) put them on a heap that stays. Without raw maps the
+    heap's gaps would cost more memory than they save time, so it is left alone then; other allocators and systems are
+    left alone always.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return False
