@@ -71,13 +71,21 @@ def prompt_rows(count: int, styles: Sequence[str] = ("swap",), templates: int = 
 
 
 def typo(text: str, seed: int) -> str:
-    """`text` with two neighbouring letters exchanged in one word of five or more letters before the colon."""
+    """`text` with two neighbouring letters exchanged in a word of five or more before the colon, not in the first."""
     rng = np.random.default_rng(seed)
-    words = [m.span() for m in re.finditer(r"[a-z]{5,}", text.partition(":")[0])]
+    words = [m.span() for m in re.finditer(r"\b[a-z]{5,}", text.partition(":")[0]) if m.start()]
     start, end = words[rng.integers(len(words))]
     places = [i for i in range(start, end - 1) if text[i] != text[i + 1]]
     place = places[rng.integers(len(places))]
     return text[:place] + text[place + 1] + text[place] + text[place + 2 :]
+
+
+def with_first_word_typo(rows: list[dict], indices: Sequence[int], styles: Sequence[str] = ("swap",)) -> list[dict]:
+    """The rows, those of `indices` with their typo in the first word, which holds the first token of the sequence."""
+    for index in indices:
+        first, _, rest = rows[index]["normal"].partition(" ")
+        rows[index] |= {style: f"{first[1:]}{position} {rest}" for position, style in enumerate(styles)}
+    return rows
 
 
 def tokens_of(text: str) -> list[tuple[int, int]]:

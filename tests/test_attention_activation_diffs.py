@@ -15,7 +15,7 @@ from next_token_change import next_token_change
 from run_store import open_run
 from scipy.special import log_softmax
 from scipy.stats import entropy
-from synthetic_run import prompt_rows, write_run
+from synthetic_run import prompt_rows, with_first_word_typo, write_run
 from typo_recovery import first_lasting_layer, half_recovery_depth, recovery_depth
 
 STYLES = ["swap", "main", "split"]
@@ -201,6 +201,53 @@ def test_depths_of_hand_made_curves():
     assert np.isnan(half_recovery_depth(np.ones((1, 6)))[0])
 
 
+# --- the attention sink
+
+
+def test_words_on_the_first_token_are_left_out_and_their_states_are_in_no_centre(tmp_path):
+    on_first = [2, 7, 11, 20]
+
+    def change(row, style, index):
+        if index in on_first:
+            row["hidden_pooled"][2:, 3:] += 1e4  # after last, instruction, task: the edited words
+
+    tables = {}
+    for name, chosen in (("sink", on_first), ("plain", [])):
+        rows = with_first_word_typo(prompt_rows(24, ["swap", "split"]), on_first, ["swap", "split"])
+        if not chosen:  # the run without those rows
+            for index in on_first:
+                del rows[index]["swap"], rows[index]["split"]
+        run = write_run(tmp_path / name, rows, layers=4, hidden=12, change=change, raw_layers=())
+        for first_token in ("excluded", "included"):
+            command = ["--run_dir", str(run), "--results_dir", str(tmp_path / "out"), "--first_token", first_token]
+            activation_diffs.main([*command, "--reference_words", "100"])
+            table = pd.read_csv(tmp_path / "out" / "activation_diffs.csv")
+            tables[name, first_token] = table.set_index(["style", "region", "measure", "layer"])["estimate"]
+            counts = pd.read_csv(tmp_path / "out" / "activation_diffs.csv").query("region == 'edited'")["n"]
+            assert set(counts) == {24 if (name, first_token) == ("sink", "included") else 20}
+    edited = tables["plain", "excluded"].xs("edited", level="region", drop_level=False)
+    pd.testing.assert_series_equal(tables["sink", "excluded"][edited.index], edited, rtol=1e-4)
+    assert tables["sink", "included"]["swap", "edited", "cka", 3] > 0.99  # four of 24 words are the whole CKA
+    assert abs(edited["swap", "edited", "cka", 3]) < 0.8
+
+
+def test_one_massive_state_does_not_make_all_words_look_alike(tmp_path):
+    def change(row, style, index):
+        if index == 8:  # one of the reference words
+            row["hidden_pooled"][2:] += 1e4
+
+    curves = []
+    for planted in (change, None):
+        run = write_run(
+            tmp_path / f"run{planted is None}", prompt_rows(30, ["swap"]), layers=3, hidden=12, change=planted
+        )
+        activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")])
+        items = pd.read_csv(tmp_path / "out" / "activation_diffs.csv")
+        cosine = items.query("region == 'edited' and measure == 'cosine_centred' and layer >= 2")["estimate"]
+        curves.append(cosine.to_numpy())
+    np.testing.assert_allclose(curves[0], curves[1], atol=0.08)  # one row of 30 has another cosine
+
+
 # --- CKA
 
 
@@ -353,6 +400,91 @@ def test_lens_measures_equal_scipy(tiny_models):
         np.testing.assert_allclose(found["lens_top1_probability"][layer], picked, rtol=1e-4)
 
 
+def without_pooled_last(folder):
+    """Rewrite a run's files as `--pool_regions instruction task edited` would have left them."""
+    for path in folder.glob("*/*.pt"):
+        content = torch.load(path, weights_only=True)
+        keep = [i for i, name in enumerate(content["pooled_regions"]) if name != "last"]
+        content["pooled_regions"] = [content["pooled_regions"][i] for i in keep]
+        content["hidden_pooled"] = content["hidden_pooled"][:, :, keep]
+        torch.save(content, path)
+
+
+@pytest.mark.parametrize("raw_layers", [(0, 2, 4), (1, 2)])
+def test_a_region_that_is_not_pooled_and_its_lens_come_from_the_raw_layers(
+    tmp_path, monkeypatch, raw_layers, tiny_llama_of_synthetic_runs, capsys
+):
+    import logit_lens
+
+    rows = prompt_rows(14, STYLES, templates=6)
+    run = write_run(tmp_path / "run", rows, layers=4, hidden=12, raw_layers=(0,))
+    for path in run.glob("*/*.pt"):  # the synthetic maps end before layer L: its states are added by hand
+        content = torch.load(path, weights_only=True)
+        content["attentions"] = {}
+        content["hidden_states"] = {f"layer_{i}": states_at(content, i) for i in raw_layers}
+        torch.save(content, path)
+    model = tiny_llama_of_synthetic_runs(layers=4, hidden=12)
+    lens = LogitLens(find_final_norm(model), model)
+    monkeypatch.setattr(logit_lens, "open_lens", lambda *_: lens)
+    tables = []
+    for name in ("pooled", "raw"):
+        command = ["--run_dir", str(run), "--results_dir", str(tmp_path / name), "--model_name", "tiny"]
+        assert activation_diffs.main([*command, "--lens_rows", "9"]) == 0
+        tables.append(pd.read_csv(tmp_path / name / "activation_diffs.csv").query("region == 'last'"))
+        told = capsys.readouterr().err
+        assert ("cannot be checked" in told) == (name == "raw" and 4 not in raw_layers)
+        without_pooled_last(run)
+    pooled, raw = tables
+    assert set(raw["layer"]) == set(raw_layers)
+    assert {"cosine", "cka", "lens_kl", "lens_top1_probability_change"} <= set(raw["measure"])
+    assert set(raw.loc[raw["measure"] == "lens_kl", "n"]) == {9}
+    same = pooled[pooled["layer"].isin(raw_layers)].reset_index(drop=True).drop(columns="p_adjusted")
+    pd.testing.assert_frame_equal(raw.reset_index(drop=True).drop(columns="p_adjusted"), same, rtol=1e-4, atol=1e-6)
+
+
+def states_at(content, layer):
+    """[B,S,D] whose last token has the pooled state of `last`; the other tokens are noise."""
+    batch, length = content["input_ids"].shape
+    column = content["pooled_regions"].index("last")
+    states = torch.randn(batch, length, content["hidden_pooled"].shape[-1])
+    states[:, -1] = content["hidden_pooled"][layer, :, column]
+    return states
+
+
+@pytest.fixture
+def tiny_llama_of_synthetic_runs():
+    """A model whose head is the one of `write_run`, so that the lens agrees with the run's logits."""
+    from synthetic_run import VOCABULARY, Size, _weights
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(layers, hidden):
+        size = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 8}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_attention_heads=2, **size))
+        model.lm_head.weight.data = _weights(Size(layers=layers, hidden=hidden, raw_layers=(0,)), 0)["embedding"]
+        return model.eval()
+
+    return make
+
+
+def test_the_lens_refuses_what_it_cannot_read(tmp_path, monkeypatch, tiny_llama_of_synthetic_runs):
+    import logit_lens
+
+    def lens_of(model):
+        monkeypatch.setattr(logit_lens, "open_lens", lambda *_: LogitLens(find_final_norm(model), model))
+
+    run = write_run(tmp_path / "run", prompt_rows(8, ["swap"]), layers=3, hidden=12, raw_layers=())
+    command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--model_name", "tiny"]
+    lens_of(tiny_llama_of_synthetic_runs(layers=2, hidden=12))
+    with pytest.raises(UserError, match="2 layers of hidden size 12, the run 3 of 12"):
+        activation_diffs.main(command)
+    lens_of(tiny_llama_of_synthetic_runs(layers=3, hidden=8))
+    with pytest.raises(UserError, match="name the model that made the run"):
+        activation_diffs.main(command)
+    without_pooled_last(run)
+    with pytest.raises(UserError, match="last token"):
+        activation_diffs.main(command)
+
+
 # --- rows, memory, errors
 
 
@@ -384,7 +516,7 @@ def test_user_errors_are_one_line(tmp_path):
     run = write_run(tmp_path / "run", prompt_rows(6, ["swap"]))
     with pytest.raises(UserError, match="no style 'wrong'"):
         activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--styles", "wrong"])
-    with pytest.raises(UserError, match="not pooled"):
+    with pytest.raises(UserError, match="neither pooled nor raw"):
         activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--regions", "nowhere"])
     with pytest.raises(UserError, match="clean form"):
         activation_diffs.main(["--run_dir", str(run / "swap"), "--results_dir", str(tmp_path)])

@@ -20,7 +20,7 @@ from heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric
 from paired_rows import _RowWindow, paired_batches, read_rows
 from run_store import open_run
 from scipy.spatial.distance import jensenshannon
-from synthetic_run import prompt_rows, write_run
+from synthetic_run import prompt_rows, with_first_word_typo, write_run
 
 # --- pairing
 
@@ -216,6 +216,19 @@ def test_the_split_control_pairs_the_same_words(out: Path) -> None:
     other = rows[(rows["style"] == "missing") & (rows["measure"] == "edited_mass_last")]
     assert other["n_vs_split"].max() < 23
     assert rows[rows["style"] == "split"]["difference_vs_split"].isna().all()
+
+
+def test_rows_whose_typo_is_on_the_first_token_are_in_no_edited_measure(tmp_path: Path) -> None:
+    rows = with_first_word_typo(prompt_rows(18, ["swap"]), [0, 4, 9])
+    run = write_run(tmp_path / "run", rows, layers=2, heads=2, raw_layers=())
+    for first_token, at_edited in (("excluded", 15), ("included", 18)):
+        command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--first_token", first_token]
+        assert main(command) == 0
+        counts = pd.read_csv(tmp_path / "head_sensitivity.csv").groupby("measure")["n"].unique()
+        for measure in ("edited_mass_last", "edited_density_mean", "entropy_edited"):
+            assert counts[measure].tolist() == [at_edited]
+        for measure in ("task_fraction_last", "entropy_last", "first_mass_last"):
+            assert counts[measure].tolist() == [18]
 
 
 def test_distances_are_given_without_a_test(out: Path) -> None:

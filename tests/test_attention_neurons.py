@@ -11,7 +11,7 @@ from activation_rows import half_of
 from command_line import UserError
 from run_store import open_run
 from scipy import stats
-from synthetic_run import prompt_rows, write_run
+from synthetic_run import prompt_rows, with_first_word_typo, write_run
 
 LAYERS, NEURONS, HEADS = 3, 40, 4
 
@@ -147,6 +147,14 @@ def test_scores_equal_the_definition_row_by_row(tmp_path):
             best = np.argsort(-delta, axis=None)[: len(table)]
             assert list(zip(table["layer"], table["neuron"], strict=True)) == [divmod(int(b), NEURONS) for b in best]
     assert table["n"].iloc[0] == len(sums[1]["typo"])
+
+
+def test_rows_whose_typo_is_on_the_first_token_are_left_out(tmp_path):
+    prompts = with_first_word_typo(prompt_rows(30, ["swap", "split"]), range(0, 30, 3), ["swap", "split"])
+    run = write_run(tmp_path / "run", prompts, neurons=NEURONS, raw_layers=(), change=unit_change())
+    for first_token, rows in (("excluded", 20), ("included", 30)):
+        table = study(run, tmp_path, "--first_token", first_token)["neuron_sensitivity"]
+        assert set(table["n_find"] + table["n"]) == {rows}
 
 
 def test_templates_lie_in_one_half_only():

@@ -89,6 +89,42 @@ def test_a_file_of_something_else_is_told(tmp_path):
         load_pt(tmp_path / "y.pt")
 
 
+@pytest.mark.parametrize(
+    ("key", "edit", "told"),
+    [
+        ("span_mass", lambda v: v[:2], "hidden_pooled is of 3 layers, span_mass of 2"),
+        ("span_mass", lambda v: v[..., :1], "span_mass is of 1 regions, region_mask of 2"),
+        ("hidden_pooled", lambda v: v[:, :1], "hidden_pooled is of 1 rows, original_indices of 2"),
+        ("hidden_pooled", lambda v: v[:, :, 0], "hidden_pooled has 3 axes, not 4"),
+        ("attentions", lambda v: {"layer_0": v["layer_0"][:, :3]}, r"attentions\['layer_0'\] is of 3 heads"),
+        ("pooled_regions", lambda v: [*v, "task"], "pooled_regions is of 2 pooled regions, hidden_pooled of 1"),
+        ("region_mask", lambda v: v[:, 1:], "region_mask is of 6 tokens, input_ids of 7"),
+        ("span_mass", lambda _: "much", "span_mass is no tensor or list"),
+    ],
+)
+def test_fields_of_a_file_that_disagree_are_one_line(tmp_path, key, edit, told):
+    content = pack_rows([row(3, 0), row(7, 1)], SHARED, pad_token_id=99)
+    path = tmp_path / "activations_00000_00002.pt"
+    save_pt(path, {**content, key: edit(content[key])})
+    with pytest.raises(UserError, match=told) as caught:
+        load_pt(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_two_models_in_one_run_are_told(tmp_path):
+    for style, heads in (("normal", 4), ("swap", 5)):
+        content = pack_rows([row(3, 0)], SHARED, pad_token_id=99)
+        content["span_mass"] = torch.rand(3, 1, heads, 2, 2)
+        del content["attentions"]
+        (tmp_path / style).mkdir()
+        save_pt(tmp_path / style / "activations_00000_00001.pt", content)
+    run = open_run(tmp_path)
+    list(run.batches("normal"))
+    with pytest.raises(UserError, match=r"5 heads, but 4 in normal/activations_00000_00001.pt; all files of a run"):
+        list(run.batches("swap"))
+
+
 def test_folders_without_a_run_are_told(tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
         open_run(tmp_path / "none")

@@ -19,7 +19,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
+LAYER_NAME = re.compile(r"layer_\d+")
 PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
 FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
 
@@ -40,6 +41,19 @@ FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
 TOKEN_AXES = {"input_ids": (0,), "attention_mask": (0,), "region_mask": (0,)}
 BATCH_AXIS = {"span_mass": 1, "hidden_pooled": 1, "mlp_pooled": 1, "attention_entropy": 1}
 TOPK_KEYS = frozenset({"topk_vals", "topk_indices", "logsumexp"})  # [T, …] with T = 1 or, at all positions, S
+# What the axes of a file's fields count: fields that share a letter must agree. `+` is L+1.
+FIELD_AXES = {
+    "input_ids": "BS", "attention_mask": "BS", "region_mask": "BSR", "span_mass": "LBHRR", "attention_entropy": "LBHR",
+    "hidden_pooled": "+BPD", "mlp_pooled": "LBPF", "topk_vals": "BTk", "topk_indices": "BTk", "logsumexp": "BT",
+    "hidden_states": "BSD", "attentions": "BHSS", "regions": "R", "pooled_regions": "P",
+}  # fmt: skip
+REGION_FIELDS = ("input_ids", "attention_mask", "regions", "region_mask")  # what regions are made of, all or none
+ROW_LISTS = ("original_indices", "element_index", "prompts", "responses", "final_predictions")
+AXIS_NAMES = {
+    "B": "rows", "S": "tokens", "R": "regions", "L": "layers", "H": "heads", "P": "pooled regions", "D": "hidden size",
+    "F": "neurons", "T": "token positions", "k": "logits",
+}  # fmt: skip
+RUN_AXES = "LHDFk"  # these must also agree between the files of a run
 PER_FILE_KEYS = ("regions", "pooled_regions", "style", "topk_positions")
 
 
@@ -54,6 +68,7 @@ class Run:
     name: str
     styles: dict[str, Path]
     only_file: Path | None = None
+    _sizes: dict[str, tuple[int, Path]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def clean_style(self) -> str | None:
@@ -91,7 +106,19 @@ class Run:
     def batches(self, style: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """(path, content) of each .pt file of a style, one in memory at a time."""
         for path in self.files(style):
-            yield path, load_pt(path)
+            yield path, self.load(path)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """`load_pt`, with its model's sizes checked against those of the files read before: one run, one model."""
+        content = load_pt(path)
+        for axis, (size, _) in field_sizes(content, path).items():
+            known, first = self._sizes.setdefault(axis, (size, path)) if axis in RUN_AXES else (size, path)
+            if size != known:
+                raise UserError(
+                    f"{path}: {size} {AXIS_NAMES[axis]}, but {known} in {first.parent.name}/{first.name}; all files of "
+                    "a run must be of one model and captured alike: run stage 2 again into a new folder"
+                )
+        return content
 
 
 def open_run(path: str | Path) -> Run:
@@ -149,7 +176,57 @@ def load_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(f"{path}: truncated or damaged ({why}); delete it and run stage 2 again") from None
     if not isinstance(content, dict) or not ({"original_indices", "final_predictions"} & content.keys()):
         raise UserError(f"{path}: not a file of stage 2: it has no original_indices; see the README's data format")
+    field_sizes(content, path)
     return content
+
+
+def field_sizes(content: dict[str, Any], path: Path) -> dict[str, tuple[int, str]]:
+    """{axis letter of FIELD_AXES: (size, the field it was read from)}. Raises UserError where two fields disagree."""
+    _check_fields(content, path)
+    found: dict[str, tuple[int, str]] = {}
+    for key, axes, shape in _shapes(content, path):
+        if len(shape) != len(axes):
+            raise UserError(f"{path}: {key} has {len(shape)} axes, not {len(axes)}; delete it and run stage 2 again")
+        for axis, length in zip(axes, shape, strict=True):
+            name, size = ("L", length - 1) if axis == "+" else (axis, length)
+            known, other = found.setdefault(name, (size, key))
+            if size != known:
+                raise UserError(
+                    f"{path}: {key} is of {size} {AXIS_NAMES[name]}, {other} of {known}; "
+                    "the file is damaged: delete it and run stage 2 again"
+                )
+    return found
+
+
+def _check_fields(content: dict[str, Any], path: Path) -> None:
+    needed = [("hidden_pooled", "pooled_regions"), ("mlp_pooled", "pooled_regions")]
+    needed += [(key, other) for key in ("region_mask", "span_mass") for other in REGION_FIELDS]
+    if missing := [(key, other) for key, other in needed if key in content and content.get(other) is None]:
+        raise UserError(f"{path}: has {missing[0][0]} but no {missing[0][1]}; delete it and run stage 2 again")
+    if "span_mass" in content and (lost := {"all", "last"} - {*content["regions"]}):
+        raise UserError(f"{path}: its regions lack {min(lost)!r}; delete it and run stage 2 again")
+    indices = content.get("original_indices", [])
+    if isinstance(indices, list) and not all(isinstance(index, int) for index in indices):
+        raise UserError(f"{path}: its original_indices are no whole numbers; delete it and run stage 2 again")
+
+
+def _shapes(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(field, its letters, its shape) of everything in a file that has a size."""
+    fields = dict.fromkeys(ROW_LISTS, "B") | FIELD_AXES
+    if "region_mask" not in content:  # the reference format has its own shapes, but for what is read of it
+        fields = {key: fields[key] for key in (*ROW_LISTS, "input_ids", "attention_mask", "attentions")}
+    for key, axes in fields.items():
+        value = content.get(key)
+        if isinstance(value, dict) and (odd := [name for name in value if not LAYER_NAME.fullmatch(str(name))]):
+            raise UserError(f"{path}: {key} holds {odd[0]!r}, not layer_0, layer_1 …; run stage 2 again")
+        parts = {f"{key}[{name!r}]": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+        for name, part in parts.items():
+            if isinstance(part, list):
+                yield name, axes, (len(part),)
+            elif (shape := getattr(part, "shape", None)) is not None:
+                yield name, axes, tuple(shape)
+            elif key in content:
+                raise UserError(f"{path}: {name} is no tensor or list; delete the file and run stage 2 again")
 
 
 def row_count(content: dict[str, Any]) -> int:

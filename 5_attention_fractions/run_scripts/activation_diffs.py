@@ -1,10 +1,12 @@
 """How far a style moves the residual stream, layer by layer, and where a mistyped word is recovered.
 
 Every row is compared with its own clean twin: the edited word (`edited` against `edited:<style>` of the clean run),
-the task, the last token. Measures by layer (0 = embeddings; the last layer is after the final norm):
+the task, the last token. A region that was not pooled is averaged over its tokens in the raw layers, where there are
+any. Measures by layer (0 = embeddings; the last layer is after the final norm):
 
-    cosine, cosine_centred   of the two states; centred: after subtracting the mean clean state of the layer, since all
-                             states of a layer share a large part next to which everything looks alike
+    cosine, cosine_centred   of the two states; centred: after subtracting the median clean state of the layer, since
+                             all states of a layer share a large part next to which everything looks alike (the
+                             median: one state with a massive activation would be the whole mean)
     relative_l2              |style - clean| / |clean|
     cka                      debiased linear CKA over items (linear_cka.py)
     own_nearest              share of edited words that are nearer to their clean twin than to any other word's clean
@@ -18,7 +20,11 @@ counts as one beyond the last layer, and in n_censored; a rank beyond the top-k 
 `split`, the same word only cut into other tokens, on the same rows: difference_to_split and its p value tell a typo
 from more tokens (BH over styles x layers; Holm over styles).
 
-Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled, topk_vals; see stage 2), the clean form among them
+A row whose region holds the first token is left out of that region (`--first_token excluded`): that token is the
+attention sink of most models, its state far longer than any other (Sun et al. 2024, arXiv 2402.17762) and alike in
+every prompt, so that such a word always looks recovered, and a few of them are the whole CKA.
+
+Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled, hidden_states, topk_vals), the clean form among them
 Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
         results/<run>/activation_diffs_summary.csv   style, measure
         results/<run>/activation_diffs_items.csv  one line per row and style
@@ -62,6 +68,7 @@ ITEM_COLUMNS = [
     "half_recovery_depth", "half_recovered", "next_token_kl", "kl_mass_clean", "kl_mass_style", "clean_top1_rank",
     "clean_top1_in_topk", "top1_kept",
 ]  # fmt: skip
+REGIONS = ("edited", "task", "last")
 SHARES = {"own_nearest", "own_nearer_share", "top1_kept", "kl_mass_clean", "kl_mass_style"}  # between 0 and 1
 DEPTHS = {"recovery_depth": "recovered", "half_recovery_depth": "half_recovered"}
 
@@ -77,8 +84,9 @@ class Sources:
     styles: dict[str, StyleRows]
     regions: list[str]
     references: dict[str, ReferenceWords | None]
-    centres: dict[str, torch.Tensor]  # [L+1,D] mean clean state of a region other than `edited`
+    centres: dict[str, torch.Tensor]  # [L+1,D] median clean state of a region other than `edited`
     stay_layers: int = 3
+    without_first: bool = True  # rows whose region holds the first token count in nothing of that region
     lens: LogitLens | None = None
     lens_rows: set[int] = field(default_factory=set)
 
@@ -91,6 +99,8 @@ class Sums:
     against_split: dict[tuple[str, Key], Any] = field(default_factory=dict)
     split: dict[tuple[str, Key], Any] = field(default_factory=dict)
     cka: dict[tuple[str, str], CkaSums] = field(default_factory=dict)
+    on_first: Counter[tuple[str, str]] = field(default_factory=Counter)
+    cka_layers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     counts: dict[tuple[str, str], Counter[float]] = field(default_factory=dict)
     censored: Counter[tuple[str, str]] = field(default_factory=Counter)
     identical: Counter[str] = field(default_factory=Counter)
@@ -115,24 +125,35 @@ def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tens
 
 
 def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> dict[Key, np.ndarray]:
-    """Every measure of some rows of a style: by layer [b, L+1], or a number per row [b]. CKA goes into `sums`."""
+    """Every measure of some rows of a style: by layer [b, L+1], or a number per row [b]. CKA goes into `sums`.
+
+    NaN in layers that are not at hand: a region that is not pooled is known in the raw layers alone.
+    """
+    import torch
+
     table = sources.styles[style]
     values: dict[Key, np.ndarray] = {}
     templates = [sources.run.template(row) for row in rows]
     for region in sources.regions:
         twin = twin_region(region, style)
-        if region not in table.regions() or twin not in sources.clean.regions():
+        if region not in table.state_regions() or twin not in sources.clean.state_regions():
             continue
-        clean, other = sources.clean.gather("hidden_pooled", rows, twin), table.gather("hidden_pooled", rows, region)
-        _cka_of(sums, style, region).add(clean, other, templates)
+        clean, other = sources.clean.states(rows, twin), table.states(rows, region)
+        if sources.without_first:
+            pairs = zip(sources.clean.holds_first(rows, twin), table.holds_first(rows, region), strict=True)
+            on_first = [place for place, pair in enumerate(pairs) if any(pair)]
+            clean[:, on_first] = other[:, on_first] = torch.nan
+            sums.on_first[style, region] += len(on_first)
+        layers = sorted({*sources.clean.state_layers(twin)} & {*table.state_layers(region)})
+        sums.cka_layers[style, region] = layers
+        _cka_of(sums, style, region).add(clean[layers], other[layers], templates)
         references = sources.references.get(style) if region == "edited" else None
         centre = references.centre if references else sources.centres.get(region)
         found = state_distances(clean, other, centre)
         if references:
             found |= _nearness(sources, references, rows, templates, twin, clean, other)
-        if region == "last" and sources.lens is not None:
-            found |= _lens_values(sources, rows, clean, other)
         values |= {(region, name): tensor.T.double().numpy() for name, tensor in found.items()}
+    values |= _lens_values(sources, style, rows)
     values |= _row_values(sources, style, rows, values)
     # A state that overflowed its 16-bit dtype has no distance: missing, not infinite.
     return {key: np.where(np.isinf(numbers), np.nan, numbers) for key, numbers in values.items()}
@@ -159,21 +180,19 @@ def _nearness(
     return nearness(clean, other, references, references.others(rows, templates, words))
 
 
-def _lens_values(
-    sources: Sources, rows: list[int], clean: torch.Tensor, other: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Lens measures [L+1,b]; NaN for the rows beyond --lens_rows."""
-    import torch
-
-    chosen = [place for place, row in enumerate(rows) if row in sources.lens_rows]
-    if sources.lens is None or not chosen:
+def _lens_values(sources: Sources, style: str, rows: list[int]) -> dict[Key, np.ndarray]:
+    """Lens measures [b, L+1] at the last token; NaN for the rows beyond --lens_rows."""
+    places = [place for place, row in enumerate(rows) if row in sources.lens_rows]
+    if sources.lens is None or not places:
         return {}
-    top1 = sources.clean.gather("topk_indices", [rows[place] for place in chosen])[:, -1, 0]
-    found = sources.lens.change(clean[:, chosen], other[:, chosen], top1)
-    whole = {name: torch.full(clean.shape[:2], float("nan")) for name in found}
-    for name, values in found.items():
-        whole[name][:, chosen] = values
-    return whole
+    chosen = [rows[place] for place in places]
+    clean, other = sources.clean.states(chosen, "last"), sources.styles[style].states(chosen, "last")
+    top1 = sources.clean.gather("topk_indices", chosen)[:, -1, 0]
+    values: dict[Key, np.ndarray] = {}
+    for name, tensor in sources.lens.change(clean, other, top1).items():
+        values["last", name] = np.full((len(rows), len(tensor)), np.nan)
+        values["last", name][places] = tensor.T.double().numpy()
+    return values
 
 
 def _row_values(
@@ -259,7 +278,7 @@ def _beyond(sources: Sources, style: str, measure: str) -> float:
     """The value that stands for `never` (a depth beyond the last layer) or `below the top-k` (a rank)."""
     table = sources.styles[style]
     if measure in DEPTHS:
-        return float(table.first_content()["hidden_pooled"].shape[0])
+        return float(table.layer_count())
     return float(table.first_content()["topk_vals"].shape[-1] + 1) if measure == "clean_top1_rank" else math.inf
 
 
@@ -299,8 +318,8 @@ def curve_table(sums: Sums) -> pd.DataFrame:
     tables = [
         _estimate_frame(sums, style, key, {"region": key[0], "measure": key[1]}) for style, key in sums.own if key[0]
     ]
-    tables += [_cka_frame(style, region, cka) for (style, region), cka in sums.cka.items()]
-    tables = [table for table in tables if not table.empty and (table["n"] > 0).any()]
+    tables += [_cka_frame(*place, cka, sums.cka_layers[place]) for place, cka in sums.cka.items()]
+    tables = [table[table["n"] > 0] for table in tables if not table.empty and (table["n"] > 0).any()]
     if not tables:
         return pd.DataFrame(columns=["style", "layer", "region", "measure"])
     table = pd.concat(tables, ignore_index=True)
@@ -356,13 +375,13 @@ def _estimate_frame(sums: Sums, style: str, key: Key, names: dict[str, str]) -> 
     return pd.DataFrame(line | {"layer": np.arange(count)}, index=range(count))
 
 
-def _cka_frame(style: str, region: str, cka: CkaSums) -> pd.DataFrame:
+def _cka_frame(style: str, region: str, cka: CkaSums, layers: list[int]) -> pd.DataFrame:
     import pandas as pd
 
     if (found := cka.finish()) is None:
         return pd.DataFrame()
     value, low, high, n, clusters = found
-    line = {"style": style, "region": region, "measure": "cka", "layer": np.arange(len(value)), "p": np.nan}
+    line = {"style": style, "region": region, "measure": "cka", "layer": layers, "p": np.nan}
     return pd.DataFrame(line | {"n": n, "n_clusters": clusters, "estimate": value, "ci_low": low, "ci_high": high})
 
 
@@ -389,9 +408,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
     data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
     measures = parser.add_argument_group("measures")
-    measures.add_argument("--regions", nargs="+", default=["edited", "task", "last"], help="pooled regions to compare")
+    measures.add_argument("--regions", nargs="+", help="default: of edited task last those there")
     measures.add_argument(
         "--reference_words", type=int, default=128, help="other words for the recovery depth, at most"
+    )
+    measures.add_argument(
+        "--first_token", choices=("excluded", "included"), default="excluded", help="rows whose region holds it"
     )
     measures.add_argument("--stay_layers", type=int, default=3, help="layers in a row that make a recovery")
     measures.add_argument("--seed", type=int, default=0, help="which rows the reference words come from")
@@ -416,6 +438,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "activation_diffs_summary.csv", summary)
     if told := [f"{style} {count}" for style, count in sums.identical.items() if count]:
         log.info(f"left out, equal to the clean text: {', '.join(told)}")
+    if told := [f"{' '.join(place)} {count}" for place, count in sums.on_first.items() if count]:
+        log.info(f"left out, on the first token (else --first_token included): {', '.join(told)}")
     _plot(curves, summary, folder)
     log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and .png, and typo_recovery.png")
     return 0
@@ -428,19 +452,25 @@ def open_sources(args: argparse.Namespace) -> Sources:
     run = open_run(args.run_dir)
     clean_style, styles = clean_and_styles(run, args.styles)
     clean = StyleRows(run, clean_style, args.max_samples)
-    if not clean.has("hidden_pooled"):
-        raise UserError(f"{run.path}: its files hold no hidden_pooled; run stage 2 again with pooling on")
     if not clean.indices:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
+    regions = _regions(clean, args.regions)
     if args.reference_words < 2:
         raise UserError(f"--reference_words {args.reference_words}: at least 2 are needed")
     if args.stay_layers < 1:
         raise UserError(f"--stay_layers {args.stay_layers}: at least 1")
     tables = {style: StyleRows(run, style, args.max_samples) for style in styles}
     rows = reference_rows(clean, args.reference_words, args.seed)
-    references = {style: reference_words(run, clean, style, rows, args.reference_words) for style in styles}
-    centres = {region: _centre(clean, rows, region) for region in args.regions if region in clean.regions()}
-    sources = Sources(run, clean, tables, list(args.regions), references, centres, args.stay_layers)
+    without_first = args.first_token == "excluded"
+    references = {
+        style: reference_words(run, clean, style, rows, args.reference_words, without_first) for style in styles
+    }
+    centres = {
+        region: _centre(clean, rows, region, args.reference_words, without_first)
+        for region in regions
+        if region in clean.state_regions()
+    }
+    sources = Sources(run, clean, tables, regions, references, centres, args.stay_layers, without_first)
     _tell_missing(sources)
     if args.model_name:
         _open_lens(sources, args)
@@ -449,16 +479,31 @@ def open_sources(args: argparse.Namespace) -> Sources:
     return sources
 
 
-def _centre(clean: StyleRows, rows: list[int], region: str) -> torch.Tensor:
-    import torch
+def _regions(clean: StyleRows, wanted: Sequence[str] | None) -> list[str]:
+    """The regions asked for, or those of REGIONS that the run has. UserError for one whose states it does not hold."""
+    have = clean.state_regions()
+    known = {*have, "edited"} if any(name.startswith("edited") for name in have) else {*have}
+    if missing := [region for region in wanted or [] if region not in known]:
+        raise UserError(f"--regions {missing[0]}: neither pooled nor raw in this run; it has {', '.join(have)}")
+    regions = list(wanted) if wanted else [region for region in REGIONS if region in known]
+    if not regions:
+        raise UserError(
+            f"{clean.run.path}: no states of {', '.join(REGIONS)}; it has {', '.join(have) or 'none'}: "
+            "name some with --regions, or run stage 2 with others in --pool_regions"
+        )
+    for region in regions:
+        if region in have and len(layers := clean.state_layers(region)) < clean.layer_count():
+            told = " ".join(map(str, layers))
+            get_logger().info(f"{region}: not pooled, so that its states are known in the raw layers {told} alone")
+    return regions
 
-    total: Any = 0
-    count: Any = 0
-    for block in blocks(rows):
-        states = clean.gather("hidden_pooled", block, region)
-        total = total + states.nan_to_num().sum(1)
-        count = count + (~states.isnan()).sum(1)
-    return total / torch.clamp(count, min=1)
+
+def _centre(clean: StyleRows, rows: list[int], region: str, count: int, without_first: bool) -> torch.Tensor:
+    """Median clean state [L+1,D] of a region over up to `count` of the rows."""
+    if without_first:
+        # Where all are on the first token, none counts, and it is no matter what their centre is.
+        rows = [row for row, on in zip(rows, clean.holds_first(rows, region), strict=True) if not on] or rows
+    return clean.states(rows[:count], region).nanmedian(1).values
 
 
 def _tell_missing(sources: Sources) -> None:
@@ -470,21 +515,31 @@ def _tell_missing(sources: Sources) -> None:
             log.warning(f"{style}: fewer than two different edited words with clean states: no recovery depth")
     counts = [f"{style} {len(found.rows)}" for style, found in sources.references.items() if found]
     log.info(f"other words to compare with: {', '.join(counts) or 'none'}")
-    known = set(sources.clean.regions()) | {"edited"}
-    if missing := [region for region in sources.regions if region not in known]:
-        raise UserError(f"--regions {missing[0]}: not pooled in this run; it has {', '.join(sources.clean.regions())}")
 
 
 def _open_lens(sources: Sources, args: argparse.Namespace) -> None:
     from logit_lens import open_lens
 
-    if "last" not in sources.regions or not sources.clean.has("topk_vals"):
-        raise UserError("--model_name: the logit lens needs the region `last` and the run's topk_vals")
-    sources.lens_rows = set(sources.clean.indices[: args.lens_rows])
+    clean = sources.clean
+    if "last" not in clean.state_regions() or not clean.has("topk_vals"):
+        raise UserError(
+            "--model_name: the logit lens needs the states of the last token and the run's topk_vals; run stage 2 "
+            "with `last` among --pool_regions or with --raw_layers, and with --topk_logits"
+        )
+    sources.lens_rows = set(clean.indices[: args.lens_rows])
     sources.lens = open_lens(args.model_name, args.dtype, args.device_map)
-    rows = sources.clean.indices[: min(8, args.lens_rows)]
-    values, indices, _ = _last_logits(sources.clean, rows)
-    sources.lens.check(sources.clean.gather("hidden_pooled", rows, "last", -1), values, indices)
+    rows = clean.indices[: min(8, args.lens_rows)]
+    values, indices, _ = _last_logits(clean, rows)
+    states = clean.states(rows, "last")
+    sources.lens.check_size(len(states) - 1, states.shape[-1])
+    if clean.state_layers("last")[-1] == sources.lens.layer_count:
+        sources.lens.check(states[-1], values, indices)
+        return
+    made_by = sources.run.settings(clean.style).get("settings", {}).get("model_name", "an unknown model")
+    get_logger().warning(
+        f"the last layer is not at hand, so that --model_name {args.model_name} cannot be checked against the run's "
+        f"logits; the run was made by {made_by}"
+    )
 
 
 @contextmanager

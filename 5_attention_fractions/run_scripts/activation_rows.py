@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from command_line import UserError
 from paired_rows import original_indices
-from run_store import BATCH_AXIS, Run, load_pt
+from run_store import BATCH_AXIS, Run
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class StyleRows:
 
     def _content(self, path: Path) -> dict[str, Any]:
         if path not in self._open:
-            self._open[path] = load_pt(path)
+            self._open[path] = self.run.load(path)
             while len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)
@@ -58,6 +58,50 @@ class StyleRows:
     def regions(self, key: str = "hidden_pooled") -> list[str]:
         """Names on the region axis of a field: `pooled_regions` for pooled ones, else `regions`."""
         return list(self.first_content().get(_region_list(key), []))
+
+    def state_regions(self) -> list[str]:
+        """Regions that `states` knows: the pooled ones, and where there are raw layers every region of the files."""
+        content = self.first_content()
+        pooled = self.regions() if "hidden_pooled" in content else []
+        others = content.get("regions", []) if content.get("hidden_states") else []
+        return pooled + [name for name in others if name not in pooled]
+
+    def state_layers(self, region: str) -> list[int]:
+        """Layers in which `states` knows a region: all of a pooled one, the raw layers of another."""
+        content = self.first_content()
+        if "hidden_pooled" in content and region in self.regions():
+            return list(range(self.layer_count()))
+        return sorted(_raw_layers(content))
+
+    def layer_count(self) -> int:
+        """L + 1, or where the files pool nothing and hold no attention, the last raw layer + 1."""
+        content = self.first_content()
+        if "hidden_pooled" in content:
+            return int(content["hidden_pooled"].shape[0])
+        raw = max(_raw_layers(content), default=-1) + 1
+        return max(raw, content["span_mass"].shape[0] + 1) if "span_mass" in content else raw
+
+    def states(self, indices: Sequence[int], region: str) -> torch.Tensor:
+        """Mean residual stream [L+1, b, D] of a region in float32: pooled, or else the mean over its raw tokens.
+
+        A layer that is not at hand is NaN, and so is an empty region. Raises UserError where neither is there.
+        """
+        import torch
+
+        if region not in self.state_regions():
+            raise UserError(f"{self.run.path}: no states of {region!r}; it has {', '.join(self.state_regions())}")
+        if "hidden_pooled" in self.first_content() and region in self.regions():
+            return self.gather("hidden_pooled", indices, region)
+        size = next(iter(self.first_content()["hidden_states"].values())).shape[-1]
+        whole = torch.full((self.layer_count(), len(indices), size), torch.nan)
+        for path, positions, places in self._grouped(indices):
+            content = self._content(path)
+            column = content["regions"].index(region)
+            for layer, raw in _raw_layers(content).items():
+                for position, place in zip(positions, places, strict=True):
+                    inside = content["region_mask"][position, :, column]
+                    whole[layer, place] = raw[position][inside].float().mean(0)
+        return whole
 
     def gather(
         self, key: str, indices: Sequence[int], region: str | None = None, layers: slice | int = slice(None)
@@ -93,6 +137,17 @@ class StyleRows:
         inside = content["region_mask"][position, :, content["regions"].index(region)]
         return tuple(content["input_ids"][position][inside].tolist())
 
+    def holds_first(self, indices: Sequence[int], region: str) -> list[bool]:
+        """Whether a region of each row holds the first token of the sequence, in most models an attention sink."""
+        found = []
+        for index in indices:
+            path, position = self._places[index]
+            content = self._content(path)
+            first = int(content["attention_mask"][position].int().argmax())
+            column = content["regions"].index(region) if region in content["regions"] else None
+            found.append(column is not None and bool(content["region_mask"][position, first, column]))
+        return found
+
     def _grouped(self, indices: Sequence[int]) -> Iterator[tuple[Path, list[int], list[int]]]:
         """(file, positions in it, places in `indices`) file by file."""
         groups: dict[Path, tuple[list[int], list[int]]] = {}
@@ -107,6 +162,11 @@ class StyleRows:
 
 def _region_list(key: str) -> str:
     return "pooled_regions" if key.endswith("_pooled") else "regions"
+
+
+def _raw_layers(content: dict[str, Any]) -> dict[int, torch.Tensor]:
+    """{5: [B,S,D]} of the raw `hidden_states`."""
+    return {int(name.rpartition("_")[2]): tensor for name, tensor in content.get("hidden_states", {}).items()}
 
 
 def _pick(

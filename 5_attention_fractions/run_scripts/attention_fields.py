@@ -57,16 +57,33 @@ def attention_fields(
         fields["mass"], fields["entropy"] = _from_maps(content["attentions"], keys, real)
     else:
         raise UserError(f"{path}: holds neither span_mass nor attentions; run stage 2 with attention capture")
+    for key in ("mass", "entropy"):  # what overflowed is missing, not infinite
+        fields[key][np.isinf(fields[key])] = np.nan
     no_edit = tokens[:, REGIONS.index("edited")] == 0
     fields["mass"][no_edit, ..., REGIONS.index("edited")] = np.nan
     return fields
 
 
-def layers_of(content: dict[str, Any]) -> list[int]:
-    """Numbers of the layers that `attention_fields` returns: all, or those with a raw map."""
-    if "span_mass" in content:
-        return list(range(content["span_mass"].shape[0]))
-    return sorted(layer_number(name) for name in content.get("attentions", {}))
+def layers_of(content: dict[str, Any], path: Path, known: list[int] | None = None) -> list[int]:
+    """Numbers of the layers that `attention_fields` returns: all, or those with a raw map.
+
+    Raises UserError where they are not the `known` ones of the files before.
+    """
+    layers = (
+        list(range(content["span_mass"].shape[0]))
+        if "span_mass" in content
+        else sorted(layer_number(name) for name in content.get("attentions", {}))
+    )
+    if known and layers != known:
+        raise UserError(
+            f"{path}: attention of layers {_told(layers)}, but of {_told(known)} in the files before; run stage 2 with "
+            "the same --raw_layers for all"
+        )
+    return layers
+
+
+def _told(layers: list[int]) -> str:
+    return " ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]} to {layers[-1]}"
 
 
 def edited_region(style: str, clean_style: str | None, compared: str | None = None) -> str | None:

@@ -223,7 +223,7 @@ def _extractor(
 
     def extract(content: dict[str, Any], path: Path) -> Batch:
         if result is not None:
-            result.layers = layers_of(content)
+            result.layers = layers_of(content, path, result.layers)
         return attention_fields(content, path, edited, reference)
 
     return extract

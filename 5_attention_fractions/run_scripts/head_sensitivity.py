@@ -21,6 +21,8 @@ edited_density_last, _mean   that mass over what even attention would give: a ty
 first_mass_last              mass on the first token, the usual sink
 entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `edited`: of the edited words' queries;
                              where stage 2 ran with --entropy
+            The edited_ measures and entropy_edited leave out rows whose edited words hold the first token
+            (`--first_token excluded`): it is the sink of most models, next to which the word itself is nothing.
 jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's attention in the two forms, tokens aligned
                              around the edit; only layers with raw maps. A distance: never below 0, so it has no test
 
@@ -65,8 +67,11 @@ ALPHA = 0.05
 # --- values of one file
 
 
-def sensitivity_values(fields: Batch) -> np.ndarray:
-    """The MEASURES [B,L,H,M] of a file's rows (`attention_fields`); NaN where a row has no edited word."""
+def sensitivity_values(fields: Batch, without_first: bool = True) -> np.ndarray:
+    """The MEASURES [B,L,H,M] of a file's rows (`attention_fields`); NaN where a row has no edited word.
+
+    without_first: what is measured at edited words is NaN too where they hold the first token.
+    """
     import numpy as np
     from attention_fields import QUERIES, REGIONS
 
@@ -80,7 +85,12 @@ def sensitivity_values(fields: Batch) -> np.ndarray:
         density[..., last], density[..., mean], mass[..., last, first],
         entropy[..., 0], entropy[..., 1], entropy[..., 2],
     ]  # fmt: skip
-    return np.stack(columns, axis=-1)
+    values = np.stack(columns, axis=-1)
+    if without_first:
+        on_first = fields["holds_first"][:, edited] > 0
+        for column in (place for place, name in enumerate(MEASURES) if "edited" in name):
+            values[on_first, ..., column] = np.nan
+    return values
 
 
 def with_layers(values: np.ndarray) -> np.ndarray:
@@ -150,6 +160,7 @@ def style_effect(
     max_samples: int | None = None,
     answers: Answers | None = None,
     tokenizer: str | None = None,
+    without_first: bool = True,
 ) -> StyleEffect | None:
     """Read a style and its baseline side by side, once; None where no row can be paired.
 
@@ -172,9 +183,14 @@ def style_effect(
         indices = variant["original_index"]
         if not len(indices):
             continue
-        values, measures = _pair_values(variant, other, style, info["layers"])
+        values, measures = _pair_values(variant, other, style, info["layers"], without_first)
         if effect is None:
             effect = StyleEffect.empty(style, info["layers"], values[0].shape[2], measures, answers is not None)
+        if measures != effect.measures:
+            rows = f"rows {indices[0]} to {indices[-1]}"
+            raise UserError(
+                f"{run.path}: raw attention maps for some files of {style!r} only, not for {rows}; see --raw_layers"
+            )
         flipped = None if answers is None else answers.flips(style, baseline, indices)
         effect.add(*values, [run.template(int(i)) for i in indices], flipped)
     if effect is not None:
@@ -196,13 +212,13 @@ def _same_words(run: Run, style: str, control: str, indices: np.ndarray) -> np.n
 
 
 def _pair_values(
-    variant: Batch, clean: Batch, style: str, layers: list[int]
+    variant: Batch, clean: Batch, style: str, layers: list[int], without_first: bool
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
     """((measures of both forms [P,L,H,M]), their names); with raw maps the distances are among them."""
     import numpy as np
     from aligned_maps import aligned_divergence
 
-    own, other = sensitivity_values(variant), sensitivity_values(clean)
+    own, other = sensitivity_values(variant, without_first), sensitivity_values(clean, without_first)
     if own.shape != other.shape:
         raise UserError(
             f"style {style!r} has {own.shape[1]} layers x {own.shape[2]} heads, its clean run {other.shape[1]} x "
@@ -228,7 +244,7 @@ def _extractor(
     edited = edited_region(style, run.clean_style, compared)
 
     def extract(content: dict[str, Any], path: Path) -> Batch:
-        info["layers"] = layers_of(content)
+        info["layers"] = layers_of(content, path, info.get("layers"))
         fields = attention_fields(content, path, edited, reference)
         if distances and content.get("attentions"):
             fields["maps"] = row_maps(content, path, edited, reference)
@@ -455,6 +471,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
     data.add_argument("--maths_items", type=Path, help="for the flips; default: maths_items.csv in results_dir")
     data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
+    data.add_argument(
+        "--first_token", choices=("excluded", "included"), default="excluded", help="rows whose edited words hold it"
+    )
     shown = parser.add_argument_group("pictures and splits")
     shown.add_argument("--measure", choices=MEASURES, help="shown for all styles; default: edited_mass_last if there")
     shown.add_argument("--seed", type=int, default=0, help="of the random halves")
@@ -473,13 +492,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.results_dir or Path("results") / run.name
     answers = open_answers(args.maths_items, folder)
     effects, controls = [], []
+    without_first = args.first_token == "excluded"
     for style in styles:
-        effect = style_effect(run, style, clean, args.max_samples, answers, args.tokenizer)
+        effect = style_effect(run, style, clean, args.max_samples, answers, args.tokenizer, without_first)
         if effect is None:
             continue
         effects.append(effect)
         if SPLIT_STYLE in run.styles and style != SPLIT_STYLE:
-            controls.append(style_effect(run, style, SPLIT_STYLE, args.max_samples, tokenizer=args.tokenizer))
+            settings = {"tokenizer": args.tokenizer, "without_first": without_first}
+            controls.append(style_effect(run, style, SPLIT_STYLE, args.max_samples, **settings))
     if not effects:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     for path in write_results(effects, [control for control in controls if control], folder, args):

@@ -14,7 +14,7 @@ CONTROL = "split"
 MANY_STYLES = 6
 POOLED = ("all_typos", "all_styles")  # all styles in one probe: black and unbroken
 MEASURE_LABELS = {
-    "cosine_centred": "cosine to the clean state\n(layer mean subtracted)",
+    "cosine_centred": "cosine to the clean state\n(layer median subtracted)",
     "cosine": "cosine to the clean state",
     "relative_l2": "relative L2 distance\n|style − clean| / |clean|",
     "cka": "linear CKA with the clean states\n(debiased, over items)",
@@ -47,10 +47,13 @@ def draw_curves(axes: Any, table: pd.DataFrame, colours: dict[str, Any], columns
     many = table["style"].nunique() > MANY_STYLES
     value, low, high = columns
     for style, part in table.groupby("style", sort=False):
-        part = part.sort_values("layer")
+        part = part.dropna(subset=[value]).sort_values("layer")
+        # Layers that lie apart (raw ones alone) are marked, or the line would say more than is known.
+        marker = "o" if (part["layer"].diff() > 1).any() or len(part) == 1 else ""
         control, thick = style == CONTROL, style in (CONTROL, *POOLED)
         look = {"color": colours[style], "linewidth": 2.2 if thick else 1.4, "zorder": 3 if thick else 2}
-        axes.plot(part["layer"], part[value], linestyle="--" if control else "-", label=style, **look)
+        line = "--" if control else "-"
+        axes.plot(part["layer"], part[value], linestyle=line, marker=marker, markersize=4, label=style, **look)
         if thick or not many:
             axes.fill_between(part["layer"], part[low], part[high], color=colours[style], alpha=0.12, linewidth=0)
 

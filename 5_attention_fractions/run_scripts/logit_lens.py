@@ -20,6 +20,11 @@ class LogitLens:
     norm: Any
     model: Any
 
+    @property
+    def layer_count(self) -> int:
+        """L, the index of the last entry of `hidden_states`."""
+        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+
     def logits(self, states: torch.Tensor, normed: bool) -> torch.Tensor:
         """Logits [..., V] float32 of states [..., D]; `normed`: they are after the final norm."""
         import torch
@@ -33,20 +38,21 @@ class LogitLens:
     def change(self, clean: torch.Tensor, style: torch.Tensor, clean_top1: torch.Tensor) -> dict[str, torch.Tensor]:
         """What each layer's lens says; clean, style [L+1,b,D], clean_top1 [b] the clean run's first token. All [L+1,b]:
 
+        A layer whose states are all NaN, for it is not at hand, stays NaN.
         `lens_kl`: KL(clean || style) in nats; `lens_top1_probability`: of the clean run's first token under the style;
         `lens_top1_probability_change`: that minus its probability in the clean prompt.
         """
         import torch
 
-        kl, own, change = [], [], []
+        found = torch.full((3, *clean.shape[:2]), torch.nan)
         for layer in range(len(clean)):
+            if clean[layer].isnan().all():
+                continue
             pair = torch.stack([clean[layer], style[layer]])
-            log_p, log_q = self.logits(pair, normed=layer == len(clean) - 1).log_softmax(-1)
-            kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
-            own.append(log_q.gather(-1, clean_top1[:, None])[:, 0].exp())
-            change.append(own[-1] - log_p.gather(-1, clean_top1[:, None])[:, 0].exp())
-        names = ("lens_kl", "lens_top1_probability", "lens_top1_probability_change")
-        return {name: torch.stack(values) for name, values in zip(names, (kl, own, change), strict=True)}
+            log_p, log_q = self.logits(pair, normed=layer == self.layer_count).log_softmax(-1)
+            before, after = (side.gather(-1, clean_top1[:, None])[:, 0].exp() for side in (log_p, log_q))
+            found[:, layer] = torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1), after, after - before])
+        return dict(zip(("lens_kl", "lens_top1_probability", "lens_top1_probability_change"), found, strict=True))
 
     def check(self, last_states: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:
         """Raise UserError where the head does not give the logits that the run holds (another model, another head).
@@ -56,6 +62,15 @@ class LogitLens:
         own = self.logits(last_states, normed=True).gather(-1, indices)
         if not float((own - values).abs().max()) <= AGREEMENT * float(values.abs().max()):
             raise UserError("--model_name: its head does not give this run's logits; name the model that made the run")
+
+    def check_size(self, layers: int, hidden_size: int) -> None:
+        """Raise UserError where the model has another number of layers or hidden size than the run."""
+        own = (self.layer_count, int(self.model.get_output_embeddings().weight.shape[-1]))
+        if own != (layers, hidden_size):
+            raise UserError(
+                f"--model_name: it has {own[0]} layers of hidden size {own[1]}, the run {layers} of {hidden_size}; "
+                "name the model that made the run"
+            )
 
 
 def open_lens(model_name: str, dtype: str = "auto", device_map: str | None = None) -> LogitLens:

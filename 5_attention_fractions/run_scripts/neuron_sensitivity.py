@@ -8,7 +8,8 @@ where `split` is the clean word cut into more tokens, so that a unit that merely
 Neuron: the mean MLP activation (after the activation function) over the edited words and the last prompt token, from
 which the answer is written (`--neuron_regions`; each region's mean counts once, so that a word of many tokens does not
 outweigh the answer's). Head: S = mean over the queries of `--head_region` of 1 - H(attention) / log(visible keys). The
-best 0.5 % of the neurons and 1.5 % of the heads are taken.
+best 0.5 % of the neurons and 1.5 % of the heads are taken. Where `edited` is a region of the score, rows whose edited
+words hold the first token of the sequence, the attention sink of most models, are left out (`--first_token excluded`).
 
 What is best among thousands is partly luck. So units are found on one half of the rows (whole templates) and
 confirmed on the other: there each found unit is tested against clean and against split (one-sided clustered t tests,
@@ -66,6 +67,7 @@ class Study:
     styles: dict[str, StyleRows]
     regions: list[str]
     seed: int = 0
+    without_first: bool = True  # rows whose edited words hold the first token, an attention sink, count in nothing
 
     @property
     def control(self) -> StyleRows | None:
@@ -116,6 +118,8 @@ def triples(study: Study, style: str) -> Iterator[tuple[list[int], np.ndarray, n
         rows = changed_rows(study.clean, own, block)
         if control is not None:
             rows = changed_rows(study.clean, control, rows)
+        if study.without_first:
+            rows = _off_first_token(study, style, rows)
         if not rows:
             continue
         values = [unit_values(study, own, rows, style), unit_values(study, study.clean, rows, style)]
@@ -126,6 +130,17 @@ def triples(study: Study, style: str) -> Iterator[tuple[list[int], np.ndarray, n
         values = [part[known] for part in values]
         if kept:
             yield kept, values[0], values[1], values[2] if control is not None else None
+
+
+def _off_first_token(study: Study, style: str, rows: list[int]) -> list[int]:
+    """Those of `rows` whose edited words hold the first token in none of the compared prompts."""
+    if "edited" not in study.regions or not rows:
+        return rows
+    on_first = np.array(study.styles[style].holds_first(rows, "edited"), dtype=bool)
+    on_first |= study.clean.holds_first(rows, twin_region("edited", style))
+    if study.control is not None:
+        on_first |= study.control.holds_first(rows, "edited")
+    return [row for row, on in zip(rows, on_first, strict=True) if not on]
 
 
 def sum_halves(study: Study, style: str) -> HalfSums:
@@ -302,6 +317,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score = parser.add_argument_group("score")
     score.add_argument("--neuron_regions", nargs="+", default=["edited", "last"], help="pooled regions of the score")
     score.add_argument("--head_region", default="all", help="query region of the heads' score")
+    score.add_argument(
+        "--first_token", choices=("excluded", "included"), default="excluded", help="rows whose edited words hold it"
+    )
     score.add_argument("--neuron_share", type=float, default=0.005, help="share of the neurons that is taken")
     score.add_argument("--head_share", type=float, default=0.015, help="share of the heads that is taken")
     score.add_argument("--random_sets", type=int, default=1000, help="random sets to compare with")
@@ -355,7 +373,8 @@ def open_studies(run: Run, args: argparse.Namespace) -> list[tuple[Study, float]
         if not 0 < share < 1:
             raise UserError(f"--{unit}_share {share}: give a share between 0 and 1")
         if all(table.has(FIELDS[unit]) for table in (clean, *tables.values())):
-            studies.append((Study(run, unit, clean, tables, regions, args.seed), share))
+            first = args.first_token == "excluded"
+            studies.append((Study(run, unit, clean, tables, regions, args.seed, first), share))
         else:
             get_logger().info(f"the run holds no {FIELDS[unit]}: without {unit}s")
     if not studies:

@@ -3,8 +3,9 @@
 The state of the edited words is compared with its own clean twin and with the clean states of other words: the words
 that the same style edits in other rows of the clean run, a bounded random set, each word once. Left out are, for each
 row, references from the row itself, from its template (they share the context) and with the same token ids (they are
-the same word). Cosines are taken after subtracting the mean clean state of the reference words, layer by layer: all
-states of a layer share a large common part, next to which every two states look alike. A pooled state is the mean over
+the same word). Cosines are taken after subtracting the median clean state of the reference words, layer by layer: all
+states of a layer share a large common part, next to which every two states look alike (the median, because one state
+with a massive activation would be the whole mean). A pooled state is the mean over
 the word's tokens; the first pieces of a word cannot know its end, so a word in many pieces never looks whole: that is
 what the control `split` is for.
 """
@@ -28,7 +29,7 @@ OVERSAMPLE = 3  # rows read for each reference word wanted, since words repeat
 
 @dataclass
 class ReferenceWords:
-    """Clean states of other words: `centre` [L+1,D] their mean, `directions` [L+1,M,D] unit vectors from there."""
+    """Clean states of other words: `centre` [L+1,D] their median, `directions` [L+1,M,D] unit vectors from there."""
 
     centre: torch.Tensor
     directions: torch.Tensor
@@ -53,20 +54,28 @@ def reference_rows(clean: StyleRows, count: int, seed: int) -> list[int]:
     return [clean.indices[place] for place in sorted(order)]
 
 
-def reference_words(run: Run, clean: StyleRows, style: str, rows: list[int], count: int) -> ReferenceWords | None:
-    """Up to `count` different words that `style` edits among `rows`; None where there are fewer than two."""
+def reference_words(
+    run: Run, clean: StyleRows, style: str, rows: list[int], count: int, without_first: bool = True
+) -> ReferenceWords | None:
+    """Up to `count` different words that `style` edits among `rows`; None where there are fewer than two.
+
+    without_first: words that hold the first token of the sequence, an attention sink, are passed over.
+    """
     import torch
 
     region = twin_region("edited", style)
     words: dict[tuple[int, ...], int] = {}
-    for row in rows:
+    on_first = clean.holds_first(rows, region)
+    for row, passed in zip(rows, on_first, strict=True):
+        if passed and without_first:
+            continue
         if (tokens := clean.region_tokens(row, region)) and tokens not in words and len(words) < count:
             words[tokens] = row
     if len(words) < MIN_REFERENCES or region not in clean.regions():
         return None
     chosen = sorted(words.values())
     states = clean.gather("hidden_pooled", chosen, region)
-    centre = states.mean(1)
+    centre = states.nanmedian(1).values
     directions = torch.nn.functional.normalize(states - centre[:, None], dim=-1).half()
     by_row = {row: tokens for tokens, row in words.items()}
     return ReferenceWords(
