@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+import answer_flips
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from answer_flips import FlipMoments
+from answer_flips import FlipMoments, RankTest
 from head_overlap import GroupSums, cross_half
 from head_sensitivity import StyleEffect, main, overlap_table, sensitivity_tables
 from paired_stats import benjamini_hochberg
@@ -194,6 +195,56 @@ def test_under_a_null_at_most_five_percent_of_runs_tie_a_head_to_wrong_answers(r
     assert found is not None
     adjusted = [benjamini_hochberg(p) for p in found.p.reshape(runs, 270)]
     assert sum(p.min() < 0.05 for p in adjusted) <= stats.binom.ppf(0.99, runs, 0.05)
+
+
+@pytest.mark.parametrize("templates", [60, 1000])
+@pytest.mark.parametrize("shape", ["lognormal", "mostly zero"])
+def test_skewed_changes_name_no_more_heads_under_a_null(shape: str, templates: int) -> None:
+    # A t test of the covariance names a head in four to nine of ten such runs.
+    runs, rows, rng = 40, 1000, np.random.default_rng(9)
+    change = rng.standard_normal((rows, runs * 270))
+    change = np.exp(2 * change) if shape == "lognormal" else np.where(change > 1.5, change, 0)
+    flip = np.zeros(rows)
+    flip[rng.permutation(rows)[:100]] = 1
+    test = RankTest()
+    test.add(change, flip, [f"t{one}" for one in rng.integers(0, templates, rows)])
+    adjusted = [benjamini_hochberg(p) for p in test.p().reshape(runs, 270)]
+    assert sum(p.min() < 0.05 for p in adjusted) <= stats.binom.ppf(0.99, runs, 0.05)
+
+
+def test_rank_test_is_wilcoxons_with_rows_of_their_own_whatever_the_batches() -> None:
+    rng = np.random.default_rng(10)
+    change, flip = rng.standard_normal((300, 40)), (rng.random(300) < 0.3).astype(float)
+    change += np.linspace(0, 0.5, 40) * flip[:, None]
+    change[:, ::4] = change[:, ::4].round()  # ties
+    change[rng.random(change.shape) < 0.05] = np.nan
+    flip[7] = np.nan
+    found = []
+    for size in (11, 300):
+        test = RankTest()
+        for start in range(0, 300, size):
+            part = slice(start, start + size)
+            test.add(change[part], flip[part], [f"t{i}" for i in range(300)][part])
+        found.append(test.p())
+    np.testing.assert_array_equal(*found)
+    for cell in range(40):
+        sides = [values[~np.isnan(values)] for values in (change[flip == 1, cell], change[flip == 0, cell])]
+        expected = stats.mannwhitneyu(*sides, method="asymptotic", use_continuity=False).pvalue
+        own, theirs = stats.norm.isf(found[0][cell] / 2), stats.norm.isf(expected / 2)
+        assert 0.85 * theirs - 0.1 <= own <= theirs + 0.05  # the larger of two p: never surer than Wilcoxon's
+
+
+def test_ranks_of_many_blocks_keep_their_error_rate(monkeypatch) -> None:
+    monkeypatch.setattr(answer_flips, "BLOCK_ROWS", 64)
+    rng = np.random.default_rng(11)
+    change = np.exp(rng.standard_normal((640, 4000)))
+    flip = (rng.random(640) < 0.2).astype(float)
+    null, effect = RankTest(), RankTest()
+    clusters = [f"t{one}" for one in rng.integers(0, 100, 640)]
+    null.add(change, flip, clusters)
+    assert 0.03 < (null.p() < 0.05).mean() <= 0.055
+    effect.add(change * (1 + flip[:, None]), flip, clusters)
+    assert (effect.p() < 1e-4).mean() > 0.8
 
 
 def test_a_head_whose_reaction_goes_with_wrong_answers_is_named(tmp_path) -> None:

@@ -28,7 +28,8 @@ jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's atten
 
 effect_size is Cohen's d_z, the mean difference over the standard deviation of the differences. Standard errors are
 clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure. The flips
-correlate the change with the answer turning wrong (point-biserial r), on rows whose clean answer is right.
+correlate the change with the answer turning wrong (point-biserial r), on rows whose clean answer is right; their p is
+that of a rank-sum test, clustered (answer_flips.py).
 """
 
 from __future__ import annotations
