@@ -8,7 +8,8 @@ any. Measures by layer (0 = embeddings; the last layer is after the final norm):
                              all states of a layer share a large part next to which everything looks alike (the
                              median: one state with a massive activation would be the whole mean)
     relative_l2              |style - clean| / |clean|
-    cka                      debiased linear CKA over items (linear_cka.py)
+    cka                      debiased linear CKA over items (linear_cka.py), those with a massive activation left out
+                             (longer than 4 median norms in some layer): one of them is the whole CKA
     own_nearest              share of edited words that are nearer to their clean twin than to any other word's clean
                              state; own_nearer_share: share of those other words that are less near (typo_recovery.py)
     lens_*                   logit lens at the last token, with --model_name, on the first --lens_rows rows
@@ -21,8 +22,8 @@ counts as one beyond the last layer, and in n_censored; a rank beyond the top-k 
 from more tokens (BH over styles x layers; Holm over styles).
 
 A row whose region holds the first token is left out of that region (`--first_token excluded`): that token is the
-attention sink of most models, its state far longer than any other (Sun et al. 2024, arXiv 2402.17762) and alike in
-every prompt, so that such a word always looks recovered, and a few of them are the whole CKA.
+attention sink of most models, its state far longer than any other (massive activations: Sun et al. 2024, arXiv
+2402.17762) and alike in every prompt, so that such a word always looks recovered.
 
 Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled, hidden_states, topk_vals), the clean form among them
 Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
@@ -68,8 +69,11 @@ ITEM_COLUMNS = [
     "half_recovery_depth", "half_recovered", "next_token_kl", "kl_mass_clean", "kl_mass_style", "clean_top1_rank",
     "clean_top1_in_topk", "top1_kept",
 ]  # fmt: skip
+MASSIVE = 4  # longer than so many median norms: a massive activation; nothing else came near it on real text
+AT_CENTRE = 1e-4  # distance to the centre, as a share of the norm, that is nothing but rounding
 REGIONS = ("edited", "task", "last")
 SHARES = {"own_nearest", "own_nearer_share", "top1_kept", "kl_mass_clean", "kl_mass_style"}  # between 0 and 1
+DISTANCES = {"relative_l2", "lens_kl", "next_token_kl"}  # never below 0
 DEPTHS = {"recovery_depth": "recovered", "half_recovery_depth": "half_recovered"}
 
 Key = tuple[str, str]  # (region, measure); region "" for a number per row
@@ -84,7 +88,7 @@ class Sources:
     styles: dict[str, StyleRows]
     regions: list[str]
     references: dict[str, ReferenceWords | None]
-    centres: dict[str, torch.Tensor]  # [L+1,D] median clean state of a region other than `edited`
+    centres: dict[str, tuple[torch.Tensor, torch.Tensor]]  # median clean state [L+1,D] and norm [L+1] of a region
     stay_layers: int = 3
     without_first: bool = True  # rows whose region holds the first token count in nothing of that region
     lens: LogitLens | None = None
@@ -112,14 +116,20 @@ class Sums:
 def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """cosine, cosine_centred (with a centre [L+1,D]) and relative_l2, each [L+1,b], of states [L+1,b,D].
 
-    relative_l2 is |style - clean| / |clean|; NaN where a state is.
+    relative_l2 is |style - clean| / |clean|; NaN where a state is, cosine_centred also where a state is the centre.
     """
+    import torch
     from torch.nn.functional import cosine_similarity
 
     found = {"cosine": cosine_similarity(clean, style, dim=-1)}
     if centre is not None:
-        shared = centre[:, None]
-        found["cosine_centred"] = cosine_similarity(clean - shared, style - shared, dim=-1)
+        one, other = clean - centre[:, None], style - centre[:, None]
+        found["cosine_centred"] = cosine_similarity(one, other, dim=-1)
+        # Where all prompts end on one token its embedding is the centre: what is left has no direction.
+        at_centre = [
+            part.norm(dim=-1) < AT_CENTRE * whole.norm(dim=-1) for part, whole in ((one, clean), (other, style))
+        ]
+        found["cosine_centred"][at_centre[0] | at_centre[1]] = torch.nan
     found["relative_l2"] = (style - clean).norm(dim=-1) / clean.norm(dim=-1)
     return found
 
@@ -146,9 +156,13 @@ def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> d
             sums.on_first[style, region] += len(on_first)
         layers = sorted({*sources.clean.state_layers(twin)} & {*table.state_layers(region)})
         sums.cka_layers[style, region] = layers
-        _cka_of(sums, style, region).add(clean[layers], other[layers], templates)
         references = sources.references.get(style) if region == "edited" else None
-        centre = references.centre if references else sources.centres.get(region)
+        centre, norms = (
+            (references.centre, references.norms) if references else sources.centres.get(region, (None, None))
+        )
+        kept = [place for place, far in enumerate(massive(clean, other, norms)) if not far]
+        labels = [templates[place] for place in kept]
+        _cka_of(sums, style, region).add(clean[layers][:, kept], other[layers][:, kept], labels)
         found = state_distances(clean, other, centre)
         if references:
             found |= _nearness(sources, references, rows, templates, twin, clean, other)
@@ -157,6 +171,14 @@ def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> d
     values |= _row_values(sources, style, rows, values)
     # A state that overflowed its 16-bit dtype has no distance: missing, not infinite.
     return {key: np.where(np.isinf(numbers), np.nan, numbers) for key, numbers in values.items()}
+
+
+def massive(clean: torch.Tensor, style: torch.Tensor, norms: torch.Tensor | None) -> list[bool]:
+    """Whether each item's state [L+1,b,D] is, in a layer and form, longer than MASSIVE times the median norm [L+1]."""
+    if norms is None:
+        return [False] * clean.shape[1]
+    limit = MASSIVE * norms[:, None]
+    return ((clean.norm(dim=-1) > limit) | (style.norm(dim=-1) > limit)).any(0).tolist()
 
 
 def _cka_of(sums: Sums, style: str, region: str) -> CkaSums:
@@ -361,7 +383,8 @@ def _estimate_frame(sums: Sums, style: str, key: Key, names: dict[str, str]) -> 
 
     own = sums.own[style, key].finish()
     line: dict[str, Any] = {"style": style, **names}
-    low, high = (np.clip(end, 0, 1) if key[1] in SHARES else end for end in (own.ci_low, own.ci_high))
+    least, most = 0 if key[1] in SHARES | DISTANCES else -np.inf, 1 if key[1] in SHARES else np.inf
+    low, high = (np.clip(end, least, most) for end in (own.ci_low, own.ci_high))
     line |= {"n": own.n, "n_clusters": own.n_clusters, "estimate": own.mean, "ci_low": low, "ci_high": high}
     line["n_with_split"] = 0
     empty = ("split_estimate", "difference_to_split", "difference_ci_low", "difference_ci_high", "p")
@@ -498,12 +521,15 @@ def _regions(clean: StyleRows, wanted: Sequence[str] | None) -> list[str]:
     return regions
 
 
-def _centre(clean: StyleRows, rows: list[int], region: str, count: int, without_first: bool) -> torch.Tensor:
-    """Median clean state [L+1,D] of a region over up to `count` of the rows."""
+def _centre(
+    clean: StyleRows, rows: list[int], region: str, count: int, without_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Median clean state [L+1,D] of a region, and the median of the norms [L+1], over up to `count` of the rows."""
     if without_first:
         # Where all are on the first token, none counts, and it is no matter what their centre is.
         rows = [row for row, on in zip(rows, clean.holds_first(rows, region), strict=True) if not on] or rows
-    return clean.states(rows[:count], region).nanmedian(1).values
+    states = clean.states(rows[:count], region)
+    return states.nanmedian(1).values, states.norm(dim=-1).nanmedian(1).values
 
 
 def _tell_missing(sources: Sources) -> None:

@@ -404,11 +404,12 @@ def save_pictures(
     for effect in effects:
         known = set(heads.loc[heads["style"] == effect.style, "measure"])
         shown = [name for name in PANELS if name in known][:4]
-        panels = [_panel(heads, effect, name, f"{name}\n{_label(name)}") for name in shown]
+        own = heads[heads["style"] == effect.style].groupby("measure")["n"].max()
+        panels = [_panel(heads, effect, name, f"{name}, n = {own[name]}\n{_label(name)}") for name in shown]
         if not panels:
             continue
         paths.append(folder / f"head_sensitivity_{file_word(effect.style)}.png")
-        title = f"{effect.style} minus clean form, n = {effect.pairs} pairs; {dots}"
+        title = f"{effect.style} minus clean form (n: pairs); {dots}"
         save_layer_head_grid(paths[-1], panels, "", title, effect.layers, shared_scale=False)
     names = [effect.style for effect in having]
     matrix = np.full((len(names), len(names)), np.nan)

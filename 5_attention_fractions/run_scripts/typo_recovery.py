@@ -29,9 +29,11 @@ OVERSAMPLE = 3  # rows read for each reference word wanted, since words repeat
 
 @dataclass
 class ReferenceWords:
-    """Clean states of other words: `centre` [L+1,D] their median, `directions` [L+1,M,D] unit vectors from there."""
+    """Clean states of other words: `centre` [L+1,D] their median, `norms` [L+1] the median of their norms,
+    `directions` [L+1,M,D] unit vectors from the centre."""
 
     centre: torch.Tensor
+    norms: torch.Tensor
     directions: torch.Tensor
     rows: list[int]
     templates: list[str]
@@ -75,11 +77,11 @@ def reference_words(
         return None
     chosen = sorted(words.values())
     states = clean.gather("hidden_pooled", chosen, region)
-    centre = states.nanmedian(1).values
+    centre, norms = states.nanmedian(1).values, states.norm(dim=-1).nanmedian(1).values
     directions = torch.nn.functional.normalize(states - centre[:, None], dim=-1).half()
     by_row = {row: tokens for tokens, row in words.items()}
     return ReferenceWords(
-        centre, directions, chosen, [run.template(row) for row in chosen], [by_row[row] for row in chosen]
+        centre, norms, directions, chosen, [run.template(row) for row in chosen], [by_row[row] for row in chosen]
     )
 
 
