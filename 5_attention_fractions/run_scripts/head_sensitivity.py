@@ -493,25 +493,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     clean, styles = clean_and_styles(run, args.styles, with_split=False)
     folder = args.results_dir or Path("results") / run.name
     answers = open_answers(args.maths_items, folder)
-    effects, controls = [], []
+    effects, controls, flips = [], [], []
     without_first = args.first_token == "excluded"
     for style in styles:
         effect = style_effect(run, style, clean, args.max_samples, answers, args.tokenizer, without_first)
         if effect is None:
             continue
         effects.append(effect)
+        if (found := flip_tables(effect)) is not None:
+            flips.append(found)
+        effect.flips = None  # the largest part of what a style holds
         if SPLIT_STYLE in run.styles and style != SPLIT_STYLE:
             settings = {"tokenizer": args.tokenizer, "without_first": without_first}
             controls.append(style_effect(run, style, SPLIT_STYLE, args.max_samples, **settings))
     if not effects:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
-    for path in write_results(effects, [control for control in controls if control], folder, args):
+    for path in write_results(effects, [control for control in controls if control], flips, folder, args):
         print(path)
     return 0
 
 
 def write_results(
-    effects: list[StyleEffect], controls: list[StyleEffect], folder: Path, args: argparse.Namespace
+    effects: list[StyleEffect],
+    controls: list[StyleEffect],
+    flips: list[tuple[pd.DataFrame, pd.DataFrame]],
+    folder: Path,
+    args: argparse.Namespace,
 ) -> list[Path]:
     """Write the CSVs and pictures; returns their paths. controls: the styles' differences to the split words."""
     import pandas as pd
@@ -526,7 +533,6 @@ def write_results(
             control = pd.concat([sensitivity_tables(effect)[position] for effect in controls], ignore_index=True)
             tables[name] = with_control(tables[name], control, SPLIT_STYLE)
     tables["head_overlap"] = overlap_table(effects, args.seed)
-    flips = [found for effect in effects if (found := flip_tables(effect)) is not None]
     for position, name in enumerate(("head_answer_flips", "layer_answer_flips") if flips else ()):
         tables[name] = pd.concat([pair[position] for pair in flips], ignore_index=True)
     paths = [folder / f"{name}.csv" for name in tables]
