@@ -55,7 +55,10 @@ class Size:
 
 
 def prompt_rows(count: int, styles: Sequence[str] = ("swap",), templates: int = 0, seed: int = 0) -> list[dict]:
-    """Rows of a prompt file: a maths prompt, each style with one mistyped word, `_template` where templates > 0."""
+    """Rows of a prompt file: a maths prompt, each style with one mistyped word, `_template` where templates > 0.
+
+    `split` cuts the word that the first other style mistypes.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
@@ -63,20 +66,26 @@ def prompt_rows(count: int, styles: Sequence[str] = ("swap",), templates: int = 
         kinds = f"{NOUNS[index % len(NOUNS)]} and the {NOUNS[(index + 3) % len(NOUNS)]}"
         clean = f"{VERBS[index % len(VERBS)]} the {kinds} carefully number {index}: {a} + {b} ="
         row = {"element_index": index + 1, "normal": clean, "answer": str(a + b)}
-        row |= {style: typo(clean, zlib.crc32(f"{seed} {index} {style}".encode())) for style in styles}
+        first = next((style for style in styles if style != "split"), "split")
+        for style in styles:
+            word_of = zlib.crc32(f"{seed} {index} {first if style == 'split' else style}".encode())
+            row[style] = typo(clean, word_of, cut=style == "split")
         if templates:
             row["_template"] = f"template_{index % templates}"
         rows.append(row)
     return rows
 
 
-def typo(text: str, seed: int) -> str:
-    """`text` with two neighbouring letters exchanged in a word of five or more before the colon, not in the first."""
+def typo(text: str, seed: int, cut: bool = False) -> str:
+    """`text` with two neighbouring letters exchanged in a word of five or more before the colon, not in the first;
+    cut: a soft hyphen between them instead."""
     rng = np.random.default_rng(seed)
     words = [m.span() for m in re.finditer(r"\b[a-z]{5,}", text.partition(":")[0]) if m.start()]
     start, end = words[rng.integers(len(words))]
     places = [i for i in range(start, end - 1) if text[i] != text[i + 1]]
     place = places[rng.integers(len(places))]
+    if cut:
+        return text[: place + 1] + "\u00ad" + text[place + 1 :]
     return text[:place] + text[place + 1] + text[place] + text[place + 2 :]
 
 

@@ -81,18 +81,27 @@ def test_identical_texts_and_missing_rows_are_left_out_and_counted(results):
     assert list(items["element_index"]) == [index + 1 for index in items["original_index"]]
 
 
-def test_difference_to_split_is_the_clustered_paired_difference(results):
+def test_difference_to_split_is_the_clustered_paired_difference_on_the_same_words(results, tmp_path):
     from paired_stats import paired_difference
 
-    run, folder = results
-    table = pd.read_csv(folder / "activation_diffs.csv")
-    rows = [index for index in range(26) if index not in (5, 8)]
+    run, _ = results
+    tables = {}
+    for most in (-1, 1):
+        command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--split_tokens", str(most)]
+        assert activation_diffs.main(command) == 0
+        tables[most] = pd.read_csv(tmp_path / "activation_diffs.csv")
+    table = tables[-1]
+    near = tables[1].query("region == 'edited' and measure == 'relative_l2'").groupby("style")["n_with_split"].max()
+    every = table.query("region == 'edited' and measure == 'relative_l2'").groupby("style")["n_with_split"].max()
+    assert near["swap"] < every["swap"] == 24
+    assert every["main"] < 15  # the rows in which it happens to edit the word that `split` cuts
+    rows = [index for index in range(26) if index not in (3, 8)]
     values = {}
-    for style in ("main", "split"):
+    for style in ("swap", "split"):
         pairs = [(states_of(run, "normal", i, f"edited:{style}"), states_of(run, style, i, "edited")) for i in rows]
         values[style] = np.array([np.linalg.norm(b - a, axis=1) / np.linalg.norm(a, axis=1) for a, b in pairs])
-    expected = paired_difference(values["main"], values["split"], [f"template_{i % 9}" for i in rows])
-    mine = table.query("style == 'main' and region == 'edited' and measure == 'relative_l2'").sort_values("layer")
+    expected = paired_difference(values["swap"], values["split"], [f"template_{i % 9}" for i in rows])
+    mine = table.query("style == 'swap' and region == 'edited' and measure == 'relative_l2'").sort_values("layer")
     np.testing.assert_allclose(mine["difference_to_split"], expected.mean, atol=1e-6)
     np.testing.assert_allclose(mine["p"], expected.p, rtol=1e-3)
 

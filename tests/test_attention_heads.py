@@ -187,6 +187,14 @@ def by_hand(out: Path, style: str, baseline: str, value: str = "edited") -> dict
     return {i: own[i][1] - other[i][1] for i in own if i in other and own[i][0] != other[i][0]}
 
 
+def edited_tokens(out: Path, style: str) -> dict[int, int]:
+    counts = {}
+    for _, content in open_run(out / "run").batches(style):
+        inside = content["region_mask"][:, :, content["regions"].index("edited")].sum(1).tolist()
+        counts |= dict(zip(content["original_indices"], inside, strict=True))
+    return counts
+
+
 def test_the_table_is_the_paired_mean_with_its_counts(out: Path) -> None:
     change = by_hand(out, "swap", "normal")
     assert set(change) == set(range(24)) - {3, 6}
@@ -204,12 +212,18 @@ def test_the_table_is_the_paired_mean_with_its_counts(out: Path) -> None:
         assert row.difference == pytest.approx(expected[row.layer].mean(), abs=1e-7)
 
 
-def test_the_split_control_pairs_the_same_words(out: Path) -> None:
+@pytest.mark.parametrize("most", [-1, 1])
+def test_the_split_control_pairs_the_same_words_in_as_many_tokens(out: Path, tmp_path: Path, most: int) -> None:
+    command = ["--run_dir", str(out / "run"), "--results_dir", str(tmp_path), "--split_tokens", str(most)]
+    assert main(command) == 0
     change = by_hand(out, "swap", "split")
-    expected = np.mean([change[i] for i in change if i != 3], axis=0)
-    rows = table(out)
+    counts = {style: edited_tokens(out, style) for style in ("swap", "split")}
+    used = [i for i in change if i != 3 and (most < 0 or abs(counts["swap"][i] - counts["split"][i]) <= most)]
+    expected = np.mean([change[i] for i in used], axis=0)
+    rows = pd.read_csv(tmp_path / "head_sensitivity.csv")
     swap = rows[(rows["style"] == "swap") & (rows["measure"] == "edited_mass_last")]
-    assert set(swap["n_vs_split"]) == {23}  # row 6 has no clean run but both forms; row 3 has no typo
+    assert set(swap["n_vs_split"]) == {len(used)}
+    assert len(used) == 23 if most < 0 else 1 < len(used) < 23  # row 6: no clean run, but both forms; row 3: no typo
     for row in swap.itertuples():
         assert row.difference_vs_split == pytest.approx(expected[row.layer, row.head], abs=1e-7)
     # `missing` edits another word in most rows: those are no fair pairs, and are not used.

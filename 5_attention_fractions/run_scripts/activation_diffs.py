@@ -18,8 +18,10 @@ and by style: recovery depth (the first layer from which the word is nearest to 
 a row), half recovery depth (from which half of the greatest loss of centred cosine is regained, likewise), next-token
 KL (a lower bound, next_token_change.py) and the rank of the clean run's first token. A depth that is never reached
 counts as one beyond the last layer, and in n_censored; a rank beyond the top-k as k + 1. Beside each style stands
-`split`, the same word only cut into other tokens, on the same rows: difference_to_split and its p value tell a typo
-from more tokens (BH over styles x layers; Holm over styles).
+`split`, the clean word only cut into other tokens by an invisible character, on the rows in which both edit the same
+words and these differ by at most --split_tokens tokens (n_with_split): difference_to_split and its p value tell a typo
+from more tokens (BH over styles x layers; Holm over styles). Without that limit `split`, which is cut into more tokens
+than most typos, makes typos look recovered earlier (SmolLM2, swap: X).
 
 A row whose region holds the first token is left out of that region (`--first_token excluded`): that token is the
 attention sink of most models, its state far longer than any other (massive activations: Sun et al. 2024, arXiv
@@ -50,7 +52,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 import numpy as np
-from activation_rows import SPLIT_STYLE, StyleRows, blocks, changed_rows, clean_and_styles, twin_region
+from activation_rows import SPLIT_STYLE, StyleRows, blocks, changed_rows, clean_and_styles, same_words, twin_region
 from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
@@ -91,6 +93,7 @@ class Sources:
     centres: dict[str, tuple[torch.Tensor, torch.Tensor]]  # median clean state [L+1,D] and norm [L+1] of a region
     stay_layers: int = 3
     without_first: bool = True  # rows whose region holds the first token count in nothing of that region
+    split_tokens: int | None = None  # most tokens by which a typo and `split` may differ; None: any
     lens: LogitLens | None = None
     lens_rows: set[int] = field(default_factory=set)
 
@@ -276,7 +279,7 @@ def _add_block(
 ) -> None:
     templates = [sources.run.template(row) for row in rows]
     place = {row: position for position, row in enumerate(split_rows)}
-    mine = [position for position, row in enumerate(rows) if row in place]
+    mine = [position for position in _like_split(sources, style, rows) if rows[position] in place]
     theirs = [place[rows[position]] for position in mine]
     for key, numbers in values.items():
         _cluster_sums(sums.own, style, key).add(numbers, templates)
@@ -288,6 +291,21 @@ def _add_block(
             paired = [templates[position] for position in mine]
             _cluster_sums(sums.split, style, key).add(both, paired)
             _cluster_sums(sums.against_split, style, key).add(numbers[mine] - control, paired)
+
+
+def _like_split(sources: Sources, style: str, rows: list[int]) -> list[int]:
+    """Positions of the rows in which `split` edits the same words, cut into nearly as many tokens."""
+    if SPLIT_STYLE not in sources.styles or style == SPLIT_STYLE:
+        return []
+    own, control = sources.styles[style], sources.styles[SPLIT_STYLE]
+    found = []
+    for position in np.flatnonzero(same_words(sources.run, style, SPLIT_STYLE, rows)).tolist():
+        if rows[position] not in control:
+            continue
+        tokens = [len(table.region_tokens(rows[position], "edited")) for table in (own, control)]
+        if sources.split_tokens is None or abs(tokens[0] - tokens[1]) <= sources.split_tokens:
+            found.append(position)
+    return found
 
 
 def _cluster_sums(where: dict[tuple[str, Key], Any], style: str, key: Key) -> Any:
@@ -404,6 +422,7 @@ def _cka_frame(style: str, region: str, cka: CkaSums, layers: list[int]) -> pd.D
     if (found := cka.finish()) is None:
         return pd.DataFrame()
     value, low, high, n, clusters = found
+    high = np.minimum(high, 1)
     line = {"style": style, "region": region, "measure": "cka", "layer": layers, "p": np.nan}
     return pd.DataFrame(line | {"n": n, "n_clusters": clusters, "estimate": value, "ci_low": low, "ci_high": high})
 
@@ -437,6 +456,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     measures.add_argument(
         "--first_token", choices=("excluded", "included"), default="excluded", help="rows whose region holds it"
+    )
+    measures.add_argument(
+        "--split_tokens", type=int, default=1, help="most tokens by which a typo and `split` may differ; -1: any"
     )
     measures.add_argument("--stay_layers", type=int, default=3, help="layers in a row that make a recovery")
     measures.add_argument("--seed", type=int, default=0, help="which rows the reference words come from")
@@ -494,6 +516,7 @@ def open_sources(args: argparse.Namespace) -> Sources:
         if region in clean.state_regions()
     }
     sources = Sources(run, clean, tables, regions, references, centres, args.stay_layers, without_first)
+    sources.split_tokens = args.split_tokens if args.split_tokens >= 0 else None
     _tell_missing(sources)
     if args.model_name:
         _open_lens(sources, args)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from command_line import UserError
 from paired_rows import original_indices
 from run_store import BATCH_AXIS, Run
@@ -220,6 +221,18 @@ def changed_rows(clean: StyleRows, other: StyleRows, indices: Sequence[int]) -> 
     both = [index for index in indices if index in clean and index in other]
     texts = zip(both, clean.texts(both), other.texts(both), strict=True)
     return [index for index, clean_text, text in texts if text is None or text != clean_text]
+
+
+def same_words(run: Run, style: str, control: str, indices: Iterable[int]) -> np.ndarray:
+    """Mask [n] of the rows in which both styles edit the same words of the clean text, by the prompt file."""
+    from token_spans import edited_spans
+
+    def words(row: dict[str, Any], name: str) -> list[tuple[int, int]]:
+        clean, text = row.get(str(run.clean_style)), row.get(name)
+        return edited_spans(clean, text)[0] if isinstance(clean, str) and isinstance(text, str) else []
+
+    rows = [run.row(int(index)) for index in indices]
+    return np.array([bool(own := words(row, style)) and own == words(row, control) for row in rows], dtype=bool)
 
 
 def blocks(indices: Sequence[int], size: int = CLEAN_BLOCK) -> Iterator[list[int]]:

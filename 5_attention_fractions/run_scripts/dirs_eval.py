@@ -14,6 +14,8 @@ query     `last`, the last prompt token, or `mean`, the mean over all prompt tok
 first_token  `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
           (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left
 
+An `edited` word that holds the first token is missing from `edited`: its attention would be the sink's.
+
 A style's difference is to the clean form on the same rows, rows whose text equals the clean one left out
 (n_identical); `edited` is compared with the same words in the clean form. Intervals and p values are clustered by
 template; p_adjusted is Holm's over styles for the model, Benjamini-Hochberg's over layers, and over layers x heads.
@@ -65,6 +67,9 @@ def fraction_cells(fields: Batch) -> np.ndarray:
     baseline = baseline_of(fields)[:, None, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         density = np.where(baseline > 0, fraction / baseline, np.nan)
+    column = REGIONS.index("edited")
+    fraction[..., column][holds[:, column] > 0] = np.nan  # it would be the sink's: see the top
+    density[..., column][holds[:, column] > 0] = np.nan
     both = np.stack([fraction, density], axis=-1).reshape(*fraction.shape[:3], len(_ALL_CELLS))
     return both[..., [_ALL_CELLS.index(cell) for cell in CELLS]]
 
@@ -337,9 +342,7 @@ def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Names
     from heatmaps import file_word
 
     paths = []
-    note = {"last": "last token", "mean": "mean query"}[args.query] + (
-        ", first token excluded" if args.first_token == "excluded" else ""
-    )
+    note = {"last": "last token", "mean": "mean query"}[args.query] + (f", first token {args.first_token}")
     for column, (region, name) in enumerate(OLD_NAMES.items()):
         boxes = [result.histogram.boxes(-1, column)[0] for result in results]
         labels = [f"{result.style}\nn={result.rows}" for result in results]

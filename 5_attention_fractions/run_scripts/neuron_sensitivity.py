@@ -4,7 +4,9 @@ The score is that of Tsuji et al. (2025, arXiv 2502.19669):
 
     delta = mean(style) - max(mean(clean), mean(split))
 
-where `split` is the clean word cut into more tokens, so that a unit that merely reacts to more tokens scores nothing.
+where `split` is the clean word cut into more tokens, so that a unit that merely reacts to more tokens scores nothing;
+rows in which `split` cuts other words than the style edits are left out. The score is in units of activation, which
+grow with depth (SmolLM2: tenfold from the first layer to the last), so that it favours late layers.
 Neuron: the mean MLP activation (after the activation function) over the edited words and the last prompt token, from
 which the answer is written (`--neuron_regions`; each region's mean counts once, so that a word of many tokens does not
 outweigh the answer's). Head: S = mean over the queries of `--head_region` of 1 - H(attention) / log(visible keys). The
@@ -40,7 +42,16 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 import numpy as np
-from activation_rows import SPLIT_STYLE, StyleRows, blocks, changed_rows, clean_and_styles, half_of, twin_region
+from activation_rows import (
+    SPLIT_STYLE,
+    StyleRows,
+    blocks,
+    changed_rows,
+    clean_and_styles,
+    half_of,
+    same_words,
+    twin_region,
+)
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
@@ -118,6 +129,8 @@ def triples(study: Study, style: str) -> Iterator[tuple[list[int], np.ndarray, n
         rows = changed_rows(study.clean, own, block)
         if control is not None:
             rows = changed_rows(study.clean, control, rows)
+            alike = same_words(study.run, style, SPLIT_STYLE, rows)
+            rows = [row for row, same in zip(rows, alike, strict=True) if same]
         if study.without_first:
             rows = _off_first_token(study, style, rows)
         if not rows:
@@ -235,7 +248,10 @@ def study_style(study: Study, style: str, share: float, draws: int) -> tuple[pd.
     """(table of the found units, summary line) of a style; None, with a line in the log, where rows are too few."""
     sums = sum_halves(study, style)
     if min(len(templates) for templates in sums.templates) < 2:
-        get_logger().warning(f"{style}, {study.unit}s: fewer than two templates in a half of its rows; left out")
+        get_logger().warning(
+            f"{style}, {study.unit}s: fewer than two templates in a half of its rows "
+            "(that edit the same words as `split`, where the run has it); left out"
+        )
         return None
     with_split = study.control is not None
     deltas = [sums.delta(half, with_split) for half in (FIND, CONFIRM)]
@@ -409,7 +425,7 @@ def _plot(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, p
         ]
         axes.set_yticks(range(len(styles)), labels)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
-        axes.set_xlabel(f"layer ({count_label(summary['n'])} confirming prompts a style)")
+        axes.set_xlabel(f"layer ({count_label(lines['n'].dropna())} confirming prompts a style)")
         axes.set_title(f"Typo {unit}s confirmed on held-out templates (of those found)", fontsize=10)
         figure.colorbar(image, ax=axes, label=f"confirmed {unit}s", ticks=MaxNLocator(integer=True), pad=0.01)
     save_figure(path, figure)

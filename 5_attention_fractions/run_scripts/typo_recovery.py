@@ -90,7 +90,9 @@ def nearness(
 ) -> dict[str, torch.Tensor]:
     """Is the edited word nearer to its own clean twin than to other words? clean, style [L+1,b,D]; others [b,M] bool.
 
-    `own_nearest` [L+1,b]: 1 where no other word is as near (chance 1 / (M + 1)); `own_nearer_share` [L+1,b]: share of
+    `own_nearest` [L+1,b]: 1 where no other word is as near. Chance is more than 1 / (M + 1), since the others stand in
+    other prompts: an unrelated word of the same prompt was nearest in 2 to 7 % up to layer 20 of SmolLM2's 30, in 16 to
+    19 % at the last. `own_nearer_share` [L+1,b]: share of
     other words that are less near (chance 0.5). NaN where a row has fewer than two others, or no state.
     """
     import torch
