@@ -75,6 +75,9 @@ def test_identical_texts_and_missing_rows_are_left_out_and_counted(results):
     )
     items = pd.read_csv(folder / "activation_diffs_items.csv")
     assert dict(summary["n"]) == {"swap": 24, "main": 24, "split": 25}
+    for style, part in items.groupby("style"):
+        ordered = np.sort(part["next_token_kl"])
+        assert summary.loc[style, "median"] == pytest.approx(ordered[(len(ordered) - 1) // 2], rel=0.02)
     assert dict(summary["n_identical"]) == {"swap": 1, "main": 0, "split": 0}
     assert 3 not in set(items.query("style == 'swap'")["original_index"])
     assert 8 not in set(items["original_index"])

@@ -14,7 +14,7 @@ from dirs_eval import CELLS, FIRST_TOKEN, FractionHistogram, all_levels, baselin
 from reference_format import TokenRegions, decoded_offsets
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
-from synthetic_run import Size, file_content, prompt_rows, write_run
+from synthetic_run import Size, file_content, prompt_rows, with_first_word_typo, write_run
 from token_spans import task_span
 
 FEW_SHOT = "Add the two numbers: 1 + 1 = 2\n"
@@ -121,6 +121,15 @@ def test_excluding_the_first_token_is_the_rest_renormalised() -> None:
         expected = rows[:, keys].sum() / rows[:, 1:].sum()
         found = cells[0, 1, 2, CELLS.index((query, "excluded", "context", "fraction"))]
         assert found == pytest.approx(expected, abs=2e-3)
+
+
+def test_an_edited_word_on_the_first_token_is_in_no_edited_fraction(tmp_path: Path) -> None:
+    rows = with_first_word_typo(prompt_rows(12, ["swap"]), [1, 5])
+    run = write_run(tmp_path / "run", rows, layers=2, heads=2, raw_layers=())
+    assert main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "attention_fractions.csv").query("style == 'swap'")
+    assert set(table[table["region"] == "edited"]["n_paired"]) == {10}
+    assert set(table[table["region"] == "task"]["n_paired"]) == {12}
 
 
 def test_clean_twin_and_typo_are_read_from_their_own_regions() -> None:

@@ -55,6 +55,7 @@ def test_planted_typo_direction_is_found_at_its_layer_and_region(tmp_path):
         states = noise_states(style, index, regions)
         if style in ("swap", "main"):
             states[1, regions.index("edited"), :4] += 2.5  # layer 1 only
+            states[2, regions.index("last"), :4] += 2.5
         return states
 
     table = probe(probe_run(tmp_path, make), tmp_path, "--targets", "typo", "typo_vs_split")
@@ -68,7 +69,12 @@ def test_planted_typo_direction_is_found_at_its_layer_and_region(tmp_path):
         for layer, region in ((0, "edited"), (2, "edited"), (1, "last")):
             assert table.loc[("typo", style, region, layer), "p_adjusted"] > 0.01
     assert table.loc[("typo", "split", "edited", 1), "auc"] < 0.75
-    assert table.loc[("typo_vs_split", "all_typos", "edited", 1), "auc"] > 0.95
+    assert table.loc[("typo_vs_split", "all_typos", "last", 2), "auc"] > 0.9
+    assert ("typo_vs_split", "all_typos", "edited", 1) not in table.index
+    # letters exchanged leave the number of tokens as it was; a cut does not
+    baseline = table["baseline_auc"].xs(1, level="layer")
+    assert baseline["typo", "swap", "edited"] == pytest.approx(0.5, abs=0.1)
+    assert baseline["typo", "split", "edited"] > 0.8
     assert table.loc[("typo", "swap", "edited", 1), ["n", "n_positive", "n_clusters"]].tolist() == [120, 60, 20]
 
 
@@ -361,7 +367,7 @@ def test_picture_has_a_panel_for_each_target_and_region_with_its_control(tmp_pat
     probe(probe_run(tmp_path, noise_states), tmp_path, "--layers", "0", "2")
     figure = drawn["probe_layers.png"]
     titles = [axes.get_title() for axes in figure.axes if axes.lines]
-    assert len(titles) == 6
+    assert len(titles) == 5
     assert all("n = " in title for title in titles)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "shuffled labels (control)" in names

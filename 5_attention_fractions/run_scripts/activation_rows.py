@@ -138,6 +138,17 @@ class StyleRows:
         inside = content["region_mask"][position, :, content["regions"].index(region)]
         return tuple(content["input_ids"][position][inside].tolist())
 
+    def token_counts(self, indices: Sequence[int], region: str) -> np.ndarray:
+        """[n, 3] of each row: tokens of a region, tokens of the prompt, position of the region's first token."""
+        found = []
+        for index in indices:
+            path, position = self._places[index]
+            content = self._content(path)
+            real = content["attention_mask"][position].bool()
+            inside = content["region_mask"][position, real, content["regions"].index(region)].int()
+            found.append([int(inside.sum()), int(real.sum()), int(inside.argmax())])
+        return np.array(found, dtype=np.int64).reshape(-1, 3)
+
     def holds_first(self, indices: Sequence[int], region: str) -> list[bool]:
         """Whether a region of each row holds the first token of the sequence, in most models an attention sink."""
         found = []

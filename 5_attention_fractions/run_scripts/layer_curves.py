@@ -223,9 +223,21 @@ def _probe_panel(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None
         axes.text(0.5, 0.5, "not probed", ha="center", va="center", transform=axes.transAxes, color="grey")
         return
     _draw_controls(axes, part)
+    _draw_baselines(axes, part, colours)
     draw_curves(axes, part, colours, ("auc", "ci_low", "ci_high"))
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     layer_axis(axes, "")
+
+
+def _draw_baselines(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None:
+    """Ticks at the right edge: what the numbers of tokens alone tell about each style."""
+    known = part.dropna(subset=["baseline_auc"]).drop_duplicates("style")
+    last = part["layer"].max()
+    for position, row in enumerate(known.itertuples()):
+        label = "token counts alone (baseline)" if position == 0 else None
+        place = last + (0.02 + 0.012 * position) * max(1, last)
+        look = {"color": colours[row.style], "markersize": 4, "clip_on": False, "label": label}
+        axes.plot([place], [row.baseline_auc], "D", markerfacecolor="white" if row.style == CONTROL else None, **look)
 
 
 def _draw_controls(axes: Any, part: pd.DataFrame) -> None:

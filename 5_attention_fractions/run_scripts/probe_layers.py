@@ -5,16 +5,20 @@ keep a template's rows together, and with them every style of a row (StratifiedG
 from a twin. Targets:
 
     typo            the clean form against one style; and against all `--typo_styles` at once (style `all_typos`)
-    typo_vs_split   all typo styles against `split`, the clean word only cut into other tokens: more than fragmentation?
+    typo_vs_split   all typo styles against `split`, the clean word only cut into other tokens, where both edit the same
+                    words: more than fragmentation? Not at `edited`, where the invisible character tells `split`
     style           which style it is, the clean form aside (mean one-against-rest AUC; style `all_styles`)
-    wrong           will the answer to this prompt be wrong, a probe for each style, at the region `last` alone
+    wrong           will the answer to this prompt be wrong, a probe for each style, at the region `last` alone; the
+                    line of the clean form shows how much of that is the problem and not the typo
                     (`--maths_items`, the table of stage 3; default: maths_items.csv in the results folder, where it is)
 
 auc is that of the out-of-fold scores, over pairs of one fold, with a clustered 95 % interval that knows that the folds
 share their training rows (grouped_auc.py; rough with fewer than 20 templates); p: one-sided, of auc > 0.5, BH-adjusted
 over the lines of a target. control_auc is the same with shuffled labels: within each prompt
 and its twin (typo: each pair keeps one of each), within a row (typo_vs_split, style), or among the prompts of the style
-(wrong). Where the control is off 0.5, the probe's own number is worth nothing.
+(wrong). Where the control is off 0.5, the probe's own number is worth nothing. baseline_auc is that of a probe which
+sees three numbers instead of the state: the region's tokens, the prompt's tokens, and where the region begins. A typo
+is cut into more tokens than its clean word, so that this can be near 1 at `edited`; a probe says more only above it.
 
 Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled), maths_items.csv (style, original_index, correct)
 Writes  results/<run>/probe_layers.csv   style, layer, region, target
@@ -37,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 import numpy as np
-from activation_rows import SPLIT_STYLE, StyleRows, changed_rows, clean_and_styles, twin_region
+from activation_rows import SPLIT_STYLE, StyleRows, changed_rows, clean_and_styles, same_words, twin_region
 from answer_flips import Answers, open_answers
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
@@ -52,6 +56,7 @@ TYPO_STYLES = ["main", "swap", "missing", "repeated", "two", "three", "grammar",
 TARGETS = ["typo", "typo_vs_split", "style", "wrong"]
 ALL_TYPOS, ALL_STYLES = "all_typos", "all_styles"
 WRONG_REGION = "last"
+BASELINE_C = 1.0  # three features need no strong penalty
 SMALL_FEATURES = 4_000_000  # below this many numbers, threads only wait for each other
 MIN_CLUSTERS = 4  # of each class: below this a grouped fold says nothing
 
@@ -100,11 +105,18 @@ class States:
         good = torch.ones(len(rows), dtype=torch.bool)
         for layer in range(self.layers()):
             good &= self.tables[source[0]].gather("hidden_pooled", rows, source[1], layer).isfinite().all(-1)
+        table, region = self.tables[source[0]], source[1]
+        if region.startswith("edited"):  # an edited word on the first token has the sink's state
+            good &= ~torch.tensor(table.holds_first(rows, region))
         return {row for row, use in zip(rows, good.tolist(), strict=True) if use}
 
     def layers(self) -> int:
         """L + 1."""
         return int(self.tables[self.clean].first_content()["hidden_pooled"].shape[0])
+
+    def counts(self, items: Items) -> np.ndarray:
+        """[n, 3]: tokens of the region, tokens of the prompt, position of the region's first token."""
+        return np.concatenate([self.tables[style].token_counts(rows, region) for (style, region), rows in items.parts])
 
     def features(self, items: Items, layer: int) -> np.ndarray:
         """[n, D] float32 states of the items at one layer."""
@@ -135,7 +147,7 @@ def typo_items(states: States, styles: Sequence[str], region: str, name: str) ->
 
 
 def split_items(states: States, styles: Sequence[str], region: str) -> Items:
-    """`split` (0) against all typo styles (1), on rows that have both."""
+    """`split` (0) against all typo styles (1), on rows that have both and in which both edit the same words."""
     items = Items("typo_vs_split", ALL_TYPOS, region)
     control = (SPLIT_STYLE, region)
     if SPLIT_STYLE not in states.tables or not _pooled(states, control):
@@ -145,6 +157,8 @@ def split_items(states: States, styles: Sequence[str], region: str) -> Items:
     for style in styles:
         if _pooled(states, (style, region)):
             rows = sorted(states.known((style, region), states.common(style)) & base)
+            alike = same_words(states.run, style, SPLIT_STYLE, rows)
+            rows = [row for row, same in zip(rows, alike, strict=True) if same]
             items.add((style, region), rows, 1, [str(row) for row in rows])
             used |= set(rows)
     rows = sorted(used)
@@ -185,7 +199,7 @@ def all_items(states: States, args: argparse.Namespace, answers: Answers | None)
         if "typo" in args.targets:
             yield from (typo_items(states, [style], region, style) for style in styles)
             yield typo_items(states, typos, region, ALL_TYPOS)
-        if "typo_vs_split" in args.targets:
+        if "typo_vs_split" in args.targets and region != "edited":  # there it would read the invisible character
             yield split_items(states, typos, region)
         if "style" in args.targets:
             yield style_items(states, styles, region)
@@ -205,6 +219,7 @@ class Probe:
     clusters: np.ndarray
     twins: np.ndarray
     folds: np.ndarray
+    baseline: Auc | None = None
 
 
 def plan_probe(items: Items, states: States, folds: int, seed: int) -> Probe | None:
@@ -221,7 +236,8 @@ def plan_probe(items: Items, states: States, folds: int, seed: int) -> Probe | N
     numbers = np.empty(len(labels), dtype=int)
     for number, (_, test) in enumerate(splitter.split(np.zeros((len(labels), 1)), labels, clusters)):
         numbers[test] = number
-    return Probe(items, labels, clusters, twins, numbers)
+    baseline, _ = probe_auc(states.counts(items).astype(np.float32), labels, numbers, clusters, BASELINE_C)
+    return Probe(items, labels, clusters, twins, numbers, baseline)
 
 
 def shuffled_within(labels: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -282,7 +298,11 @@ def probe_line(probe: Probe, states: States, layer: int, args: argparse.Namespac
     line |= {"n_clusters": len(np.unique(probe.clusters)), "n_classes": int(probe.labels.max()) + 1}
     line |= {"n_folds": int(probe.folds.max()) + 1, "converged": int(converged), "auc": own.auc}
     line |= {"ci_low": own.ci_low, "ci_high": own.ci_high, "p": own.p, "control_auc": control.auc}
-    return line | {"control_ci_low": control.ci_low, "control_ci_high": control.ci_high}
+    line |= {"control_ci_low": control.ci_low, "control_ci_high": control.ci_high}
+    base = probe.baseline
+    return line | (
+        {"baseline_auc": base.auc, "baseline_ci_low": base.ci_low, "baseline_ci_high": base.ci_high} if base else {}
+    )
 
 
 # --- script
