@@ -17,8 +17,8 @@ any. Measures by layer (0 = embeddings; the last layer is after the final norm):
 and by style: recovery depth (the first layer from which the word is nearest to its own twin for --stay_layers layers in
 a row), half recovery depth (from which half of the greatest loss of centred cosine is regained, likewise), next-token
 KL (a lower bound, next_token_change.py; few rows carry its mean, so read its median too, known to 2 %) and the rank of
-the clean run's first token. A depth that is never reached counts as one beyond the last layer, and in n_censored; a rank
-beyond the top-k as k + 1.
+the clean run's first token. A depth that is never reached counts as one beyond the last layer, and in n_censored; a
+rank beyond the top-k as k + 1.
 
 Beside each style stands `split`, the clean word only cut into other tokens by an invisible character, on the rows in
 which both edit the same words and these differ by at most --split_tokens tokens (n_with_split): difference_to_split and
