@@ -163,8 +163,9 @@ SECTIONS = (
         (
             TableOf(
                 "probe_layers.csv",
-                "Is there a typo? AUC of a probe of the last token, all typo styles together; control: shuffled labels",
-                ("style", "layer", "n", "n_clusters", "auc", "p_adjusted", "control_auc"),
+                "Is there a typo? AUC of a probe of the last token, all typo styles together; control: shuffled "
+                "labels; baseline: token counts alone",
+                ("style", "layer", "n", "n_clusters", "auc", "p_adjusted", "control_auc", "baseline_auc"),
                 (("style", "all_typos"), ("target", "typo"), ("region", "last")),
             ),
             TableOf(
@@ -172,7 +173,7 @@ SECTIONS = (
                 "Recovery depth and next-token change by style, beside the split control",
                 (
                     "style", "measure", "n", "n_censored", "median", "estimate", "split_estimate",
-                    "difference_to_split", "p", "p_adjusted",
+                    "n_with_split", "difference_to_split", "p", "p_adjusted",
                 ),
             ),
         ),

@@ -2,8 +2,9 @@
 
 Debiased linear CKA: HSIC by the unbiased estimator of Song et al. (2012), since with fewer items than dimensions the
 plain one is near 1 for unrelated states. It is averaged over minibatches of items before the ratio is taken (Nguyen,
-Raghu and Kornblith 2021, arXiv 2010.15327), so no item is kept. The interval is the delta method on the items'
-contributions to the three HSICs, summed within clusters.
+Raghu and Kornblith 2021, arXiv 2010.15327), so no item is kept; where few items carry most of the variance the two
+differ (SmolLM2, task, layer 5, `split`: 0.991 in batches of 64, 0.969 in one of 200), and the interval knows the first
+alone. It is the delta method on the items' contributions to the three HSICs, summed within clusters.
 """
 
 from __future__ import annotations
