@@ -8,8 +8,8 @@ any. Measures by layer (0 = embeddings; the last layer is after the final norm):
                              all states of a layer share a large part next to which everything looks alike (the
                              median: one state with a massive activation would be the whole mean)
     relative_l2              |style - clean| / |clean|
-    cka                      debiased linear CKA over items (linear_cka.py), those with a massive activation left out
-                             (longer than 4 median norms in some layer): one of them is the whole CKA
+    cka                      debiased linear CKA over --cka_items items (linear_cka.py), those with a massive activation
+                             left out (longer than 4 median norms in some layer): one of them is the whole CKA
     own_nearest              share of edited words that are nearer to their clean twin than to any other word's clean
                              state; own_nearer_share: share of those other words that are less near (typo_recovery.py)
     lens_*                   logit lens at the last token, with --model_name, on the first --lens_rows rows
@@ -64,7 +64,6 @@ from run_store import Run, open_run
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from linear_cka import CkaSums
     from logit_lens import LogitLens
     from typo_recovery import ReferenceWords
 
@@ -96,6 +95,7 @@ class Sources:
     centres: dict[str, tuple[torch.Tensor, torch.Tensor]]  # median clean state [L+1,D] and norm [L+1] of a region
     stay_layers: int = 3
     without_first: bool = True  # rows whose region holds the first token count in nothing of that region
+    cka_items: set[int] = field(default_factory=set)  # rows that CKA is taken over
     split_tokens: int | None = None  # most tokens by which a typo and `split` may differ; None: any
     lens: LogitLens | None = None
     lens_rows: set[int] = field(default_factory=set)
@@ -103,14 +103,13 @@ class Sources:
 
 @dataclass
 class Sums:
-    """Everything that is kept of a run: sums by cluster, never rows."""
+    """Everything that is kept of a run: sums by cluster, no rows but CKA's."""
 
     own: dict[tuple[str, Key], Any] = field(default_factory=dict)
     against_split: dict[tuple[str, Key], Any] = field(default_factory=dict)
     split: dict[tuple[str, Key], Any] = field(default_factory=dict)
-    cka: dict[tuple[str, str], CkaSums] = field(default_factory=dict)
+    cka_rows: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     on_first: Counter[tuple[str, str]] = field(default_factory=Counter)
-    cka_layers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     counts: dict[tuple[str, str], Counter[float]] = field(default_factory=dict)
     censored: Counter[tuple[str, str]] = field(default_factory=Counter)
     identical: Counter[str] = field(default_factory=Counter)
@@ -155,20 +154,22 @@ def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> d
         if region not in table.state_regions() or twin not in sources.clean.state_regions():
             continue
         clean, other = sources.clean.states(rows, twin), table.states(rows, region)
+        on_first: list[int] = []
         if sources.without_first:
             pairs = zip(sources.clean.holds_first(rows, twin), table.holds_first(rows, region), strict=True)
             on_first = [place for place, pair in enumerate(pairs) if any(pair)]
             clean[:, on_first] = other[:, on_first] = torch.nan
             sums.on_first[style, region] += len(on_first)
-        layers = sorted({*sources.clean.state_layers(twin)} & {*table.state_layers(region)})
-        sums.cka_layers[style, region] = layers
         references = sources.references.get(style) if region == "edited" else None
         centre, norms = (
             (references.centre, references.norms) if references else sources.centres.get(region, (None, None))
         )
-        kept = [place for place, far in enumerate(massive(clean, other, norms)) if not far]
-        labels = [templates[place] for place in kept]
-        _cka_of(sums, style, region).add(clean[layers][:, kept], other[layers][:, kept], labels)
+        far = massive(clean, other, norms)
+        sums.cka_rows.setdefault((style, region), []).extend(
+            row
+            for place, row in enumerate(rows)
+            if not far[place] and place not in on_first and row in sources.cka_items
+        )
         found = state_distances(clean, other, centre)
         if references:
             found |= _nearness(sources, references, rows, templates, twin, clean, other)
@@ -185,12 +186,6 @@ def massive(clean: torch.Tensor, style: torch.Tensor, norms: torch.Tensor | None
         return [False] * clean.shape[1]
     limit = MASSIVE * norms[:, None]
     return ((clean.norm(dim=-1) > limit) | (style.norm(dim=-1) > limit)).any(0).tolist()
-
-
-def _cka_of(sums: Sums, style: str, region: str) -> CkaSums:
-    from linear_cka import CkaSums
-
-    return sums.cka.setdefault((style, region), CkaSums())
 
 
 def _nearness(
@@ -356,7 +351,7 @@ def _write_items(sources: Sources, items: Any, style: str, rows: list[int], valu
 # --- tables
 
 
-def curve_table(sums: Sums) -> pd.DataFrame:
+def curve_table(sources: Sources, sums: Sums) -> pd.DataFrame:
     """One line per style, layer, region and measure; see the script's docstring."""
     import pandas as pd
     from paired_stats import benjamini_hochberg
@@ -364,7 +359,7 @@ def curve_table(sums: Sums) -> pd.DataFrame:
     tables = [
         _estimate_frame(sums, style, key, {"region": key[0], "measure": key[1]}) for style, key in sums.own if key[0]
     ]
-    tables += [_cka_frame(*place, cka, sums.cka_layers[place]) for place, cka in sums.cka.items()]
+    tables += [_cka_frame(sources, *place, rows) for place, rows in sums.cka_rows.items()]
     tables = [table[table["n"] > 0] for table in tables if not table.empty and (table["n"] > 0).any()]
     if not tables:
         return pd.DataFrame(columns=["style", "layer", "region", "measure"])
@@ -422,15 +417,24 @@ def _estimate_frame(sums: Sums, style: str, key: Key, names: dict[str, str]) -> 
     return pd.DataFrame(line | {"layer": np.arange(count)}, index=range(count))
 
 
-def _cka_frame(style: str, region: str, cka: CkaSums, layers: list[int]) -> pd.DataFrame:
+def _cka_frame(sources: Sources, style: str, region: str, rows: list[int]) -> pd.DataFrame:
+    """CKA of all these rows at once, layer by layer."""
     import pandas as pd
+    from linear_cka import CkaSums
 
-    if (found := cka.finish()) is None:
-        return pd.DataFrame()
-    value, low, high, n, clusters = found
-    high = np.minimum(high, 1)
-    line = {"style": style, "region": region, "measure": "cka", "layer": layers, "p": np.nan}
-    return pd.DataFrame(line | {"n": n, "n_clusters": clusters, "estimate": value, "ci_low": low, "ci_high": high})
+    twin, table = twin_region(region, style), sources.styles[style]
+    templates = [sources.run.template(row) for row in rows]
+    lines = []
+    for layer in sorted({*sources.clean.state_layers(twin)} & {*table.state_layers(region)}):
+        cka, clean = CkaSums(), sources.clean.layer_states(rows, twin, layer) if rows else None
+        if clean is not None:
+            cka.add(clean[None], table.layer_states(rows, region, layer)[None], templates)
+        if (found := cka.finish()) is None:
+            continue
+        (value,), (low,), (high,), n, clusters = found
+        line = {"style": style, "region": region, "measure": "cka", "layer": layer, "p": np.nan, "n": n}
+        lines.append(line | {"n_clusters": clusters, "estimate": value, "ci_low": low, "ci_high": min(high, 1)})
+    return pd.DataFrame(lines)
 
 
 def _median(counts: Counter[float]) -> float:
@@ -466,8 +470,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measures.add_argument(
         "--split_tokens", type=int, default=1, help="most tokens by which a typo and `split` may differ; -1: any"
     )
+    measures.add_argument("--cka_items", type=int, default=256, help="rows that CKA is taken over, at most")
     measures.add_argument("--stay_layers", type=int, default=3, help="layers in a row that make a recovery")
-    measures.add_argument("--seed", type=int, default=0, help="which rows the reference words come from")
+    measures.add_argument("--seed", type=int, default=0, help="which rows the reference words and CKA come from")
     lens = parser.add_argument_group("logit lens")
     lens.add_argument("--model_name", help="model of the run, for its final norm and head; default: no logit lens")
     lens.add_argument("--lens_rows", type=int, default=100, help="first rows that the lens is applied to")
@@ -484,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.results_dir or Path("results") / sources.run.name
     with _items_writer(folder / "activation_diffs_items.csv") as items:
         sums = collect(sources, items)
-    curves, summary = (in_run_order(table, sources) for table in (curve_table(sums), summary_table(sums)))
+    curves, summary = (in_run_order(table, sources) for table in (curve_table(sources, sums), summary_table(sums)))
     write_csv(folder / "activation_diffs.csv", curves)
     write_csv(folder / "activation_diffs_summary.csv", summary)
     if told := [f"{style} {count}" for style, count in sums.identical.items() if count]:
@@ -523,6 +528,8 @@ def open_sources(args: argparse.Namespace) -> Sources:
     }
     sources = Sources(run, clean, tables, regions, references, centres, args.stay_layers, without_first)
     sources.split_tokens = args.split_tokens if args.split_tokens >= 0 else None
+    order = np.random.default_rng(args.seed).permutation(len(clean.indices))[: args.cka_items]
+    sources.cka_items = {clean.indices[place] for place in order}
     _tell_missing(sources)
     if args.model_name:
         _open_lens(sources, args)

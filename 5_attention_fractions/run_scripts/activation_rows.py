@@ -31,7 +31,9 @@ class StyleRows:
         self._max_open = max_open
         self._open: OrderedDict[Path, dict[str, Any]] = OrderedDict()
         self._places: dict[int, tuple[Path, int]] = {}
-        for path in run.files(style):
+        files = run.files(style)
+        self._first = files[0]
+        for path in files:
             for position, index in enumerate(original_indices(self._content(path), path).tolist()):
                 if max_samples is None or index < max_samples:
                     self._places[index] = (path, position)
@@ -50,7 +52,7 @@ class StyleRows:
 
     def first_content(self) -> dict[str, Any]:
         """Content of the style's first file: which fields, regions and sizes there are."""
-        return self._content(self.run.files(self.style)[0])
+        return self._content(self._first)
 
     def has(self, key: str) -> bool:
         """Whether the style's files hold the field `key`."""
@@ -95,14 +97,23 @@ class StyleRows:
             return self.gather("hidden_pooled", indices, region)
         size = next(iter(self.first_content()["hidden_states"].values())).shape[-1]
         whole = torch.full((self.layer_count(), len(indices), size), torch.nan)
+        for layer in self.state_layers(region):
+            whole[layer] = self.layer_states(indices, region, layer)
+        return whole
+
+    def layer_states(self, indices: Sequence[int], region: str, layer: int) -> torch.Tensor:
+        """[b, D] of `states` at one of `state_layers`, without reading the others."""
+        import torch
+
+        if "hidden_pooled" in self.first_content() and region in self.regions():
+            return self.gather("hidden_pooled", indices, region, layer)
+        found: list[Any] = [None] * len(indices)
         for path, positions, places in self._grouped(indices):
             content = self._content(path)
-            column = content["regions"].index(region)
-            for layer, raw in _raw_layers(content).items():
-                for position, place in zip(positions, places, strict=True):
-                    inside = content["region_mask"][position, :, column]
-                    whole[layer, place] = raw[position][inside].float().mean(0)
-        return whole
+            column, raw = content["regions"].index(region), _raw_layers(content)[layer]
+            for position, place in zip(positions, places, strict=True):
+                found[place] = raw[position][content["region_mask"][position, :, column]].float().mean(0)
+        return torch.stack(found)
 
     def gather(
         self, key: str, indices: Sequence[int], region: str | None = None, layers: slice | int = slice(None)

@@ -1,10 +1,10 @@
 """Linear CKA between two sets of states of the same items, in flat memory and with a clustered interval.
 
 Debiased linear CKA: HSIC by the unbiased estimator of Song et al. (2012), since with fewer items than dimensions the
-plain one is near 1 for unrelated states. It is averaged over minibatches of items before the ratio is taken (Nguyen,
-Raghu and Kornblith 2021, arXiv 2010.15327), so no item is kept; where few items carry most of the variance the two
-differ (SmolLM2, task, layer 5, `split`: 0.991 in batches of 64, 0.969 in one of 200), and the interval knows the first
-alone. It is the delta method on the items' contributions to the three HSICs, summed within clusters.
+plain one is near 1 for unrelated states. Over minibatches of items it is averaged before the ratio is taken (Nguyen,
+Raghu and Kornblith 2021, arXiv 2010.15327); where few items carry most of the variance that differs from one batch of
+all (SmolLM2, task, layer 5, `split`: 0.991 in batches of 64, 0.969 in one of 200), so give as many at once as you can.
+The interval is the delta method on the items' contributions to the three HSICs, summed within clusters.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ def item_contributions(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
 
 def _u_centred(states: torch.Tensor) -> torch.Tensor:
     """U-centred Gram matrices [layers, b, b] of states [layers, b, D] (Szekely and Rizzo 2014)."""
-    import torch
 
     # The mean goes first: a Gram matrix of large common parts would lose the rest to rounding.
     states = states - states.mean(1, keepdim=True)
@@ -87,5 +86,8 @@ def _u_centred(states: torch.Tensor) -> torch.Tensor:
     gram.diagonal(dim1=-2, dim2=-1).zero_()
     rows = gram.sum(-1, keepdim=True) / (n - 2)
     total = gram.sum((-1, -2), keepdim=True) / ((n - 1) * (n - 2))
-    centred = gram - rows - rows.mT + total
-    return centred * (1 - torch.eye(n, dtype=centred.dtype))
+    gram += total
+    gram -= rows
+    gram -= rows.mT
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    return gram
