@@ -33,6 +33,7 @@ import argparse
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,7 +289,10 @@ def probe_auc(
 def probe_line(probe: Probe, states: States, layer: int, args: argparse.Namespace) -> dict[str, Any]:
     """One line of the table: the probe and its control at one layer."""
     features = states.features(probe.items, layer)
-    rng = np.random.default_rng([args.seed, layer])
+    name = zlib.crc32(
+        f"{probe.items.target} {probe.items.style} {probe.items.region}".encode("utf-8", "backslashreplace")
+    )
+    rng = np.random.default_rng([args.seed, layer, name])  # each probe its own shuffle, or all controls move together
     shuffled = shuffled_within(probe.labels, probe.twins, rng)
     own, converged = probe_auc(features, probe.labels, probe.folds, probe.clusters, args.C, args.max_iter)
     control, _ = probe_auc(features, shuffled, probe.folds, probe.clusters, args.C, args.max_iter)
