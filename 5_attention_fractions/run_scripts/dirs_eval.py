@@ -342,7 +342,7 @@ def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Names
     from heatmaps import file_word
 
     paths = []
-    note = {"last": "last token", "mean": "mean query"}[args.query] + (f", first token {args.first_token}")
+    note = {"last": "last token", "mean": "mean query"}[args.query] + f", first token {args.first_token}"
     for column, (region, name) in enumerate(OLD_NAMES.items()):
         boxes = [result.histogram.boxes(-1, column)[0] for result in results]
         labels = [f"{result.style}\nn={result.rows}" for result in results]

@@ -230,7 +230,7 @@ def _probe_panel(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None
 
 
 def _draw_baselines(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None:
-    """Ticks at the right edge: what the numbers of tokens alone tell about each style."""
+    """Diamonds right of the curves: what the numbers of tokens alone tell about each style."""
     known = part.dropna(subset=["baseline_auc"]).drop_duplicates("style")
     last = part["layer"].max()
     for position, row in enumerate(known.itertuples()):

@@ -78,7 +78,6 @@ def item_contributions(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
 
 def _u_centred(states: torch.Tensor) -> torch.Tensor:
     """U-centred Gram matrices [layers, b, b] of states [layers, b, D] (Szekely and Rizzo 2014)."""
-
     # The mean goes first: a Gram matrix of large common parts would lose the rest to rounding.
     states = states - states.mean(1, keepdim=True)
     gram = (states @ states.mT).double()

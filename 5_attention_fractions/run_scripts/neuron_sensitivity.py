@@ -5,8 +5,8 @@ The score is that of Tsuji et al. (2025, arXiv 2502.19669):
     delta = mean(style) - max(mean(clean), mean(split))
 
 where `split` is the clean word cut into more tokens, so that a unit that merely reacts to more tokens scores nothing;
-rows in which `split` cuts other words than the style edits are left out. The score is in units of activation, which
-grow with depth (SmolLM2: tenfold from the first layer to the last), so that it favours late layers.
+rows in which `split` cuts other words than the style edits are left out. The score is in units of activation, so
+that it favours layers whose activations are large, in many models the late ones.
 Neuron: the mean MLP activation (after the activation function) over the edited words and the last prompt token, from
 which the answer is written (`--neuron_regions`; each region's mean counts once, so that a word of many tokens does not
 outweigh the answer's). Head: S = mean over the queries of `--head_region` of 1 - H(attention) / log(visible keys). The

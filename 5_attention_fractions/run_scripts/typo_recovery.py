@@ -5,9 +5,8 @@ that the same style edits in other rows of the clean run, a bounded random set, 
 row, references from the row itself, from its template (they share the context) and with the same token ids (they are
 the same word). Cosines are taken after subtracting the median clean state of the reference words, layer by layer: all
 states of a layer share a large common part, next to which every two states look alike (the median, because one state
-with a massive activation would be the whole mean). A pooled state is the mean over
-the word's tokens; the first pieces of a word cannot know its end, so a word in many pieces never looks whole: that is
-what the control `split` is for.
+with a massive activation would be the whole mean). A pooled state is the mean over the word's tokens; the first pieces
+of a word cannot know its end, so a word in many pieces never looks whole: that is what the control `split` is for.
 """
 
 from __future__ import annotations
@@ -90,10 +89,9 @@ def nearness(
 ) -> dict[str, torch.Tensor]:
     """Is the edited word nearer to its own clean twin than to other words? clean, style [L+1,b,D]; others [b,M] bool.
 
-    `own_nearest` [L+1,b]: 1 where no other word is as near. Chance is more than 1 / (M + 1), since the others stand in
-    other prompts: an unrelated word of the same prompt was nearest in 2 to 7 % up to layer 20 of SmolLM2's 30, in 16 to
-    19 % at the last. `own_nearer_share` [L+1,b]: share of
-    other words that are less near (chance 0.5). NaN where a row has fewer than two others, or no state.
+    `own_nearest` [L+1,b]: 1 where no other word is as near. Its chance is more than 1 / (M + 1): the others stand in
+    other prompts, and words of one prompt are alike. `own_nearer_share` [L+1,b]: share of other words that are less
+    near. NaN where a row has fewer than two others, or no state.
     """
     import torch
     from torch.nn.functional import cosine_similarity, normalize
