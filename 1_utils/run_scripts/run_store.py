@@ -110,7 +110,7 @@ class Run:
 
     def load(self, path: Path) -> dict[str, Any]:
         """`load_pt`, with its model's sizes checked against those of the files read before: one run, one model."""
-        content = load_pt(path)
+        content = _read_pt(path)
         for axis, (size, _) in field_sizes(content, path).items():
             known, first = self._sizes.setdefault(axis, (size, path)) if axis in RUN_AXES else (size, path)
             if size != known:
@@ -157,7 +157,16 @@ def pt_files(folder: Path) -> list[Path]:
 
 
 def load_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    """Content of a .pt file, tensors memory-mapped. UserError for a truncated file, or one with code in it."""
+    """Content of a .pt file, tensors memory-mapped.
+
+    UserError for a truncated file, one with code in it, or one whose fields disagree.
+    """
+    content = _read_pt(path, mmap)
+    field_sizes(content, Path(path))
+    return content
+
+
+def _read_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     import pickle
 
     import torch
@@ -176,7 +185,6 @@ def load_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(f"{path}: truncated or damaged ({why}); delete it and run stage 2 again") from None
     if not isinstance(content, dict) or not ({"original_indices", "final_predictions"} & content.keys()):
         raise UserError(f"{path}: not a file of stage 2: it has no original_indices; see the README's data format")
-    field_sizes(content, path)
     return content
 
 
