@@ -27,7 +27,15 @@ import numpy as np
 import torch
 from load_json import CLEAN_KEYS, is_style_key
 from run_store import begin_run, pack_rows, save_pt
-from token_spans import RenderedPrompt, character_regions, region_mask, region_names
+from token_spans import (
+    MATCHED,
+    RenderedPrompt,
+    character_regions,
+    edited_spans,
+    matched_style,
+    region_mask,
+    region_names,
+)
 
 NOUNS = ["apples", "pencils", "marbles", "tickets", "candles", "pigeons", "buttons", "cookies", "ladders", "lemons"]
 VERBS = ["Count", "Gather", "Combine", "Total", "Measure", "Collect"]
@@ -102,6 +110,27 @@ def tokens_of(text: str) -> list[tuple[int, int]]:
     return [m.span() for m in re.finditer(r"\s?\w{1,3}|\s?[^\w\s]|\s+", text)]
 
 
+def cut_tokens_of(text: str) -> list[tuple[int, int]]:
+    """Spans, in `text` without its soft hyphens, of the tokens of each piece between them."""
+    spans, start = [], 0
+    for piece in text.split("\u00ad"):
+        spans += [(start + a, start + b) for a, b in tokens_of(piece)]
+        start += len(piece)
+    return spans
+
+
+def with_controls(rows: list[dict], style: str, cut: Callable[[int, str, str], str]) -> list[dict]:
+    """The rows with the text of `split@<style>`: `cut(index, clean word, typo)` puts soft hyphens into a clean word."""
+    made = []
+    for index, row in enumerate(rows):
+        if style in row:
+            pairs = zip(row["normal"].split(" "), row[style].split(" "), strict=True)
+            words = [word if word == other else cut(index, word, other) for word, other in pairs]
+            row = row | {f"{MATCHED}{style}": " ".join(words)}
+        made.append(row)
+    return made
+
+
 # --- one row
 
 
@@ -116,11 +145,14 @@ def make_row(
     scores_hook: ScoresHook | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(fields of one row without their B axis, fields that all rows of the style share)."""
-    row, text = rows[index], rows[index][style]
+    row, shown, typo = rows[index], rows[index][style], matched_style(style)
     clean_style = next((key for key in CLEAN_KEYS if key in row), None)
     names = region_names(style, clean_style, list(styles))
-    offsets = tokens_of(few_shot + text)
+    text = shown.replace("\u00ad", "") if typo else shown
+    offsets = cut_tokens_of(few_shot + shown) if typo else tokens_of(few_shot + text)
     spans = character_regions(text, names, row, row.get(clean_style) if clean_style != style else None, row.get("task"))
+    if typo:
+        spans["edited"] = edited_spans(text, row[typo])[0]
     rendered = RenderedPrompt(few_shot + text, (len(few_shot), len(few_shot + text)))
     mask = region_mask(rendered, offsets, names, spans)
     ids = torch.tensor([zlib.crc32((few_shot + text)[a:b].encode()) % (VOCABULARY - 1) + 1 for a, b in offsets])
@@ -140,7 +172,7 @@ def make_row(
         "attention_mask": torch.ones(len(ids), dtype=torch.bool),
         "original_index": index,
         "element_index": int(row.get("element_index", index + 1)),
-        "prompt": text,
+        "prompt": shown,
         "response": response,
         "final_prediction": few_shot + text + response,
         "finish_reason": "stop",
@@ -235,14 +267,17 @@ def write_run(
 ) -> Path:
     """Write a run folder as stage 2 does; returns it.
 
-    prompts: rows of a prompt file; a row may lack a style. styles: default all of them. `size`: fields of `Size`.
+    prompts: rows of a prompt file (and controls, `with_controls`); a row may lack a style. styles: default all of them.
+    `size`: fields of `Size`.
     skip(style, index): rows that failed and are in no file.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
-    have = list(dict.fromkeys(key for row in prompts for key in row if is_style_key(key)))
-    for style in styles or have:
+    rows = [{key: value for key, value in row.items() if matched_style(key) is None} for row in prompts]
+    (folder / "prompts.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    have = list(dict.fromkeys(key for row in rows for key in row if is_style_key(key)))
+    controls = [f"{MATCHED}{style}" for style in have if any(f"{MATCHED}{style}" in row for row in prompts)]
+    for style in styles or [*have, *controls]:
         target = folder / style
         begin_run(target, {"schema_version": 1, "style": style, "model_name": "synthetic", "seed": seed}, {})
         for start in range(0, len(prompts), rows_per_file):

@@ -124,7 +124,7 @@ def test_without_split_the_comparison_is_empty_not_made_up(tmp_path, capsys):
     table = pd.read_csv(tmp_path / "activation_diffs.csv")
     assert table["difference_to_split"].isna().all()
     assert table["p"].isna().all()
-    assert "no style `split`" in capsys.readouterr().err
+    assert "without a control" in capsys.readouterr().err
 
 
 def test_pictures_are_drawn_at_42_layers_with_their_labels(tmp_path, monkeypatch):

@@ -314,7 +314,7 @@ def test_folds_keep_templates_rows_and_twins_together(tmp_path):
     run = probe_run(tmp_path, noise_states)
     args = pl.parse_args(["--run_dir", str(run)])
     states = pl.open_states(pl.open_run(run), args)
-    for items in pl.all_items(states, args, None):
+    for items in (one for one in pl.all_items(states, args, None) if one.labels):
         plan = pl.plan_probe(items, states, 5, 0)
         templates = np.array([row % TEMPLATES for row in items.rows])
         for template in range(TEMPLATES):

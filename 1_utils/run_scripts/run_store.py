@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from command_line import UserError, one_line
 from file_output import atomic_path, remove_leftovers, write_json
 from load_json import CLEAN_KEYS
+from token_spans import matched_style
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +148,8 @@ def sort_styles(styles: Iterable[str], run_path: Path) -> list[str]:
         for row in rows if isinstance(rows, list) else []:
             for key in row if isinstance(row, dict) else ():
                 order.setdefault(key, len(order))
-    return sorted(styles, key=lambda style: (order.get(style, len(order)), style))
+    names = {style: matched_style(style) or style for style in styles}  # a control follows its style
+    return sorted(names, key=lambda style: (order.get(names[style], len(order)), names[style], style != names[style]))
 
 
 def pt_files(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ MARKER = "\u2402content\u2403"  # stands for a prompt; no template holds it
 # A template that prints today's date would change the prompts from day to day: it prints this one.
 FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 BASE_REGIONS = ("all", "last", "context", "instruction", "task", "first")
+MATCHED = "split@"  # `split@swap`: the clean prompt, read with as many tokens in each edited word as `swap` has
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,11 @@ def _space_before(text: str, words: list[Span], position: int) -> str:
 
 
 # --- regions
+
+
+def matched_style(style: str) -> str | None:
+    """`swap` of the control `split@swap`, None of any other style."""
+    return style.removeprefix(MATCHED) if style.startswith(MATCHED) and style != MATCHED else None
 
 
 def region_names(style: str, clean_style: str | None, styles: list[str]) -> list[str]:

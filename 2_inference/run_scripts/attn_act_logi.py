@@ -40,6 +40,7 @@ from run_store import (
     record_failures,
     unpack_rows,
 )
+from token_spans import MATCHED, matched_style
 
 if TYPE_CHECKING:
     from batching import RowCost
@@ -79,7 +80,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust_remote_code", action="store_true", help="run code from the model's repository")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt_file", type=Path, required=True, help="JSON list of objects")
-    prompts.add_argument("--prompt_keys", nargs="+", help="styles to run, or all; default: the file's only one")
+    prompts.add_argument("--prompt_keys", nargs="+", help="styles to run, or all; default: the file's only one. And "
+                         "split@<style>: the clean form, its words cut into as many tokens as that style's typos are, "
+                         "the control that tells a typo from more tokens")  # fmt: skip
     prompts.add_argument("--max_samples", type=int, help="run the first rows of the file only")
     prompts.add_argument("--few_shot_file", type=Path, help="text put before every prompt, as it is")
     prompts.add_argument("--apply_chat_template", action="store_true", help="as a user's turn in the model's template")
@@ -188,13 +191,17 @@ def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
             have = ", ".join(f"{style} ({count})" for style, count in prompts.style_counts.items())
             raise UserError(f"{prompts.path}: holds several styles: {have}; choose with --prompt_keys, or all")
         return available
-    for key in keys if list(keys) != ["all"] else ():
-        prompts.prompts(key, 0)  # raises for a key nobody has
-    styles = [style for style in available if style in keys or list(keys) == ["all"]]
+    for key in keys:
+        typo = matched_style(key)
+        if typo is not None and (prompts.clean_key is None or typo == prompts.clean_key):
+            raise UserError(f"--prompt_keys {key}: there is no such control of the clean form, or without one")
+        if key != "all":
+            prompts.prompts(typo or key, 0)  # raises for a key nobody has
+    styles = [style for style in available if style in keys or "all" in keys]
     for style in styles:
-        if Path(style).name != style or style.startswith(".") or "\0" in style:
+        if Path(style).name != style or style.startswith((".", MATCHED)) or "\0" in style:
             raise UserError(f"{prompts.path}: the key {style!r} cannot name a folder; rename it")
-    return styles
+    return styles + [f"{MATCHED}{style}" for style in available if f"{MATCHED}{style}" in keys]
 
 
 # --- settings of a run
@@ -297,11 +304,17 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     from batching import plan_files, row_cost
 
     style = reader.style(style_name, args.max_samples)
+    if style.unmatched:
+        log.info(
+            f"{style_name}: {style.unmatched} of {len(style.texts)} prompts cannot have as many tokens as their typo; "
+            "stage 5 leaves these out where it compares the two"
+        )
     folder = args.output_dir / style_name if nested else args.output_dir
     itemsize = getattr(torch, model["dtype"]).itemsize
     cost = row_cost(config, capture_options(args), len(style.names), len(style.pooled), itemsize)
     index, count = args.shard
-    first = list(reader.file.style_counts).index(style_name)  # else the only file of every small style fell to shard 0
+    # Each style begins with another shard, else the only file of every small style fell to shard 0.
+    first = [*reader.file.style_counts].index(matched_style(style_name) or style_name) + bool(matched_style(style_name))
     files = [positions for i, positions in enumerate(plan_files(style.lengths, cost), first) if i % count == index]
     return StyleJob(style, folder, run_settings(args, reader.file, style, model), cost, files, set())
 

@@ -13,8 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 from command_line import UserError
 from decoding import Prompt
-from load_json import PromptFile
-from token_spans import BASE_REGIONS, character_regions, region_mask, region_names, render_prompt
+from load_json import Problem, PromptFile
+from matched_split import CUT, TokenisedText, WordCutter, new_cuts
+from token_spans import (
+    BASE_REGIONS,
+    RenderedPrompt,
+    Span,
+    character_regions,
+    edited_spans,
+    matched_style,
+    region_mask,
+    region_names,
+    render_prompt,
+)
 
 DEFAULT_POOLED = ("last", "instruction", "task")
 SHORTEST_PREFIX = 8  # tokens; a shorter one is not worth a pass of its own
@@ -40,6 +51,23 @@ class StylePrompts:
     texts: list[tuple[int, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     failures: dict[int, tuple[int, str]] = field(default_factory=dict)
+    unmatched: int = 0  # of a control: prompts whose edited words have not as many tokens as the typo's
+
+
+@dataclass(frozen=True)
+class _ReadPrompt:
+    """A prompt as the model will see it; `shown` is its own text as it is stored."""
+
+    rendered: RenderedPrompt
+    ids: list[int]
+    offsets: list[Span]
+    shown: str
+    matched: bool = True
+
+    def own_start(self) -> int:
+        """The first token that touches the prompt's own text."""
+        start = self.rendered.own[0]
+        return next((t for t, (a, b) in enumerate(self.offsets) if b > max(a, start)), len(self.ids))
 
 
 class PromptReader:
@@ -50,6 +78,7 @@ class PromptReader:
     ):
         self.file, self.tokenizer, self.rendering = prompts, tokenizer, rendering
         self.max_length, self.pool = max_length, pool
+        self._cutter = WordCutter(tokenizer)
         self._common: list[int] | None = None
         if rendering.task_regex is not None:
             _check_regex(rendering.task_regex)
@@ -58,21 +87,22 @@ class PromptReader:
         """Lengths of all prompts of a style; those that cannot be run are in `failures`."""
         names = region_names(style, self.file.clean_key, list(self.file.style_counts))
         found = StylePrompts(style, names, self._pooled(names))
-        for problem in self.file.problems_of(style, max_samples):
+        for problem in self._problems(style, max_samples):
             found.failures[problem.original_index] = (self._element(problem.original_index), str(problem))
-        for index, text in self.file.prompts(style, max_samples):
+        for index in self._indices(style, max_samples):
             try:
-                ids, own_start = self._tokens(text)
+                read = self._read(style, index)
             except UserError as error:
                 found.failures[index] = (self._element(index), str(error))
                 continue
-            if not 0 < len(ids) <= self.max_length:
-                why = f"has {len(ids)} tokens; this model and --max_new_tokens leave room for {self.max_length}"
+            if not 0 < len(read.ids) <= self.max_length:
+                why = f"has {len(read.ids)} tokens; this model and --max_new_tokens leave room for {self.max_length}"
                 found.failures[index] = (self._element(index), why)
                 continue
-            found.texts.append((index, text))
-            found.lengths.append(len(ids))
-            self._common = _common_prefix(self._common, ids[: min(own_start, len(ids) - 1)])
+            found.texts.append((index, read.shown))
+            found.lengths.append(len(read.ids))
+            found.unmatched += not read.matched
+            self._common = _common_prefix(self._common, read.ids[: min(read.own_start(), len(read.ids) - 1)])
         return found
 
     def shared_prefix(self) -> list[int]:
@@ -82,22 +112,59 @@ class PromptReader:
 
     def prompt(self, style: StylePrompts, position: int, forced_ids: list[int] | None = None) -> Prompt:
         """The prompt at a position of a style's list, with its tokens and regions."""
-        index, text = style.texts[position]
-        row = self.file.rows[index]
-        rendered = self._render(text)
-        encoded = self._encode(rendered)
+        index, _ = style.texts[position]
+        read = self._read(style.style, index)
+        mask = region_mask(read.rendered, read.offsets, style.names, self._regions(style.style, index, style.names))
+        return Prompt(index, read.ids, mask, forced_ids)
+
+    def _read(self, style: str, index: int) -> _ReadPrompt:
+        """A row's prompt in a style, rendered and tokenised; a control's is the clean one with other tokens."""
+        typo = matched_style(style)
+        own = self._encode(self._text(style, index))
+        if typo is None:
+            return own
+        other = self._encode(self._text(typo, index))
+        names = [*BASE_REGIONS, "edited"]
+        both = []
+        for one, name in ((own, style), (other, typo)):
+            mask = region_mask(one.rendered, one.offsets, names, self._regions(name, index, names))
+            both.append(TokenisedText(one.rendered.text, one.ids, one.offsets, mask[:, -1].tolist()))
+        ids, offsets = self._cutter.cut(*both)
+        shift = own.rendered.own[0] - own.rendered.own_offset
+        shown = own.shown
+        for place in reversed(new_cuts(both[0], offsets)):
+            shown = shown[: place - shift] + CUT + shown[place - shift :]
+        added = len(ids) - len(own.ids)
+        return _ReadPrompt(own.rendered, ids, offsets, shown, sum(both[0].edited) + added == sum(both[1].edited))
+
+    def _text(self, style: str, index: int) -> str:
+        return str(self.file.rows[index][self.file.clean_key if matched_style(style) else style])
+
+    def _regions(self, style: str, index: int, names: list[str]) -> dict[str, list[Span]]:
+        row, text, typo = self.file.rows[index], self._text(style, index), matched_style(style)
         clean = row.get(self.file.clean_key) if self.file.clean_key else None
         task = row.get("task")
         regions = character_regions(
             text,
-            style.names,
+            names,
             variants={key: value for key, value in row.items() if isinstance(value, str)},
             clean=clean if isinstance(clean, str) else None,
             task=task if isinstance(task, str) else None,
             task_regex=self.rendering.task_regex,
         )
-        mask = region_mask(rendered, encoded["offset_mapping"], style.names, regions)
-        return Prompt(index, encoded["input_ids"], mask, forced_ids)
+        return regions | {"edited": edited_spans(text, row[typo])[0]} if typo else regions
+
+    def _indices(self, style: str, max_samples: int | None) -> list[int]:
+        """Rows that have the style; those of a control have its typo and the clean form."""
+        sources = [[index for index, _ in self.file.prompts(key, max_samples)] for key in self._keys(style)]
+        return sorted(set(sources[0]).intersection(*sources[1:]))
+
+    def _problems(self, style: str, max_samples: int | None) -> list[Problem]:
+        return [problem for key in self._keys(style) for problem in self.file.problems_of(key, max_samples)]
+
+    def _keys(self, style: str) -> list[str]:
+        typo = matched_style(style)
+        return [style] if typo is None else [str(self.file.clean_key), typo]
 
     def _pooled(self, names: list[str]) -> list[str]:
         if self.pool is None:
@@ -111,26 +178,16 @@ class PromptReader:
         how = self.rendering
         return render_prompt(self.tokenizer, text, how.few_shot, how.apply_chat_template, how.system_prompt)
 
-    def _encode(self, rendered: Any) -> dict[str, Any]:
-        # A chat template writes its special tokens itself; adding them again would begin with two BOS.
-        return dict(
-            self.tokenizer(
-                rendered.text,
-                add_special_tokens=not rendered.has_special_tokens,
-                return_offsets_mapping=True,
-                truncation=False,
-            )
-        )
-
-    def _tokens(self, text: str) -> tuple[list[int], int]:
-        """Token ids, and the first token that touches the prompt's own text."""
+    def _encode(self, text: str) -> _ReadPrompt:
         rendered = self._render(text)
-        encoded = self._encode(rendered)
-        own = next(
-            (t for t, (start, end) in enumerate(encoded["offset_mapping"]) if end > max(start, rendered.own[0])),
-            len(encoded["input_ids"]),
+        # A chat template writes its special tokens itself; adding them again would begin with two BOS.
+        encoded = self.tokenizer(
+            rendered.text,
+            add_special_tokens=not rendered.has_special_tokens,
+            return_offsets_mapping=True,
+            truncation=False,
         )
-        return encoded["input_ids"], own
+        return _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text)
 
     def _element(self, index: int) -> int:
         try:

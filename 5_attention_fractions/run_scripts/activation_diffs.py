@@ -55,7 +55,17 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 import numpy as np
-from activation_rows import SPLIT_STYLE, StyleRows, blocks, changed_rows, clean_and_styles, same_words, twin_region
+from activation_rows import (
+    StyleRows,
+    blocks,
+    changed_rows,
+    clean_and_styles,
+    control_of,
+    is_control,
+    like_control,
+    tell_controls,
+    twin_region,
+)
 from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
@@ -96,7 +106,7 @@ class Sources:
     stay_layers: int = 3
     without_first: bool = True  # rows whose region holds the first token count in nothing of that region
     cka_items: set[int] = field(default_factory=set)  # rows that CKA is taken over
-    split_tokens: int | None = None  # most tokens by which a typo and `split` may differ; None: any
+    split_tokens: int | None = None  # most tokens by which a typo and the style `split` may differ; None: any
     lens: LogitLens | None = None
     lens_rows: set[int] = field(default_factory=set)
 
@@ -139,10 +149,11 @@ def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tens
     return found
 
 
-def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> dict[Key, np.ndarray]:
-    """Every measure of some rows of a style: by layer [b, L+1], or a number per row [b]. CKA goes into `sums`.
+def block_values(sources: Sources, style: str, rows: list[int], changed: set[int], sums: Sums) -> dict[Key, np.ndarray]:
+    """Every measure of some rows of a style: by layer [b, L+1], or a number per row [b].
 
-    NaN in layers that are not at hand: a region that is not pooled is known in the raw layers alone.
+    NaN in layers that are not at hand: a region that is not pooled is known in the raw layers alone. What is kept of
+    the rows for CKA, and the count of those on the first token, go into `sums`, for the `changed` rows.
     """
     import torch
 
@@ -159,7 +170,7 @@ def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> d
             pairs = zip(sources.clean.holds_first(rows, twin), table.holds_first(rows, region), strict=True)
             on_first = [place for place, pair in enumerate(pairs) if any(pair)]
             clean[:, on_first] = other[:, on_first] = torch.nan
-            sums.on_first[style, region] += len(on_first)
+            sums.on_first[style, region] += sum(rows[place] in changed for place in on_first)
         references = sources.references.get(style) if region == "edited" else None
         centre, norms = (
             (references.centre, references.norms) if references else sources.centres.get(region, (None, None))
@@ -168,7 +179,7 @@ def block_values(sources: Sources, style: str, rows: list[int], sums: Sums) -> d
         sums.cka_rows.setdefault((style, region), []).extend(
             row
             for place, row in enumerate(rows)
-            if not far[place] and place not in on_first and row in sources.cka_items
+            if not far[place] and place not in on_first and row in sources.cka_items & changed
         )
         found = state_distances(clean, other, centre)
         if references:
@@ -248,62 +259,58 @@ def _last_logits(table: StyleRows, rows: list[int]) -> tuple[torch.Tensor, torch
 def collect(sources: Sources, items: Any) -> Sums:
     """One pass over the run, block by block; writes a line per row and style to `items` (a csv.DictWriter)."""
     sums = Sums()
-    order = sorted(sources.styles, key=lambda style: style != SPLIT_STYLE)  # the control first
+    order = sorted(sources.styles, key=lambda style: not is_control(style))  # the controls first
     for block in blocks(sources.clean.indices):
-        split_rows: list[int] = []
-        split_values: dict[Key, np.ndarray] = {}
+        controls: dict[str, tuple[list[int], dict[Key, np.ndarray]]] = {}
         for style in order:
             both = [row for row in block if row in sources.styles[style]]
-            rows = changed_rows(sources.clean, sources.styles[style], both)
-            sums.identical[style] += len(both) - len(rows)
+            changed = changed_rows(sources.clean, sources.styles[style], both)
+            sums.identical[style] += len(both) - len(changed)
+            # Where a typo has no more tokens than the word, the clean word is its own control.
+            rows = both if is_control(style) else changed
             if not rows:
                 continue
-            values = block_values(sources, style, rows, sums)
-            _add_block(sources, sums, style, rows, values, split_rows, split_values)
+            values = block_values(sources, style, rows, set(changed), sums)
+            if is_control(style):
+                controls[style] = rows, values
+                places = [rows.index(row) for row in changed]
+                rows, values = changed, {key: numbers[places] for key, numbers in values.items()}
+            _add_own(sources, sums, style, rows, values)
+            if (control := control_of(sources.run, style)) in controls:
+                _add_against(sources, sums, style, rows, values, *controls[str(control)])
             _write_items(sources, items, style, rows, values)
-            if style == SPLIT_STYLE:
-                split_rows, split_values = rows, values
     return sums
 
 
-def _add_block(
+def _add_own(sources: Sources, sums: Sums, style: str, rows: list[int], values: dict[Key, np.ndarray]) -> None:
+    templates = [sources.run.template(row) for row in rows]
+    for key, numbers in values.items():
+        _cluster_sums(sums.own, style, key).add(numbers, templates)
+        if key[0] == "":
+            _count(sums, style, key[1], numbers, sources)
+
+
+def _add_against(
     sources: Sources,
     sums: Sums,
     style: str,
     rows: list[int],
     values: dict[Key, np.ndarray],
-    split_rows: list[int],
-    split_values: dict[Key, np.ndarray],
+    control_rows: list[int],
+    control_values: dict[Key, np.ndarray],
 ) -> None:
-    templates = [sources.run.template(row) for row in rows]
-    place = {row: position for position, row in enumerate(split_rows)}
-    mine = [position for position in _like_split(sources, style, rows) if rows[position] in place]
-    theirs = [place[rows[position]] for position in mine]
-    for key, numbers in values.items():
-        _cluster_sums(sums.own, style, key).add(numbers, templates)
-        if key[0] == "":
-            _count(sums, style, key[1], numbers, sources)
-        if mine and key in split_values:
-            control = split_values[key][theirs]
-            both = np.where(np.isnan(numbers[mine]), np.nan, control)
-            paired = [templates[position] for position in mine]
-            _cluster_sums(sums.split, style, key).add(both, paired)
-            _cluster_sums(sums.against_split, style, key).add(numbers[mine] - control, paired)
-
-
-def _like_split(sources: Sources, style: str, rows: list[int]) -> list[int]:
-    """Positions of the rows in which `split` edits the same words, cut into nearly as many tokens."""
-    if SPLIT_STYLE not in sources.styles or style == SPLIT_STYLE:
-        return []
-    own, control = sources.styles[style], sources.styles[SPLIT_STYLE]
-    found = []
-    for position in np.flatnonzero(same_words(sources.run, style, SPLIT_STYLE, rows)).tolist():
-        if rows[position] not in control:
-            continue
-        tokens = [len(table.region_tokens(rows[position], "edited")) for table in (own, control)]
-        if sources.split_tokens is None or abs(tokens[0] - tokens[1]) <= sources.split_tokens:
-            found.append(position)
-    return found
+    """The style less its control, on the rows in which both edit the same words, in (nearly) as many tokens."""
+    control = sources.styles[str(control_of(sources.run, style))]
+    known = set(control_rows)
+    alike = like_control(sources.styles[style], control, [row for row in rows if row in known], sources.split_tokens)
+    mine, theirs = [rows.index(row) for row in alike], [control_rows.index(row) for row in alike]
+    templates = [sources.run.template(row) for row in alike]
+    for key, numbers in values.items() if alike else ():
+        if key in control_values:
+            other = control_values[key][theirs]
+            both = np.where(np.isnan(numbers[mine]), np.nan, other)
+            _cluster_sums(sums.split, style, key).add(both, templates)
+            _cluster_sums(sums.against_split, style, key).add(numbers[mine] - other, templates)
 
 
 def _cluster_sums(where: dict[tuple[str, Key], Any], style: str, key: Key) -> Any:
@@ -365,7 +372,7 @@ def curve_table(sources: Sources, sums: Sums) -> pd.DataFrame:
         return pd.DataFrame(columns=["style", "layer", "region", "measure"])
     table = pd.concat(tables, ignore_index=True)
     table["p_adjusted"] = np.nan
-    for _, part in table[table["style"] != SPLIT_STYLE].groupby(["region", "measure"]):
+    for _, part in table[~table["style"].map(is_control)].groupby(["region", "measure"]):
         table.loc[part.index, "p_adjusted"] = benjamini_hochberg(part["p"])
     front = ["style", "layer", "region", "measure"]
     return table[front + [column for column in table.columns if column not in front]]
@@ -385,15 +392,18 @@ def summary_table(sums: Sums) -> pd.DataFrame:
     table["n_censored"] = [sums.censored.get(key, 0) for key in keys]
     table["n_identical"] = [sums.identical[style] for style, _ in keys]
     table["p_adjusted"] = np.nan
-    for _, part in table[table["style"] != SPLIT_STYLE].groupby("measure"):
+    for _, part in table[~table["style"].map(is_control)].groupby("measure"):
         table.loc[part.index, "p_adjusted"] = holm(part["p"])
     front = ["style", "measure", "n", "n_censored", "n_identical", "n_clusters", "median"]
     return table[front + [column for column in table.columns if column not in (*front, "layer")]]
 
 
 def in_run_order(table: pd.DataFrame, sources: Sources) -> pd.DataFrame:
-    """The table with its styles in the order of the run (the control was read first)."""
+    """The table with its styles in the order of the run (the controls were read first), and their controls named."""
     place = {style: number for number, style in enumerate(sources.styles)}
+    if "n_with_split" in table:
+        controls = [control_of(sources.run, style) for style in table["style"]]
+        table.insert(table.columns.get_loc("n_with_split"), "control", controls)
     return table.sort_values("style", key=lambda column: column.map(place), kind="stable").reset_index(drop=True)
 
 
@@ -408,7 +418,7 @@ def _estimate_frame(sums: Sums, style: str, key: Key, names: dict[str, str]) -> 
     line["n_with_split"] = 0
     empty = ("split_estimate", "difference_to_split", "difference_ci_low", "difference_ci_high", "p")
     line |= dict.fromkeys(empty, np.nan)
-    if (style, key) in sums.against_split and style != SPLIT_STYLE:
+    if (style, key) in sums.against_split:
         change = sums.against_split[style, key].finish()
         line |= {"n_with_split": change.n, "split_estimate": sums.split[style, key].finish().mean, "p": change.p}
         line |= {"difference_to_split": change.mean}
@@ -570,8 +580,7 @@ def _centre(
 
 def _tell_missing(sources: Sources) -> None:
     log = get_logger()
-    if SPLIT_STYLE not in sources.styles:
-        log.warning("the run has no style `split`: nothing here tells a typo from more tokens")
+    tell_controls(sources.run, list(sources.styles))
     for style, references in sources.references.items():
         if references is None and "edited" in sources.regions:
             log.warning(f"{style}: fewer than two different edited words with clean states: no recovery depth")

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from command_line import UserError
+from logger import get_logger
 from paired_rows import original_indices
 from run_store import BATCH_AXIS, Run
+from token_spans import MATCHED, matched_style
 
 if TYPE_CHECKING:
     import torch
 
-SPLIT_STYLE = "split"  # the fragmentation control: the clean word, only cut into other tokens
+SPLIT_STYLE = "split"  # a control for fragmentation: the clean word, cut by an invisible character
 CLEAN_BLOCK = 64
 
 
@@ -214,8 +216,19 @@ def _pick(
 # --- which rows
 
 
-def clean_and_styles(run: Run, styles: Sequence[str] | None, with_split: bool = True) -> tuple[str, list[str]]:
-    """(clean style, the styles to compare with it); `split` comes along as the control.
+def is_control(style: str) -> bool:
+    """Whether a style is the clean word in other tokens: `split`, or `split@<style>` (matched_split.py of stage 2)."""
+    return style == SPLIT_STYLE or matched_style(style) is not None
+
+
+def control_of(run: Run, style: str) -> str | None:
+    """The control that a style is compared with: `split@<style>`, else `split`, of those that the run has."""
+    names = () if is_control(style) else (f"{MATCHED}{style}", SPLIT_STYLE)
+    return next((name for name in names if name in run.styles), None)
+
+
+def clean_and_styles(run: Run, styles: Sequence[str] | None, with_controls: bool = True) -> tuple[str, list[str]]:
+    """(clean style, the styles to compare with it); their controls come along.
 
     Raises UserError where the run has no clean form, no other style, or lacks an asked-for one.
     """
@@ -226,8 +239,9 @@ def clean_and_styles(run: Run, styles: Sequence[str] | None, with_split: bool = 
     if missing := [style for style in styles or [] if style not in run.styles]:
         raise UserError(f"{run.path}: has no style {missing[0]!r}; it has {', '.join(run.styles)}")
     chosen = [style for style in (styles or run.styles) if style != clean]
-    if with_split and SPLIT_STYLE in run.styles and SPLIT_STYLE not in chosen:
-        chosen.append(SPLIT_STYLE)
+    for style in list(chosen) if with_controls else ():
+        if (control := control_of(run, style)) and control not in chosen:
+            chosen.append(control)
     if not chosen:
         raise UserError(f"{run.path}: only the clean form is there; run stage 2 with more --prompt_keys")
     return clean, chosen
@@ -235,7 +249,7 @@ def clean_and_styles(run: Run, styles: Sequence[str] | None, with_split: bool = 
 
 def twin_region(region: str, style: str) -> str:
     """The clean run's region that `region` of a style is compared with."""
-    return f"edited:{style}" if region == "edited" else region
+    return f"edited:{matched_style(style) or style}" if region == "edited" else region
 
 
 def changed_rows(clean: StyleRows, other: StyleRows, indices: Sequence[int]) -> list[int]:
@@ -249,12 +263,53 @@ def same_words(run: Run, style: str, control: str, indices: Iterable[int]) -> np
     """Mask [n] of the rows in which both styles edit the same words of the clean text, by the prompt file."""
     from token_spans import edited_spans
 
+    if matched_style(control) == style:
+        return np.ones(len(list(indices)), dtype=bool)
+
     def words(row: dict[str, Any], name: str) -> list[tuple[int, int]]:
         clean, text = row.get(str(run.clean_style)), row.get(name)
         return edited_spans(clean, text)[0] if isinstance(clean, str) and isinstance(text, str) else []
 
     rows = [run.row(int(index)) for index in indices]
     return np.array([bool(own := words(row, style)) and own == words(row, control) for row in rows], dtype=bool)
+
+
+def tell_controls(run: Run, styles: Sequence[str]) -> None:
+    """Say in the log which styles have no control with their own number of tokens."""
+    typos = [style for style in styles if not is_control(style)]
+    told = {MATCHED: "", SPLIT_STYLE: "", None: ""}
+    for style in typos:
+        control = control_of(run, style)
+        told[MATCHED if control and matched_style(control) else control] += f" {style}"
+    if told[None]:
+        get_logger().warning(
+            f"without a control, so that nothing tells a typo from more tokens:{told[None]}; run stage 2 with "
+            f"--prompt_keys {MATCHED}<style> too"
+        )
+    if told[SPLIT_STYLE]:
+        get_logger().info(
+            f"compared with `split`, cut by an invisible character that is a token, too:{told[SPLIT_STYLE]}; "
+            f"{MATCHED}<style> among stage 2's --prompt_keys is the better control"
+        )
+
+
+def token_limit(control: str, split_tokens: int | None) -> int | None:
+    """Most tokens by which a style's edited words may differ from its control's: none for `split@<style>`."""
+    return 0 if matched_style(control) else split_tokens
+
+
+def like_control(own: StyleRows, control: StyleRows, rows: Sequence[int], split_tokens: int | None) -> list[int]:
+    """Those of `rows` in which a control cuts the same words that the style edits, into nearly as many tokens.
+
+    split_tokens: most tokens between the two (`token_limit`); None: any.
+    """
+    rows = [row for row in rows if row in control]
+    alike = same_words(own.run, own.style, control.style, rows)
+    rows = [row for row, same in zip(rows, alike, strict=True) if same]
+    if (most := token_limit(control.style, split_tokens)) is None:
+        return rows
+    counts = [[len(table.region_tokens(row, "edited")) for table in (own, control)] for row in rows]
+    return [row for row, (mine, theirs) in zip(rows, counts, strict=True) if abs(mine - theirs) <= most]
 
 
 def blocks(indices: Sequence[int], size: int = CLEAN_BLOCK) -> Iterator[list[int]]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from command_line import UserError
 from paired_rows import Batch
+from token_spans import matched_style
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def edited_region(style: str, clean_style: str | None, compared: str | None = No
     """Name of the edited region in a file of `style`; in the clean run, of the words that `compared` will change."""
     if style != clean_style:
         return "edited"
-    return None if compared is None else f"edited:{compared}"
+    return None if compared is None else f"edited:{matched_style(compared) or compared}"
 
 
 def regions_of(

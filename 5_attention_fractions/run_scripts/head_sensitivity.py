@@ -169,10 +169,10 @@ def style_effect(
 ) -> StyleEffect | None:
     """Read a style and its baseline side by side, once; None where no row can be paired.
 
-    baseline: the clean form, or a control such as `split`; then only rows in which both edit the same words count, and
-    with split_tokens only those in which these differ by at most so many tokens.
+    baseline: the clean form, or a control; then only rows in which both edit the same words count, and with
+    split_tokens only those in which these differ by at most so many tokens (in none, for `split@<style>`).
     """
-    from activation_rows import same_words
+    from activation_rows import same_words, token_limit
     from paired_rows import paired_batches, read_rows, take_rows
 
     info: dict[str, Any] = {}
@@ -186,7 +186,7 @@ def style_effect(
         variant, other = pair.variant, pair.clean
         if not distances:
             keep = same_words(run, style, baseline, variant["original_index"])
-            keep &= _near_tokens(variant, other, split_tokens)
+            keep &= _near_tokens(variant, other, token_limit(baseline, split_tokens))
             variant, other = take_rows(variant, keep), take_rows(other, keep)
         indices = variant["original_index"]
         if not len(indices):
@@ -286,12 +286,19 @@ def sensitivity_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame]
     return _split_levels(effect, columns, order)
 
 
-def with_control(table: pd.DataFrame, control: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The table with the style's difference to the control beside that to the clean form; distances have none."""
+def with_controls(table: pd.DataFrame, own: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.DataFrame:
+    """The table with each style's difference to its control beside that to the clean form; distances have none.
+
+    own: the differences to the control by style (a style none of whose rows is matched is not there); names: controls.
+    """
+    import pandas as pd
+
     keys = [key for key in ("style", "layer", "head", "measure") if key in table]
     columns = ["n", "difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"]
-    chosen = control.loc[~control["measure"].isin(DISTANCES), keys + columns]
-    return table.merge(chosen.rename(columns={column: f"{column}_vs_{name}" for column in columns}), "left", keys)
+    parts = [part.loc[~part["measure"].isin(DISTANCES), keys + columns] for part in own.values()]
+    beside = pd.concat([table.loc[:0, keys + columns].iloc[:0], *parts], ignore_index=True)
+    beside = beside.rename(columns={column: f"{column}_vs_split" for column in columns})
+    return table.assign(control=table["style"].map(names)).merge(beside, "left", keys)
 
 
 def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None:
@@ -497,15 +504,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the pictures."""
     args = parse_args(argv)
-    from activation_rows import SPLIT_STYLE, clean_and_styles
+    from activation_rows import clean_and_styles, control_of
     from answer_flips import open_answers
     from run_store import open_run
 
     run = open_run(args.run_dir)
-    clean, styles = clean_and_styles(run, args.styles, with_split=False)
+    clean, styles = clean_and_styles(run, args.styles, with_controls=False)
     folder = args.results_dir or Path("results") / run.name
     answers = open_answers(args.maths_items, folder)
-    effects, controls, flips = [], [], []
+    effects, controls, flips = [], {}, []
     without_first = args.first_token == "excluded"
     for style in styles:
         effect = style_effect(run, style, clean, args.max_samples, answers, args.tokenizer, without_first)
@@ -515,36 +522,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (found := flip_tables(effect)) is not None:
             flips.append(found)
         effect.flips = None  # the largest part of what a style holds
-        if SPLIT_STYLE in run.styles and style != SPLIT_STYLE:
+        if control := control_of(run, style):
             settings = {"tokenizer": args.tokenizer, "without_first": without_first}
             settings["split_tokens"] = args.split_tokens if args.split_tokens >= 0 else None
-            controls.append(style_effect(run, style, SPLIT_STYLE, args.max_samples, **settings))
+            controls[style] = control, style_effect(run, style, control, args.max_samples, **settings)
     if not effects:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
-    for path in write_results(effects, [control for control in controls if control], flips, folder, args):
+    for path in write_results(effects, controls, flips, folder, args):
         print(path)
     return 0
 
 
 def write_results(
     effects: list[StyleEffect],
-    controls: list[StyleEffect],
+    controls: dict[str, tuple[str, StyleEffect | None]],
     flips: list[tuple[pd.DataFrame, pd.DataFrame]],
     folder: Path,
     args: argparse.Namespace,
 ) -> list[Path]:
-    """Write the CSVs and pictures; returns their paths. controls: the styles' differences to the split words."""
+    """Write the CSVs and pictures; returns their paths. controls: a style's control and its differences to that."""
     import pandas as pd
-    from activation_rows import SPLIT_STYLE
     from file_output import write_csv
 
     names = ("head_sensitivity", "layer_sensitivity")
     tables = {}
     for position, name in enumerate(names):
         tables[name] = pd.concat([sensitivity_tables(effect)[position] for effect in effects], ignore_index=True)
-        if controls:
-            control = pd.concat([sensitivity_tables(effect)[position] for effect in controls], ignore_index=True)
-            tables[name] = with_control(tables[name], control, SPLIT_STYLE)
+        own = {style: sensitivity_tables(effect)[position] for style, (_, effect) in controls.items() if effect}
+        tables[name] = with_controls(tables[name], own, {style: control for style, (control, _) in controls.items()})
     tables["head_overlap"] = overlap_table(effects, args.seed)
     for position, name in enumerate(("head_answer_flips", "layer_answer_flips") if flips else ()):
         tables[name] = pd.concat([pair[position] for pair in flips], ignore_index=True)

@@ -1,16 +1,17 @@
-"""Pictures of measures by layer: one line per style with its 95 % interval, the control in black and dashed."""
+"""Pictures of measures by layer: one line per style with its 95 % interval, its control in the same colour, dashed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from activation_rows import SPLIT_STYLE, is_control
 from file_output import save_figure
+from token_spans import matched_style
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CONTROL = "split"
 MANY_STYLES = 6
 POOLED = ("all_typos", "all_styles")  # all styles in one probe: black and unbroken
 MEASURE_LABELS = {
@@ -30,13 +31,14 @@ DEPTH_LABELS = {
 
 
 def style_colours(styles: list[str]) -> dict[str, Any]:
-    """A colour per style, the same in every picture of a run; the control is black."""
+    """A colour per style, the same in every picture of a run; `split@swap` has that of `swap`, `split` is black."""
     import matplotlib as mpl
 
     pairs = mpl.colormaps["tab20"](range(20))  # dark and light by turns: first all the dark ones
     palette = [*pairs[0::2], *pairs[1::2]]
-    others = [style for style in styles if style != CONTROL]
-    return {CONTROL: "black"} | {style: palette[i % len(palette)] for i, style in enumerate(others)}
+    names = {style: matched_style(style) or style for style in styles if style != SPLIT_STYLE}
+    own = {name: palette[i % len(palette)] for i, name in enumerate(dict.fromkeys(names.values()))}
+    return {SPLIT_STYLE: "black"} | {style: own[name] for style, name in names.items()}
 
 
 def draw_curves(axes: Any, table: pd.DataFrame, colours: dict[str, Any], columns: tuple[str, str, str]) -> None:
@@ -50,7 +52,7 @@ def draw_curves(axes: Any, table: pd.DataFrame, colours: dict[str, Any], columns
         part = part.dropna(subset=[value]).sort_values("layer")
         # Layers that lie apart (raw ones alone) are marked, or the line would say more than is known.
         marker = "o" if (part["layer"].diff() > 1).any() or len(part) == 1 else ""
-        control, thick = style == CONTROL, style in (CONTROL, *POOLED)
+        control, thick = is_control(style), style in (SPLIT_STYLE, *POOLED)
         look = {"color": colours[style], "linewidth": 2.2 if thick else 1.4, "zorder": 3 if thick else 2}
         line = "--" if control else "-"
         axes.plot(part["layer"], part[value], linestyle=line, marker=marker, markersize=4, label=style, **look)
@@ -82,7 +84,7 @@ def shared_legend(figure: Any, axes: Any) -> None:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        names = [f"{label} (control)" if label == CONTROL else label for label in handles]
+        names = [f"{label} (control)" if is_control(label) else label for label in handles]
         figure.legend(handles.values(), names, loc="outside right center", frameon=False)
 
 
@@ -174,7 +176,7 @@ def _depth_panel(axes: Any, summary: pd.DataFrame, last_layer: int) -> None:
             axes.plot([line["median"]], [y], "|", color=colour, markersize=13)
             never = f"{line['n_censored']:.0f}/{line['n']:.0f}"
             axes.annotate(never, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=colour)
-    axes.set_yticks(range(len(styles)), [f"{s} (control)" if s == CONTROL else s for s in styles])
+    axes.set_yticks(range(len(styles)), [f"{s} (control)" if is_control(s) else s for s in styles])
     axes.invert_yaxis()
     axes.set_xlim(-0.5, last_layer + 1.5)
     axes.axvline(last_layer + 1, color="grey", linewidth=0.8, linestyle=":")
@@ -189,6 +191,7 @@ TARGET_LABELS = {
     "typo_vs_split": "typo or only split?",
     "style": "which style?",
     "wrong": "will the answer be wrong?",
+    "flipped": "right when clean: wrong now?",
 }
 
 
@@ -237,7 +240,7 @@ def _draw_baselines(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> N
         label = "token counts alone (baseline)" if position == 0 else None
         place = last + (0.02 + 0.012 * position) * max(1, last)
         look = {"color": colours[row.style], "markersize": 4, "clip_on": False, "label": label}
-        axes.plot([place], [row.baseline_auc], "D", markerfacecolor="white" if row.style == CONTROL else None, **look)
+        axes.plot([place], [row.baseline_auc], "D", markerfacecolor="white" if is_control(row.style) else None, **look)
 
 
 def _draw_controls(axes: Any, part: pd.DataFrame) -> None:

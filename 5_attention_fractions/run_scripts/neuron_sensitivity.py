@@ -43,13 +43,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 import numpy as np
 from activation_rows import (
-    SPLIT_STYLE,
     StyleRows,
     blocks,
     changed_rows,
     clean_and_styles,
+    control_of,
     half_of,
-    same_words,
+    is_control,
+    like_control,
+    tell_controls,
     twin_region,
 )
 from command_line import UserError, make_parser, run_main
@@ -80,10 +82,9 @@ class Study:
     seed: int = 0
     without_first: bool = True  # rows whose edited words hold the first token, an attention sink, count in nothing
 
-    @property
-    def control(self) -> StyleRows | None:
-        """The rows of `split`, where the run has them."""
-        return self.styles.get(SPLIT_STYLE)
+    def control(self, style: str) -> StyleRows | None:
+        """The rows of a style's control, where the run has one."""
+        return self.styles.get(str(control_of(self.run, style)))
 
     def block_size(self) -> int:
         """Rows that are handled at once."""
@@ -124,20 +125,18 @@ def unit_values(study: Study, table: StyleRows, rows: list[int], style: str) -> 
 def triples(study: Study, style: str) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray | None]]:
     """(rows, style, clean, split values [b, L, U]) block by block; only rows that all of them have, changed, with a
     state for every region. split is None where the run has no such style."""
-    own, control = study.styles[style], study.control
+    own, control = study.styles[style], study.control(style)
     for block in blocks(study.clean.indices, study.block_size()):
         rows = changed_rows(study.clean, own, block)
         if control is not None:
-            rows = changed_rows(study.clean, control, rows)
-            alike = same_words(study.run, style, SPLIT_STYLE, rows)
-            rows = [row for row, same in zip(rows, alike, strict=True) if same]
+            rows = like_control(own, control, rows, None)
         if study.without_first:
             rows = _off_first_token(study, style, rows)
         if not rows:
             continue
         values = [unit_values(study, own, rows, style), unit_values(study, study.clean, rows, style)]
         if control is not None:
-            values.append(unit_values(study, control, rows, SPLIT_STYLE))
+            values.append(unit_values(study, control, rows, style))
         known = ~np.any([np.isnan(part).any(axis=(1, 2)) for part in values], axis=0)
         kept = [row for row, use in zip(rows, known, strict=True) if use]
         values = [part[known] for part in values]
@@ -151,8 +150,8 @@ def _off_first_token(study: Study, style: str, rows: list[int]) -> list[int]:
         return rows
     on_first = np.array(study.styles[style].holds_first(rows, "edited"), dtype=bool)
     on_first |= study.clean.holds_first(rows, twin_region("edited", style))
-    if study.control is not None:
-        on_first |= study.control.holds_first(rows, "edited")
+    if (control := study.control(style)) is not None:
+        on_first |= control.holds_first(rows, "edited")
     return [row for row, on in zip(rows, on_first, strict=True) if not on]
 
 
@@ -250,10 +249,10 @@ def study_style(study: Study, style: str, share: float, draws: int) -> tuple[pd.
     if min(len(templates) for templates in sums.templates) < 2:
         get_logger().warning(
             f"{style}, {study.unit}s: fewer than two templates in a half of its rows "
-            "(that edit the same words as `split`, where the run has it); left out"
+            "(where the run has a control, only those that it matches count); left out"
         )
         return None
-    with_split = study.control is not None
+    with_split = study.control(style) is not None
     deltas = [sums.delta(half, with_split) for half in (FIND, CONFIRM)]
     found = top_units(deltas[FIND], share)
     units, sets = confirm(study, style, found)
@@ -300,7 +299,7 @@ def _summary_line(
     random = random_set_means(deltas[CONFIRM], found, draws, study.seed)
     again = {tuple(unit) for unit in top_units(deltas[CONFIRM], len(found) / deltas[CONFIRM].size).tolist()}
     line: dict[str, Any] = {"style": style, "unit": study.unit}
-    line |= {"control": SPLIT_STYLE if study.control is not None else "none", "n_find": sums.n[FIND]}
+    line |= {"control": control_of(study.run, style) or "none", "n_find": sums.n[FIND]}
     line |= {"n": sums.n[CONFIRM], "n_clusters": sets.n_clusters[0], "n_units": deltas[FIND].size}
     line |= {"n_found": len(found), "n_confirmed": int(table["confirmed"].sum())}
     line |= {"delta_find": float(table["delta_find"].mean()), "delta": own}
@@ -354,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables: dict[str, pd.DataFrame] = {}
     lines: list[dict[str, Any]] = []
     for study, share in open_studies(run, args):
-        done = [study_style(study, style, share, args.random_sets) for style in study.styles if style != SPLIT_STYLE]
+        done = [study_style(study, style, share, args.random_sets) for style in study.styles if not is_control(style)]
         found = [one for one in done if one is not None]
         if found:
             tables[study.unit] = pd.concat([table for table, _ in found], ignore_index=True)
@@ -375,10 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def open_studies(run: Run, args: argparse.Namespace) -> list[tuple[Study, float]]:
     """The kinds of units that the run has, each with the share to take. Raises UserError where it has none."""
     clean_style, styles = clean_and_styles(run, args.styles)
-    if styles == [SPLIT_STYLE]:
-        raise UserError(f"{run.path}: only `split` is there beside the clean form; run stage 2 with a typo style too")
-    if SPLIT_STYLE not in styles:
-        get_logger().warning("the run has no style `split`: nothing here tells a typo from more tokens")
+    if all(is_control(style) for style in styles):
+        raise UserError(f"{run.path}: only controls are there beside the clean form; run stage 2 with a typo style too")
+    tell_controls(run, styles)
     clean = StyleRows(run, clean_style, args.max_samples)
     tables = {style: StyleRows(run, style, args.max_samples) for style in styles}
     studies = []

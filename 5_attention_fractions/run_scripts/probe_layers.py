@@ -5,20 +5,22 @@ keep a template's rows together, and with them every style of a row (StratifiedG
 from a twin. Targets:
 
     typo            the clean form against one style; and against all `--typo_styles` at once (style `all_typos`)
-    typo_vs_split   all typo styles against `split`, the clean word only cut into other tokens, where both edit the same
-                    words: more than fragmentation? Not at `edited`, where the invisible character tells `split`
+    typo_vs_split   all typo styles against their controls, the clean words only cut into other tokens: more than
+                    fragmentation? The control of a style is `split@<style>`, cut into as many tokens, or else `split`
+                    where it edits the same words (not at `edited`, where its invisible character would be read)
     style           which style it is, the clean form aside (mean one-against-rest AUC; style `all_styles`)
     wrong           will the answer to this prompt be wrong, a probe for each style, at the region `last` alone; the
                     line of the clean form shows how much of that is the problem and not the typo
-                    (`--maths_items`, the table of stage 3; default: maths_items.csv in the results folder, where it is)
+    flipped         the same on the rows whose clean answer is right alone: will the typo turn it wrong?
+                    (both from `--maths_items`, the table of stage 3; default: maths_items.csv in the results folder)
 
 auc is that of the out-of-fold scores, over pairs of one fold, with a clustered 95 % interval that knows that the folds
 share their training rows (grouped_auc.py; rough with fewer than 20 templates); p: one-sided, of auc > 0.5, BH-adjusted
-over the lines of a target. control_auc is the same with shuffled labels: within each prompt
-and its twin (typo: each pair keeps one of each), within a row (typo_vs_split, style), or among the prompts of the style
-(wrong). Where the control is off 0.5, the probe's own number is worth nothing. baseline_auc is that of a probe which
-sees three numbers instead of the state: the region's tokens, the prompt's tokens, and where the region begins. A typo
-is cut into more tokens than its clean word, so that this can be near 1 at `edited`; a probe says more only above it.
+over the lines of a target. control_auc is the same with shuffled labels: within each prompt and its twin (typo,
+typo_vs_split: each pair keeps one of each), within a row (style), or among the prompts of the style (wrong, flipped).
+Where the control is off 0.5, the probe's own number is worth nothing. baseline_auc is that of a probe which sees three
+numbers instead of the state: the region's tokens, the prompt's tokens, and where the region begins. A typo is cut into
+more tokens than its clean word, so that this can be near 1 at `edited`; a probe says more only above it.
 
 Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled), maths_items.csv (style, original_index, correct)
 Writes  results/<run>/probe_layers.csv   style, layer, region, target
@@ -42,21 +44,31 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 import numpy as np
-from activation_rows import SPLIT_STYLE, StyleRows, changed_rows, clean_and_styles, same_words, twin_region
+from activation_rows import (
+    SPLIT_STYLE,
+    StyleRows,
+    changed_rows,
+    clean_and_styles,
+    control_of,
+    like_control,
+    tell_controls,
+    twin_region,
+)
 from answer_flips import Answers, open_answers
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
 from run_store import Run, open_run
+from token_spans import matched_style
 
 if TYPE_CHECKING:
     import pandas as pd
     from grouped_auc import Auc
 
 TYPO_STYLES = ["main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym"]
-TARGETS = ["typo", "typo_vs_split", "style", "wrong"]
+TARGETS = ["typo", "typo_vs_split", "style", "wrong", "flipped"]
 ALL_TYPOS, ALL_STYLES = "all_typos", "all_styles"
-WRONG_REGION = "last"
+ANSWER_REGION = "last"
 BASELINE_C = 1.0  # three features need no strong penalty
 SMALL_FEATURES = 4_000_000  # below this many numbers, threads only wait for each other
 MIN_CLUSTERS = 4  # of each class: below this a grouped fold says nothing
@@ -148,22 +160,25 @@ def typo_items(states: States, styles: Sequence[str], region: str, name: str) ->
 
 
 def split_items(states: States, styles: Sequence[str], region: str) -> Items:
-    """`split` (0) against all typo styles (1), on rows that have both and in which both edit the same words."""
+    """The controls of the typo styles (0) against these (1), on the rows that the controls match."""
     items = Items("typo_vs_split", ALL_TYPOS, region)
-    control = (SPLIT_STYLE, region)
-    if SPLIT_STYLE not in states.tables or not _pooled(states, control):
-        return items
-    base = states.known(control, states.common(SPLIT_STYLE))
-    used: set[int] = set()
+    shared: set[int] = set()  # rows of `split`, which may be the control of several styles
     for style in styles:
-        if _pooled(states, (style, region)):
-            rows = sorted(states.known((style, region), states.common(style)) & base)
-            alike = same_words(states.run, style, SPLIT_STYLE, rows)
-            rows = [row for row, same in zip(rows, alike, strict=True) if same]
-            items.add((style, region), rows, 1, [str(row) for row in rows])
-            used |= set(rows)
-    rows = sorted(used)
-    items.add(control, rows, 0, [str(row) for row in rows])
+        control = control_of(states.run, style)
+        if control is None or not _pooled(states, (style, region), (control, region)):
+            continue
+        if control == SPLIT_STYLE and region == "edited":  # a probe would read the invisible character
+            continue
+        rows = like_control(states.tables[style], states.tables[control], states.common(style), None)
+        rows = sorted(states.known((style, region), rows) & states.known((control, region), rows))
+        twins = [str(row) if control == SPLIT_STYLE else f"{style} {row}" for row in rows]
+        items.add((style, region), rows, 1, twins)
+        if control == SPLIT_STYLE:
+            shared |= set(rows)
+        else:
+            items.add((control, region), rows, 0, twins)
+    if shared:
+        items.add((SPLIT_STYLE, region), sorted(shared), 0, [str(row) for row in sorted(shared)])
     return items
 
 
@@ -179,12 +194,23 @@ def style_items(states: States, styles: Sequence[str], region: str) -> Items:
 
 def wrong_items(states: States, style: str, answers: Answers) -> Items:
     """Whether the answer to the style's prompt is wrong (1); rows that were not evaluated are left out."""
-    items = Items("wrong", style, WRONG_REGION)
-    if _pooled(states, (style, WRONG_REGION)):
+    items, source = Items("wrong", style, ANSWER_REGION), (style, ANSWER_REGION)
+    if _pooled(states, source):
         rows = [row for row in states.rows if row in states.tables[style] and (style, row) in answers]
-        rows = sorted(states.known((style, WRONG_REGION), rows))
+        rows = sorted(states.known(source, rows))
         labels = [int(answers.right(style, row) == 0) for row in rows]
-        items.add((style, WRONG_REGION), rows, labels, [style] * len(rows))
+        items.add(source, rows, labels, [style] * len(rows))
+    return items
+
+
+def flipped_items(states: States, style: str, answers: Answers) -> Items:
+    """Whether the answer is wrong (1), on the rows whose clean answer is right and whose text the style changes."""
+    items, source = Items("flipped", style, ANSWER_REGION), (style, ANSWER_REGION)
+    if _pooled(states, source):
+        rows = sorted(states.known(source, states.common(style)))
+        flips = answers.flips(style, states.clean, np.array(rows, dtype=np.int64))
+        known = [(row, int(flip)) for row, flip in zip(rows, flips, strict=True) if not np.isnan(flip)]
+        items.add(source, [row for row, _ in known], [flip for _, flip in known], [style] * len(known))
     return items
 
 
@@ -200,12 +226,14 @@ def all_items(states: States, args: argparse.Namespace, answers: Answers | None)
         if "typo" in args.targets:
             yield from (typo_items(states, [style], region, style) for style in styles)
             yield typo_items(states, typos, region, ALL_TYPOS)
-        if "typo_vs_split" in args.targets and region != "edited":  # there it would read the invisible character
+        if "typo_vs_split" in args.targets:
             yield split_items(states, typos, region)
         if "style" in args.targets:
-            yield style_items(states, styles, region)
-    if answers is not None:
+            yield style_items(states, [style for style in styles if matched_style(style) is None], region)
+    if answers is not None and "wrong" in args.targets:
         yield from (wrong_items(states, style, answers) for style in (states.clean, *styles))
+    if answers is not None and "flipped" in args.targets:
+        yield from (flipped_items(states, style, answers) for style in styles)
 
 
 # --- probing
@@ -321,7 +349,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--styles", nargs="+", help="styles to probe beside the clean form; default: all")
     data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
     data.add_argument("--max_rows", type=int, default=1000, help="rows to probe, at most (a random choice)")
-    data.add_argument("--maths_items", type=Path, help="maths_items.csv of stage 3, for the target wrong")
+    data.add_argument("--maths_items", type=Path, help="maths_items.csv of stage 3, for the targets wrong and flipped")
     probes = parser.add_argument_group("probes")
     probes.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="what to probe for")
     probes.add_argument("--typo_styles", nargs="+", default=TYPO_STYLES, help="styles that count as typos")
@@ -387,18 +415,19 @@ def open_states(run: Run, args: argparse.Namespace) -> States:
     pooled = set(tables[clean].regions()) | {"edited"}
     if unknown := [region for region in args.regions if region not in pooled]:
         raise UserError(f"--regions {unknown[0]}: not pooled in this run; it has {', '.join(sorted(pooled))}")
-    if SPLIT_STYLE not in styles:
-        get_logger().warning("the run has no style `split`: nothing here tells a typo from more tokens")
+    tell_controls(run, styles)
     rows = tables[clean].indices
     chosen = np.random.default_rng(args.seed).permutation(len(rows))[: args.max_rows]
     return States(run, clean, tables, [rows[place] for place in sorted(chosen)])
 
 
 def _answers(args: argparse.Namespace, folder: Path) -> Answers | None:
-    if "wrong" not in args.targets:
+    if not {"wrong", "flipped"} & {*args.targets}:
         return None
     if (answers := open_answers(args.maths_items, folder)) is None:
-        get_logger().info(f"no {folder}/maths_items.csv: without the target `wrong` (run stage 3, or --maths_items)")
+        get_logger().info(
+            f"no {folder}/maths_items.csv: without the targets wrong and flipped (run stage 3, or --maths_items)"
+        )
     return answers
 
 

@@ -1,0 +1,157 @@
+"""The control `split@<style>` in stage 5: which rows are compared, with what, and that nothing else moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import activation_diffs
+import head_sensitivity
+import neuron_sensitivity
+import numpy as np
+import pandas as pd
+import probe_layers
+import pytest
+from activation_rows import clean_and_styles, control_of, is_control, like_control, twin_region
+from run_store import open_run, unpack_rows
+from synthetic_run import prompt_rows, with_controls, write_run
+
+ROWS = 32
+MATCHED = [index for index in range(ROWS) if index % 4 != 3]
+IDENTICAL = [index for index in range(ROWS) if index % 4 == 2]
+
+
+def control_rows(count: int = ROWS, templates: int = 16) -> list[dict]:
+    """Of four rows two have a typo and a control of one more token than the clean word, one a typo of as many tokens,
+    whose control is the clean prompt itself, and one a control of more tokens than its typo."""
+    rows = prompt_rows(count, ["main", "split"], templates=templates)
+    for index, row in enumerate(rows):
+        row["swap"] = row["normal"].replace("carefully", "craefully" if index % 4 == 2 else "caarefully")
+    cuts = {0: "c\u00adarefully", 1: "c\u00adarefully", 2: "carefully", 3: "c\u00ada\u00adrefully"}
+    return with_controls(rows, "swap", lambda index, word, typo: cuts[index % 4])
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controls") / "run"
+    return write_run(folder, control_rows(), layers=3, heads=2, neurons=6, raw_layers=())
+
+
+@pytest.fixture(scope="module")
+def results(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    arguments = ["--run_dir", str(run_dir), "--results_dir", str(folder)]
+    probes = ["--targets", "typo", "typo_vs_split", "style", "--layers", "1"]
+    shares = ["--neuron_share", "0.2", "--head_share", "0.2"]
+    assert head_sensitivity.main(arguments) == 0
+    assert activation_diffs.main(arguments) == 0
+    assert neuron_sensitivity.main([*arguments, *shares]) == 0
+    assert probe_layers.main([*arguments, *probes]) == 0
+    return folder
+
+
+def rows_of(run_dir: Path, style: str) -> dict[int, dict]:
+    run = open_run(run_dir)
+    return {row["original_index"]: row for _, content in run.batches(style) for row in unpack_rows(content)}
+
+
+def test_each_style_has_its_own_control_and_split_for_want_of_it(run_dir):
+    run = open_run(run_dir)
+    assert list(run.styles) == ["normal", "main", "split", "swap", "split@swap"]
+    assert [control_of(run, style) for style in run.styles if style != "normal"] == ["split", None, "split@swap", None]
+    assert [is_control(style) for style in run.styles] == [False, False, True, False, True]
+    assert twin_region("edited", "split@swap") == "edited:swap"
+    assert clean_and_styles(run, ["swap"]) == ("normal", ["swap", "split@swap"])
+    assert clean_and_styles(run, ["main"]) == ("normal", ["main", "split"])
+
+
+def test_rows_are_matched_by_their_number_of_tokens_alone(run_dir):
+    from activation_rows import StyleRows
+
+    run = open_run(run_dir)
+    own, control = StyleRows(run, "swap"), StyleRows(run, "split@swap")
+    for limit in (None, 0, 1):
+        assert like_control(own, control, range(ROWS), limit) == MATCHED
+    assert like_control(own, control, [0, 3, ROWS + 5], None) == [0]
+
+
+def test_heads_are_compared_with_the_matched_control(run_dir, results):
+    table = pd.read_csv(results / "head_sensitivity.csv")
+    swap = table[(table["style"] == "swap") & (table["measure"] == "task_fraction_last")]
+    assert set(swap["control"]) == {"split@swap"}
+    assert set(table[table["style"] == "main"]["control"]) == {"split"}
+    assert table[table["style"].map(is_control)]["control"].isna().all()
+    assert set(swap["n"]) == {ROWS}
+    assert set(swap["n_vs_split"]) == {len(MATCHED)}
+    own, control = rows_of(run_dir, "swap"), rows_of(run_dir, "split@swap")
+    names = open_run(run_dir).load(next((run_dir / "swap").glob("*.pt")))["regions"]
+    query, key = names.index("last"), names.index("task")
+    change = np.mean(
+        [(own[i]["span_mass"].float() - control[i]["span_mass"].float())[..., query, key].numpy() for i in MATCHED], 0
+    )
+    for row in swap.itertuples():
+        assert row.difference_vs_split == pytest.approx(change[row.layer, row.head], abs=1e-6)
+    # Of its own, the control differs from the clean form in the rows in which it is cut.
+    control_lines = table[(table["style"] == "split@swap") & (table["measure"] == "task_fraction_last")]
+    assert set(zip(control_lines["n"], control_lines["n_identical"], strict=True)) == {
+        (ROWS - len(IDENTICAL), len(IDENTICAL))
+    }
+
+
+def test_states_are_compared_with_the_matched_control(run_dir, results):
+    curves = pd.read_csv(results / "activation_diffs.csv")
+    lines = curves.query("style == 'swap' and region == 'edited' and measure == 'relative_l2'").sort_values("layer")
+    assert set(lines["control"]) == {"split@swap"}
+    assert set(lines["n_with_split"]) == {len(MATCHED)}
+    clean, own, control = (rows_of(run_dir, style) for style in ("normal", "swap", "split@swap"))
+    pooled = {
+        style: open_run(run_dir).load(next((run_dir / style).glob("*.pt")))["pooled_regions"]
+        for style in ("normal", "swap")
+    }
+    twin, edited = pooled["normal"].index("edited:swap"), pooled["swap"].index("edited")
+    found = {"swap": [], "split@swap": []}
+    for index in MATCHED:
+        before = clean[index]["hidden_pooled"][:, twin].numpy()
+        for style, rows in (("swap", own), ("split@swap", control)):
+            after = rows[index]["hidden_pooled"][:, edited].numpy()
+            found[style].append(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1))
+    difference = np.mean(np.array(found["swap"]) - np.array(found["split@swap"]), axis=0)
+    np.testing.assert_allclose(lines["difference_to_split"], difference, atol=1e-5)
+    np.testing.assert_allclose(lines["split_estimate"], np.mean(found["split@swap"], axis=0), atol=1e-5)
+    assert np.array(found["split@swap"])[[MATCHED.index(i) for i in IDENTICAL]].max() == 0
+    summary = pd.read_csv(results / "activation_diffs_summary.csv").set_index(["style", "measure"])
+    assert summary.loc[("split@swap", "next_token_kl"), ["n", "n_identical"]].tolist() == [ROWS - 8, 8]
+    assert summary.loc[("swap", "next_token_kl"), "n_with_split"] == len(MATCHED)
+    items = pd.read_csv(results / "activation_diffs_items.csv").query("style == 'split@swap'")
+    assert sorted(items["original_index"]) == [i for i in range(ROWS) if i not in IDENTICAL]
+    p = curves[curves["style"] == "split@swap"]
+    assert p["p_adjusted"].isna().all()
+
+
+def test_units_are_scored_against_the_matched_control(results):
+    summary = pd.read_csv(results / "neuron_sensitivity_summary.csv").set_index(["style", "unit"])
+    assert set(summary.index.get_level_values("style")) == {"main", "swap"}
+    for unit in ("neuron", "head"):
+        line = summary.loc[("swap", unit)]
+        assert line["control"] == "split@swap"
+        assert line["n_find"] + line["n"] == len(MATCHED)
+        assert summary.loc[("main", unit), "control"] == "split"
+
+
+def test_probes_of_typos_against_their_matched_control_have_no_token_counts_to_read(results):
+    table = pd.read_csv(results / "probe_layers.csv").set_index(["target", "region"])
+    line = table.loc[("typo_vs_split", "edited")]
+    assert line[["n", "n_positive"]].tolist() == [2 * len(MATCHED), len(MATCHED)]
+    assert line["baseline_auc"] == pytest.approx(0.5, abs=0.1)
+    last = table.loc[("typo_vs_split", "last")]
+    assert last["n_positive"] > len(MATCHED)  # with `main`, against the `split` that edits its words
+    assert table.loc[("style", "edited"), "n_classes"] == 3  # main, split, swap; a matched control is no style
+
+
+def test_a_style_none_of_whose_rows_is_matched_has_empty_columns(tmp_path):
+    rows = [row | {"split@swap": row["normal"].replace("carefully", "c\u00ada\u00ad\u00adrefully")} for row in
+            control_rows(8, 4)]  # fmt: skip
+    run = write_run(tmp_path / "run", rows, styles=["normal", "swap", "split@swap"], raw_layers=())
+    assert head_sensitivity.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "head_sensitivity.csv")
+    assert table["difference_vs_split"].isna().all()
+    assert set(table[table["style"] == "swap"]["control"]) == {"split@swap"}

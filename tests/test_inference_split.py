@@ -1,0 +1,183 @@
+"""The control `split@<style>`: the clean prompt with as many tokens in its edited words as the typo has."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import attn_act_logi
+import pytest
+import tiny_models
+import torch
+from command_line import UserError
+from load_json import read_prompt_file
+from matched_split import CUT, best_cuts
+from prompt_reader import PromptReader, Rendering
+from run_store import open_run, unpack_rows
+
+FEW_SHOT = "Write down the answer: 3 + 4 = 7\n"
+ROWS = [
+    {"normal": "Please calculate the sum: 7 + 5 =", "swap": "Please caclulate the sum: 7 + 5 ="},
+    {
+        "normal": "What is the total of three naïve numbers: 3 × 4 =",
+        "swap": "What is teh ttoal of three navïe numbers: 3 × 4 =",
+    },
+    {"normal": "Explain why the answer is blue", "swap": "xEplain why the asnwer is lbue"},
+    {"normal": "Write down, please, the market", "swap": "Wr ite down, plaese, the amrket"},
+    {"normal": "The quick brown fox", "swap": "The quick brown fxo xof xxxx oooo"},
+    {"normal": "Only the clean form is here"},
+    {"normal": "Sum: 1 + 1", "swap": ""},
+]
+TOO_MANY = 4  # the row whose typo has more tokens than the word has characters
+
+
+def reader_of(tmp_path, kind, **how):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+    return PromptReader(read_prompt_file(path), tiny_models.tokenizer(kind), Rendering(**how), 200, None)
+
+
+@pytest.mark.parametrize("how", [{}, {"few_shot": FEW_SHOT}, {"few_shot": FEW_SHOT, "apply_chat_template": True}])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_only_the_ids_of_the_edited_words_change_and_are_as_many_as_the_typos(tmp_path, kind, how):
+    reader = reader_of(tmp_path, kind, **how)
+    control, typo, clean = (reader.style(style) for style in ("split@swap", "swap", "normal"))
+    assert [index for index, _ in control.texts] == [0, 1, 2, 3, 4]
+    assert "empty prompt" in control.failures[6][1]
+    assert control.names == typo.names
+    tokenizer, cut, edited = reader.tokenizer, 0, control.names.index("edited")
+    for place, (index, shown) in enumerate(control.texts):
+        own, other, plain = (reader.prompt(style, place) for style in (control, typo, clean))
+        assert tokenizer.decode(own.input_ids) == tokenizer.decode(plain.input_ids)
+        assert shown.replace(CUT, "") == ROWS[index]["normal"]
+        mine, before = own.region_mask[:, edited], plain.region_mask[:, clean.names.index("edited:swap")]
+        lacking = int(other.region_mask[:, edited].sum()) - int(mine.sum())
+        assert lacking > 0 if index == TOO_MANY else lacking == 0
+        rest = [torch.tensor(one.input_ids)[~mask] for one, mask in ((own, mine), (plain, before))]
+        assert torch.equal(*rest)
+        words = [tokenizer.decode(torch.tensor(one.input_ids)[mask]) for one, mask in ((own, mine), (plain, before))]
+        assert words[0] == words[1]
+        assert shown.count(CUT) <= int(mine.sum() - before.sum())  # a cut inside a character does not show
+        cut += shown.count(CUT)
+    assert cut >= 5
+    assert control.unmatched == 1
+
+
+def test_the_cuts_lie_where_the_typo_is_cut(tmp_path):
+    """Every one-letter piece is in a byte-level vocabulary, so a word can be cut wherever its typo is."""
+    reader = reader_of(tmp_path, "bytes")
+    tokens = reader.tokenizer.tokenize(" caclulate")
+    control = reader.style("split@swap")
+    own = reader.tokenizer.convert_ids_to_tokens(reader.prompt(control, 0).input_ids)
+    pieces = own[own.index("Ġca") :][: len(tokens)]
+    assert "".join(pieces) == "Ġcalculate"
+    assert [len(piece) for piece in pieces] == [len(token) for token in tokens]
+
+
+def test_words_that_cannot_be_cut_stay_whole_and_are_counted(tmp_path, caplog):
+    reader = reader_of(tmp_path, "wordpiece")
+    control, clean = reader.style("split@swap"), reader.style("normal")
+    for place, (index, shown) in enumerate(control.texts):
+        assert reader.prompt(control, place).input_ids == reader.prompt(clean, place).input_ids
+        assert shown == ROWS[index]["normal"]
+    assert control.unmatched >= 3
+
+
+def test_best_cuts_are_the_nearest_of_all_that_the_vocabulary_allows():
+    chance = random.Random(3)
+    compared = 0
+    for _ in range(300):
+        length = chance.randint(1, 8)
+        spans = list(itertools.combinations(range(length + 1), 2))
+        pieces = {span: 0 for span in spans if chance.random() < 0.5}
+        wanted = sorted(chance.uniform(0, length) for _ in range(chance.randint(1, 4)))
+        possible = {
+            count: [
+                cuts
+                for cuts in itertools.combinations(range(1, length), count)
+                if all(edge in pieces for edge in zip((0, *cuts), (*cuts, length), strict=True))
+            ]
+            for count in range(len(wanted) + 1)
+        }
+        found = best_cuts(pieces, length, wanted, at_least=1)
+        most = max((count for count, options in possible.items() if options and count), default=None)
+        assert (found is None) == (most is None)
+        if found is None:
+            continue
+        assert len(found) == most
+        assert tuple(found) in possible[most]
+        if most == len(wanted):
+            cost = [sum(abs(a - b) for a, b in zip(cuts, wanted, strict=True)) for cuts in (found, *possible[most])]
+            assert cost[0] == pytest.approx(min(cost))
+            compared += 1
+    assert compared > 50
+
+
+def arguments(model_dir, path, output, *keys, batch="1"):
+    return [
+        "--model_name", model_dir, "--prompt_file", str(path), "--output_dir", str(output), "--prompt_keys", *keys,
+        "--max_new_tokens", "4", "--batch_size", batch,
+    ]  # fmt: skip
+
+
+def rows_of(folder, style):
+    run = open_run(folder)
+    return {row["original_index"]: row for _, content in run.batches(style) for row in unpack_rows(content)}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return tiny_models.save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    path.write_text(json.dumps(ROWS[:6]), encoding="utf-8")
+    return path
+
+
+def test_a_run_has_the_control_beside_its_style(model_dir, path, tmp_path, capsys):
+    assert attn_act_logi.main(arguments(model_dir, path, tmp_path / "run", "all", "split@swap")) == 0
+    assert list(open_run(tmp_path / "run").styles) == ["normal", "swap", "split@swap"]
+    clean, typo, own = (rows_of(tmp_path / "run", style) for style in ("normal", "swap", "split@swap"))
+    assert own.keys() == typo.keys() == clean.keys() - {5}
+    for index, row in own.items():
+        assert row["final_prediction"].startswith(ROWS[index]["normal"])
+        assert row["prompt"].replace(CUT, "") == ROWS[index]["normal"]
+        counts = [int(one["region_mask"][:, -1].sum()) for one in (row, typo[index])]
+        assert counts[0] == counts[1] or index == TOO_MANY
+    settings = open_run(tmp_path / "run").settings("split@swap")["settings"]
+    assert settings["style"] == "split@swap"
+    # Other batches, and a second call that adds the control to a run that is there: the same numbers.
+    assert attn_act_logi.main(arguments(model_dir, path, tmp_path / "more", "all", batch="3")) == 0
+    assert attn_act_logi.main(arguments(model_dir, path, tmp_path / "more", "split@swap", batch="3")) == 0
+    for index, row in rows_of(tmp_path / "more", "split@swap").items():
+        assert torch.equal(row["input_ids"], own[index]["input_ids"])
+        assert row["response"] == own[index]["response"]
+        torch.testing.assert_close(
+            row["hidden_pooled"], own[index]["hidden_pooled"], rtol=2e-4, atol=2e-4, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["split@normal"], "no such control of the clean form"),
+        (["split@nope"], "no row has the key 'nope'"),
+        (["split@"], "no row has the key 'split@'"),
+        (["normal", "split@split@swap"], "no row has the key 'split@swap'"),
+    ],
+)
+def test_controls_that_there_cannot_be_are_told_in_one_line(model_dir, path, tmp_path, keys, message):
+    with pytest.raises(UserError, match=message) as caught:
+        attn_act_logi.main(arguments(model_dir, path, tmp_path / "run", *keys))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_cannot_name_its_own_style_like_a_control(model_dir, tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"normal": "one two", "split@swap": "one tow"}]), encoding="utf-8")
+    with pytest.raises(UserError, match="the key 'split@swap' cannot name a folder; rename it"):
+        attn_act_logi.main(arguments(model_dir, path, tmp_path / "run", "all"))
