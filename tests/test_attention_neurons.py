@@ -120,9 +120,10 @@ def test_planted_null_shows_no_excess_more_often_than_it_may(tmp_path):
     assert confirmed <= stats.binom.ppf(0.99, runs, 0.05)
 
 
-def test_scores_equal_the_definition_row_by_row(tmp_path):
+@pytest.mark.parametrize("score", ["delta", "effect_size"])
+def test_scores_equal_the_definition_row_by_row(tmp_path, score):
     run = run_of(tmp_path, plant_typo, rows=24, templates=8)
-    table = study(run, tmp_path)["neuron_sensitivity"]
+    table = study(run, tmp_path, "--score", score)["neuron_sensitivity"]
     sums = {half: {name: [] for name in ("typo", "clean", "split")} for half in (0, 1)}
     for start in (0, 16):
         contents = {
@@ -142,6 +143,10 @@ def test_scores_equal_the_definition_row_by_row(tmp_path):
     for half, column in ((0, "delta_find"), (1, "delta")):
         mean = {name: np.mean(values, axis=0) for name, values in sums[half].items()}
         delta = mean["typo"] - np.maximum(mean["clean"], mean["split"])
+        if score == "effect_size":
+            rows = {name: np.array(values) for name, values in sums[half].items()}
+            spreads = {name: (rows["typo"] - rows[name]).std(axis=0, ddof=1) for name in ("clean", "split")}
+            delta /= np.where(mean["split"] > mean["clean"], spreads["split"], spreads["clean"])
         np.testing.assert_allclose(table[column], delta[table["layer"], table["neuron"]], atol=1e-5)
         if half == 0:
             best = np.argsort(-delta, axis=None)[: len(table)]

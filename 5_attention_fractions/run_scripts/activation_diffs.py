@@ -20,11 +20,13 @@ KL (a lower bound, next_token_change.py; few rows carry its mean, so read its me
 the clean run's first token. A depth that is never reached counts as one beyond the last layer, and in n_censored; a
 rank beyond the top-k as k + 1.
 
-Beside each style stands `split`, the clean word only cut into other tokens by an invisible character, on the rows in
-which both edit the same words and these differ by at most --split_tokens tokens (n_with_split): difference_to_split and
-its p value tell a typo from more tokens (BH over styles x layers; Holm over styles). Without that limit `split`, which
-is cut into more tokens than most typos, makes them look recovered earlier (SmolLM2, swap: by 5.1 layers [3.0, 7.3],
-n = 177; with it 1.4 later [-2.4, 5.1], n = 54).
+Beside each style stands its `control`, the clean word only cut into other tokens: difference_to_split and its p value
+tell a typo from more tokens (BH over styles x layers; Holm over styles; n_with_split rows). That is `split@<style>`, as
+many tokens as in the style, where the run has it (a clean word that needs no cut is its own control), else `split`, cut
+by an invisible character, on the rows in which both edit the same words and these differ by at most --split_tokens
+tokens. `split` is cut into more tokens than most typos, and these then look recovered early: SmolLM2, 200 prompts,
+`swap` against `split` at any number of tokens 5.1 layers earlier [3.0, 7.3] (n = 177), at most one apart 1.4 later
+[-2.4, 5.1] (n = 54), against `split@swap` 4.4 later [2.6, 6.1] (n = 185).
 
 A row whose region holds the first token is left out of that region (`--first_token excluded`): that token is the
 attention sink of most models, its state far longer than any other (massive activations: Sun et al. 2024, arXiv

@@ -10,12 +10,15 @@ Writes  head_sensitivity.csv, layer_sensitivity.csv    every style x head (x lay
         --results_dir results/demo/maths
 
 Each row gives difference = style - clean form, on rows that have both and whose texts differ. A typo is cut into more
-tokens, and that alone moves most heads: on SmolLM2 248 of 270 change their mean task fraction with `swap`, and by a
-regression on the number of tokens added 8 would with none (200 prompts, adjusted p < 0.05). Where the run has the
-control style `split` (the clean word, cut by an invisible character), difference_vs_split is style - split, on the rows
-in which both touch the same words and these differ by at most --split_tokens tokens (n_vs_split). The invisible
-character is a token too, so that `split` is a control for tokens, but no perfect one. A layer is the mean over its
-heads. Measures (`last`: of the last prompt token; `mean`: of the mean over all prompt tokens):
+tokens, and that alone moves most heads. difference_vs_split is style - control, where the run has one (`control`):
+    split@<style>   the clean text, its edited words cut into as many tokens as in the style; rows in which that cannot
+                    be had are left out (n_vs_split are used)
+    split           else: the clean word, cut by an invisible character; rows in which both touch the same words and
+                    these differ by at most --split_tokens tokens. The character is a token too: no perfect control
+On SmolLM2 the mean task fraction of 248 of 270 heads changes from the clean form to `swap`, and that of 49 from
+`split@swap` (200 prompts of maths.json, adjusted p < 0.05). A model rarely reads words so cut: what it makes of that is
+in the control, not in the typo. A layer is the mean over its heads. Measures (`last`: of the last prompt token; `mean`:
+of the mean over all prompt tokens):
 
 task_fraction_last, _mean    attention mass on the task
 edited_mass_last, _mean      mass on the edited words; in the clean form on the same words before the edit
