@@ -30,9 +30,10 @@ help:
 run: $(VENV)/.installed
 	@$(PY) 1_utils/run_scripts/fetch_models.py
 	@$(PIPELINE) --prompt_file 0_data/maths.json --max_samples 60 --few_shot_file 0_data/few_shot_maths.txt \
+	  --styles all split@swap split@three \
 	  -- --max_new_tokens 16 $(CAPTURE)
 	@$(PIPELINE) --prompt_file 0_data/instructions.json --max_samples 12 \
-	  --styles normal swap three real_word split polite urgent \
+	  --styles normal swap three real_word split polite urgent split@swap \
 	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE)
 
 # One thread a worker: the workers share the cores, and so do not fight over them.

@@ -78,6 +78,9 @@ def test_identical_texts_and_missing_rows_are_left_out_and_counted(results):
     for style, part in items.groupby("style"):
         ordered = np.sort(part["next_token_kl"])
         assert summary.loc[style, "median"] == pytest.approx(ordered[(len(ordered) - 1) // 2], rel=0.02)
+        logs = pd.read_csv(folder / "activation_diffs_summary.csv").query("measure == 'log10_next_token_kl'")
+        mean = logs.set_index("style").loc[style, "estimate"]
+        assert mean == pytest.approx(np.log10(np.maximum(part["next_token_kl"], 1e-6)).mean(), abs=1e-4)
     assert dict(summary["n_identical"]) == {"swap": 1, "main": 0, "split": 0}
     assert 3 not in set(items.query("style == 'swap'")["original_index"])
     assert 8 not in set(items["original_index"])

@@ -121,6 +121,8 @@ def test_states_are_compared_with_the_matched_control(run_dir, results):
     summary = pd.read_csv(results / "activation_diffs_summary.csv").set_index(["style", "measure"])
     assert summary.loc[("split@swap", "next_token_kl"), ["n", "n_identical"]].tolist() == [ROWS - 8, 8]
     assert summary.loc[("swap", "next_token_kl"), "n_with_split"] == len(MATCHED)
+    # A control that is the clean prompt itself has a KL of 0 and no logarithm of it.
+    assert summary.loc[("swap", "log10_next_token_kl"), "n_with_split"] == len(MATCHED) - len(IDENTICAL)
     items = pd.read_csv(results / "activation_diffs_items.csv").query("style == 'split@swap'")
     assert sorted(items["original_index"]) == [i for i in range(ROWS) if i not in IDENTICAL]
     p = curves[curves["style"] == "split@swap"]

@@ -16,9 +16,10 @@ any. Measures by layer (0 = embeddings; the last layer is after the final norm):
 
 and by style: recovery depth (the first layer from which the word is nearest to its own twin for --stay_layers layers in
 a row), half recovery depth (from which half of the greatest loss of centred cosine is regained, likewise), next-token
-KL (a lower bound, next_token_change.py; few rows carry its mean, so read its median too, known to 2 %) and the rank of
-the clean run's first token. A depth that is never reached counts as one beyond the last layer, and in n_censored; a
-rank beyond the top-k as k + 1.
+KL (a lower bound, next_token_change.py) and the rank of the clean run's first token. Few rows carry the mean KL: of
+samples of 60 rows of a real run 80 to 89 % had its true value in their 95 % interval, 94 to 97 % for its log10; so
+compare styles by log10_next_token_kl (0.3 more is twice the KL). A depth that is never reached counts as one beyond the
+last layer, and in n_censored; a rank beyond the top-k as k + 1. Medians of KL are known to 2 %.
 
 Beside each style stands its `control`, the clean word only cut into other tokens: difference_to_split and its p value
 tell a typo from more tokens (BH over styles x layers; Holm over styles; n_with_split rows). That is `split@<style>`, as
@@ -188,7 +189,7 @@ def block_values(sources: Sources, style: str, rows: list[int], changed: set[int
             found |= _nearness(sources, references, rows, templates, twin, clean, other)
         values |= {(region, name): tensor.T.double().numpy() for name, tensor in found.items()}
     values |= _lens_values(sources, style, rows)
-    values |= _row_values(sources, style, rows, values)
+    values |= _row_values(sources, style, rows, changed, values)
     # A state that overflowed its 16-bit dtype has no distance: missing, not infinite.
     return {key: np.where(np.isinf(numbers), np.nan, numbers) for key, numbers in values.items()}
 
@@ -232,7 +233,7 @@ def _lens_values(sources: Sources, style: str, rows: list[int]) -> dict[Key, np.
 
 
 def _row_values(
-    sources: Sources, style: str, rows: list[int], by_layer: dict[Key, np.ndarray]
+    sources: Sources, style: str, rows: list[int], changed: set[int], by_layer: dict[Key, np.ndarray]
 ) -> dict[Key, np.ndarray]:
     """The numbers per row [b]: depths, and the change of the next token where the run holds its logits."""
     from next_token_change import next_token_change
@@ -247,6 +248,8 @@ def _row_values(
     if sources.clean.has("topk_vals") and sources.styles[style].has("topk_vals"):
         pair = [_last_logits(table, rows) for table in (sources.clean, sources.styles[style])]
         values |= {("", name): numbers for name, numbers in next_token_change(*pair).items()}
+        # Where a control is the clean prompt itself there is no change to take the logarithm of.
+        values["", "log10_next_token_kl"][[row not in changed for row in rows]] = np.nan
     return values
 
 
@@ -340,7 +343,7 @@ def _count(sums: Sums, style: str, measure: str, numbers: np.ndarray, sources: S
 
 
 def _write_items(sources: Sources, items: Any, style: str, rows: list[int], values: dict[Key, np.ndarray]) -> None:
-    numbers = {name: column for (region, name), column in values.items() if region == ""}
+    numbers = {name: column for (region, name), column in values.items() if region == "" and name in ITEM_COLUMNS}
     ids = sources.styles[style].texts(rows, "element_index")
     for position, row in enumerate(rows):
         line: dict[str, Any] = {"style": style, "original_index": row, "element_index": ids[position]}

@@ -9,6 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+LEAST_KL = 1e-6  # nats; what float32 logits leave of it below is rounding
 ROUNDING = 1e-6  # probability mass below this outside the shared tokens is rounding of the logsumexp
 
 
@@ -19,6 +20,7 @@ def next_token_change(
 
     next_token_kl     KL(clean || style) in nats with all tokens that are not in both top-k lumped into one: an exact
                       lower bound of the full KL, and equal to it where k is the vocabulary
+    log10_next_token_kl   its logarithm, a KL below LEAST_KL taken as that
     kl_mass_clean, kl_mass_style   probability of the tokens that are not lumped
     clean_top1_rank   rank of the clean run's first token under the style, from 1; k + 1: beyond the top-k (censored)
     top1_kept         1 where that rank is 1
@@ -36,8 +38,10 @@ def next_token_change(
     lumped = np.where(rest_p > ROUNDING, rest_p * np.log(np.maximum(rest_p, ROUNDING) / rest_q), 0.0)
     first = match[:, 0]
     rank = np.where(first.any(-1), first.argmax(-1) + 1, ids_q.shape[1] + 1).astype(float)
+    kl = np.maximum(terms + lumped, 0)
     return {
-        "next_token_kl": np.maximum(terms + lumped, 0),
+        "next_token_kl": kl,
+        "log10_next_token_kl": np.log10(np.maximum(kl, LEAST_KL)),
         "kl_mass_clean": np.minimum(mass_p, 1),
         "kl_mass_style": np.minimum(mass_q, 1),
         "clean_top1_rank": rank,
