@@ -257,9 +257,13 @@ def test_distances_are_given_without_a_test(out: Path) -> None:
 def test_pictures_and_overlap_are_written(out: Path) -> None:
     names = {path.name for path in (out / "out").glob("*.png")}
     styles = {f"head_sensitivity_{style}.png" for style in ("swap", "missing", "split")}
-    assert names == {"head_sensitivity.png", "head_overlap.png"} | styles
+    against = {"head_sensitivity_vs_split.png", "head_overlap_vs_split.png"}
+    assert names == {"head_sensitivity.png", "head_overlap.png"} | styles | against
     overlap = table(out, "head_overlap")
-    assert len(overlap) == len(MEASURES) * 6
+    assert overlap["baseline"].value_counts().to_dict() == {
+        "clean form": len(MEASURES) * 6,
+        "control": len(MEASURES) * 3,
+    }
     assert overlap["n_template_groups"].between(6, 12).all()
 
 

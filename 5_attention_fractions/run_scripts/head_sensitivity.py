@@ -2,9 +2,10 @@
 
 Reads   outputs/<run>/<style>/activations_*.pt; the maths_items.csv of stage 3, where it is
 Writes  head_sensitivity.csv, layer_sensitivity.csv    every style x head (x layer) x measure, ranked by |t|
-        head_overlap.csv                               do styles share their heads, and do halves of the data
+        head_overlap.csv                               do styles share their heads, and do halves of the data, by
+                                                       the difference to the clean form and to the control (baseline)
         head_answer_flips.csv, layer_answer_flips.csv  with maths_items.csv: does the change go with a flipped answer
-        head_sensitivity.png, head_sensitivity_<style>.png, head_overlap.png
+        head_sensitivity.png, head_sensitivity_<style>.png, head_overlap.png; with controls *_vs_split.png
 
     python 5_attention_fractions/run_scripts/head_sensitivity.py --run_dir outputs/demo/maths \\
         --results_dir results/demo/maths
@@ -67,6 +68,7 @@ MEASURES = (
 )  # fmt: skip
 DISTANCES = ("jsd_last", "jsd_mean")
 PANELS = ("edited_mass_last", "edited_density_last", "task_fraction_last", "entropy_last", "first_mass_last")
+CLEAN, CONTROL = "clean form", "control"
 MAX_CLUSTERS = 256  # clusters above this are pooled, so that memory stays flat
 ALPHA = 0.05
 
@@ -357,8 +359,11 @@ def _ranked(
     return pd.concat(tables, ignore_index=True)
 
 
-def overlap_table(effects: Sequence[StyleEffect], seed: int = 0) -> pd.DataFrame:
-    """Agreement of the heads' ranking between styles, and of each style with itself, for every measure."""
+def overlap_table(effects: Sequence[StyleEffect], seed: int = 0, baseline: str = CLEAN) -> pd.DataFrame:
+    """Agreement of the heads' ranking between styles, and of each style with itself, for every measure.
+
+    baseline: what the effects are differences to, the clean form or the styles' controls.
+    """
     import numpy as np
     import pandas as pd
     from head_overlap import cross_half
@@ -373,7 +378,8 @@ def overlap_table(effects: Sequence[StyleEffect], seed: int = 0) -> pd.DataFrame
             r = float(found.spearman[a, b])
             noise = np.sqrt(reliability[a] * reliability[b]) if min(reliability[a], reliability[b]) > 0 else np.nan
             rows.append({
-                "style": effects[a].style, "other_style": effects[b].style, "measure": measure,
+                "style": effects[a].style, "other_style": effects[b].style, "baseline": baseline,
+                "measure": measure,
                 "n": _rows_used(effects[a], measure), "n_other": _rows_used(effects[b], measure),
                 "n_template_groups": found.groups,
                 "cross_half_spearman": r, "ci_low": found.ci_low[a, b], "ci_high": found.ci_high[a, b],
@@ -406,9 +412,9 @@ LABELS = {
 def save_pictures(
     effects: Sequence[StyleEffect], heads: pd.DataFrame, overlap: pd.DataFrame, folder: Path, measure: str
 ) -> list[Path]:
-    """The heatmaps: all styles on one measure, each style on the first four PANELS it has, the overlap matrix."""
-    import numpy as np
-    from heatmaps import file_word, save_layer_head_grid, save_style_matrix
+    """The heatmaps: all styles on one measure, against the clean form and against their controls; each style on the
+    first four PANELS it has; the overlap matrices."""
+    from heatmaps import file_word, save_layer_head_grid
 
     dots = f"dots: adjusted p < {ALPHA}"
     # A style that only adds words (polite) has no clean twin of them, so some measures do not exist for it.
@@ -430,17 +436,52 @@ def save_pictures(
         paths.append(folder / f"head_sensitivity_{file_word(effect.style)}.png")
         title = f"{effect.style} minus clean form (n: pairs); {dots}"
         save_layer_head_grid(paths[-1], panels, "", title, effect.layers, shared_scale=False)
+    paths += _save_against_controls(having, heads, folder, measure)
     names = [effect.style for effect in having]
-    matrix = np.full((len(names), len(names)), np.nan)
-    among = overlap["style"].isin(names) & overlap["other_style"].isin(names)
-    for row in overlap[(overlap["measure"] == measure) & among].itertuples():
-        a, b = names.index(row.style), names.index(row.other_style)
-        matrix[a, b] = matrix[b, a] = row.cross_half_spearman
-    paths.append(folder / "head_overlap.png")
-    count = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.max()}"
-    title = f"Do the styles share their heads? {measure}\n(diagonal: split-half reliability; n = {count} pairs)"
-    save_style_matrix(paths[-1], matrix, names, "rank correlation over heads", title)
+    for (baseline, part), end in zip(overlap.groupby("baseline", sort=False), ("", "_vs_split"), strict=False):
+        if among := [name for name in names if name in {*part["style"]}]:
+            paths.append(folder / f"head_overlap{end}.png")
+            _save_overlap(paths[-1], part[part["measure"] == measure], among, measure, str(baseline))
     return paths
+
+
+def _save_against_controls(
+    effects: Sequence[StyleEffect], heads: pd.DataFrame, folder: Path, measure: str
+) -> list[Path]:
+    """Heatmap of style minus control; none where no style has one."""
+    from heatmaps import save_layer_head_grid
+
+    rows = heads[(heads["measure"] == measure) & heads["difference_vs_split"].notna()]
+    matched = rows.groupby("style")[["n_vs_split", "control"]].max()
+    panels = []
+    for effect in (effect for effect in effects if effect.style in matched.index):
+        count, control = matched.loc[effect.style]
+        note = f"{effect.style} minus {control} (n = {count:.0f} pairs)"
+        panels.append(_panel(heads, effect, measure, note, "difference_vs_split", "p_adjusted_vs_split"))
+    if not panels:
+        return []
+    path = folder / "head_sensitivity_vs_split.png"
+    title = f"{measure}: style minus the same words in as many tokens, by layer and head; dots: adjusted p < {ALPHA}"
+    save_layer_head_grid(path, panels, _label(measure), title, effects[0].layers)
+    return [path]
+
+
+def _save_overlap(path: Path, overlap: pd.DataFrame, names: list[str], measure: str, baseline: str) -> None:
+    import numpy as np
+    from heatmaps import save_style_matrix
+
+    matrix = np.full((len(names), len(names)), np.nan)
+    pairs = overlap[overlap["style"].isin(names) & overlap["other_style"].isin(names)]
+    for row in pairs.itertuples():
+        a, b = names.index(str(row.style)), names.index(str(row.other_style))
+        matrix[a, b] = matrix[b, a] = row.cross_half_spearman
+    least, most = (end(pairs[["n", "n_other"]].to_numpy()) for end in (np.min, np.max))
+    count = f"{least} to {most}" if least < most else f"{most}"
+    title = (
+        f"Do the styles share their heads? {measure}, style minus {baseline}\n"
+        f"(diagonal: split-half reliability; n = {count} pairs)"
+    )
+    save_style_matrix(path, matrix, names, "rank correlation over heads", title)
 
 
 def save_flip_picture(effects: Sequence[StyleEffect], flips: pd.DataFrame, folder: Path, measure: str) -> list[Path]:
@@ -462,7 +503,12 @@ def save_flip_picture(effects: Sequence[StyleEffect], flips: pd.DataFrame, folde
 
 
 def _panel(
-    table: pd.DataFrame, effect: StyleEffect, measure: str, title: str, column: str = "difference"
+    table: pd.DataFrame,
+    effect: StyleEffect,
+    measure: str,
+    title: str,
+    column: str = "difference",
+    adjusted: str = "p_adjusted",
 ) -> tuple[str, np.ndarray, np.ndarray]:
     import numpy as np
 
@@ -471,7 +517,7 @@ def _panel(
     rows = table[(table["style"] == effect.style) & (table["measure"] == measure)]
     place = rows["layer"].map({layer: i for i, layer in enumerate(effect.layers)}).to_numpy(), rows["head"].to_numpy()
     values[place] = rows[column]
-    marked[place] = rows["p_adjusted"] < ALPHA
+    marked[place] = rows[adjusted] < ALPHA
     return title, values, marked
 
 
@@ -553,7 +599,11 @@ def write_results(
         tables[name] = pd.concat([sensitivity_tables(effect)[position] for effect in effects], ignore_index=True)
         own = {style: sensitivity_tables(effect)[position] for style, (_, effect) in controls.items() if effect}
         tables[name] = with_controls(tables[name], own, {style: control for style, (control, _) in controls.items()})
-    tables["head_overlap"] = overlap_table(effects, args.seed)
+    matched = [effect for _, effect in controls.values() if effect]
+    parts = [(effects, CLEAN), (matched, CONTROL)]
+    tables["head_overlap"] = pd.concat(
+        [overlap_table(some, args.seed, baseline) for some, baseline in parts if some], ignore_index=True
+    )
     for position, name in enumerate(("head_answer_flips", "layer_answer_flips") if flips else ()):
         tables[name] = pd.concat([pair[position] for pair in flips], ignore_index=True)
     paths = [folder / f"{name}.csv" for name in tables]
