@@ -579,6 +579,7 @@ def test_the_prompt_file_is_not_overwritten(prompt_file):
         main(["--prompt_file", str(prompt_file), "--output_file", str(prompt_file)])
 
 
+@pytest.mark.stress
 def test_a_thousand_prompts_in_every_style_take_under_ten_seconds():
     rules.word_frequencies()
     texts = [f"{PROMPTS[i % len(PROMPTS)]} Case {i}." for i in range(1000)]
