@@ -15,7 +15,7 @@ import pytest
 import torch
 from aligned_maps import aligned_divergence, row_maps
 from command_line import UserError
-from head_sensitivity import MEASURES, main
+from head_sensitivity import MEASURES, main, sensitivity_values
 from heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric_limit
 from paired_rows import _RowWindow, paired_batches, read_rows
 from run_store import open_run
@@ -172,7 +172,7 @@ def table(out: Path, name: str = "head_sensitivity") -> pd.DataFrame:
     return pd.read_csv(out / "out" / f"{name}.csv")
 
 
-def by_hand(out: Path, style: str, baseline: str, value: str = "edited") -> dict[int, np.ndarray]:
+def by_hand(out: Path, style: str, baseline: str, value: str = "edited", log: bool = False) -> dict[int, np.ndarray]:
     """Mass of the last token on the edited word, style minus baseline [L,H] by row, straight from the files."""
     run = open_run(out / "run")
     found: dict[str, dict[int, tuple[str, np.ndarray]]] = {style: {}, baseline: {}}
@@ -182,7 +182,8 @@ def by_hand(out: Path, style: str, baseline: str, value: str = "edited") -> dict
             q, r = content["regions"].index("last"), content["regions"].index(region)
             for b, index in enumerate(content["original_indices"]):
                 if content["region_mask"][b, :, r].any():
-                    rows[index] = content["prompts"][b], content["span_mass"][:, b, :, q, r].double().numpy()
+                    mass = content["span_mass"][:, b, :, q, r].double().numpy()
+                    rows[index] = content["prompts"][b], np.log2(np.maximum(mass, 1e-5)) if log else mass
     own, other = found[style], found[baseline]
     return {i: own[i][1] - other[i][1] for i in own if i in other and own[i][0] != other[i][0]}
 
@@ -210,6 +211,24 @@ def test_the_table_is_the_paired_mean_with_its_counts(out: Path) -> None:
     layers = layers[(layers["style"] == "swap") & (layers["measure"] == "edited_mass_last")]
     for row in layers.itertuples():
         assert row.difference == pytest.approx(expected[row.layer].mean(), abs=1e-7)
+
+
+def test_the_logarithm_of_the_mass_is_taken_row_by_row(out: Path) -> None:
+    expected = np.mean(list(by_hand(out, "swap", "normal", log=True).values()), axis=0)
+    rows = table(out)
+    rows = rows[(rows["style"] == "swap") & (rows["measure"] == "edited_log2_mass_last")]
+    for row in rows.itertuples():
+        assert row.difference == pytest.approx(expected[row.layer, row.head], abs=1e-5)
+
+
+def test_no_mass_is_counted_as_the_least_that_is_known() -> None:
+    fields = {
+        "mass": np.zeros((2, 1, 1, 2, 5), dtype=np.float32), "uniform": np.full((2, 2, 5), 0.2),
+        "entropy": np.zeros((2, 1, 1, 3)), "holds_first": np.zeros((2, 5)),
+    }  # fmt: skip
+    fields["mass"][1, ..., 3] = 0.25
+    values = sensitivity_values(fields)[..., MEASURES.index("edited_log2_mass_last")].ravel()
+    np.testing.assert_allclose(values, [np.log2(1e-5), -2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("most", [-1, 1])

@@ -37,7 +37,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("style", ["swap", "missing"])
-@pytest.mark.parametrize("measure", ["edited_mass_last", "edited_mass_mean", "edited_density_last"])
+@pytest.mark.parametrize(
+    "measure", ["edited_mass_last", "edited_mass_mean", "edited_log2_mass_last", "edited_density_last"]
+)
 def test_the_planted_head_is_ranked_first(planted: pd.DataFrame, style: str, measure: str) -> None:
     rows = planted[(planted["style"] == style) & (planted["measure"] == measure)].sort_values("rank")
     first = rows.iloc[0]

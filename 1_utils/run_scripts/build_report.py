@@ -139,6 +139,7 @@ INTERVALS = {
     "auc": ("ci_low", "ci_high"),
     "control_auc": ("control_ci_low", "control_ci_high"),
     "difference_to_split": ("difference_ci_low", "difference_ci_high"),
+    "difference_vs_split": ("difference_ci_low_vs_split", "difference_ci_high_vs_split"),
 }
 
 

@@ -120,20 +120,29 @@ SECTIONS = (
                 "adjusted p below 0.05, grey a style without edited words to compare.",
             ),
             Plots(
+                "head_sensitivity_vs_split.png",
+                "The same from the control to the style: the clean words in as many tokens. What is left here is the "
+                "typo and not its number of tokens.",
+            ),
+            Plots(
                 "head_overlap.png",
                 "Whether styles share their heads: rank correlation of the heads' changes between two halves of the "
                 "data; the diagonal is the reliability of one style with itself.",
             ),
+            Plots("head_overlap_vs_split.png", "The same for the changes from the controls."),
             Plots("head_answer_flips.png", "Heads whose change goes with an answer that turns from right to wrong."),
             Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", folded=True),
         ),
         (
             TableOf(
                 "head_sensitivity.csv",
-                "The three heads of each style whose attention to the edited words changes most surely (picked from "
-                "the same data, so their effects look larger than they are)",
-                ("style", "layer", "head", "n", "clean", "estimate", "difference", "effect_size", "p", "p_adjusted"),
-                (("measure", "edited_mass_last"),),
+                "The three heads of each style whose attention to the edited words changes most surely, in log2: 1 is "
+                "twice as much (picked from the same data, so their effects look larger than they are)",
+                (
+                    "style", "layer", "head", "n", "difference", "effect_size", "p", "p_adjusted", "control",
+                    "n_vs_split", "difference_vs_split", "p_adjusted_vs_split",
+                ),
+                (("measure", "edited_log2_mass_last"),),
                 3,
             ),
             TableOf(
@@ -170,9 +179,9 @@ SECTIONS = (
             ),
             TableOf(
                 "activation_diffs_summary.csv",
-                "Recovery depth and next-token change by style, beside the split control",
+                "Recovery depth and next-token change by style, beside the control: the word in other tokens",
                 (
-                    "style", "measure", "n", "n_censored", "median", "estimate", "split_estimate",
+                    "style", "measure", "n", "n_censored", "median", "estimate", "control", "split_estimate",
                     "n_with_split", "difference_to_split", "p", "p_adjusted",
                 ),
             ),
@@ -186,8 +195,8 @@ SECTIONS = (
                 "neuron_sensitivity_summary.csv",
                 "Found and confirmed units by style; chance: random sets of the same size",
                 (
-                    "style", "unit", "control", "n", "n_units", "n_found", "n_confirmed", "delta", "random_low",
-                    "random_high", "excess_over_clean", "excess_over_split", "p", "p_adjusted",
+                    "style", "unit", "control", "score", "n", "n_units", "n_found", "n_confirmed", "delta",
+                    "random_low", "random_high", "excess_over_clean", "excess_over_split", "p", "p_adjusted",
                 ),
             ),
         ),

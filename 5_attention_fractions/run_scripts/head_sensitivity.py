@@ -23,6 +23,9 @@ of the mean over all prompt tokens):
 
 task_fraction_last, _mean    attention mass on the task
 edited_mass_last, _mean      mass on the edited words; in the clean form on the same words before the edit
+edited_log2_mass_last, _mean   its logarithm: a difference of 1 is twice the mass. Few rows carry the mean mass, those
+                             whose edited word is among the last: of samples of 60 rows of a real run, less than 90 %
+                             had its true change in their 95 % interval in 85 of 270 heads, and in 2 for the logarithm
 edited_density_last, _mean   that mass over what even attention would give. Not free of the number of tokens: a word
                              that is cut into more of them gains mass, but less than even attention would
 first_mass_last              mass on the first token, the usual sink
@@ -63,11 +66,13 @@ if TYPE_CHECKING:
     from run_store import Run
 
 MEASURES = (
-    "task_fraction_last", "task_fraction_mean", "edited_mass_last", "edited_mass_mean", "edited_density_last",
-    "edited_density_mean", "first_mass_last", "entropy_last", "entropy_mean", "entropy_edited",
+    "task_fraction_last", "task_fraction_mean", "edited_mass_last", "edited_mass_mean", "edited_log2_mass_last",
+    "edited_log2_mass_mean", "edited_density_last", "edited_density_mean", "first_mass_last", "entropy_last",
+    "entropy_mean", "entropy_edited",
 )  # fmt: skip
 DISTANCES = ("jsd_last", "jsd_mean")
-PANELS = ("edited_mass_last", "edited_density_last", "task_fraction_last", "entropy_last", "first_mass_last")
+PANELS = ("edited_log2_mass_last", "edited_mass_last", "task_fraction_last", "entropy_last", "first_mass_last")
+LEAST_MASS = 1e-5  # the logarithm of less is that of this; float16 masses are known to 6e-8
 CLEAN, CONTROL = "clean form", "control"
 MAX_CLUSTERS = 256  # clusters above this are pooled, so that memory stays flat
 ALPHA = 0.05
@@ -89,9 +94,10 @@ def sensitivity_values(fields: Batch, without_first: bool = True) -> np.ndarray:
     last, mean = QUERIES.index("last"), QUERIES.index("mean")
     with np.errstate(divide="ignore", invalid="ignore"):
         density = mass[..., edited] / uniform[:, None, None, :, edited]
+    logarithm = np.log2(np.maximum(mass[..., edited], LEAST_MASS))
     columns = [
         mass[..., last, task], mass[..., mean, task], mass[..., last, edited], mass[..., mean, edited],
-        density[..., last], density[..., mean], mass[..., last, first],
+        logarithm[..., last], logarithm[..., mean], density[..., last], density[..., mean], mass[..., last, first],
         entropy[..., 0], entropy[..., 1], entropy[..., 2],
     ]  # fmt: skip
     values = np.stack(columns, axis=-1)
@@ -402,6 +408,7 @@ def _measure_groups(effect: StyleEffect, groups: np.ndarray, measure: str) -> np
 # --- pictures
 
 LABELS = {
+    "log2_mass": "change in log2 of attention mass (1\u00a0=\u00a0doubled)",
     "mass": "change in attention mass (0 to 1)",
     "density": "change in density (1 = even attention)",
     "fraction": "change in attention fraction (0 to 1)",
@@ -545,7 +552,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--split_tokens", type=int, default=1, help="most tokens by which a typo and `split` may differ; -1: any"
     )
     shown = parser.add_argument_group("pictures and splits")
-    shown.add_argument("--measure", choices=MEASURES, help="shown for all styles; default: edited_mass_last if there")
+    shown.add_argument("--measure", choices=MEASURES, help="shown for all styles; default: the log2 mass")
     shown.add_argument("--seed", type=int, default=0, help="of the random halves")
     return parser.parse_args(argv)
 

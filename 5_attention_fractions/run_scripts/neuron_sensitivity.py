@@ -451,7 +451,9 @@ def _plot(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, p
         axes.set_yticks(range(len(styles)), labels)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
         axes.set_xlabel(f"layer ({count_label(lines['n'].dropna())} confirming prompts a style)")
-        axes.set_title(f"Typo {unit}s confirmed on held-out templates (of those found)", fontsize=10)
+        axes.set_title(
+            f"Typo {unit}s by {summary['score'].iloc[0]}, confirmed on held-out templates (of those found)", fontsize=10
+        )
         figure.colorbar(image, ax=axes, label=f"confirmed {unit}s", ticks=MaxNLocator(integer=True), pad=0.01)
     save_figure(path, figure)
 
