@@ -11,7 +11,8 @@ any. Measures by layer (0 = embeddings; the last layer is after the final norm):
     cka                      debiased linear CKA over --cka_items items (linear_cka.py), those with a massive activation
                              left out (longer than 4 median norms in some layer): one of them is the whole CKA
     own_nearest              share of edited words that are nearer to their clean twin than to any other word's clean
-                             state; own_nearer_share: share of those other words that are less near (typo_recovery.py)
+                             state; own_nearer_share: share of those other words that are less near. Read it against
+                             the style `real_word`, which is its floor (typo_recovery.py)
     lens_*                   logit lens at the last token, with --model_name, on the first --lens_rows rows
 
 and by style: recovery depth (the first layer from which the word is nearest to its own twin for --stay_layers layers in

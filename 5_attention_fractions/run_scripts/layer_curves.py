@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANY_STYLES = 6
+NOTES = {"real_word": "real_word (another word)"}
 POOLED = ("all_typos", "all_styles")  # all styles in one probe: black and unbroken
 MEASURE_LABELS = {
     "cosine_centred": "cosine to the clean state\n(layer median subtracted)",
@@ -84,7 +85,7 @@ def shared_legend(figure: Any, axes: Any) -> None:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        names = [f"{label} (control)" if is_control(label) else label for label in handles]
+        names = [f"{label} (control)" if is_control(label) else NOTES.get(label, label) for label in handles]
         figure.legend(handles.values(), names, loc="outside right center", frameon=False)
 
 
@@ -176,7 +177,7 @@ def _depth_panel(axes: Any, summary: pd.DataFrame, last_layer: int) -> None:
             axes.plot([line["median"]], [y], "|", color=colour, markersize=13)
             never = f"{line['n_censored']:.0f}/{line['n']:.0f}"
             axes.annotate(never, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=colour)
-    axes.set_yticks(range(len(styles)), [f"{s} (control)" if is_control(s) else s for s in styles])
+    axes.set_yticks(range(len(styles)), [f"{s} (control)" if is_control(s) else NOTES.get(s, s) for s in styles])
     axes.invert_yaxis()
     axes.set_xlim(-0.5, last_layer + 1.5)
     axes.axvline(last_layer + 1, color="grey", linewidth=0.8, linestyle=":")

@@ -6,7 +6,12 @@ row, references from the row itself, from its template (they share the context) 
 the same word). Cosines are taken after subtracting the median clean state of the reference words, layer by layer: all
 states of a layer share a large common part, next to which every two states look alike (the median, because one state
 with a massive activation would be the whole mean). A pooled state is the mean over the word's tokens; the first pieces
-of a word cannot know its end, so a word in many pieces never looks whole: that is what the control `split` is for.
+of a word cannot know its end, so a word in many pieces never looks whole: that is what the controls are for.
+
+The twin stands in the same prompt, the other words in other ones, and states of one place are alike whatever the word:
+the floor is the style `real_word`, another word in that place. On SmolLM2 (1,000 prompts of maths.json, three shots)
+its own_nearest is 0.17, 0.34 and 0.36 at layers 6, 18 and 24, that of `swap` 0.32, 0.43 and 0.35: only the early layers
+show that the word that was meant is known.
 """
 
 from __future__ import annotations
