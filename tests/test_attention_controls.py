@@ -119,12 +119,15 @@ def test_states_are_compared_with_the_matched_control(run_dir, results):
     np.testing.assert_allclose(lines["split_estimate"], np.mean(found["split@swap"], axis=0), atol=1e-5)
     assert np.array(found["split@swap"])[[MATCHED.index(i) for i in IDENTICAL]].max() == 0
     summary = pd.read_csv(results / "activation_diffs_summary.csv").set_index(["style", "measure"])
-    assert summary.loc[("split@swap", "next_token_kl"), ["n", "n_identical"]].tolist() == [ROWS - 8, 8]
+    # A control's own lines hold the rows that needed no cut, at distance 0.
+    assert summary.loc[("split@swap", "next_token_kl"), ["n", "n_identical"]].tolist() == [ROWS, 8]
+    assert summary.loc[("split@swap", "log10_next_token_kl"), "n"] == ROWS - 8
     assert summary.loc[("swap", "next_token_kl"), "n_with_split"] == len(MATCHED)
     # A control that is the clean prompt itself has a KL of 0 and no logarithm of it.
     assert summary.loc[("swap", "log10_next_token_kl"), "n_with_split"] == len(MATCHED) - len(IDENTICAL)
     items = pd.read_csv(results / "activation_diffs_items.csv").query("style == 'split@swap'")
-    assert sorted(items["original_index"]) == [i for i in range(ROWS) if i not in IDENTICAL]
+    assert sorted(items["original_index"]) == list(range(ROWS))
+    assert (items[items["original_index"].isin(IDENTICAL)]["next_token_kl"] == 0).all()
     p = curves[curves["style"] == "split@swap"]
     assert p["p_adjusted"].isna().all()
 
@@ -157,3 +160,16 @@ def test_a_style_none_of_whose_rows_is_matched_has_empty_columns(tmp_path):
     table = pd.read_csv(tmp_path / "head_sensitivity.csv")
     assert table["difference_vs_split"].isna().all()
     assert set(table[table["style"] == "swap"]["control"]) == {"split@swap"}
+
+
+def test_blocks_without_a_cut_row_are_no_obstacle(tmp_path):
+    rows = prompt_rows(70, ["swap"], templates=10)
+    rows = with_controls(rows, "swap", lambda index, word, typo: word)  # typos of as many tokens as their words
+    run = write_run(tmp_path / "run", rows, layers=2, heads=2, neurons=4, raw_layers=())
+    arguments = ["--run_dir", str(run), "--results_dir", str(tmp_path)]
+    assert activation_diffs.main(arguments) == 0
+    assert head_sensitivity.main(arguments) == 0
+    assert neuron_sensitivity.main([*arguments, "--neuron_share", "0.2", "--head_share", "0.3"]) == 0
+    table = pd.read_csv(tmp_path / "activation_diffs.csv").query("style == 'swap' and measure == 'cosine'")
+    assert set(table["n_with_split"]) == {70}
+    assert set(pd.read_csv(tmp_path / "neuron_sensitivity.csv")["score"]) == {"delta"}

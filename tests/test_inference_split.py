@@ -28,8 +28,9 @@ ROWS = [
     {"normal": "The quick brown fox", "swap": "The quick brown fxo xof xxxx oooo"},
     {"normal": "Only the clean form is here"},
     {"normal": "Sum: 1 + 1", "swap": ""},
-]
-TOO_MANY = 4  # the row whose typo has more tokens than the word has characters
+    {"normal": "See the answer market", "swap": "See teh asnwer amrket"},
+    {"normal": "Write the answer", "swap": "Write down the answer"},
+]  # row 4: the typo has more tokens than the word has characters; row 8: no clean word
 
 
 def reader_of(tmp_path, kind, **how):
@@ -43,25 +44,24 @@ def reader_of(tmp_path, kind, **how):
 def test_only_the_ids_of_the_edited_words_change_and_are_as_many_as_the_typos(tmp_path, kind, how):
     reader = reader_of(tmp_path, kind, **how)
     control, typo, clean = (reader.style(style) for style in ("split@swap", "swap", "normal"))
-    assert [index for index, _ in control.texts] == [0, 1, 2, 3, 4]
+    assert [index for index, _ in control.texts] == [0, 1, 2, 3, 7]
+    assert control.unmatched == 2  # rows 4 and 8
     assert "empty prompt" in control.failures[6][1]
     assert control.names == typo.names
-    tokenizer, cut, edited = reader.tokenizer, 0, control.names.index("edited")
+    tokenizer, edited = reader.tokenizer, control.names.index("edited")
     for place, (index, shown) in enumerate(control.texts):
-        own, other, plain = (reader.prompt(style, place) for style in (control, typo, clean))
+        own = reader.prompt(control, place)
+        other, plain = (reader.prompt(style, [i for i, _ in style.texts].index(index)) for style in (typo, clean))
         assert tokenizer.decode(own.input_ids) == tokenizer.decode(plain.input_ids)
         assert shown.replace(CUT, "") == ROWS[index]["normal"]
         mine, before = own.region_mask[:, edited], plain.region_mask[:, clean.names.index("edited:swap")]
-        lacking = int(other.region_mask[:, edited].sum()) - int(mine.sum())
-        assert lacking > 0 if index == TOO_MANY else lacking == 0
+        assert int(mine.sum()) == int(other.region_mask[:, edited].sum())
         rest = [torch.tensor(one.input_ids)[~mask] for one, mask in ((own, mine), (plain, before))]
         assert torch.equal(*rest)
         words = [tokenizer.decode(torch.tensor(one.input_ids)[mask]) for one, mask in ((own, mine), (plain, before))]
         assert words[0] == words[1]
-        assert shown.count(CUT) <= int(mine.sum() - before.sum())  # a cut inside a character does not show
-        cut += shown.count(CUT)
-    assert cut >= 5
-    assert control.unmatched == 1
+        assert (shown == ROWS[index]["normal"]) == (own.input_ids == plain.input_ids)
+        assert shown.count(CUT) >= int(mine.sum() - before.sum())
 
 
 def test_the_cuts_lie_where_the_typo_is_cut(tmp_path):
@@ -75,43 +75,80 @@ def test_the_cuts_lie_where_the_typo_is_cut(tmp_path):
     assert [len(piece) for piece in pieces] == [len(token) for token in tokens]
 
 
-def test_words_that_cannot_be_cut_stay_whole_and_are_counted(tmp_path, caplog):
+def test_words_side_by_side_are_matched_one_by_one(tmp_path):
+    """The total could be had by cutting one word only."""
+    reader = reader_of(tmp_path, "bytes")
+    clean, typo = "See the answer market", "See teh asnwer amrket"
+    assert ROWS[7] == {"normal": clean, "swap": typo}
+    control, style = reader.style("split@swap"), reader.style("swap")
+    counts = []
+    for one in (control, style):
+        prompt = reader.prompt(one, [i for i, _ in one.texts].index(7))
+        tokens = reader.tokenizer.convert_ids_to_tokens(prompt.input_ids)
+        starts = [0, *(i for i, token in enumerate(tokens) if token.startswith("Ġ"))]
+        counts.append([b - a for a, b in itertools.pairwise([*starts, len(tokens)])])
+    assert counts[0] == counts[1]
+
+
+def test_a_cut_inside_a_character_shows(tmp_path):
+    reader = reader_of(tmp_path, "bytes")
+    control = dict(reader.style("split@swap").texts)[1]
+    pieces = control[control.index("three ") + 6 : control.index(" numbers")]
+    assert CUT in pieces
+    assert pieces.replace(CUT, "") == "naïve"
+
+
+def test_a_tokenizer_that_words_cannot_be_cut_for_has_no_controls(tmp_path):
+    """WordPiece writes a piece inside a word in another way."""
+    control = reader_of(tmp_path, "wordpiece").style("split@swap")
     reader = reader_of(tmp_path, "wordpiece")
-    control, clean = reader.style("split@swap"), reader.style("normal")
-    for place, (index, shown) in enumerate(control.texts):
-        assert reader.prompt(control, place).input_ids == reader.prompt(clean, place).input_ids
+    for place, (index, shown) in enumerate(control.texts):  # only where the typo has as many tokens as the word
+        clean = reader.style("normal")
+        assert reader.prompt(control, place).input_ids == reader.prompt(clean, index).input_ids
         assert shown == ROWS[index]["normal"]
-    assert control.unmatched >= 3
+    assert control.unmatched >= 4
 
 
 def test_best_cuts_are_the_nearest_of_all_that_the_vocabulary_allows():
     chance = random.Random(3)
     compared = 0
-    for _ in range(300):
+    for _ in range(400):
         length = chance.randint(1, 8)
-        spans = list(itertools.combinations(range(length + 1), 2))
-        pieces = {span: 0 for span in spans if chance.random() < 0.5}
-        wanted = sorted(chance.uniform(0, length) for _ in range(chance.randint(1, 4)))
-        possible = {
-            count: [
-                cuts
-                for cuts in itertools.combinations(range(1, length), count)
-                if all(edge in pieces for edge in zip((0, *cuts), (*cuts, length), strict=True))
-            ]
-            for count in range(len(wanted) + 1)
-        }
-        found = best_cuts(pieces, length, wanted, at_least=1)
-        most = max((count for count, options in possible.items() if options and count), default=None)
-        assert (found is None) == (most is None)
-        if found is None:
-            continue
-        assert len(found) == most
-        assert tuple(found) in possible[most]
-        if most == len(wanted):
-            cost = [sum(abs(a - b) for a, b in zip(cuts, wanted, strict=True)) for cuts in (found, *possible[most])]
+        pieces = {span: 0 for span in itertools.combinations(range(length + 1), 2) if chance.random() < 0.6}
+        wanted = sorted(chance.uniform(0, length) for _ in range(chance.randint(0, 4)))
+        possible = [
+            cuts
+            for cuts in itertools.combinations(range(1, length), len(wanted))
+            if all(edge in pieces for edge in zip((0, *cuts), (*cuts, length), strict=True))
+        ]
+        found = best_cuts(pieces, length, wanted)
+        assert (found is None) == (not possible)
+        if found is not None:
+            assert tuple(found) in possible
+            cost = [sum(abs(a - b) for a, b in zip(cuts, wanted, strict=True)) for cuts in (found, *possible)]
             assert cost[0] == pytest.approx(min(cost))
-            compared += 1
+            compared += len(possible) > 1
     assert compared > 50
+
+
+def test_long_prompts_with_a_typo_in_every_word_are_cut_in_time_that_grows_with_their_length(tmp_path, monkeypatch):
+    """Every word has its own search: how many pieces are looked at grows with the number of words, not its square."""
+    import matched_split
+
+    looked = []
+    monkeypatch.setattr(
+        matched_split, "best_cuts", lambda pieces, *rest: looked.append(len(pieces)) or best_cuts(pieces, *rest)
+    )
+    totals = []
+    for count in (20, 80):
+        path = tmp_path / f"{count}.json"
+        row = {"normal": " ".join(["calculate"] * count), "swap": " ".join(["caclulate"] * count)}
+        path.write_text(json.dumps([row]), encoding="utf-8")
+        reader = PromptReader(read_prompt_file(path), tiny_models.tokenizer("bytes"), Rendering(), 2000, None)
+        looked.clear()
+        assert len(reader.style("split@swap").texts) == 1
+        totals.append(sum(looked))
+    assert totals[1] == pytest.approx(4 * totals[0], rel=0.1)
 
 
 def arguments(model_dir, path, output, *keys, batch="1"):
@@ -142,12 +179,12 @@ def test_a_run_has_the_control_beside_its_style(model_dir, path, tmp_path, capsy
     assert attn_act_logi.main(arguments(model_dir, path, tmp_path / "run", "all", "split@swap")) == 0
     assert list(open_run(tmp_path / "run").styles) == ["normal", "swap", "split@swap"]
     clean, typo, own = (rows_of(tmp_path / "run", style) for style in ("normal", "swap", "split@swap"))
-    assert own.keys() == typo.keys() == clean.keys() - {5}
+    assert own.keys() == typo.keys() - {4} == clean.keys() - {4, 5}
     for index, row in own.items():
         assert row["final_prediction"].startswith(ROWS[index]["normal"])
         assert row["prompt"].replace(CUT, "") == ROWS[index]["normal"]
         counts = [int(one["region_mask"][:, -1].sum()) for one in (row, typo[index])]
-        assert counts[0] == counts[1] or index == TOO_MANY
+        assert counts[0] == counts[1]
     settings = open_run(tmp_path / "run").settings("split@swap")["settings"]
     assert settings["style"] == "split@swap"
     # Other batches, and a second call that adds the control to a run that is there: the same numbers.
@@ -164,7 +201,7 @@ def test_a_run_has_the_control_beside_its_style(model_dir, path, tmp_path, capsy
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["split@normal"], "no such control of the clean form"),
+        (["split@normal"], "a control needs a clean form and another style"),
         (["split@nope"], "no row has the key 'nope'"),
         (["split@"], "no row has the key 'split@'"),
         (["normal", "split@split@swap"], "no row has the key 'split@swap'"),

@@ -194,7 +194,7 @@ def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
     for key in keys:
         typo = matched_style(key)
         if typo is not None and (prompts.clean_key is None or typo == prompts.clean_key):
-            raise UserError(f"--prompt_keys {key}: there is no such control of the clean form, or without one")
+            raise UserError(f"--prompt_keys {key}: a control needs a clean form and another style; leave it out")
         if key != "all":
             prompts.prompts(typo or key, 0)  # raises for a key nobody has
     styles = [style for style in available if style in keys or "all" in keys]
@@ -306,8 +306,8 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     style = reader.style(style_name, args.max_samples)
     if style.unmatched:
         log.info(
-            f"{style_name}: {style.unmatched} of {len(style.texts)} prompts cannot have as many tokens as their typo; "
-            "stage 5 leaves these out where it compares the two"
+            f"{style_name}: without {style.unmatched} of {style.unmatched + len(style.texts)} prompts, whose words "
+            "cannot be cut into as many tokens as the style has"
         )
     folder = args.output_dir / style_name if nested else args.output_dir
     itemsize = getattr(torch, model["dtype"]).itemsize

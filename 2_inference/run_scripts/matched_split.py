@@ -4,10 +4,15 @@ A typo is cut into more tokens than the word that was meant, and that alone move
 control no character differs from the clean prompt: only the token ids of the edited words do. So what remains between
 the typo and it is the typo (the split of Tsuji et al. 2025, arXiv 2502.19669). Each word is cut into entries of the
 vocabulary, at the places nearest to where the typo is cut.
+
+A prompt is in the control where every edited word can be matched so: a word whose typo has as many tokens as itself
+stays as it is; where a typo has fewer tokens, words were put in or left out, or the vocabulary has no such pieces, the
+prompt is not in it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +20,7 @@ from typing import Any
 Span = tuple[int, int]
 CUT = "\u00ad"  # shows in the stored prompt where a word is cut; the model does not see it
 SPACE_MARKS = "\u0120\u2581\u010a"  # how byte-level and SentencePiece vocabularies write a space, and a line's end
+LONGEST = 512  # signs of a run without white space; a longer one is left whole, for the search is quadratic
 
 
 @dataclass(frozen=True)
@@ -37,32 +43,35 @@ class WordCutter:
     def _vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())
 
-    def cut(self, clean: TokenisedText, typo: TokenisedText) -> tuple[list[int], list[Span]]:
-        """(ids, offsets) of the clean text with as many tokens in the edited words as the typo has.
+    @cached_property
+    def _longest_piece(self) -> int:
+        return max(map(len, self._vocabulary))
 
-        A word whose typo has no more tokens stays as it is, and so does one that the vocabulary cannot cut; one that
-        it can cut into fewer pieces only is cut into these.
-        """
-        runs = _runs(clean.edited)
-        ids, offsets = list(clean.ids), list(clean.offsets)
-        for run, wanted in reversed(list(zip(runs, _wanted(clean, runs, typo), strict=True))):
-            if found := self._cut_run(clean, run, wanted):
-                ids[run[0] : run[1]], offsets[run[0] : run[1]] = found
-        if self._tokenizer.decode(ids) != self._tokenizer.decode(clean.ids):
-            return clean.ids, clean.offsets
-        return ids, offsets
-
-    def _cut_run(self, clean: TokenisedText, run: Span, wanted: list[float]) -> tuple[list[int], list[Span]] | None:
-        """(ids, offsets) of a run of tokens cut at about `wanted`, shares of its length; None: it stays as it is."""
-        own = run[1] - run[0]
-        if len(wanted) < own:
+    def cut(self, clean: TokenisedText, typo: TokenisedText) -> tuple[list[int], list[Span]] | None:
+        """(ids, offsets) of the clean text with as many tokens in each edited word as the typo has; None: cannot be."""
+        pairs = _paired_words(clean, typo)
+        if not pairs:
             return None
+        ids, offsets = list(clean.ids), list(clean.offsets)
+        for own, other in reversed(pairs):
+            found = self._cut_word(clean, own, _shares(typo, other))
+            if found is None:
+                return None
+            ids[own[0] : own[1]], offsets[own[0] : own[1]] = found
+        return (ids, offsets) if self._tokenizer.decode(ids) == self._tokenizer.decode(clean.ids) else None
+
+    def _cut_word(self, clean: TokenisedText, run: Span, wanted: list[float]) -> tuple[list[int], list[Span]] | None:
+        """(ids, offsets) of a run of tokens cut at about `wanted`, shares of its length; None: it cannot be."""
+        own = clean.ids[slice(*run)]
+        if len(wanted) + 1 == len(own):
+            return own, clean.offsets[slice(*run)]
         start, end = _span(clean, run)
-        written = "".join(self._tokenizer.convert_ids_to_tokens(clean.ids[slice(*run)]))
-        body = written.lstrip(SPACE_MARKS)
-        signs = _characters(clean.text[start:end], body)
+        written = "".join(self._tokenizer.convert_ids_to_tokens(own))
+        signs = _characters(clean.text[start:end], written.lstrip(SPACE_MARKS))
+        if not len(own) <= len(wanted) < len(signs) <= LONGEST:
+            return None
         pieces = self._pieces(clean.text[start:end], written, signs)
-        cuts = best_cuts(pieces, len(signs), [share * len(signs) for share in wanted], at_least=own)
+        cuts = best_cuts(pieces, len(signs), [share * len(signs) for share in wanted])
         if cuts is None:
             return None
         edges = list(zip([0, *cuts], [*cuts, len(signs)], strict=True))
@@ -71,53 +80,65 @@ class WordCutter:
 
     def _pieces(self, text: str, written: str, signs: list[int]) -> dict[Span, int]:
         """{(start, end) in `signs`: id} of every piece of a text that the vocabulary has."""
-        lead = written[: len(written) - len(signs)]
+        lead = len(written) - len(signs)
         found = {}
         for a in range(len(signs)):
-            for b in range(a + 1, len(signs) + 1):
-                piece = written[len(lead) + a : len(lead) + b] if a else written[: len(lead) + b]
+            for b in range(a + 1, min(len(signs), a + self._longest_piece) + 1):
+                piece = written[lead + a if a else 0 : lead + b]
                 if piece in self._vocabulary and not text[signs[b - 1]].isspace():
                     found[a, b] = self._vocabulary[piece]
         return found
 
 
-def _characters(text: str, written: str) -> list[int]:
-    """For each sign of a vocabulary's way to write a text: the character it stands for; [] where that is not known."""
-    if len(written) == len(text):
-        return list(range(len(text)))
-    signs = [place for place, character in enumerate(text) for _ in character.encode()]  # byte-level: a sign a byte
-    return signs if len(written) == len(signs) else []
-
-
 def new_cuts(clean: TokenisedText, offsets: list[Span]) -> list[int]:
-    """Characters at which `offsets` cut the clean text and the tokenizer would not."""
-    known, cut = ({_visible(clean.text, *span)[0] for span in spans} for spans in (clean.offsets, offsets))
-    return sorted(cut - known)
+    """Characters before which `offsets` cut the clean text and the tokenizer would not."""
+    known, cut = (Counter(_visible(clean.text, *span)[0] for span in spans) for spans in (clean.offsets, offsets))
+    return sorted(cut - known)  # two pieces of one character begin at the same one
 
 
-def best_cuts(pieces: dict[Span, int], length: int, wanted: list[float], at_least: int = 0) -> list[int] | None:
-    """Where to cut a text of `length` characters into `pieces`: a cut for each of `wanted`, as near to them as can be.
+def best_cuts(pieces: dict[Span, int], length: int, wanted: list[float]) -> list[int] | None:
+    """Where to cut a text of `length` signs into `pieces`: a cut for each of `wanted`, as near to them as can be.
 
-    Minimises the sum of |cut - wanted cut|. Where so many pieces are not possible, the most that are, evenly; None
-    where these are no more than `at_least`.
+    Minimises the sum of |cut - wanted cut|; None where so many pieces cannot be had.
     """
-    # best[n][b]: (cost, cuts) of text[:b] in n pieces. The cost of the last edge, at the text's end, is none.
-    for count in range(len(wanted), 0, -1):
-        aims = wanted if count == len(wanted) else [length * (i + 1) / (count + 1) for i in range(count)]
-        best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-        for number in range(count + 1):
-            last = number == count
-            after: dict[int, tuple[float, list[int]]] = {}
-            for a, b in pieces:
-                if a not in best or (b == length) != last:
-                    continue
-                cost = best[a][0] + (0.0 if last else abs(b - aims[number]))
-                if b not in after or cost < after[b][0]:
-                    after[b] = (cost, best[a][1] + ([] if last else [b]))
-            best = after
-        if length in best:
-            return best[length][1] if count + 1 > at_least else None
-    return None
+    by_start: dict[int, list[int]] = {}
+    for a, b in pieces:
+        by_start.setdefault(a, []).append(b)
+    best = [{0: (0.0, 0)}]  # for each number of pieces: {end: (cost, start of the last piece)}
+    for number in range(len(wanted) + 1):
+        last = number == len(wanted)
+        after: dict[int, tuple[float, int]] = {}
+        for a, (cost, _) in best[-1].items():
+            for b in by_start.get(a, ()):
+                if (b == length) == last:
+                    total = cost + (0.0 if last else abs(b - wanted[number]))
+                    if b not in after or total < after[b][0]:
+                        after[b] = total, a
+        best.append(after)
+    if length not in best[-1]:
+        return None
+    cuts = [length]
+    for ends in reversed(best[1:]):
+        cuts.append(ends[cuts[-1]][1])
+    return cuts[-2:0:-1]
+
+
+# --- which tokens are whose
+
+
+def _paired_words(clean: TokenisedText, typo: TokenisedText) -> list[tuple[Span, Span]]:
+    """(tokens of the clean text, tokens of the typo) of each edited word; [] where they cannot be paired.
+
+    Edited words that stand side by side are paired one by one where both texts have as many, else as one.
+    """
+    runs = _runs(clean.edited), _runs(typo.edited)
+    if len(runs[0]) != len(runs[1]):
+        return []
+    pairs = []
+    for own, other in zip(*runs, strict=True):
+        words = _words(clean, own), _words(typo, other)
+        pairs += list(zip(*words, strict=True)) if len(words[0]) == len(words[1]) else [(own, other)]
+    return pairs
 
 
 def _runs(edited: list[bool]) -> list[Span]:
@@ -126,25 +147,28 @@ def _runs(edited: list[bool]) -> list[Span]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def _wanted(clean: TokenisedText, runs: list[Span], typo: TokenisedText) -> list[list[float]]:
-    """For each run of the clean text: where to cut it, in shares of its length.
+def _words(one: TokenisedText, run: Span) -> list[Span]:
+    """A run of tokens cut before each token that stands after white space."""
+    starts = [run[0]]
+    for token in range(run[0] + 1, run[1]):
+        start = _visible(one.text, *one.offsets[token])[0]
+        if one.text[start - 1].isspace():
+            starts.append(token)
+    return list(zip(starts, [*starts[1:], run[1]], strict=True))
 
-    Run by run as the typo is cut, where both have as many runs; else the tokens that the typo has more go, evenly cut,
-    to the runs with the longest pieces.
-    """
-    theirs = _runs(typo.edited)
-    if len(theirs) == len(runs):
-        spans = [_span(typo, run) for run in theirs]
-        return [
-            [(start - first) / (end - first) for start, _ in typo.offsets[run[0] + 1 : run[1]]]
-            for run, (first, end) in zip(theirs, spans, strict=True)
-        ]
-    lengths = [end - start for start, end in (_span(clean, run) for run in runs)]
-    counts = [stop - start for start, stop in runs]
-    for _ in range(sum(typo.edited) - sum(clean.edited) if runs else 0):
-        longest = max(range(len(runs)), key=lambda run: lengths[run] / counts[run])
-        counts[longest] += 1
-    return [[i / count for i in range(1, count)] for count in counts]
+
+def _shares(one: TokenisedText, run: Span) -> list[float]:
+    """Where the tokens of a run after its first begin, as shares of its visible characters."""
+    first, end = _span(one, run)
+    return [(start - first) / (end - first) for start, _ in one.offsets[run[0] + 1 : run[1]]]
+
+
+def _characters(text: str, written: str) -> list[int]:
+    """For each sign of a vocabulary's way to write a text: the character it stands for; [] where that is not known."""
+    if len(written) == len(text):
+        return list(range(len(text)))
+    signs = [place for place, character in enumerate(text) for _ in character.encode()]  # byte-level: a sign a byte
+    return signs if len(written) == len(signs) else []
 
 
 def _span(one: TokenisedText, run: Span) -> Span:

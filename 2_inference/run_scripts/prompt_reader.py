@@ -51,7 +51,7 @@ class StylePrompts:
     texts: list[tuple[int, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     failures: dict[int, tuple[int, str]] = field(default_factory=dict)
-    unmatched: int = 0  # of a control: prompts whose edited words have not as many tokens as the typo's
+    unmatched: int = 0  # of a control: prompts that are not in it, for their words cannot be cut like the typo
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ class _ReadPrompt:
     ids: list[int]
     offsets: list[Span]
     shown: str
-    matched: bool = True
 
     def own_start(self) -> int:
         """The first token that touches the prompt's own text."""
@@ -95,13 +94,15 @@ class PromptReader:
             except UserError as error:
                 found.failures[index] = (self._element(index), str(error))
                 continue
+            if read is None:
+                found.unmatched += 1
+                continue
             if not 0 < len(read.ids) <= self.max_length:
                 why = f"has {len(read.ids)} tokens; this model and --max_new_tokens leave room for {self.max_length}"
                 found.failures[index] = (self._element(index), why)
                 continue
             found.texts.append((index, read.shown))
             found.lengths.append(len(read.ids))
-            found.unmatched += not read.matched
             self._common = _common_prefix(self._common, read.ids[: min(read.own_start(), len(read.ids) - 1)])
         return found
 
@@ -114,28 +115,36 @@ class PromptReader:
         """The prompt at a position of a style's list, with its tokens and regions."""
         index, _ = style.texts[position]
         read = self._read(style.style, index)
+        assert read is not None  # it is in the list
         mask = region_mask(read.rendered, read.offsets, style.names, self._regions(style.style, index, style.names))
         return Prompt(index, read.ids, mask, forced_ids)
 
-    def _read(self, style: str, index: int) -> _ReadPrompt:
-        """A row's prompt in a style, rendered and tokenised; a control's is the clean one with other tokens."""
+    def _read(self, style: str, index: int) -> _ReadPrompt | None:
+        """A row's prompt in a style, rendered and tokenised; None where a control does not have it."""
         typo = matched_style(style)
         own = self._encode(self._text(style, index))
-        if typo is None:
-            return own
+        return own if typo is None else self._matched(own, style, index)
+
+    def _matched(self, clean: _ReadPrompt, style: str, index: int) -> _ReadPrompt | None:
+        """The clean prompt of a row with as many tokens in each edited word as its typo has; None where that fails."""
+        typo = str(matched_style(style))
         other = self._encode(self._text(typo, index))
-        names = [*BASE_REGIONS, "edited"]
-        both = []
-        for one, name in ((own, style), (other, typo)):
-            mask = region_mask(one.rendered, one.offsets, names, self._regions(name, index, names))
-            both.append(TokenisedText(one.rendered.text, one.ids, one.offsets, mask[:, -1].tolist()))
-        ids, offsets = self._cutter.cut(*both)
-        shift = own.rendered.own[0] - own.rendered.own_offset
-        shown = own.shown
-        for place in reversed(new_cuts(both[0], offsets)):
+        own = TokenisedText(clean.rendered.text, clean.ids, clean.offsets, self._edited(clean, style, index))
+        goal = self._edited(other, typo, index)
+        found = self._cutter.cut(own, TokenisedText(other.rendered.text, other.ids, other.offsets, goal))
+        if found is None:
+            return None
+        shown, shift = clean.shown, clean.rendered.own[0] - clean.rendered.own_offset
+        for place in reversed(new_cuts(own, found[1])):
             shown = shown[: place - shift] + CUT + shown[place - shift :]
-        added = len(ids) - len(own.ids)
-        return _ReadPrompt(own.rendered, ids, offsets, shown, sum(both[0].edited) + added == sum(both[1].edited))
+        made = _ReadPrompt(clean.rendered, *found, shown)
+        # A token may hold a word and the sign after it; cut off, the sign is in no edited word.
+        return made if sum(self._edited(made, style, index)) == sum(goal) else None
+
+    def _edited(self, read: _ReadPrompt, style: str, index: int) -> list[bool]:
+        names = [*BASE_REGIONS, "edited"]
+        mask = region_mask(read.rendered, read.offsets, names, self._regions(style, index, names))
+        return list(mask[:, -1].tolist())
 
     def _text(self, style: str, index: int) -> str:
         return str(self.file.rows[index][self.file.clean_key if matched_style(style) else style])

@@ -24,11 +24,12 @@ last layer, and in n_censored; a rank beyond the top-k as k + 1. Medians of KL a
 
 Beside each style stands its `control`, the clean word only cut into other tokens: difference_to_split and its p value
 tell a typo from more tokens (BH over styles x layers; Holm over styles; n_with_split rows). That is `split@<style>`, as
-many tokens as in the style, where the run has it (a clean word that needs no cut is its own control), else `split`, cut
-by an invisible character, on the rows in which both edit the same words and these differ by at most --split_tokens
-tokens. `split` is cut into more tokens than most typos, and these then look recovered early: SmolLM2, 200 prompts,
-`swap` against `split` at any number of tokens 5.1 layers earlier [3.0, 7.3] (n = 177), at most one apart 1.4 later
-[-2.4, 5.1] (n = 54), against `split@swap` 4.4 later [2.6, 6.1] (n = 185).
+many tokens as in the style, where the run has it, else `split`, cut by an invisible character, on the rows in which
+both edit the same words and these differ by at most --split_tokens tokens. A word that needs no cut is its own control:
+such rows (n_identical) are in the lines of `split@<style>`, at distance 0 and depth 0, but for log10_next_token_kl and
+half_recovery_depth, which are not defined there. `split` is cut into more tokens than most typos, and these then look
+recovered early: SmolLM2, 200 prompts, `swap` against `split` at any number of tokens 5.1 layers earlier [3.0, 7.3]
+(n = 177), at most one apart 1.4 later [-2.4, 5.1] (n = 54), against `split@swap` 4.4 later [2.6, 6.1] (n = 185).
 
 A row whose region holds the first token is left out of that region (`--first_token excluded`): that token is the
 attention sink of most models, its state far longer than any other (massive activations: Sun et al. 2024, arXiv
@@ -156,8 +157,8 @@ def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tens
 def block_values(sources: Sources, style: str, rows: list[int], changed: set[int], sums: Sums) -> dict[Key, np.ndarray]:
     """Every measure of some rows of a style: by layer [b, L+1], or a number per row [b].
 
-    NaN in layers that are not at hand: a region that is not pooled is known in the raw layers alone. What is kept of
-    the rows for CKA, and the count of those on the first token, go into `sums`, for the `changed` rows.
+    NaN in layers that are not at hand: a region that is not pooled is known in the raw layers alone. CKA's rows go into
+    `sums`. changed: the rows whose text is not the clean one; only a control's rows may have others.
     """
     import torch
 
@@ -174,7 +175,7 @@ def block_values(sources: Sources, style: str, rows: list[int], changed: set[int
             pairs = zip(sources.clean.holds_first(rows, twin), table.holds_first(rows, region), strict=True)
             on_first = [place for place, pair in enumerate(pairs) if any(pair)]
             clean[:, on_first] = other[:, on_first] = torch.nan
-            sums.on_first[style, region] += sum(rows[place] in changed for place in on_first)
+            sums.on_first[style, region] += len(on_first)
         references = sources.references.get(style) if region == "edited" else None
         centre, norms = (
             (references.centre, references.norms) if references else sources.centres.get(region, (None, None))
@@ -183,7 +184,7 @@ def block_values(sources: Sources, style: str, rows: list[int], changed: set[int
         sums.cka_rows.setdefault((style, region), []).extend(
             row
             for place, row in enumerate(rows)
-            if not far[place] and place not in on_first and row in sources.cka_items & changed
+            if not far[place] and place not in on_first and row in sources.cka_items
         )
         found = state_distances(clean, other, centre)
         if references:
@@ -272,15 +273,13 @@ def collect(sources: Sources, items: Any) -> Sums:
             both = [row for row in block if row in sources.styles[style]]
             changed = changed_rows(sources.clean, sources.styles[style], both)
             sums.identical[style] += len(both) - len(changed)
-            # Where a typo has no more tokens than the word, the clean word is its own control.
+            # Where a typo has as many tokens as the word, the clean word is its own control.
             rows = both if is_control(style) else changed
             if not rows:
                 continue
             values = block_values(sources, style, rows, set(changed), sums)
             if is_control(style):
                 controls[style] = rows, values
-                places = [rows.index(row) for row in changed]
-                rows, values = changed, {key: numbers[places] for key, numbers in values.items()}
             _add_own(sources, sums, style, rows, values)
             if (control := control_of(sources.run, style)) in controls:
                 _add_against(sources, sums, style, rows, values, *controls[str(control)])
@@ -508,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     curves, summary = (in_run_order(table, sources) for table in (curve_table(sources, sums), summary_table(sums)))
     write_csv(folder / "activation_diffs.csv", curves)
     write_csv(folder / "activation_diffs_summary.csv", summary)
-    if told := [f"{style} {count}" for style, count in sums.identical.items() if count]:
+    if told := [f"{style} {count}" for style, count in sums.identical.items() if count and not is_control(style)]:
         log.info(f"left out, equal to the clean text: {', '.join(told)}")
     if told := [f"{' '.join(place)} {count}" for place, count in sums.on_first.items() if count]:
         log.info(f"left out, on the first token (else --first_token included): {', '.join(told)}")

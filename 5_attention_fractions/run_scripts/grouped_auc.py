@@ -24,9 +24,10 @@ def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters
 
     Pairs across folds are left out: each fold's probe has its own zero, and under the null scores of different folds
     would make the AUC fall below 0.5. The standard error is that of clustered ROC data (Obuchowski 1997: DeLong's
-    placement values summed within clusters; a cluster lies in one fold), enlarged as in `cross_validation_factor`; the
-    interval is on the logit scale. With every pair in the right order there is no variance: then the lower end is the
-    exact binomial one, a cluster being one trial (fewer, by the same factor).
+    placement values, from the AUC over all folds, summed within clusters; a cluster lies in one fold), enlarged as in
+    `cross_validation_factor`; t has one degree of freedom less than the rarer class has clusters. The interval is on
+    the logit scale. With every pair in the right order there is no variance: then the lower end is the
+    exact binomial one, a cluster of the rarer class being one trial (fewer, by the same factor).
     """
     from scipy import stats
 
@@ -35,22 +36,22 @@ def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters
         return Auc(*[float("nan")] * 4)
     _, slots = np.unique(clusters, return_inverse=True)
     totals = np.bincount(slots, weights=influence)
-    count = len(totals)
-    if count < 2:
+    least = _least_clusters(labels, clusters)
+    if least < 2:
         return Auc(auc, float("nan"), float("nan"), float("nan"))
     factor = cross_validation_factor(folds)
-    error = float(np.sqrt(factor * count / (count - 1) * (totals**2).sum()))
+    error = float(np.sqrt(factor * least / (least - 1) * (totals**2).sum()))
     if error == 0 and 0 < auc < 1:  # nothing but ties: no variance to go by
         return Auc(auc, float("nan"), float("nan"), float("nan"))
     if error == 0 or min(auc, 1 - auc) < 1e-9:
-        trials = max(1, int(count / factor))
+        trials = max(1, int(least / factor))
         exact = stats.binomtest(trials if auc > 0.5 else 0, trials).proportion_ci()
         p = 0.5**trials if auc > 0.5 else 1.0
         return Auc(auc, float(exact.low), float(exact.high), p)
     logit, spread = np.log(auc / (1 - auc)), error / (auc * (1 - auc))
-    quantile = stats.t.ppf(0.975, count - 1)
+    quantile = stats.t.ppf(0.975, least - 1)
     low, high = (float(1 / (1 + np.exp(-(logit + side * quantile * spread)))) for side in (-1, 1))
-    return Auc(auc, low, high, float(stats.t.sf((auc - 0.5) / error, count - 1)))
+    return Auc(auc, low, high, float(stats.t.sf((auc - 0.5) / error, least - 1)))
 
 
 def macro_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters: np.ndarray) -> Auc:
@@ -61,20 +62,26 @@ def macro_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, cluster
     auc = float(np.mean([value for value, _ in parts]))
     _, slots = np.unique(clusters, return_inverse=True)
     totals = np.bincount(slots, weights=np.mean([influence for _, influence in parts], axis=0))
-    count = len(totals)
-    if count < 2 or np.isnan(auc):
+    least = _least_clusters(labels, clusters)
+    if least < 2 or np.isnan(auc):
         return Auc(auc, float("nan"), float("nan"), float("nan"))
-    error = float(np.sqrt(cross_validation_factor(folds) * count / (count - 1) * (totals**2).sum()))
-    half = stats.t.ppf(0.975, count - 1) * error
-    p = float(stats.t.sf((auc - 0.5) / error, count - 1)) if error > 0 else float("nan")
+    error = float(np.sqrt(cross_validation_factor(folds) * least / (least - 1) * (totals**2).sum()))
+    half = stats.t.ppf(0.975, least - 1) * error
+    p = float(stats.t.sf((auc - 0.5) / error, least - 1)) if error > 0 else float("nan")
     return Auc(auc, max(0.0, auc - half), min(1.0, auc + half), p)
+
+
+def _least_clusters(labels: np.ndarray, clusters: np.ndarray) -> int:
+    """Clusters of the class that has the fewest: a few positives among many negatives are few observations."""
+    return min(len(np.unique(clusters[labels == kind])) for kind in np.unique(labels))
 
 
 def cross_validation_factor(folds: np.ndarray) -> float:
     """How much larger the variance is than the test items alone make it: 1 + k / (k - 1) with k folds.
 
     The folds' probes share most of their training rows, so their errors go together (Nadeau and Bengio 2003, whose
-    correction this is). Without it a test at 0.05 calls noise a finding in 8 to 25 % of data sets.
+    correction this is). With permuted answers and real states (300 prompts, SmolLM2, layer 20) a test at 0.05 called
+    noise a finding in 3 to 5 % of 150 draws, without the correction in 12 to 13 %.
     """
     count = len(np.unique(folds))
     return 1 + count / (count - 1) if count > 1 else 1.0
@@ -85,7 +92,7 @@ def placement_influence(labels: np.ndarray, scores: np.ndarray, folds: np.ndarra
     from scipy.stats import rankdata
 
     labels = np.asarray(labels, dtype=bool)
-    influence, parts, pairs = np.zeros(len(labels)), [], []
+    influence, parts = np.zeros(len(labels)), []
     for fold in np.unique(folds):
         here = np.flatnonzero(folds == fold)
         positive, negative = here[labels[here]], here[~labels[here]]
@@ -95,11 +102,13 @@ def placement_influence(labels: np.ndarray, scores: np.ndarray, folds: np.ndarra
         split = len(positive)
         above = (ranks[:split] - rankdata(scores[positive])) / len(negative)  # share of negatives below each positive
         below = 1 - (ranks[split:] - rankdata(scores[negative])) / len(positive)
-        auc = above.mean()
-        influence[positive] = split * len(negative) * (above - auc) / split
-        influence[negative] = split * len(negative) * (below - auc) / len(negative)
-        parts.append(auc * split * len(negative))
-        pairs.append(split * len(negative))
-    if not pairs:
+        parts.append((positive, negative, above, below))
+    if not parts:
         return float("nan"), influence
-    return float(sum(parts) / sum(pairs)), influence / sum(pairs)
+    pairs = sum(len(positive) * len(negative) for positive, negative, _, _ in parts)
+    auc = sum(len(negative) * float(above.sum()) for _, negative, above, _ in parts) / pairs
+    for positive, negative, above, below in parts:
+        # From the AUC over all folds: from the fold's own, a positive that is alone in its fold would have no error.
+        influence[positive] = len(negative) * (above - auc) / pairs
+        influence[negative] = len(positive) * (below - auc) / pairs
+    return auc, influence

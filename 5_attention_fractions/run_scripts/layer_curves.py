@@ -45,9 +45,9 @@ def style_colours(styles: list[str]) -> dict[str, Any]:
 def draw_curves(axes: Any, table: pd.DataFrame, colours: dict[str, Any], columns: tuple[str, str, str]) -> None:
     """One line per style of `table` (columns style, layer and the three named: value, low, high) on `axes`.
 
-    With more than MANY_STYLES lines only the thick ones get their interval drawn, or none could be read.
+    With more than MANY_STYLES styles only pooled ones get their interval drawn, or none could be read.
     """
-    many = table["style"].nunique() > MANY_STYLES
+    many = sum(not is_control(style) for style in table["style"].unique()) > MANY_STYLES
     value, low, high = columns
     for style, part in table.groupby("style", sort=False):
         part = part.dropna(subset=[value]).sort_values("layer")
@@ -57,7 +57,7 @@ def draw_curves(axes: Any, table: pd.DataFrame, colours: dict[str, Any], columns
         look = {"color": colours[style], "linewidth": 2.2 if thick else 1.4, "zorder": 3 if thick else 2}
         line = "--" if control else "-"
         axes.plot(part["layer"], part[value], linestyle=line, marker=marker, markersize=4, label=style, **look)
-        if thick or not many:
+        if style in POOLED or not many:
             axes.fill_between(part["layer"], part[low], part[high], color=colours[style], alpha=0.12, linewidth=0)
 
 
@@ -216,7 +216,7 @@ def plot_probes(table: pd.DataFrame, path: str | Path) -> None:
             grid[i, j].set_title(title, fontsize=10)
         grid[i, 0].set_ylabel("out-of-fold AUC")
     for axes in grid[-1]:
-        layer_axis(axes)
+        axes.set_xlabel("layer (0 = embeddings)")
     figure.suptitle("Linear probes by layer (band: 95 % clustered interval), folds grouped by template")
     shared_legend(figure, grid.flat)
     save_figure(path, figure)
@@ -231,6 +231,8 @@ def _probe_panel(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None
     draw_curves(axes, part, colours, ("auc", "ci_low", "ci_high"))
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     layer_axis(axes, "")
+    ticks, last = axes.get_xticks(), part["layer"].max()  # the room to the right is the diamonds', no layer
+    axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
 
 
 def _draw_baselines(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None:
@@ -238,7 +240,7 @@ def _draw_baselines(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> N
     known = part.dropna(subset=["baseline_auc"]).drop_duplicates("style")
     last = part["layer"].max()
     for position, row in enumerate(known.itertuples()):
-        label = "token counts alone (baseline)" if position == 0 else None
+        label = "token counts alone (baseline; open: of a control)" if position == 0 else None
         place = last + (0.02 + 0.012 * position) * max(1, last)
         look = {"color": colours[row.style], "markersize": 4, "clip_on": False, "label": label}
         axes.plot([place], [row.baseline_auc], "D", markerfacecolor="white" if is_control(row.style) else None, **look)
@@ -247,7 +249,7 @@ def _draw_baselines(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> N
 def _draw_controls(axes: Any, part: pd.DataFrame) -> None:
     for position, (_, own) in enumerate(part.groupby("style", sort=False)):
         own = own.sort_values("layer")
-        label = "shuffled labels (control)" if position == 0 else None
+        label = "shuffled labels" if position == 0 else None
         axes.plot(own["layer"], own["control_auc"], color="grey", linewidth=0.8, linestyle="--", label=label, zorder=1)
     # One band around all intervals: a band for each style would add up to black.
     ends = part.groupby("layer").agg(low=("control_ci_low", "min"), high=("control_ci_high", "max"))

@@ -292,7 +292,7 @@ def _unit_table(
 
     at = (found[:, 0], found[:, 1])
     table = pd.DataFrame({"style": style, "layer": found[:, 0], study.unit: found[:, 1]})
-    table["rank"] = np.arange(1, len(found) + 1)
+    table["score"], table["rank"] = study.score, np.arange(1, len(found) + 1)
     table["n_find"], table["n"], table["n_clusters"] = sums.n[FIND], units.n[:, 0], units.n_clusters[:, 0]
     table["delta_find"], table["delta"] = deltas[FIND][at], deltas[CONFIRM][at]
     for name, total in (("style", sums.style), ("clean", sums.clean), ("split", sums.split)):

@@ -50,6 +50,7 @@ from activation_rows import (
     changed_rows,
     clean_and_styles,
     control_of,
+    is_control,
     like_control,
     tell_controls,
     twin_region,
@@ -231,9 +232,9 @@ def all_items(states: States, args: argparse.Namespace, answers: Answers | None)
         if "style" in args.targets:
             yield style_items(states, [style for style in styles if matched_style(style) is None], region)
     if answers is not None and "wrong" in args.targets:
-        yield from (wrong_items(states, style, answers) for style in (states.clean, *styles))
+        yield from (wrong_items(states, style, answers) for style in (states.clean, *styles) if not is_control(style))
     if answers is not None and "flipped" in args.targets:
-        yield from (flipped_items(states, style, answers) for style in styles)
+        yield from (flipped_items(states, style, answers) for style in styles if not is_control(style))
 
 
 # --- probing
