@@ -29,7 +29,7 @@ both edit the same words and these differ by at most --split_tokens tokens. A wo
 such rows (n_identical) are in the lines of `split@<style>`, at distance 0 and depth 0, but for log10_next_token_kl and
 half_recovery_depth, which are not defined there. `split` is cut into more tokens than most typos, and these then look
 recovered early: SmolLM2, 200 prompts, `swap` against `split` at any number of tokens 5.1 layers earlier [3.0, 7.3]
-(n = 177), at most one apart 1.4 later [-2.4, 5.1] (n = 54), against `split@swap` 4.4 later [2.6, 6.1] (n = 185).
+(n = 177), at most one apart 1.4 later [-2.4, 5.1] (n = 54), against `split@swap` 4.5 later [2.8, 6.2] (n = 185).
 
 A row whose region holds the first token is left out of that region (`--first_token excluded`): that token is the
 attention sink of most models, its state far longer than any other (massive activations: Sun et al. 2024, arXiv

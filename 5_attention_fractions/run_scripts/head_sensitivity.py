@@ -16,7 +16,7 @@ tokens, and that alone moves most heads. difference_vs_split is style - control,
                     be had are left out (n_vs_split are used)
     split           else: the clean word, cut by an invisible character; rows in which both touch the same words and
                     these differ by at most --split_tokens tokens. The character is a token too: no perfect control
-On SmolLM2 the mean task fraction of 248 of 270 heads changes from the clean form to `swap`, and that of 49 from
+On SmolLM2 the mean task fraction of 248 of 270 heads changes from the clean form to `swap`, and that of 53 from
 `split@swap` (200 prompts of maths.json, adjusted p < 0.05). A model rarely reads words so cut: what it makes of that is
 in the control, not in the typo. A layer is the mean over its heads. Measures (`last`: of the last prompt token; `mean`:
 of the mean over all prompt tokens):

@@ -8,7 +8,7 @@ where split is the clean word in as many tokens as the typo has, so that a unit 
 nothing: the style `split@<style>` of the run, or for want of it `split`, which cuts words by an invisible character, in
 another number of tokens (rows in which it cuts other words are left out). The summary's `control` says which. delta is
 in units of activation, so that it favours layers whose activations are large; `--score effect_size` divides it by the
-standard deviation, over the rows, of the change from the larger of the two. On SmolLM2 (200 prompts, swap) 72 of the
+standard deviation, over the rows, of the change from the larger of the two. On SmolLM2 (200 prompts, swap) 71 of the
 best 230 neurons by delta are in layer 29, the last, and most others after 20; by effect size most are in 13 to 21.
 Neuron: the mean MLP activation (after the activation function) over the edited words and the last prompt token, from
 which the answer is written (`--neuron_regions`; each region's mean counts once, so that a word of many tokens does not
