@@ -99,6 +99,7 @@ def test_a_file_of_something_else_is_told(tmp_path):
         ("attentions", lambda v: {"layer_0": v["layer_0"][:, :3]}, r"attentions\['layer_0'\] is of 3 heads"),
         ("pooled_regions", lambda v: [*v, "task"], "pooled_regions is of 2 pooled regions, hidden_pooled of 1"),
         ("region_mask", lambda v: v[:, 1:], "region_mask is of 6 tokens, input_ids of 7"),
+        ("attention_mask", lambda v: v & False, "holds a prompt without a token"),
         ("span_mass", lambda _: "much", "span_mass is no tensor or list"),
     ],
 )

@@ -205,6 +205,8 @@ def field_sizes(content: dict[str, Any], path: Path) -> dict[str, tuple[int, str
                     f"{path}: {key} is of {size} {AXIS_NAMES[name]}, {other} of {known}; "
                     "the file is damaged: delete it and run stage 2 again"
                 )
+    if "region_mask" in content and not bool(content["attention_mask"].any(1).all()):
+        raise UserError(f"{path}: holds a prompt without a token; delete it and run stage 2 again")
     return found
 
 
