@@ -75,6 +75,7 @@ from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
 from run_store import Run, open_run
+from token_spans import matched_style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -274,7 +275,7 @@ def collect(sources: Sources, items: Any) -> Sums:
             changed = changed_rows(sources.clean, sources.styles[style], both)
             sums.identical[style] += len(both) - len(changed)
             # Where a typo has as many tokens as the word, the clean word is its own control.
-            rows = both if is_control(style) else changed
+            rows = both if matched_style(style) else changed
             if not rows:
                 continue
             values = block_values(sources, style, rows, set(changed), sums)
