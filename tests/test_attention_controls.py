@@ -33,7 +33,7 @@ def control_rows(count: int = ROWS, templates: int = 16) -> list[dict]:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("controls") / "run"
-    return write_run(folder, control_rows(), layers=3, heads=2, neurons=6, raw_layers=())
+    return write_run(folder, control_rows(), layers=3, heads=2, neurons=6, raw_layers=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,35 @@ def test_heads_are_compared_with_the_matched_control(run_dir, results):
     assert set(zip(control_lines["n"], control_lines["n_identical"], strict=True)) == {
         (ROWS - len(IDENTICAL), len(IDENTICAL))
     }
+
+
+def test_divergence_from_the_clean_form_is_tested_against_that_of_the_control(run_dir, results):
+    from aligned_maps import aligned_divergence, row_maps
+    from paired_stats import paired_difference
+
+    run, maps = open_run(run_dir), {}
+    for style, edited in (("normal", "edited:swap"), ("swap", "edited"), ("split@swap", "edited")):
+        for path, content in run.batches(style):
+            maps |= {
+                (style, index): one
+                for index, one in zip(content["original_indices"], row_maps(content, path, edited), strict=True)
+            }
+    far = {
+        style: aligned_divergence(
+            np.array([maps[style, i] for i in MATCHED], dtype=object),
+            np.array([maps["normal", i] for i in MATCHED], dtype=object),
+            [0, 1, 2],
+        )[:, 1, :, 1]
+        for style in ("swap", "split@swap")
+    }
+    assert np.array_equal(far["split@swap"][[MATCHED.index(i) for i in IDENTICAL]], np.zeros((len(IDENTICAL), 2)))
+    expected = paired_difference(far["swap"], far["split@swap"], [run.template(i) for i in MATCHED])
+    table = pd.read_csv(results / "head_sensitivity.csv")
+    lines = table[(table["style"] == "swap") & (table["measure"] == "jsd_mean")].sort_values("head")
+    assert lines["p"].isna().all()
+    assert set(lines["layer"]) == {1}
+    np.testing.assert_allclose(lines["difference_vs_split"], expected.mean, atol=1e-6)
+    np.testing.assert_allclose(lines["p_vs_split"], expected.p, rtol=1e-3)
 
 
 def test_states_are_compared_with_the_matched_control(run_dir, results):

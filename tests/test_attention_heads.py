@@ -17,7 +17,7 @@ from aligned_maps import aligned_divergence, row_maps
 from command_line import UserError
 from head_sensitivity import MEASURES, main, sensitivity_values
 from heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric_limit
-from paired_rows import _RowWindow, paired_batches, read_rows
+from paired_rows import RowWindow, paired_batches, read_rows
 from run_store import open_run
 from scipy.spatial.distance import jensenshannon
 from synthetic_run import prompt_rows, with_first_word_typo, write_run
@@ -64,7 +64,7 @@ def test_the_window_holds_few_files() -> None:
         for start in range(0, 1000, 4):
             yield rows_of(list(range(start, start + 4)))
 
-    window, most = _RowWindow(files()), 0
+    window, most = RowWindow(files()), 0
     for start in range(0, 1000, 7):
         found, rows = window.take(np.arange(start, min(start + 7, 1000)))
         assert rows["value"].tolist() == [i * 10.0 for i in range(start, start + len(found))]

@@ -34,7 +34,8 @@ entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `
             The edited_ measures and entropy_edited leave out rows whose edited words hold the first token
             (`--first_token excluded`): it is the sink of most models, next to which the word itself is nothing.
 jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's attention in the two forms, tokens aligned
-                             around the edit; only layers with raw maps. A distance: never below 0, so it has no test
+                             around the edit; only layers with raw maps. A distance, never below 0: no test but
+                             against the control: is the style farther from the clean form than the control is?
 
 effect_size is Cohen's d_z, the mean difference over the standard deviation of the differences. Standard errors are
 clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure. The flips
@@ -135,6 +136,7 @@ class StyleEffect:
     identical: int = 0
     unpaired: int = 0
     squares: Any = field(default=0.0)
+    to_clean: bool = True  # else differences to a control, in which a distance can also be below 0
 
     @classmethod
     def empty(
@@ -184,27 +186,32 @@ def style_effect(
     split_tokens only those in which these differ by at most so many tokens (in none, for `split@<style>`).
     """
     from activation_rows import same_words, token_limit
-    from paired_rows import paired_batches, read_rows, take_rows
+    from paired_rows import RowWindow, paired_batches, read_rows, take_rows
 
     info: dict[str, Any] = {}
-    distances = baseline == run.clean_style
-    variants = read_rows(run, style, _extractor(run, style, None, tokenizer, info, distances), max_samples)
-    others = read_rows(run, baseline, _extractor(run, baseline, style, tokenizer, {}, distances), max_samples)
+    to_clean = baseline == run.clean_style
+    variants = read_rows(run, style, _extractor(run, style, None, tokenizer, info), max_samples)
+    others = read_rows(run, baseline, _extractor(run, baseline, style, tokenizer, {}), max_samples)
+    cleans = None
+    if not to_clean and run.clean_style is not None:
+        cleans = RowWindow(read_rows(run, run.clean_style, _map_extractor(run, style, tokenizer), max_samples))
     effect: StyleEffect | None = None
     identical = unpaired = 0
     for pair in paired_batches(variants, others):
         identical, unpaired = identical + pair.identical, unpaired + pair.unpaired
         variant, other = pair.variant, pair.clean
-        if not distances:
+        if not to_clean:
             keep = same_words(run, style, baseline, variant["original_index"])
             keep &= _near_tokens(variant, other, token_limit(baseline, split_tokens))
             variant, other = take_rows(variant, keep), take_rows(other, keep)
         indices = variant["original_index"]
         if not len(indices):
             continue
-        values, measures = _pair_values(variant, other, style, info["layers"], without_first)
+        clean_maps = None if cleans is None else cleans.take(indices)
+        values, measures = _pair_values(variant, other, style, info["layers"], without_first, clean_maps)
         if effect is None:
             effect = StyleEffect.empty(style, info["layers"], values[0].shape[2], measures, answers is not None)
+            effect.to_clean = to_clean
         if measures != effect.measures:
             rows = f"rows {indices[0]} to {indices[-1]}"
             raise UserError(
@@ -228,30 +235,50 @@ def _near_tokens(variant: Batch, other: Batch, most: int | None) -> np.ndarray:
 
 
 def _pair_values(
-    variant: Batch, clean: Batch, style: str, layers: list[int], without_first: bool
+    variant: Batch,
+    baseline: Batch,
+    style: str,
+    layers: list[int],
+    without_first: bool,
+    cleans: tuple[np.ndarray, Batch] | None = None,
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
-    """((measures of both forms [P,L,H,M]), their names); with raw maps the distances are among them."""
-    import numpy as np
-    from aligned_maps import aligned_divergence
+    """((measures of both forms [P,L,H,M]), their names); with raw maps the distances are among them.
 
-    own, other = sensitivity_values(variant, without_first), sensitivity_values(clean, without_first)
+    The distances are those to the clean form: to the baseline itself, or where that is a control, to `cleans`
+    (positions of the pairs that have a clean form, these).
+    """
+    import numpy as np
+
+    own, other = sensitivity_values(variant, without_first), sensitivity_values(baseline, without_first)
     if own.shape != other.shape:
         raise UserError(
             f"style {style!r} has {own.shape[1]} layers x {own.shape[2]} heads, its clean run {other.shape[1]} x "
             f"{other.shape[2]}; run both with one model and the same --raw_layers"
         )
-    if "maps" not in variant or "maps" not in clean:
+    clean = baseline if cleans is None or not len(cleans[0]) else cleans[1]
+    if not all("maps" in one for one in (variant, baseline, clean)):
         return (own, other), MEASURES
-    distance = aligned_divergence(variant["maps"], clean["maps"], layers)
+    far = _distance(variant, cleans or (np.arange(len(own)), baseline), layers)
     # A clean form is at no distance from itself, so the difference is the distance.
-    both = np.concatenate([own, distance], axis=-1), np.concatenate([other, distance * 0], axis=-1)
-    return both, MEASURES + DISTANCES
+    near = far * 0 if cleans is None else _distance(baseline, cleans, layers)
+    return (np.concatenate([own, far], axis=-1), np.concatenate([other, near], axis=-1)), MEASURES + DISTANCES
 
 
-def _extractor(
-    run: Run, style: str, compared: str | None, tokenizer: str | None, info: dict[str, Any], distances: bool
-) -> Extract:
-    """What is read of each file, with `distances` the raw maps too; `info` takes the layers."""
+def _distance(form: Batch, cleans: tuple[np.ndarray, Batch], layers: list[int]) -> np.ndarray:
+    """The DISTANCES [P,L,H,2] of a form to the clean one; NaN for a row without."""
+    import numpy as np
+    from aligned_maps import aligned_divergence
+
+    found, clean = cleans
+    heads = next(iter(form["maps"][0].maps.values())).shape[0]
+    values = np.full((len(form["maps"]), len(layers), heads, len(DISTANCES)), np.nan, dtype=np.float32)
+    if len(found):
+        values[found] = aligned_divergence(form["maps"][found], clean["maps"], layers)
+    return values
+
+
+def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None, info: dict[str, Any]) -> Extract:
+    """What is read of each file, the raw maps too where there are any; `info` takes the layers."""
     from aligned_maps import row_maps
     from attention_fields import attention_fields, edited_region, layers_of
     from reference_format import TokenRegions
@@ -262,9 +289,25 @@ def _extractor(
     def extract(content: dict[str, Any], path: Path) -> Batch:
         info["layers"] = layers_of(content, path, info.get("layers"))
         fields = attention_fields(content, path, edited, reference)
-        if distances and content.get("attentions"):
+        if content.get("attentions"):
             fields["maps"] = row_maps(content, path, edited, reference)
         return fields
+
+    return extract
+
+
+def _map_extractor(run: Run, compared: str, tokenizer: str | None) -> Extract:
+    """The raw maps of the clean form, where there are any."""
+    from aligned_maps import row_maps
+    from attention_fields import edited_region
+    from reference_format import TokenRegions
+
+    clean = str(run.clean_style)
+    reference = TokenRegions(tokenizer, run, clean, compared) if tokenizer else None
+
+    def extract(content: dict[str, Any], path: Path) -> Batch:
+        edited = edited_region(clean, clean, compared)
+        return {"maps": row_maps(content, path, edited, reference)} if content.get("attentions") else {}
 
     return extract
 
@@ -289,16 +332,17 @@ def sensitivity_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame]
         "t": difference.t, "p": difference.p,
     }  # fmt: skip
     for name in ("effect_size", "t", "p"):
-        columns[name] = np.where([measure in DISTANCES for measure in effect.measures], np.nan, columns[name])
+        untested = [effect.to_clean and measure in DISTANCES for measure in effect.measures]
+        columns[name] = np.where(untested, np.nan, columns[name])
     order = np.abs(columns["t"])
     for column, measure in enumerate(effect.measures):
-        if measure in DISTANCES:
+        if measure in DISTANCES and effect.to_clean:
             order[:, column] = difference.mean[:, column]
     return _split_levels(effect, columns, order)
 
 
 def with_controls(table: pd.DataFrame, own: dict[str, pd.DataFrame], names: dict[str, str]) -> pd.DataFrame:
-    """The table with each style's difference to its control beside that to the clean form; distances have none.
+    """The table with each style's difference to its control beside that to the clean form.
 
     own: the differences to the control by style (a style none of whose rows is matched is not there); names: controls.
     """
@@ -306,7 +350,7 @@ def with_controls(table: pd.DataFrame, own: dict[str, pd.DataFrame], names: dict
 
     keys = [key for key in ("style", "layer", "head", "measure") if key in table]
     columns = ["n", "difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"]
-    parts = [part.loc[~part["measure"].isin(DISTANCES), keys + columns] for part in own.values()]
+    parts = [part[keys + columns] for part in own.values()]
     beside = pd.concat([table.loc[:0, keys + columns].iloc[:0], *parts], ignore_index=True)
     beside = beside.rename(columns={column: f"{column}_vs_split" for column in columns})
     return table.assign(control=table["style"].map(names)).merge(beside, "left", keys)

@@ -54,7 +54,7 @@ def read_rows(run: Run, style: str, extract: Extract, max_samples: int | None = 
 
 def paired_batches(variants: Iterator[Batch], cleans: Iterator[Batch]) -> Iterator[PairedBatch]:
     """Pair each batch of a style with the clean rows of the same original_index; rows must rise from file to file."""
-    window = _RowWindow(cleans)
+    window = RowWindow(cleans)
     for rows in variants:
         found, clean = window.take(rows["original_index"])
         if not len(found):
@@ -81,7 +81,7 @@ def original_indices(content: dict[str, Any], path: Path) -> np.ndarray:
     return start + np.arange(row_count(content))
 
 
-class _RowWindow:
+class RowWindow:
     """The rows of a run by original index, asked for in rising order; files that lie behind are let go."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
@@ -129,7 +129,8 @@ class _RowWindow:
         parts = [take_rows(self._held[n], positions[numbers == n]) for n in np.unique(numbers)]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
+        keys = [key for key in parts[0] if all(key in part for part in parts)]  # some files may lack the raw maps
+        return {key: np.concatenate([part[key] for part in parts])[back] for key in keys}
 
 
 def _texts(content: dict[str, Any], indices: np.ndarray, style: str, run: Run) -> np.ndarray:
