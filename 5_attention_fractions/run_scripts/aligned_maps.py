@@ -64,9 +64,11 @@ def row_maps(
 def aligned_divergence(variants: np.ndarray, cleans: np.ndarray, layers: list[int]) -> np.ndarray:
     """Jensen-Shannon divergence in bits [P, L, H, 2] of P pairs of RowMaps: of the last token, and the mean.
 
-    Unedited tokens are matched one to one; all edited tokens between two of them are one key, so that a word cut
-    into more tokens does not count as change. The mean is over all unedited queries. NaN in layers without a raw map,
-    and for pairs whose unedited tokens differ (then the typo has changed how its neighbours are tokenised).
+    Unedited tokens are matched one to one; all edited tokens between two of them are one key. A word cut into more
+    tokens still changes where attention goes: the controls have most of a typo's divergence. The mean is over the
+    divergences of all unedited queries; those before the edit have none, so that it depends on where the edit stands
+    and on the length of the context. NaN in layers without a raw map, and for pairs whose unedited tokens differ (then
+    the edit has changed how its neighbours are tokenised, as where a word is put before the first).
     """
     heads = next(iter(cleans[0].maps.values())).shape[0]
     divergence = np.full((len(variants), len(layers), heads, 2), np.nan, dtype=np.float32)

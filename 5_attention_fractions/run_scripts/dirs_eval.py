@@ -10,9 +10,14 @@ Writes  attention_fractions.csv                every region, query and measure; 
 fraction  attention mass on a region, 0 to 1; context, instruction and task are disjoint and sum to 1
 baseline  the fraction if each query spread its attention evenly over the tokens it may see: the share of tokens
 density   fraction / baseline per row: 1 is even attention, 2 is twice the mass per token; missing for an empty region
+          (then the fraction is 0: n of the density is in attention_fractions.csv). Baseline and density suppose that a
+          query sees all tokens before it: in layers whose sliding window is shorter than the prompt they are wrong
 query     `last`, the last prompt token, or `mean`, the mean over all prompt tokens
 first_token  `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
           (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left
+
+The task is what follows the first colon; a prompt without one is all task, so that what `polite` and `urgent` put
+around it counts as task there, and as instruction in prompts with a colon: look at the two kinds apart.
 
 An `edited` word that holds the first token is missing from `edited`: its attention would be the sink's.
 

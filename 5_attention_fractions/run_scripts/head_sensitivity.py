@@ -23,7 +23,8 @@ of the mean over all prompt tokens):
 
 task_fraction_last, _mean    attention mass on the task
 edited_mass_last, _mean      mass on the edited words; in the clean form on the same words before the edit
-edited_log2_mass_last, _mean   its logarithm: a difference of 1 is twice the mass. Few rows carry the mean mass, those
+edited_log2_mass_last, _mean   its logarithm: a difference of 1 is twice the mass; less than 1e-5 counts as 1e-5, so
+                             that a head that gives both forms less shows no change. Few rows carry the mean mass, those
                              whose edited word is among the last: of samples of 60 rows of a real run, less than 90 %
                              had its true change in their 95 % interval in 85 of 270 heads, and in 2 for the logarithm
 edited_density_last, _mean   that mass over what even attention would give. Not free of the number of tokens: a word
@@ -36,6 +37,8 @@ entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `
 jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's attention in the two forms, tokens aligned
                              around the edit; only layers with raw maps. A distance, never below 0: no test but
                              against the control: is the style farther from the clean form than the control is?
+                             jsd_mean is the mean over queries, those before the edit (0) among them: compare it
+                             within a run, between a style and its control
 
 effect_size is Cohen's d_z, the mean difference over the standard deviation of the differences. Standard errors are
 clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure. The flips
