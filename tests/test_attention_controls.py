@@ -90,6 +90,8 @@ def test_heads_are_compared_with_the_matched_control(run_dir, results):
     )
     for row in swap.itertuples():
         assert row.difference_vs_split == pytest.approx(change[row.layer, row.head], abs=1e-6)
+    overlap = pd.read_csv(results / "head_overlap.csv")
+    assert set(overlap[overlap["baseline"] == "control"]["style"]) == {"swap"}  # `main` has but `split`
     # Of its own, the control differs from the clean form in the rows in which it is cut.
     control_lines = table[(table["style"] == "split@swap") & (table["measure"] == "task_fraction_last")]
     assert set(zip(control_lines["n"], control_lines["n_identical"], strict=True)) == {

@@ -121,8 +121,8 @@ SECTIONS = (
             ),
             Plots(
                 "head_sensitivity_vs_split.png",
-                "The same from the control to the style: the clean words in as many tokens. What is left here is the "
-                "typo and not its number of tokens.",
+                "The same from the control to the style. A control split@… has the clean words in as many tokens, so "
+                "that what is left is the typo; `split` has them cut by an invisible character.",
             ),
             Plots(
                 "head_overlap.png",

@@ -276,19 +276,15 @@ def same_words(run: Run, style: str, control: str, indices: Iterable[int]) -> np
 
 def tell_controls(run: Run, styles: Sequence[str]) -> None:
     """Say in the log which styles have no control with their own number of tokens."""
-    typos = [style for style in styles if not is_control(style)]
-    told = {MATCHED: "", SPLIT_STYLE: "", None: ""}
-    for style in typos:
-        control = control_of(run, style)
-        told[MATCHED if control and matched_style(control) else control] += f" {style}"
-    if told[None]:
+    controls = {style: control_of(run, style) for style in styles if not is_control(style)}
+    if alone := [style for style, control in controls.items() if control is None]:
         get_logger().warning(
-            f"without a control, so that nothing tells a typo from more tokens:{told[None]}; run stage 2 with "
+            f"without a control, so that nothing tells a typo from more tokens: {' '.join(alone)}; run stage 2 with "
             f"--prompt_keys {MATCHED}<style> too"
         )
-    if told[SPLIT_STYLE]:
+    if by_split := [style for style, control in controls.items() if control == SPLIT_STYLE]:
         get_logger().info(
-            f"compared with `split`, cut by an invisible character that is a token, too:{told[SPLIT_STYLE]}; "
+            f"compared with `split`, cut by an invisible character that is a token, too: {' '.join(by_split)}; "
             f"{MATCHED}<style> among stage 2's --prompt_keys is the better control"
         )
 

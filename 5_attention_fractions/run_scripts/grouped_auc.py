@@ -26,8 +26,8 @@ def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters
     would make the AUC fall below 0.5. The standard error is that of clustered ROC data (Obuchowski 1997: DeLong's
     placement values, from the AUC over all folds, summed within clusters; a cluster lies in one fold), enlarged as in
     `cross_validation_factor`; t has one degree of freedom less than the rarer class has clusters. The interval is on
-    the logit scale. With every pair in the right order there is no variance: then the lower end is the
-    exact binomial one, a cluster of the rarer class being one trial (fewer, by the same factor).
+    the logit scale. With every pair in the right order there is no variance: then the lower end is the exact binomial
+    one, a cluster of the rarer class being one trial (fewer, by the same factor).
     """
     from scipy import stats
 

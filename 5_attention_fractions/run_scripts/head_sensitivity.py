@@ -59,6 +59,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError, make_parser, run_main
+from token_spans import matched_style
 
 if TYPE_CHECKING:
     import numpy as np
@@ -502,10 +503,16 @@ def save_pictures(
 def _save_against_controls(
     effects: Sequence[StyleEffect], heads: pd.DataFrame, folder: Path, measure: str
 ) -> list[Path]:
-    """Heatmap of style minus control; none where no style has one."""
+    """Heatmap of style minus control; none where no style has one.
+
+    Where some have a control of as many tokens, only these: next to what an invisible character does (`split`) one
+    would see nothing of a typo.
+    """
     from heatmaps import save_layer_head_grid
 
     rows = heads[(heads["measure"] == measure) & heads["difference_vs_split"].notna()]
+    if (equal := rows["control"].map(matched_style).notna()).any():
+        rows = rows[equal]
     matched = rows.groupby("style")[["n_vs_split", "control"]].max()
     panels = []
     for effect in (effect for effect in effects if effect.style in matched.index):
@@ -515,7 +522,7 @@ def _save_against_controls(
     if not panels:
         return []
     path = folder / "head_sensitivity_vs_split.png"
-    title = f"{measure}: style minus the same words in as many tokens, by layer and head; dots: adjusted p < {ALPHA}"
+    title = f"{measure}: style minus control, by layer and head; dots: adjusted p < {ALPHA}"
     save_layer_head_grid(path, panels, _label(measure), title, effects[0].layers)
     return [path]
 
@@ -653,8 +660,10 @@ def write_results(
         tables[name] = pd.concat([sensitivity_tables(effect)[position] for effect in effects], ignore_index=True)
         own = {style: sensitivity_tables(effect)[position] for style, (_, effect) in controls.items() if effect}
         tables[name] = with_controls(tables[name], own, {style: control for style, (control, _) in controls.items()})
-    matched = [effect for _, effect in controls.values() if effect]
-    parts = [(effects, CLEAN), (matched, CONTROL)]
+    known = [(control, effect) for control, effect in controls.values() if effect]
+    equal = [effect for control, effect in known if matched_style(control)]
+    against = equal or [effect for _, effect in known]  # as in the picture
+    parts = [(effects, CLEAN), (against, CONTROL)]
     tables["head_overlap"] = pd.concat(
         [overlap_table(some, args.seed, baseline) for some, baseline in parts if some], ignore_index=True
     )

@@ -118,11 +118,9 @@ class HalfSums:
         change = style - np.maximum(clean, split)
         if score == DELTA:
             return change
-        squares = (
-            np.where(split > clean, self.over_split[half], self.over_clean[half])
-            if with_split
-            else (self.over_clean[half])
-        )
+        squares = self.over_clean[half]
+        if with_split:
+            squares = np.where(split > clean, self.over_split[half], squares)
         spread = np.sqrt(np.maximum(squares - n * change**2, 0) / (n - 1))
         return np.divide(change, spread, out=np.zeros_like(change), where=spread > NO_SPREAD * np.abs(change))
 

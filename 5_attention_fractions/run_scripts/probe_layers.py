@@ -9,8 +9,8 @@ from a twin. Targets:
                     fragmentation? The control of a style is `split@<style>`, cut into as many tokens, or else `split`
                     where it edits the same words (not at `edited`, where its invisible character would be read)
     style           which style it is, the clean form aside (mean one-against-rest AUC; style `all_styles`)
-    wrong           will the answer to this prompt be wrong, a probe for each style, at the region `last` alone; the
-                    line of the clean form shows how much of that is the problem and not the typo
+    wrong           will the answer to this prompt be wrong, a probe for each style but the controls, at the region
+                    `last` alone; the line of the clean form shows how much of that is the problem and not the typo
     flipped         the same on the rows whose clean answer is right alone: will the typo turn it wrong?
                     (both from `--maths_items`, the table of stage 3; default: maths_items.csv in the results folder)
 
