@@ -268,14 +268,13 @@ def test_homonyms_sound_the_same_and_are_written_differently(made):
     assert all(after in rules.homophones(before) and before != after for before, after in changed)
 
 
-def test_framings_leave_the_task_where_the_first_colon_puts_it(made):
+def test_framings_leave_the_task_as_it_is(made):
     for row in made[0]:
         start, end = token_spans.task_span(row["normal"])
-        if start == 0:  # no colon: everything is the task, framing and all
-            continue
         for style in FRAMINGS:
-            a, b = token_spans.task_span(row[style])
+            a, b = token_spans.task_span(row[style], clean=row["normal"])
             assert row[style][a:b] == row["normal"][start:end]
+            assert start == 0 or token_spans.task_span(row[style]) == (a, b)  # where a colon says so, too
 
 
 def test_framings_hold_nothing_that_a_task_could_be_confused_with():

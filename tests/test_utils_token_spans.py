@@ -113,6 +113,34 @@ def test_task_rule(prompt, task, regex, expected):
 
 
 @pytest.mark.parametrize(
+    ("clean", "style", "expected"),
+    [
+        ("Why is it dark?", "Be quick! Why is it dark?", "Why is it dark?"),  # no colon: the framing is no task
+        ("Why is it dark?", "A request: Why is it dark? Thanks!", "Why is it dark?"),
+        ("Why is it dark?", "Be quick! Why is it drak?", "Be quick! Why is it drak?"),  # cannot be told: all of it
+        ("Why is it dark?", "Why is it drak?", "Why is it drak?"),
+        ("Add up: 7 + 5", "Please: Add up: 7 + 5 Thanks!", " 7 + 5"),
+        ("Add up: 7 + 5", "Add pu: 7 + 5", " 7 + 5"),
+        ("Add up: 7 + 5", "Add up; 7 + 5", " 7 + 5"),
+        ("Add up: two and two", "Add up: tow and two", " tow and two"),
+    ],
+)
+def test_a_style_has_the_task_of_its_clean_form(clean, style, expected):
+    start, end = task_span(style, clean=clean)
+    assert style[start:end] == expected
+    assert task_span(clean, clean=clean) == task_span(clean)
+    spans = character_regions(style, ["instruction", "task"], clean=clean)
+    assert spans["task"] == [(start, end)]
+    assert "".join(style[a:b] for a, b in spans["instruction"]) == style[:start] + style[end:]
+
+
+def test_the_task_of_the_row_and_the_regex_come_before_the_clean_form():
+    assert task_span("Hello! Add 7 + 5 now", "7 + 5", clean="Add 7 + 5 now") == (11, 16)
+    assert task_span("Hello! Add 7 + 6 now", "7 + 5", clean="Add 7 + 5 now") == (0, 20)
+    assert task_span("Hello! Add 7 + 5 now", None, r"Add", clean="Add 7 + 5 now") == (7, 10)
+
+
+@pytest.mark.parametrize(
     ("clean", "variant", "in_clean", "in_variant"),
     [
         ("the cat sat", "the cta sat", ["cat"], ["cta"]),

@@ -98,18 +98,20 @@ def _apply_template(tokenizer: Any, content: str, system_prompt: str | None) -> 
 # --- task and edits
 
 
-def task_span(prompt: str, task: str | None = None, task_regex: str | None = None) -> Span:
+def task_span(prompt: str, task: str | None = None, task_regex: str | None = None, clean: str | None = None) -> Span:
     """Characters of the task in the prompt's own text.
 
-    `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, then: all after
-    the first colon. Where no rule finds a split, everything is task.
+    `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, then the task of
+    its clean form `clean`, where that stands in the prompt unchanged (so that what a framing puts around a request is
+    no task), then: all after the first colon. Where no rule finds a split, everything is task.
     """
     if task_regex is not None:
         if match := re.search(task_regex, prompt, re.DOTALL):
             return match.span(1) if match.re.groups and match.group(1) is not None else match.span()
         return 0, len(prompt)
-    if task and (start := prompt.rfind(task)) >= 0:
-        return start, start + len(task)
+    for known in (task, clean and clean[slice(*task_span(clean, task))]):
+        if known and (start := prompt.rfind(known)) >= 0:
+            return start, start + len(known)
     colon = prompt.find(":")
     if colon >= 0 and prompt[colon + 1 :].strip():
         return colon + 1, len(prompt)
@@ -195,9 +197,10 @@ def character_regions(
 ) -> dict[str, list[Span]]:
     """Spans, in the prompt's own text, of each region that has any; `all`, `last` and `context` follow from the tokens.
 
-    `variants` maps style → text of the same row (for `edited:<style>`), `clean` is the clean text (for `edited`).
+    `variants` maps style → text of the same row (for `edited:<style>`), `clean` is the clean text (for `edited` and
+    where the task is).
     """
-    start, end = task_span(prompt, task, task_regex)
+    start, end = task_span(prompt, task, task_regex, clean)
     regions = {"task": [(start, end)], "instruction": [(0, start), (end, len(prompt))]}
     for name in names:
         if name == "edited" and clean is not None:
