@@ -90,7 +90,7 @@ def test_disjoint_regions_sum_to_one(query: str, first_token: str) -> None:
     cells = fraction_cells(fields)
     columns = [CELLS.index((query, first_token, REGIONS[region], "fraction")) for region in DISJOINT]
     np.testing.assert_allclose(cells[..., columns].sum(-1), 1, atol=3e-3)
-    base = baseline_of(fields)[:, QUERIES.index(query), FIRST_TOKEN.index(first_token)][:, DISJOINT]
+    base = baseline_of(fields)[:, :, QUERIES.index(query), FIRST_TOKEN.index(first_token)][..., DISJOINT]
     np.testing.assert_allclose(base.sum(-1), 1, atol=1e-9)
 
 
@@ -103,7 +103,7 @@ def test_even_attention_has_density_one_everywhere_and_the_baseline_as_fraction(
         attention.copy_(even[:, None].expand_as(attention))
     fields = fields_of(content)
     cells = fraction_cells(fields)
-    np.testing.assert_allclose(fields["mass"], np.broadcast_to(fields["uniform"][:, None, None], fields["mass"].shape),
+    np.testing.assert_allclose(fields["mass"], np.broadcast_to(fields["uniform"][:, :, None], fields["mass"].shape),
                                atol=1e-6)  # fmt: skip
     density = cells[..., [cell[3] == "density" for cell in CELLS]]
     np.testing.assert_allclose(density, 1, atol=1e-4)

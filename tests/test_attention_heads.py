@@ -223,7 +223,7 @@ def test_the_logarithm_of_the_mass_is_taken_row_by_row(out: Path) -> None:
 
 def test_no_mass_is_counted_as_the_least_that_is_known() -> None:
     fields = {
-        "mass": np.zeros((2, 1, 1, 2, 5), dtype=np.float32), "uniform": np.full((2, 2, 5), 0.2),
+        "mass": np.zeros((2, 1, 1, 2, 5), dtype=np.float32), "uniform": np.full((2, 1, 2, 5), 0.2),
         "entropy": np.zeros((2, 1, 1, 3)), "holds_first": np.zeros((2, 5)),
     }  # fmt: skip
     fields["mass"][1, ..., 3] = 0.25

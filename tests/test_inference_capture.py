@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from batching import BatchLimit
-from capture import CaptureOptions, Recorder
+from capture import CaptureOptions, Recorder, attention_windows
 from command_line import UserError
 from decoding import GenerationOptions, Generator, Prompt
 from load_json import read_prompt_file
@@ -177,6 +177,35 @@ def test_neurons_are_the_inputs_of_the_down_projection(tmp_path, family):
         torch.testing.assert_close(
             result.fields["mlp_pooled"].float(), region_means(activations, mask), rtol=2e-3, atol=2e-3, equal_nan=True
         )
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(family, {}) for family in tiny_models.FAMILIES]
+    + [("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+       ("qwen2", {"use_sliding_window": False, "sliding_window": 5}), ("mistral", {"sliding_window": None})],
+)  # fmt: skip
+def test_attention_windows_are_what_the_queries_see(tmp_path, family, changes):
+    model = tiny_models.model(family, attn_implementation="eager", **changes)
+    windows = attention_windows(model.config)
+    prompt = prompt_reader(tmp_path).prompt(prompt_reader(tmp_path).style("normal"), 1)
+    maps = torch.stack(reference(model, prompt).attentions)[:, 0]  # [L,H,S,S]
+    length = maps.shape[-1]
+    back = torch.arange(length)[:, None] - torch.arange(length)  # from the query back to the key
+    for layer, window in enumerate(windows):
+        expected = (back >= 0) & (back < (window or length))
+        assert not maps[layer, :, ~expected].any()
+        assert (maps[layer, :, expected] > 0).float().mean() > 0.9  # some are too small for float32
+        edge = back == (window or length) - 1
+        assert maps[layer, :, edge].max() > 0
+    assert len(windows) == 3
+    assert any(windows) == (family in ("mistral", "gemma2", "qwen2") and changes.get("sliding_window", 8) is not None
+                            and changes.get("use_sliding_window", family != "qwen2"))  # fmt: skip
+
+
+def test_a_layer_of_an_unknown_kind_has_an_unknown_window():
+    config = tiny_models.config("qwen3", layer_types=["full_attention", "chunked_attention", "full_attention"])
+    assert attention_windows(config) == [0, -1, 0]
 
 
 @pytest.mark.parametrize("reuse_prefix", [False, True])

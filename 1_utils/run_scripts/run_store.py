@@ -32,7 +32,7 @@ from token_spans import matched_style
 if TYPE_CHECKING:
     import torch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 LAYER_NAME = re.compile(r"layer_\d+")
 PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
 FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
@@ -47,6 +47,7 @@ FIELD_AXES = {
     "input_ids": "BS", "attention_mask": "BS", "region_mask": "BSR", "span_mass": "LBHRR", "attention_entropy": "LBHR",
     "hidden_pooled": "+BPD", "mlp_pooled": "LBPF", "topk_vals": "BTk", "topk_indices": "BTk", "logsumexp": "BT",
     "hidden_states": "BSD", "attentions": "BHSS", "regions": "R", "pooled_regions": "P",
+    "attention_windows": "L",
 }  # fmt: skip
 REGION_FIELDS = ("input_ids", "attention_mask", "regions", "region_mask")  # what regions are made of, all or none
 ROW_LISTS = ("original_indices", "element_index", "prompts", "responses", "final_predictions")
@@ -55,7 +56,7 @@ AXIS_NAMES = {
     "F": "neurons", "T": "token positions", "k": "logits",
 }  # fmt: skip
 RUN_AXES = "LHDFk"  # these must also agree between the files of a run
-PER_FILE_KEYS = ("regions", "pooled_regions", "style", "topk_positions")
+PER_FILE_KEYS = ("regions", "pooled_regions", "style", "topk_positions", "attention_windows")
 
 
 # --- reading a run
@@ -217,9 +218,10 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: has {missing[0][0]} but no {missing[0][1]}; delete it and run stage 2 again")
     if "span_mass" in content and (lost := {"all", "last"} - {*content["regions"]}):
         raise UserError(f"{path}: its regions lack {min(lost)!r}; delete it and run stage 2 again")
-    indices = content.get("original_indices", [])
-    if isinstance(indices, list) and not all(isinstance(index, int) for index in indices):
-        raise UserError(f"{path}: its original_indices are no whole numbers; delete it and run stage 2 again")
+    for key in ("original_indices", "attention_windows"):
+        numbers = content.get(key, [])
+        if isinstance(numbers, list) and not all(isinstance(number, int) for number in numbers):
+            raise UserError(f"{path}: its {key} are no whole numbers; delete it and run stage 2 again")
 
 
 def _shapes(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -286,6 +286,7 @@ class StyleJob:
     cost: RowCost
     files: list[range]
     kept: set[int]  # positions whose rows incomplete files already hold
+    windows: list[int]  # the layers' attention windows
 
     def path(self, positions: range) -> Path:
         """Name of a file."""
@@ -302,6 +303,7 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     """Tokenise a style, lay out its files, and find out which of this shard are done."""
     import torch
     from batching import plan_files, row_cost
+    from capture import attention_windows
 
     style = reader.style(style_name, args.max_samples)
     if style.unmatched:
@@ -316,7 +318,8 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     # Each style begins with another shard, else the only file of every small style fell to shard 0.
     first = [*reader.file.style_counts].index(matched_style(style_name) or style_name) + bool(matched_style(style_name))
     files = [positions for i, positions in enumerate(plan_files(style.lengths, cost), first) if i % count == index]
-    return StyleJob(style, folder, run_settings(args, reader.file, style, model), cost, files, set())
+    settings = run_settings(args, reader.file, style, model)
+    return StyleJob(style, folder, settings, cost, files, set(), attention_windows(config))
 
 
 def find_done(job: StyleJob) -> None:
@@ -452,6 +455,7 @@ def write_file(
             "regions": job.style.names,
             "pooled_regions": job.style.pooled,
             "topk_positions": job.settings["capture"]["topk_positions"],
+            "attention_windows": job.windows,
         }
         writer.write(job.path(positions), good, shared, reader.tokenizer.pad_token_id)
 
@@ -574,9 +578,10 @@ def usable_prefix(reader: PromptReader, config: Any, longest: int) -> list[int]:
 
     A padded prompt has its padding between the prefix and its own tokens, so a window would reach less far.
     """
-    config = config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return [] if window and 2 * longest > window else reader.shared_prefix()
+    from capture import attention_windows
+
+    reaches = all(window == 0 or 2 * longest <= window for window in attention_windows(config))
+    return reader.shared_prefix() if reaches else []
 
 
 def positions_depend_on_the_batch(config: Any, longest: int) -> bool:

@@ -548,6 +548,16 @@ def find_layers(model: Any) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
     raise UserError(f"{type(model).__name__} keeps its layers where they cannot be found; choose another model")
 
 
+def attention_windows(config: Any) -> list[int]:
+    """How many keys a query may see in each of the L layers, itself among them; 0: all before it, -1: not known."""
+    config = config.get_text_config(decoder=True)
+    slides = getattr(config, "use_sliding_window", None) is not False
+    window = int((getattr(config, "sliding_window", None) if slides else None) or 0)
+    known = {"full_attention": 0, "sliding_attention": window}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [known.get(kind, -1) for kind in kinds]
+
+
 def down_projection(layer: torch.nn.Module) -> torch.nn.Module:
     """The MLP's last linear map, whose input are the neuron activations (after the activation function, and gated)."""
     found = [

@@ -9,7 +9,7 @@ first token of the sequence, the usual attention sink. For a row with n tokens a
     uniform(last, R) = |R| / n                                   the mass if every visible key got the same
     uniform(mean, R) = 1/n sum_q |{k in R, k <= q}| / q          the same, a query seeing itself and all before it
 
-A layer with a sliding window shorter than the prompt sees fewer keys than `uniform` supposes.
+In a layer with a sliding window of w keys (`attention_windows` of the file), the keys of query q are those after q - w.
 
 Masses come from `span_mass`, all layers, or where a file has none from the raw maps in `attentions`. Pads count in
 nothing. An empty `edited` is NaN, for the row has no such word; any other empty region has mass 0.
@@ -41,8 +41,9 @@ def attention_fields(
     """Arrays with the B rows of a file on their first axis.
 
     edited: the file's name for the edited region (`edited`, or `edited:<style>` in the clean run), None for none.
-    mass [B,L,H,Q,R] float32, uniform [B,Q,R], tokens [B,R], holds_first [B,R] (0 or 1: the region holds the first
-    token), entropy [B,L,H,3] (normalised, of the last token, the mean query and the edited words; NaN where unknown).
+    mass [B,L,H,Q,R] float32, uniform [B,L,Q,R] (NaN in layers of which it is not known what a query sees), tokens
+    [B,R], holds_first [B,R] (0 or 1: the region holds the first token), entropy [B,L,H,3] (normalised, of the last
+    token, the mean query and the edited words; NaN where unknown).
     Raises UserError where the file holds no attention, or no regions and no tokenizer to find them with.
     """
     names, mask, real = regions_of(content, path, reference)
@@ -50,14 +51,17 @@ def attention_fields(
     if "first" not in names:
         keys[..., REGIONS.index("first")] = _first_token(real)
     tokens = keys.sum(axis=1)
-    fields = {"tokens": tokens, "uniform": uniform_mass(keys, real), "holds_first": _holds_first(keys, real)}
+    if "span_mass" not in content and not content.get("attentions"):
+        raise UserError(f"{path}: holds neither span_mass nor attentions; run stage 2 with attention capture")
+    windows = _windows(content, layers_of(content, path))
+    uniform = {window: uniform_mass(keys, real, window) for window in {*windows}}
+    fields = {"tokens": tokens, "holds_first": _holds_first(keys, real)}
+    fields["uniform"] = np.stack([uniform[window] for window in windows], axis=1)
     if "span_mass" in content:
         fields["mass"] = _select_mass(content["span_mass"], names, edited)
         fields["entropy"] = _select_entropy(content, names, edited)
-    elif content.get("attentions"):
-        fields["mass"], fields["entropy"] = _from_maps(content["attentions"], keys, real)
     else:
-        raise UserError(f"{path}: holds neither span_mass nor attentions; run stage 2 with attention capture")
+        fields["mass"], fields["entropy"] = _from_maps(content["attentions"], keys, real, windows)
     for key in ("mass", "entropy"):  # what overflowed is missing, not infinite
         fields[key][np.isinf(fields[key])] = np.nan
     no_edit = tokens[:, REGIONS.index("edited")] == 0
@@ -105,13 +109,30 @@ def regions_of(
     return reference.find(content, path)
 
 
-def uniform_mass(keys: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Mass [B,Q,R] that uniform causal attention gives to the regions keys [B,S,R]; real [B,S] marks the tokens."""
-    count = real.sum(axis=1)
-    last = keys.sum(axis=1) / count[:, None]
-    seen = np.maximum(real.cumsum(axis=1), 1)[..., None]
-    mean = (keys.cumsum(axis=1) / seen * real[..., None]).sum(axis=1) / count[:, None]
-    return np.stack([last, mean], axis=1)
+def uniform_mass(keys: np.ndarray, real: np.ndarray, window: int = 0) -> np.ndarray:
+    """Mass [B,Q,R] that uniform causal attention gives to the regions keys [B,S,R]; real [B,S] marks the tokens.
+
+    window: how many keys a query may see, itself among them; 0: all before it; below 0: not known, all NaN.
+    """
+    if window < 0:
+        return np.full((len(keys), len(QUERIES), keys.shape[-1]), np.nan)
+    shares = _seen(keys, window) / np.maximum(_seen(real, window), 1)[..., None]  # [B,S,R]
+    return _query_weights(real) @ shares
+
+
+def _seen(tokens: np.ndarray, window: int) -> np.ndarray:
+    """How many of `tokens` [B,S,...] each place sees: those up to it, of the last `window` places where that is set."""
+    count = tokens.cumsum(axis=1)
+    if 0 < window < tokens.shape[1]:
+        count[:, window:] = count[:, window:] - count[:, :-window]
+    return count
+
+
+def _windows(content: dict[str, Any], layers: list[int]) -> list[int]:
+    """The attention window of each layer; 0, all keys, where a file does not tell."""
+    told = content.get("attention_windows")
+    known = told if isinstance(told, list) else []
+    return [known[layer] if layer < len(known) else 0 for layer in layers]
 
 
 # --- from span_mass
@@ -143,32 +164,36 @@ def _select_entropy(content: dict[str, Any], names: list[str], edited: str | Non
 # --- from raw maps
 
 
-def _from_maps(maps: dict[str, torch.Tensor], keys: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _from_maps(
+    maps: dict[str, torch.Tensor], keys: np.ndarray, real: np.ndarray, windows: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
     masses, entropies = [], []
-    for name in sorted(maps, key=layer_number):
+    for name, window in zip(sorted(maps, key=layer_number), windows, strict=True):
         attention = maps[name].float().numpy()  # one layer in memory at a time
         attention = np.where(real[:, None, :, None], attention, 0)  # a pad's row may be NaN, and 0 x NaN is NaN
         masses.append(map_mass(attention, keys, real))
-        entropies.append(map_entropy(attention, keys[..., REGIONS.index("edited")], real))
+        entropies.append(map_entropy(attention, keys[..., REGIONS.index("edited")], real, window))
     return np.stack(masses, axis=1), np.stack(entropies, axis=1)
 
 
 def map_mass(attention: np.ndarray, keys: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Mass [B,H,Q,R] of one layer's maps [B,H,S,S] on the regions keys [B,S,R]."""
-    weights = _query_weights(real)  # [B,Q,S]
+    weights = _query_weights(real).astype(np.float32)  # [B,Q,S]
     queried = np.einsum("bqs,bhst->bhqt", weights, attention, optimize=True)
     return np.einsum("bhqt,btr->bhqr", queried, keys.astype(np.float32)).astype(np.float32)
 
 
-def map_entropy(attention: np.ndarray, edited: np.ndarray, real: np.ndarray) -> np.ndarray:
+def map_entropy(attention: np.ndarray, edited: np.ndarray, real: np.ndarray, window: int = 0) -> np.ndarray:
     """Normalised entropy [B,H,3] of one layer's maps [B,H,S,S] for the last token, the mean query, the edited words.
 
     Mean over the queries of H(attention) / log(number of keys that the query may see); a query that sees one key
-    only is left out.
+    only is left out. window: see `uniform_mass`.
     """
     from scipy.special import entr
 
-    seen = real.cumsum(axis=1)
+    if window < 0:
+        return np.full((*attention.shape[:2], len(ENTROPY_QUERIES)), np.nan, dtype=np.float32)
+    seen = _seen(real, window)
     counted = real & (seen > 1)
     allowed = real[:, None, None, :] & counted[:, None, :, None]
     entropy = np.where(allowed, entr(attention), 0.0).sum(axis=-1)  # [B,H,S]
@@ -180,7 +205,7 @@ def map_entropy(attention: np.ndarray, edited: np.ndarray, real: np.ndarray) -> 
 
 
 def _query_weights(real: np.ndarray) -> np.ndarray:
-    return np.stack([_last_token(real), real / real.sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
+    return np.stack([_last_token(real), real / real.sum(axis=1, keepdims=True)], axis=1)
 
 
 # --- tokens

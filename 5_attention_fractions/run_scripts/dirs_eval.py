@@ -8,16 +8,13 @@ Writes  attention_fractions.csv                every region, query and measure; 
     python 5_attention_fractions/run_scripts/dirs_eval.py --run_dir outputs/demo/maths --results_dir results/demo/maths
 
 fraction  attention mass on a region, 0 to 1; context, instruction and task are disjoint and sum to 1
-baseline  the fraction if each query spread its attention evenly over the tokens it may see: the share of tokens
-density   fraction / baseline per row: 1 is even attention, 2 is twice the mass per token; missing for an empty region
-          (then the fraction is 0: n of the density is in attention_fractions.csv). Baseline and density suppose that a
-          query sees all tokens before it: in layers whose sliding window is shorter than the prompt they are wrong
+baseline  the fraction if each query spread its attention evenly over the tokens it may see: the share of tokens. In a
+          layer with a sliding window, of those in the window; files that do not tell it are taken to have none
+density   fraction / baseline per row: 1 is even attention, 2 is twice the mass per token; missing where the region is
+          empty or out of the window's reach (then the fraction is 0; the density has an n of its own)
 query     `last`, the last prompt token, or `mean`, the mean over all prompt tokens
 first_token  `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
           (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left
-
-The task is what follows the first colon; a prompt without one is all task, so that what `polite` and `urgent` put
-around it counts as task there, and as instruction in prompts with a colon: look at the two kinds apart.
 
 An `edited` word that holds the first token is missing from `edited`: its attention would be the sink's.
 
@@ -69,19 +66,27 @@ def fraction_cells(fields: Batch) -> np.ndarray:
 
     holds = fields["holds_first"]
     fraction = _with_and_without_first(fields["mass"], holds[:, None, None, None])  # [B,L,H,Q,2,R]
-    baseline = baseline_of(fields)[:, None, None]
+    baseline = baseline_of(fields)[:, :, None]
+    fraction[..., REGIONS.index("edited")][_no_edit(fields)] = np.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         density = np.where(baseline > 0, fraction / baseline, np.nan)
-    column = REGIONS.index("edited")
-    fraction[..., column][holds[:, column] > 0] = np.nan  # it would be the sink's: see the top
-    density[..., column][holds[:, column] > 0] = np.nan
     both = np.stack([fraction, density], axis=-1).reshape(*fraction.shape[:3], len(_ALL_CELLS))
     return both[..., [_ALL_CELLS.index(cell) for cell in CELLS]]
 
 
 def baseline_of(fields: Batch) -> np.ndarray:
-    """The fractions [B,Q,2,R] that even attention would give, first token included and excluded."""
-    return _with_and_without_first(fields["uniform"], fields["holds_first"][:, None])
+    """The fractions [B,L,Q,2,R] that even attention would give, first token included and excluded; NaN as those are."""
+    import numpy as np
+
+    baseline = _with_and_without_first(fields["uniform"], fields["holds_first"][:, None, None])
+    baseline[..., REGIONS.index("edited")][_no_edit(fields)] = np.nan
+    return baseline
+
+
+def _no_edit(fields: Batch) -> np.ndarray:
+    """Rows [B] without an edited word, or whose edited words hold the first token: see the top."""
+    column = REGIONS.index("edited")
+    return (fields["tokens"][:, column] == 0) | (fields["holds_first"][:, column] > 0)
 
 
 def _with_and_without_first(mass: np.ndarray, holds_first: np.ndarray) -> np.ndarray:
@@ -126,13 +131,8 @@ class StyleSums:
     identical: int = 0
     unpaired: int = 0
     rows: int = 0
-    baseline_sum: Any = 0.0  # [Q,2,R]
-    token_sum: Any = 0.0  # [R]
-
-    @property
-    def baseline(self) -> np.ndarray:
-        """Mean share of tokens [Q,2,R]."""
-        return self.baseline_sum / self.rows
+    baseline: RowMean = field(default_factory=lambda: RowMean())  # share of the visible tokens [L,Q,2,R]
+    tokens: RowMean = field(default_factory=lambda: RowMean())  # [R]
 
     def add(self, batch: Batch, clusters: list[str], boxes: list[int]) -> np.ndarray:
         """Add the rows of a file; returns their cells [B,L,H,K]."""
@@ -142,10 +142,35 @@ class StyleSums:
         self.difference.set_cells(levels.shape[1:])
         self.heads = cells.shape[2]
         self.rows += len(levels)
-        self.baseline_sum = self.baseline_sum + baseline_of(batch).sum(axis=0)
-        self.token_sum = self.token_sum + batch["tokens"].sum(axis=0)
+        self.baseline.add(baseline_of(batch))
+        tokens = batch["tokens"].astype(float)
+        tokens[_no_edit(batch), REGIONS.index("edited")] = float("nan")
+        self.tokens.add(tokens)
         self.histogram.add(levels[:, cells.shape[1] * cells.shape[2] :, boxes])
         return cells
+
+
+class RowMean:
+    """Running mean over rows; NaN is left out."""
+
+    def __init__(self) -> None:
+        self._sum: Any = 0.0
+        self._count: Any = 0
+
+    def add(self, values: np.ndarray) -> None:
+        """Add values [b, *cells]."""
+        import numpy as np
+
+        self._sum = self._sum + np.nansum(values, axis=0)
+        self._count = self._count + (~np.isnan(values)).sum(axis=0)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """[*cells]; NaN where no row has a value."""
+        import numpy as np
+
+        with np.errstate(invalid="ignore"):
+            return self._sum / self._count
 
 
 class FractionHistogram:
@@ -193,7 +218,7 @@ def style_report(run: Run, style: str, args: argparse.Namespace) -> StyleReport 
     sums = style_sums(run, style, args)
     if not sums.rows:
         return None
-    return StyleReport(style, sums.rows, sums.layers, sums.baseline, sums.histogram, style_table(sums))
+    return StyleReport(style, sums.rows, sums.layers, sums.baseline.mean, sums.histogram, style_table(sums))
 
 
 def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
@@ -260,8 +285,11 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
     frame.insert(0, "style", sums.style)
     for name, column in zip(("query", "first_token", "region", "measure"), zip(*CELLS, strict=True), strict=True):
         frame[name] = np.tile(np.array(column, dtype=object), len(places))
-    frame["tokens"] = np.tile([(sums.token_sum / sums.rows)[REGIONS.index(cell[2])] for cell in CELLS], len(places))
-    frame["baseline"] = np.tile([_of_cell(sums.baseline, *cell[:3]) for cell in CELLS], len(places))
+    tokens = sums.tokens.mean
+    frame["tokens"] = np.tile([tokens[REGIONS.index(cell[2])] for cell in CELLS], len(places))
+    by_layer = np.stack([_of_cell(sums.baseline.mean, *cell[:3]) for cell in CELLS], axis=-1)  # [L,K]
+    levels = [by_layer.repeat(sums.heads, axis=0), by_layer, by_layer.mean(axis=0, keepdims=True)]
+    frame["baseline"] = np.concatenate(levels).ravel()
     columns = {
         "n": estimate.n, "estimate": estimate.mean, "ci_low": estimate.ci_low, "ci_high": estimate.ci_high,
         "n_paired": difference.n, "n_identical": sums.identical, "n_unpaired": sums.unpaired,
@@ -274,8 +302,9 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
     return frame[frame["n"] > 0].reset_index(drop=True)
 
 
-def _of_cell(baseline: np.ndarray, query: str, first_token: str, region: str) -> float:
-    return float(baseline[QUERIES.index(query), FIRST_TOKEN.index(first_token), REGIONS.index(region)])
+def _of_cell(baseline: np.ndarray, query: str, first_token: str, region: str) -> np.ndarray:
+    """The baseline [L] of one kind of fraction."""
+    return baseline[:, QUERIES.index(query), FIRST_TOKEN.index(first_token), REGIONS.index(region)]
 
 
 def adjusted_by_level(p: np.ndarray, heads: int) -> np.ndarray:
@@ -321,7 +350,9 @@ def old_table(table: pd.DataFrame, level: str, query: str, first_token: str) -> 
         out[name] = rows["estimate"]
         for column in ("ci_low", "ci_high", "baseline"):
             out[f"{name}_{column}"] = rows[column]
-        out[f"{name}_density"] = cells[region, "density"]["estimate"] if (region, "density") in cells else float("nan")
+        density = cells.get((region, "density"))
+        out[f"{name}_density"] = float("nan") if density is None else density["estimate"]
+        out[f"{name}_density_n"] = 0 if density is None else density["n"]
         for column in ("difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"):
             out[f"{name}_{column}"] = rows[column]
     for region in ("context", "edited", "first"):
@@ -351,14 +382,14 @@ def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Names
     for column, (region, name) in enumerate(OLD_NAMES.items()):
         boxes = [result.histogram.boxes(-1, column)[0] for result in results]
         labels = [f"{result.style}\nn={result.rows}" for result in results]
-        base = [_of_cell(result.baseline, args.query, args.first_token, region) for result in results]
+        base = [float(_of_cell(result.baseline, args.query, args.first_token, region).mean()) for result in results]
         path = folder / f"boxplot_{name}.png"
         _save_boxes(path, boxes, labels, base, f"Attention on the {region} ({note})", "style", region)
         paths.append(path)
     for result in results:
         count = len(result.layers)
         boxes = result.histogram.boxes(slice(0, count), 0)
-        base = [_of_cell(result.baseline, args.query, args.first_token, "instruction")] * count
+        base = _of_cell(result.baseline, args.query, args.first_token, "instruction").tolist()
         path = folder / f"boxplot_perlayer_frac_prompt_{file_word(result.style)}.png"
         title = f"Attention on the instruction by layer: {result.style} ({note}, n = {result.rows} prompts)"
         _save_boxes(path, boxes, [str(layer) for layer in result.layers], base, title, "layer", "instruction")
@@ -387,7 +418,8 @@ def _save_boxes(
 def _draw_boxes(axes: Axes, boxes: list[dict[str, Any]], base: list[float]) -> None:
     axes.bxp(boxes, showfliers=False, medianprops={"color": "C0", "linewidth": 1.5}, widths=0.6)
     places = range(1, len(boxes) + 1)
-    axes.plot(places, base, linestyle="none", marker="D", markersize=4, color="C1", label="share of tokens (baseline)")
+    label = "mean share of tokens (baseline)"
+    axes.plot(places, base, linestyle="none", marker="D", markersize=4, color="C1", label=label)
     axes.plot([], [], color="black", label="box: quartiles; whiskers: 5 % to 95 % of prompts")
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

@@ -98,7 +98,8 @@ def sensitivity_values(fields: Batch, without_first: bool = True) -> np.ndarray:
     task, edited, first = (REGIONS.index(name) for name in ("task", "edited", "first"))
     last, mean = QUERIES.index("last"), QUERIES.index("mean")
     with np.errstate(divide="ignore", invalid="ignore"):
-        density = mass[..., edited] / uniform[:, None, None, :, edited]
+        even = uniform[:, :, None, :, edited]
+        density = np.where(even > 0, mass[..., edited] / even, np.nan)  # else the word is out of a window's reach
     logarithm = np.log2(np.maximum(mass[..., edited], LEAST_MASS))
     columns = [
         mass[..., last, task], mass[..., mean, task], mass[..., last, edited], mass[..., mean, edited],
