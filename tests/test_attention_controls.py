@@ -13,6 +13,7 @@ import probe_layers
 import pytest
 from activation_rows import clean_and_styles, control_of, is_control, like_control, twin_region
 from run_store import open_run, unpack_rows
+from scipy import stats
 from synthetic_run import prompt_rows, with_controls, write_run
 
 ROWS = 32
@@ -42,6 +43,10 @@ def results(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--run_dir", str(run_dir), "--results_dir", str(folder)]
     probes = ["--targets", "typo", "typo_vs_split", "style", "--layers", "1"]
     shares = ["--neuron_share", "0.2", "--head_share", "0.2"]
+    items = [
+        (style, i, style != "swap" or i % 3 > 0) for style in ("normal", "split@swap", "swap") for i in range(ROWS)
+    ]
+    pd.DataFrame(items, columns=["style", "original_index", "correct"]).to_csv(folder / "maths_items.csv", index=False)
     assert head_sensitivity.main(arguments) == 0
     assert activation_diffs.main(arguments) == 0
     assert neuron_sensitivity.main([*arguments, *shares]) == 0
@@ -90,6 +95,10 @@ def test_heads_are_compared_with_the_matched_control(run_dir, results):
     )
     for row in swap.itertuples():
         assert row.difference_vs_split == pytest.approx(change[row.layer, row.head], abs=1e-6)
+    by_t = swap.dropna(subset=["t_vs_split"]).sort_values("t_vs_split", key=abs, ascending=False)
+    assert by_t["rank_vs_split"].tolist() == [1, 2, 3, 4, 5, 6]
+    expected = swap["difference_vs_split"] / swap["standard_error_vs_split"]
+    np.testing.assert_allclose(swap["t_vs_split"], expected, rtol=1e-6)
     overlap = pd.read_csv(results / "head_overlap.csv")
     assert set(overlap[overlap["baseline"] == "control"]["style"]) == {"swap"}  # `main` has but `split`
     # Of its own, the control differs from the clean form in the rows in which it is cut.
@@ -126,6 +135,28 @@ def test_divergence_from_the_clean_form_is_tested_against_that_of_the_control(ru
     assert set(lines["layer"]) == {1}
     np.testing.assert_allclose(lines["difference_vs_split"], expected.mean, atol=1e-6)
     np.testing.assert_allclose(lines["p_vs_split"], expected.p, rtol=1e-3)
+
+
+def test_flips_go_with_the_change_from_the_clean_form_and_from_the_control(run_dir, results):
+    wrong = [index % 3 == 0 for index in range(ROWS)]
+    table = pd.read_csv(results / "head_answer_flips.csv")
+    lines = table[(table["style"] == "swap") & (table["measure"] == "task_fraction_last")]
+    names = open_run(run_dir).load(next((run_dir / "swap").glob("*.pt")))["regions"]
+    query, key = names.index("last"), names.index("task")  # of the base regions, the same in every style
+    mass = {
+        style: {i: row["span_mass"][..., query, key].float().numpy() for i, row in rows_of(run_dir, style).items()}
+        for style in ("normal", "swap", "split@swap")
+    }
+    for baseline, other, rows in (("clean form", "normal", range(ROWS)), ("control", "split@swap", MATCHED)):
+        found = lines[lines["baseline"] == baseline]
+        assert set(found["n"]) == {len(rows)}
+        assert set(found["n_flipped"]) == {sum(wrong[i] for i in rows)}
+        change = [mass["swap"][i] - mass[other][i] for i in rows]
+        for row in found.itertuples():
+            expected = stats.pointbiserialr([wrong[i] for i in rows], [one[row.layer, row.head] for one in change])
+            assert row.point_biserial_r == pytest.approx(expected.statistic, abs=1e-4)
+    assert (results / "head_answer_flips.png").is_file()
+    assert (results / "head_answer_flips_vs_split.png").is_file()
 
 
 def test_states_are_compared_with_the_matched_control(run_dir, results):

@@ -119,11 +119,24 @@ def test_divergence_equals_scipy_on_keys_merged_by_hand() -> None:
     for head in range(2):
         expected = [
             jensenshannon(merged[head, q].numpy(), clean_map[head, p].numpy(), base=2) ** 2
-            for q, p in ((0, 0), (3, 2), (4, 3))  # the unedited queries
+            for q, p in ((3, 2), (4, 3))  # the unedited queries after the edit
         ]
         assert found[0, 1, head, 0] == pytest.approx(expected[-1], abs=1e-6)
         assert found[0, 1, head, 1] == pytest.approx(np.mean(expected), abs=1e-6)
     assert np.isnan(found[0, 0]).all()  # layer 4 has no raw map
+
+
+def test_queries_after_the_first_of_two_edits_count_and_none_where_the_edit_ends_the_prompt() -> None:
+    # clean: a [b] c [d]; typo: a [x] c [y]. Of a and c only c stands after an edit.
+    maps, edited = (causal(4, 0), causal(4, 1)), [False, True, False, True]
+    found = divergence(content_with([1, 8, 3, 9], edited, maps[0]), content_with([1, 2, 3, 4], edited, maps[1]))
+    for head in range(2):
+        expected = jensenshannon(maps[0][head, 2].numpy(), maps[1][head, 2].numpy(), base=2) ** 2
+        assert found[0, 1, head, 1] == pytest.approx(expected, abs=1e-6)
+    assert np.isnan(found[0, 1, :, 0]).all()  # the last token is an edited one
+    at_end = [False, False, False, True]
+    found = divergence(content_with([1, 2, 3, 9], at_end, maps[0]), content_with([1, 2, 3, 4], at_end, maps[1]))
+    assert np.isnan(found).all()
 
 
 def test_a_word_cut_into_more_tokens_is_no_divergence_by_itself() -> None:

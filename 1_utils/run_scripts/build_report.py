@@ -479,6 +479,10 @@ def rows_of(results: Path, wanted: TableOf) -> Table | None:
     total = len(frame)
     for column, value in wanted.only:
         frame = frame[frame[column] == value] if column in frame.columns else frame
+    if wanted.by is not None:
+        if wanted.by not in frame.columns:
+            return None
+        frame = frame.dropna(subset=[wanted.by]).sort_values(wanted.by, kind="stable")
     if wanted.per_style is not None and "style" in frame.columns:
         frame = frame.groupby("style", sort=False).head(wanted.per_style)
     return to_table(frame, wanted.source, wanted.columns, total) if len(frame) else None

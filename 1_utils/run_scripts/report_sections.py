@@ -20,13 +20,17 @@ class Plots:
 
 @dataclass(frozen=True)
 class TableOf:
-    """Rows of a CSV: those where `only` holds, the first `per_style` of each style; `columns` empty: all."""
+    """Rows of a CSV: those where `only` holds, the first `per_style` of each style; `columns` empty: all.
+
+    by: the column that tells which are the first; a row without it is left out.
+    """
 
     source: str
     caption: str
     columns: tuple[str, ...] = ()
     only: tuple[tuple[str, str], ...] = ()
     per_style: int | None = None
+    by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ SECTIONS = (
             ),
             Plots("head_overlap_vs_split.png", "The same for the changes from the controls."),
             Plots("head_answer_flips.png", "Heads whose change goes with an answer that turns from right to wrong."),
+            Plots("head_answer_flips_vs_split.png", "The same for the changes from the controls."),
             Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", folded=True),
         ),
         (
@@ -147,7 +152,18 @@ SECTIONS = (
             ),
             TableOf(
                 "head_sensitivity.csv",
-                "The same for the entropy of attention",
+                "The same, picked by the change from the control: what a typo does beyond costing tokens",
+                (
+                    "style", "control", "layer", "head", "n_vs_split", "difference_vs_split", "effect_size_vs_split",
+                    "p_vs_split", "p_adjusted_vs_split", "difference",
+                ),
+                (("measure", "edited_log2_mass_last"),),
+                3,
+                "rank_vs_split",
+            ),
+            TableOf(
+                "head_sensitivity.csv",
+                "The same for the entropy of attention, by the change from the clean form",
                 ("style", "layer", "head", "n", "clean", "estimate", "difference", "effect_size", "p", "p_adjusted"),
                 (("measure", "entropy_last"),),
                 3,

@@ -24,15 +24,16 @@ class RowMaps:
     real: np.ndarray
     maps: dict[int, torch.Tensor]  # views [H,S,S] into the memory-mapped file, pads included
 
-    def on_shared_keys(self, gaps: np.ndarray) -> Callable[[int], np.ndarray]:
-        """Layer → attention [H,U,U+G] of the U unedited queries on the unedited tokens and, summed, on each of G gaps.
+    def on_shared_keys(self, gaps: np.ndarray, first: int) -> Callable[[int], np.ndarray]:
+        """Layer → attention [H,Q,U+G] of the unedited queries from number `first` on.
 
-        A gap is named by how many unedited tokens stand before it; see `gaps`.
+        Keys are the U unedited tokens and, summed, the tokens in each of G gaps. A gap is named by how many unedited
+        tokens stand before it; see `gaps`.
         """
         places = np.flatnonzero(self.real)
         kept = places[~self.edited]
         keys = np.concatenate([kept, places[self.edited]])
-        cells = kept[:, None] * len(self.real) + keys  # taken by one index: twice as quick as by two
+        cells = kept[first:, None] * len(self.real) + keys  # taken by one index: twice as quick as by two
         in_gap = (self.gaps()[:, None] == gaps).astype(np.float32)
 
         def read(layer: int) -> np.ndarray:
@@ -66,21 +67,24 @@ def aligned_divergence(variants: np.ndarray, cleans: np.ndarray, layers: list[in
 
     Unedited tokens are matched one to one; all edited tokens between two of them are one key. A word cut into more
     tokens still changes where attention goes: the controls have most of a typo's divergence. The mean is over the
-    divergences of all unedited queries; those before the edit have none, so that it depends on where the edit stands
-    and on the length of the context. NaN in layers without a raw map, and for pairs whose unedited tokens differ (then
-    the edit has changed how its neighbours are tokenised, as where a word is put before the first).
+    unedited queries after the first edit; those before it see no edit. NaN in layers without a raw map, where no such
+    query is left, and for pairs whose unedited tokens differ (then the edit has changed how its neighbours are
+    tokenised, as where a word is put before the first).
     """
     heads = next(iter(cleans[0].maps.values())).shape[0]
     divergence = np.full((len(variants), len(layers), heads, 2), np.nan, dtype=np.float32)
     for pair, (variant, clean) in enumerate(zip(variants, cleans, strict=True)):
-        if not np.array_equal(variant.ids[~variant.edited], clean.ids[~clean.edited]) or clean.edited.all():
+        if not np.array_equal(variant.ids[~variant.edited], clean.ids[~clean.edited]):
             continue
         gaps = np.union1d(variant.gaps(), clean.gaps())
-        own, other = variant.on_shared_keys(gaps), clean.on_shared_keys(gaps)
+        after = int(gaps[0]) if gaps.size else 0
+        if after == (~clean.edited).sum():
+            continue
+        own, other = variant.on_shared_keys(gaps, after), clean.on_shared_keys(gaps, after)
         last_kept = not (variant.edited[-1] or clean.edited[-1])
         for place, layer in enumerate(layers):
             if layer in variant.maps and layer in clean.maps:
-                of_queries = _divergence(own(layer), other(layer))  # [H,U]
+                of_queries = _divergence(own(layer), other(layer))  # [H,Q]
                 divergence[pair, place, :, 0] = of_queries[:, -1] if last_kept else np.nan
                 divergence[pair, place, :, 1] = of_queries.mean(axis=1)
     return divergence

@@ -37,13 +37,14 @@ entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `
 jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's attention in the two forms, tokens aligned
                              around the edit; only layers with raw maps. A distance, never below 0: no test but
                              against the control: is the style farther from the clean form than the control is?
-                             jsd_mean is the mean over queries, those before the edit (0) among them: compare it
-                             within a run, between a style and its control
+                             jsd_mean is the mean over the queries after the first edit. None where the edit changes
+                             the tokens beside it, as a word put before the first one does (polite, urgent)
 
 effect_size is Cohen's d_z, the mean difference over the standard deviation of the differences. Standard errors are
-clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure. The flips
-correlate the change with the answer turning wrong (point-biserial r), on rows whose clean answer is right; their p is
-that of a rank-sum test, clustered (answer_flips.py).
+clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure. rank goes by
+the change from the clean form, rank_vs_split by that from the control. The flips correlate the change with the answer
+turning wrong (point-biserial r), on rows whose clean answer is right; baseline: the change from the clean form, or from
+the control. Their p is that of a rank-sum test, clustered (answer_flips.py).
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def style_effect(
             raise UserError(
                 f"{run.path}: raw attention maps for some files of {style!r} only, not for {rows}; see --raw_layers"
             )
-        flipped = None if answers is None else answers.flips(style, baseline, indices)
+        flipped = None if answers is None else answers.flips(style, str(run.clean_style), indices)
         effect.add(*values, [run.template(int(i)) for i in indices], flipped)
     if effect is not None:
         effect.identical, effect.unpaired = identical, unpaired
@@ -354,7 +355,10 @@ def with_controls(table: pd.DataFrame, own: dict[str, pd.DataFrame], names: dict
     import pandas as pd
 
     keys = [key for key in ("style", "layer", "head", "measure") if key in table]
-    columns = ["n", "difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"]
+    columns = [
+        "rank", "n", "difference", "difference_ci_low", "difference_ci_high", "standard_error", "effect_size", "t", "p",
+        "p_adjusted",
+    ]  # fmt: skip
     parts = [part[keys + columns] for part in own.values()]
     beside = pd.concat([table.loc[:0, keys + columns].iloc[:0], *parts], ignore_index=True)
     beside = beside.rename(columns={column: f"{column}_vs_split" for column in columns})
@@ -365,6 +369,7 @@ def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None
     """(heads, layers): correlation of each cell's change with the flip, ranked by |r|; None where nothing is known."""
     import numpy as np
 
+    baseline = CLEAN if effect.to_clean else CONTROL
     found = effect.flips.finish() if effect.flips is not None else None
     if found is None:
         return None
@@ -373,7 +378,10 @@ def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None
         "ci_high": found.ci_high, "change_if_flipped": found.change_if_flipped,
         "change_if_still_right": found.change_if_kept, "p": found.p,
     }  # fmt: skip
-    return _split_levels(effect, columns, np.abs(found.r))
+    heads, layers = _split_levels(effect, columns, np.abs(found.r))
+    for table in (heads, layers):
+        table.insert(table.columns.get_loc("measure"), "baseline", baseline)
+    return heads, layers
 
 
 def _split_levels(
@@ -546,22 +554,27 @@ def _save_overlap(path: Path, overlap: pd.DataFrame, names: list[str], measure: 
     save_style_matrix(path, matrix, names, "rank correlation over heads", title)
 
 
-def save_flip_picture(effects: Sequence[StyleEffect], flips: pd.DataFrame, folder: Path, measure: str) -> list[Path]:
-    """Heatmap of the correlation of each head's change with a flipped answer; none where too few answers flip."""
+def save_flip_pictures(effects: Sequence[StyleEffect], flips: pd.DataFrame, folder: Path, measure: str) -> list[Path]:
+    """Heatmaps of the correlation of each head's change with a flipped answer, for the changes from the clean form and
+    from the control; none where too few answers flip."""
     from heatmaps import save_layer_head_grid
 
-    panels = []
-    for effect in effects:
-        counts = flips[(flips["style"] == effect.style) & (flips["measure"] == measure)]
-        if counts["point_biserial_r"].notna().any():
-            note = f"{effect.style} (n = {counts['n'].max()}, {counts['n_flipped'].max()} flipped)"
-            panels.append(_panel(flips, effect, measure, note, "point_biserial_r"))
-    if not panels:
-        return []
-    path = folder / "head_answer_flips.png"
-    title = f"Does the change in {measure} go with a wrong answer? dots: adjusted p < {ALPHA}"
-    save_layer_head_grid(path, panels, "point-biserial r", title, effects[0].layers)
-    return [path]
+    paths = []
+    for baseline, end in ((CLEAN, ""), (CONTROL, "_vs_split")):
+        table = flips[(flips["baseline"] == baseline) & (flips["measure"] == measure)]
+        panels = []
+        for effect in effects:
+            counts = table[table["style"] == effect.style]
+            if counts["point_biserial_r"].notna().any():
+                note = f"{effect.style} (n = {counts['n'].max()}, {counts['n_flipped'].max()} flipped)"
+                panels.append(_panel(table, effect, measure, note, "point_biserial_r"))
+        if panels:
+            paths.append(folder / f"head_answer_flips{end}.png")
+            title = (
+                f"Does the change in {measure} from the {baseline} go with a wrong answer?\ndots: adjusted p < {ALPHA}"
+            )
+            save_layer_head_grid(paths[-1], panels, "point-biserial r", title, effects[0].layers)
+    return paths
 
 
 def _panel(
@@ -630,18 +643,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if effect is None:
             continue
         effects.append(effect)
-        if (found := flip_tables(effect)) is not None:
-            flips.append(found)
-        effect.flips = None  # the largest part of what a style holds
+        against = None
         if control := control_of(run, style):
-            settings = {"tokenizer": args.tokenizer, "without_first": without_first}
-            settings["split_tokens"] = args.split_tokens if args.split_tokens >= 0 else None
-            controls[style] = control, style_effect(run, style, control, args.max_samples, **settings)
+            limit = args.split_tokens if args.split_tokens >= 0 else None
+            against = style_effect(run, style, control, args.max_samples, answers, args.tokenizer, without_first, limit)
+            controls[style] = control, against
+        for one in (effect, against):
+            if one is not None and (found := flip_tables(one)) is not None:
+                flips.append(found)
+                one.flips = None  # the largest part of what a style holds
     if not effects:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
+    tell_undefined(effects)
     for path in write_results(effects, controls, flips, folder, args):
         print(path)
     return 0
+
+
+def tell_undefined(effects: Sequence[StyleEffect]) -> None:
+    """Say in the log of which styles no pair has a divergence, though there are raw maps."""
+    from logger import get_logger
+
+    without = []
+    for effect in effects:
+        counts = [_rows_used(effect, measure) for measure in effect.measures if measure in DISTANCES]
+        if counts and not any(counts):
+            without.append(effect.style)
+    if without:
+        get_logger().info(
+            f"no {' or '.join(DISTANCES)} for {' '.join(without)}: the edit changes how the words beside it are "
+            "cut into tokens, so that these cannot be aligned"
+        )
 
 
 def write_results(
@@ -676,7 +708,7 @@ def write_results(
     measure = args.measure or _first_panel(tables["head_sensitivity"])
     paths += save_pictures(effects, tables["head_sensitivity"], tables["head_overlap"], folder, measure)
     if flips:
-        paths += save_flip_picture(effects, tables["head_answer_flips"], folder, measure)
+        paths += save_flip_pictures(effects, tables["head_answer_flips"], folder, measure)
     return paths
 
 
