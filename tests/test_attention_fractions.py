@@ -128,8 +128,34 @@ def test_an_edited_word_on_the_first_token_is_in_no_edited_fraction(tmp_path: Pa
     run = write_run(tmp_path / "run", rows, layers=2, heads=2, raw_layers=())
     assert main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "attention_fractions.csv").query("style == 'swap'")
-    assert set(table[table["region"] == "edited"]["n_paired"]) == {10}
+    edited = table[table["region"] == "edited"]
+    assert set(edited["n_paired"]) == {10}
     assert set(table[table["region"] == "task"]["n_paired"]) == {12}
+    counts = []  # the baseline is of the same rows
+    for _, content in open_run(run).batches("swap"):
+        inside = content["region_mask"][..., content["regions"].index("edited")].sum(1)
+        counts += list(zip(inside.tolist(), content["attention_mask"].sum(1).tolist(), strict=True))
+    tokens, length = np.array([count for row, count in enumerate(counts) if row not in (1, 5)]).T
+    shown = edited.query("query == 'last' and first_token == 'included' and measure == 'fraction'")
+    np.testing.assert_allclose(shown["baseline"], (tokens / length).mean())
+    np.testing.assert_allclose(edited["tokens"], tokens.mean())
+
+
+def test_a_framing_is_instruction_in_prompts_with_and_without_a_colon(tmp_path: Path) -> None:
+    rows = [
+        {"normal": f"Why do {word} fall?" if row % 2 else f"Explain this: {word} fall"}
+        for row, word in enumerate(["leaves", "stones", "prices", "empires", "curtains", "apples"])
+    ]
+    rows = [row | {"polite": f"Dear friend, many thanks! {row['normal']}"} for row in rows]
+    run = write_run(tmp_path / "run", rows, layers=2, heads=2)
+    assert main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "prompt_task_fraction_aggregate.csv").set_index("style")
+    assert table["n"].tolist() == [6, 6]
+    assert table["frac_prompt_density_n"].to_dict() == {"normal": 3, "polite": 6}
+    assert table["frac_task_density_n"].tolist() == [6, 6]
+    whole = pd.read_csv(tmp_path / "attention_fractions.csv").set_index(["style", "region"])["tokens"]
+    assert whole["polite", "task"].iloc[0] == whole["normal", "task"].iloc[0]
+    assert whole["polite", "instruction"].iloc[0] > whole["normal", "instruction"].iloc[0] + 5
 
 
 def test_clean_twin_and_typo_are_read_from_their_own_regions() -> None:
