@@ -137,6 +137,18 @@ def test_divergence_from_the_clean_form_is_tested_against_that_of_the_control(ru
     np.testing.assert_allclose(lines["p_vs_split"], expected.p, rtol=1e-3)
 
 
+def test_a_file_without_a_row_of_the_control_is_passed_over(tmp_path):
+    rows = control_rows(24)
+    run = write_run(tmp_path / "run", rows, rows_per_file=8, layers=2, heads=2, raw_layers=(1,),
+                    skip=lambda style, index: style == "split@swap" and 8 <= index < 16)  # fmt: skip
+    assert len(list((run / "split@swap").glob("*.pt"))) == 2
+    arguments = ["--run_dir", str(run), "--results_dir", str(tmp_path)]
+    for script in (head_sensitivity, activation_diffs):
+        assert script.main(arguments) == 0
+    table = pd.read_csv(tmp_path / "head_sensitivity.csv")
+    assert set(table[table["style"] == "swap"].query("measure == 'task_fraction_last'")["n_vs_split"]) == {12}
+
+
 def test_flips_go_with_the_change_from_the_clean_form_and_from_the_control(run_dir, results):
     wrong = [index % 3 == 0 for index in range(ROWS)]
     table = pd.read_csv(results / "head_answer_flips.csv")

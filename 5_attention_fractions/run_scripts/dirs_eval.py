@@ -14,7 +14,9 @@ density   fraction / baseline per row: 1 is even attention, 2 is twice the mass 
           empty or out of the window's reach (then the fraction is 0; the density has an n of its own)
 query     `last`, the last prompt token, or `mean`, the mean over all prompt tokens
 first_token  `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
-          (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left
+          (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left. A framing
+          that is put before a prompt takes the sink with it: on SmolLM2 the task's fraction falls by 0.29 from `normal`
+          to `polite` with the first token, and by 0.17 without it (the last token's, 210 prompts of instructions.json)
 
 An `edited` word that holds the first token is missing from `edited`: its attention would be the sink's.
 

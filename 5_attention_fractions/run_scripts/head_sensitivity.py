@@ -205,6 +205,8 @@ def style_effect(
     identical = unpaired = 0
     for pair in paired_batches(variants, others):
         identical, unpaired = identical + pair.identical, unpaired + pair.unpaired
+        if not len(pair.paired):
+            continue
         variant, other = pair.variant, pair.clean
         if not to_clean:
             keep = same_words(run, style, baseline, variant["original_index"])
