@@ -162,6 +162,7 @@ def test_flips_go_with_the_change_from_the_clean_form_and_from_the_control(run_d
     for baseline, other, rows in (("clean form", "normal", range(ROWS)), ("control", "split@swap", MATCHED)):
         found = lines[lines["baseline"] == baseline]
         assert set(found["n"]) == {len(rows)}
+        assert set(found["control"].fillna("")) == {"split@swap" if baseline == "control" else ""}
         assert set(found["n_flipped"]) == {sum(wrong[i] for i in rows)}
         change = [mass["swap"][i] - mass[other][i] for i in rows]
         for row in found.itertuples():

@@ -14,7 +14,7 @@ from dirs_eval import CELLS, FIRST_TOKEN, FractionHistogram, all_levels, baselin
 from reference_format import TokenRegions, decoded_offsets
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
-from synthetic_run import Size, file_content, prompt_rows, with_first_word_typo, write_run
+from synthetic_run import Size, file_content, prompt_rows, tokens_of, with_first_word_typo, write_run
 from token_spans import task_span
 
 FEW_SHOT = "Add the two numbers: 1 + 1 = 2\n"
@@ -153,7 +153,14 @@ def test_a_framing_is_instruction_in_prompts_with_and_without_a_colon(tmp_path: 
     assert table["n"].tolist() == [6, 6]
     assert table["frac_prompt_density_n"].to_dict() == {"normal": 3, "polite": 6}
     assert table["frac_task_density_n"].tolist() == [6, 6]
-    whole = pd.read_csv(tmp_path / "attention_fractions.csv").set_index(["style", "region"])["tokens"]
+    table = pd.read_csv(tmp_path / "attention_fractions.csv").query("query == 'last' and first_token == 'included'")
+    shown = table.query("style == 'normal' and region == 'instruction' and level == 'model'").set_index("measure")
+    with_colon = [tokens_of(row["normal"]) for row in rows[::2]]
+    shares = [len(tokens_of(row["normal"].partition(":")[0])) + 1 for row in rows[::2]]  # and the colon
+    share = np.mean([count / len(tokens) for count, tokens in zip(shares, with_colon, strict=True)])
+    np.testing.assert_allclose(shown["baseline"]["density"], share)
+    np.testing.assert_allclose(shown["baseline"]["fraction"], share / 2)
+    whole = table.set_index(["style", "region"])["tokens"]
     assert whole["polite", "task"].iloc[0] == whole["normal", "task"].iloc[0]
     assert whole["polite", "instruction"].iloc[0] > whole["normal", "instruction"].iloc[0] + 5
 

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import tiny_models
 from attention_fields import QUERIES, REGIONS, attention_fields, map_entropy, uniform_mass
-from run_store import load_pt
+from command_line import UserError
+from run_store import load_pt, save_pt
 
 WINDOW = 8
 PROMPTS = [
@@ -115,6 +116,42 @@ def test_the_table_has_each_layer_s_own_baseline(run: Path, tmp_path: Path) -> N
     assert per_head.loc[("swap", 1, 3), "frac_task_baseline"] == pytest.approx(expected.mean(0)[1])
     model = pd.read_csv(tmp_path / "prompt_task_fraction_aggregate.csv").set_index("style")
     assert model.loc["swap", "frac_task_baseline"] == pytest.approx(expected.mean())
+
+
+@pytest.mark.parametrize("windows", [[0, 8], ["0", "8", "0"], [True, False, True], 8, None, [0.0, 8.0, 0.0]])
+def test_damaged_windows_are_refused_in_one_line(run: Path, tmp_path: Path, windows: object) -> None:
+    content = contents(run)[0] | {"attention_windows": windows}
+    save_pt(tmp_path / "activations_00000_00003.pt", content)
+    with pytest.raises(UserError, match="attention_windows"):
+        load_pt(tmp_path / "activations_00000_00003.pt")
+
+
+def test_a_word_out_of_reach_has_no_mass_that_could_change(run: Path) -> None:
+    fields = attention_fields(contents(run)[0], Path("a.pt"), "edited")
+    values = head_sensitivity.sensitivity_values(fields)
+    out_of_reach = fields["uniform"][:, :, QUERIES.index("last"), REGIONS.index("edited")] == 0
+    assert out_of_reach.any()
+    assert not out_of_reach.all()
+    for name in ("edited_mass_last", "edited_log2_mass_last", "edited_density_last"):
+        missing = np.isnan(values[..., head_sensitivity.MEASURES.index(name)]).all(axis=2)
+        np.testing.assert_array_equal(missing, out_of_reach | (fields["holds_first"][:, None, 3] > 0))
+    assert not np.isnan(values[..., head_sensitivity.MEASURES.index("edited_mass_mean")][0]).any()
+
+
+def test_a_layer_of_unknown_windows_has_no_density_nor_has_the_model(run: Path, tmp_path: Path) -> None:
+    for path in run.glob("*/*.pt"):
+        target = tmp_path / "run" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_pt(target, load_pt(path) | {"attention_windows": [0, -1, 0]})
+    assert dirs_eval.main(["--run_dir", str(tmp_path / "run"), "--results_dir", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "attention_fractions.csv").query("region == 'task'")
+    assert set(table[table["measure"] == "fraction"]["level"]) == {"head", "layer", "model"}
+    density = table[table["measure"] == "density"]
+    assert set(density["level"]) == {"head", "layer"}
+    assert set(density["layer"]) == {0, 2}
+    shown = pd.read_csv(tmp_path / "prompt_task_fraction_aggregate.csv")
+    assert shown["frac_task"].notna().all()
+    assert shown[["frac_task_baseline", "frac_task_density"]].isna().all(axis=None)
 
 
 def test_an_unknown_window_gives_no_baseline() -> None:

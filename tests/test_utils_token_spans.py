@@ -123,11 +123,18 @@ def test_task_rule(prompt, task, regex, expected):
         ("Add up: 7 + 5", "Add pu: 7 + 5", " 7 + 5"),
         ("Add up: 7 + 5", "Add up; 7 + 5", " 7 + 5"),
         ("Add up: two and two", "Add up: tow and two", " tow and two"),
+        ("Which gives way?", "Which gives way??", "Which gives way??"),  # a mark stuck to it is an edit, no framing
+        ("Add: 2", "Add: 2 - by 20:00 please", " 2"),  # not the 2 of 20
+        ("Add: 2", "Hurry, I have 2 minutes! Add: 2 - there are 2 of us", " 2"),
+        ("Say a", "Say a Say anything.", "Say a"),
+        ("What is pi", "What is: pi", "What is: pi"),  # all of the clean form is task
+        ("Sort it, now: b a", "Sort it now b a", " b a"),
     ],
 )
 def test_a_style_has_the_task_of_its_clean_form(clean, style, expected):
     start, end = task_span(style, clean=clean)
     assert style[start:end] == expected
+    assert "Hurry" not in style or style[:start].endswith("Add:")
     assert task_span(clean, clean=clean) == task_span(clean)
     spans = character_regions(style, ["instruction", "task"], clean=clean)
     assert spans["task"] == [(start, end)]

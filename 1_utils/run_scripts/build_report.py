@@ -117,7 +117,7 @@ def read_table(path: Path) -> pd.DataFrame | None:
         return None
     try:
         # A style may be named "None" or "NA": only an empty cell is missing.
-        return pd.read_csv(path, keep_default_na=False, na_values=["", "nan", "NaN"])
+        return pd.read_csv(path, low_memory=False, keep_default_na=False, na_values=["", "nan", "NaN"])
     except (ValueError, OSError) as error:
         why = one_line(str(error), 100)
         raise UserError(f"{path}: cannot be read ({why}); delete it and run its stage again") from None
@@ -482,7 +482,13 @@ def rows_of(results: Path, wanted: TableOf) -> Table | None:
     if wanted.by is not None:
         if wanted.by not in frame.columns:
             return None
-        frame = frame.dropna(subset=[wanted.by]).sort_values(wanted.by, kind="stable")
+        import pandas as pd
+
+        parts = [part.sort_values(wanted.by, kind="stable") for _, part in frame.groupby("style", sort=False)]
+        frame = pd.concat(parts).dropna(subset=[wanted.by]) if parts else frame
+    if wanted.prefer is not None and wanted.prefer[0] in frame.columns:
+        liked = frame[wanted.prefer[0]].astype(str).str.startswith(wanted.prefer[1])
+        frame = frame[liked] if liked.any() else frame
     if wanted.per_style is not None and "style" in frame.columns:
         frame = frame.groupby("style", sort=False).head(wanted.per_style)
     return to_table(frame, wanted.source, wanted.columns, total) if len(frame) else None

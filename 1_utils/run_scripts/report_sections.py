@@ -22,7 +22,8 @@ class Plots:
 class TableOf:
     """Rows of a CSV: those where `only` holds, the first `per_style` of each style; `columns` empty: all.
 
-    by: the column that tells which are the first; a row without it is left out.
+    by: the column that tells which are the first; a row without it is left out. prefer: (column, beginning): only rows
+    with such a value, where there are any.
     """
 
     source: str
@@ -31,6 +32,7 @@ class TableOf:
     only: tuple[tuple[str, str], ...] = ()
     per_style: int | None = None
     by: str | None = None
+    prefer: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ SECTIONS = (
                 (("measure", "edited_log2_mass_last"),),
                 3,
                 "rank_vs_split",
+                ("control", "split@"),
             ),
             TableOf(
                 "head_sensitivity.csv",

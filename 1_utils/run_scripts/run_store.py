@@ -220,8 +220,10 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: its regions lack {min(lost)!r}; delete it and run stage 2 again")
     for key in ("original_indices", "attention_windows"):
         numbers = content.get(key, [])
-        if isinstance(numbers, list) and not all(isinstance(number, int) for number in numbers):
+        if isinstance(numbers, list) and not all(type(number) is int for number in numbers):
             raise UserError(f"{path}: its {key} are no whole numbers; delete it and run stage 2 again")
+    if not isinstance(content.get("attention_windows", []), list):
+        raise UserError(f"{path}: its attention_windows are no list; delete it and run stage 2 again")
 
 
 def _shapes(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:

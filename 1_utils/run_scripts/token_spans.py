@@ -102,20 +102,33 @@ def task_span(prompt: str, task: str | None = None, task_regex: str | None = Non
     """Characters of the task in the prompt's own text.
 
     `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, then the task of
-    its clean form `clean`, where that stands in the prompt unchanged (so that what a framing puts around a request is
-    no task), then: all after the first colon. Where no rule finds a split, everything is task.
+    its clean form `clean`, where that stands in the prompt unchanged, apart by white space (so that what a framing puts
+    around a request is no task), then: all after the first colon. Where no rule finds a split, or the clean form is all
+    task, everything is.
     """
     if task_regex is not None:
         if match := re.search(task_regex, prompt, re.DOTALL):
             return match.span(1) if match.re.groups and match.group(1) is not None else match.span()
         return 0, len(prompt)
-    for known in (task, clean and clean[slice(*task_span(clean, task))]):
-        if known and (start := prompt.rfind(known)) >= 0:
-            return start, start + len(known)
+    if task and (start := prompt.rfind(task)) >= 0:
+        return start, start + len(task)
+    if clean is not None and (span := _clean_task(prompt, clean, task)):
+        return span
     colon = prompt.find(":")
     if colon >= 0 and prompt[colon + 1 :].strip():
         return colon + 1, len(prompt)
     return 0, len(prompt)
+
+
+def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:
+    """The clean form's task in the prompt; None where only the prompt's own colon can tell."""
+    start, end = task_span(clean, task)
+    for text, before in ((clean, start), (clean[start:end], 0)):
+        left = "" if text[:1].isspace() else r"(?<!\S)"
+        right = "" if text[-1:].isspace() else r"(?!\S)"
+        if text.strip() and (places := [m.start() for m in re.finditer(left + re.escape(text) + right, prompt)]):
+            return places[-1] + before, places[-1] + before + end - start
+    return (0, len(prompt)) if (start, end) == (0, len(clean)) else None
 
 
 def words_of(text: str) -> list[Span]:

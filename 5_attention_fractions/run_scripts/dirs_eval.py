@@ -9,9 +9,11 @@ Writes  attention_fractions.csv                every region, query and measure; 
 
 fraction  attention mass on a region, 0 to 1; context, instruction and task are disjoint and sum to 1
 baseline  the fraction if each query spread its attention evenly over the tokens it may see: the share of tokens. In a
-          layer with a sliding window, of those in the window; files that do not tell it are taken to have none
+          layer with a sliding window, of those in the window; files that do not tell it are taken to have none. A
+          layer that sees in another way has no baseline and no density, and the model has none then
 density   fraction / baseline per row: 1 is even attention, 2 is twice the mass per token; missing where the region is
-          empty or out of the window's reach (then the fraction is 0; the density has an n of its own)
+          empty or out of the window's reach (then the fraction is 0; the density has an n of its own, and beside it
+          in attention_fractions.csv the baseline of those rows)
 query     `last`, the last prompt token, or `mean`, the mean over all prompt tokens
 first_token  `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
           (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left. A framing
@@ -134,17 +136,22 @@ class StyleSums:
     unpaired: int = 0
     rows: int = 0
     baseline: RowMean = field(default_factory=lambda: RowMean())  # share of the visible tokens [L,Q,2,R]
+    density_baseline: RowMean = field(default_factory=lambda: RowMean())  # that of the rows that have a density
     tokens: RowMean = field(default_factory=lambda: RowMean())  # [R]
 
     def add(self, batch: Batch, clusters: list[str], boxes: list[int]) -> np.ndarray:
         """Add the rows of a file; returns their cells [B,L,H,K]."""
+        import numpy as np
+
         cells = fraction_cells(batch)
         levels = all_levels(cells)
         self.estimate.add(levels, clusters)
         self.difference.set_cells(levels.shape[1:])
         self.heads = cells.shape[2]
         self.rows += len(levels)
-        self.baseline.add(baseline_of(batch))
+        baseline = baseline_of(batch)
+        self.baseline.add(baseline)
+        self.density_baseline.add(np.where(baseline > 0, baseline, np.nan))
         tokens = batch["tokens"].astype(float)
         tokens[_no_edit(batch), REGIONS.index("edited")] = float("nan")
         self.tokens.add(tokens)
@@ -289,7 +296,8 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
         frame[name] = np.tile(np.array(column, dtype=object), len(places))
     tokens = sums.tokens.mean
     frame["tokens"] = np.tile([tokens[REGIONS.index(cell[2])] for cell in CELLS], len(places))
-    by_layer = np.stack([_of_cell(sums.baseline.mean, *cell[:3]) for cell in CELLS], axis=-1)  # [L,K]
+    means = {"fraction": sums.baseline.mean, "density": sums.density_baseline.mean}
+    by_layer = np.stack([_of_cell(means[cell[3]], *cell[:3]) for cell in CELLS], axis=-1)  # [L,K]
     levels = [by_layer.repeat(sums.heads, axis=0), by_layer, by_layer.mean(axis=0, keepdims=True)]
     frame["baseline"] = np.concatenate(levels).ravel()
     columns = {
@@ -301,7 +309,8 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
     }  # fmt: skip
     for name, values in columns.items():
         frame[name] = values if isinstance(values, int) else values.ravel()
-    return frame[frame["n"] > 0].reset_index(drop=True)
+    partly = (frame["level"] == "model") & (frame["measure"] == "density") & frame["baseline"].isna()
+    return frame[(frame["n"] > 0) & ~partly].reset_index(drop=True)
 
 
 def _of_cell(baseline: np.ndarray, query: str, first_token: str, region: str) -> np.ndarray:

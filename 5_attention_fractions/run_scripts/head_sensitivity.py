@@ -33,12 +33,14 @@ first_mass_last              mass on the first token, the usual sink
 entropy_last, _mean, _edited entropy of attention / log(visible keys), 0 to 1; `edited`: of the edited words' queries;
                              where stage 2 ran with --entropy
             The edited_ measures and entropy_edited leave out rows whose edited words hold the first token
-            (`--first_token excluded`): it is the sink of most models, next to which the word itself is nothing.
+            (`--first_token excluded`): it is the sink of most models, next to which the word itself is nothing. In a
+            layer with a sliding window they leave out the rows whose edited words the query cannot see.
 jsd_last, jsd_mean           Jensen-Shannon divergence (bits) of a query's attention in the two forms, tokens aligned
                              around the edit; only layers with raw maps. A distance, never below 0: no test but
                              against the control: is the style farther from the clean form than the control is?
                              jsd_mean is the mean over the queries after the first edit. None where the edit changes
-                             the tokens beside it, as a word put before the first one does (polite, urgent)
+                             the tokens beside it, as a word put before the first one mostly does (polite, urgent),
+                             or no token follows it
 
 effect_size is Cohen's d_z, the mean difference over the standard deviation of the differences. Standard errors are
 clustered by template; p_adjusted is Benjamini-Hochberg's over the heads (layers) of one style and measure. rank goes by
@@ -98,12 +100,13 @@ def sensitivity_values(fields: Batch, without_first: bool = True) -> np.ndarray:
     mass, uniform, entropy = fields["mass"], fields["uniform"], fields["entropy"]
     task, edited, first = (REGIONS.index(name) for name in ("task", "edited", "first"))
     last, mean = QUERIES.index("last"), QUERIES.index("mean")
+    even = uniform[:, :, None, :, edited]
+    on_edited = np.where(even == 0, np.nan, mass[..., edited])  # no mass where the word is out of a window's reach
     with np.errstate(divide="ignore", invalid="ignore"):
-        even = uniform[:, :, None, :, edited]
-        density = np.where(even > 0, mass[..., edited] / even, np.nan)  # else the word is out of a window's reach
-    logarithm = np.log2(np.maximum(mass[..., edited], LEAST_MASS))
+        density = on_edited / even
+    logarithm = np.log2(np.maximum(on_edited, LEAST_MASS))
     columns = [
-        mass[..., last, task], mass[..., mean, task], mass[..., last, edited], mass[..., mean, edited],
+        mass[..., last, task], mass[..., mean, task], on_edited[..., last], on_edited[..., mean],
         logarithm[..., last], logarithm[..., mean], density[..., last], density[..., mean], mass[..., last, first],
         entropy[..., 0], entropy[..., 1], entropy[..., 2],
     ]  # fmt: skip
@@ -142,7 +145,12 @@ class StyleEffect:
     identical: int = 0
     unpaired: int = 0
     squares: Any = field(default=0.0)
-    to_clean: bool = True  # else differences to a control, in which a distance can also be below 0
+    control: str | None = None  # what the differences are to, where not to the clean form; distances may be below 0
+
+    @property
+    def to_clean(self) -> bool:
+        """Whether the differences are to the clean form."""
+        return self.control is None
 
     @classmethod
     def empty(
@@ -219,7 +227,7 @@ def style_effect(
         values, measures = _pair_values(variant, other, style, info["layers"], without_first, clean_maps)
         if effect is None:
             effect = StyleEffect.empty(style, info["layers"], values[0].shape[2], measures, answers is not None)
-            effect.to_clean = to_clean
+            effect.control = None if to_clean else baseline
         if measures != effect.measures:
             rows = f"rows {indices[0]} to {indices[-1]}"
             raise UserError(
@@ -371,7 +379,6 @@ def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None
     """(heads, layers): correlation of each cell's change with the flip, ranked by |r|; None where nothing is known."""
     import numpy as np
 
-    baseline = CLEAN if effect.to_clean else CONTROL
     found = effect.flips.finish() if effect.flips is not None else None
     if found is None:
         return None
@@ -382,7 +389,8 @@ def flip_tables(effect: StyleEffect) -> tuple[pd.DataFrame, pd.DataFrame] | None
     }  # fmt: skip
     heads, layers = _split_levels(effect, columns, np.abs(found.r))
     for table in (heads, layers):
-        table.insert(table.columns.get_loc("measure"), "baseline", baseline)
+        table.insert(table.columns.get_loc("measure"), "baseline", CLEAN if effect.to_clean else CONTROL)
+        table["control"] = effect.control
     return heads, layers
 
 
@@ -521,9 +529,7 @@ def _save_against_controls(
     """
     from heatmaps import save_layer_head_grid
 
-    rows = heads[(heads["measure"] == measure) & heads["difference_vs_split"].notna()]
-    if (equal := rows["control"].map(matched_style).notna()).any():
-        rows = rows[equal]
+    rows = _with_equal_tokens(heads[(heads["measure"] == measure) & heads["difference_vs_split"].notna()])
     matched = rows.groupby("style")[["n_vs_split", "control"]].max()
     panels = []
     for effect in (effect for effect in effects if effect.style in matched.index):
@@ -536,6 +542,12 @@ def _save_against_controls(
     title = f"{measure}: style minus control, by layer and head; dots: adjusted p < {ALPHA}"
     save_layer_head_grid(path, panels, _label(measure), title, effects[0].layers)
     return [path]
+
+
+def _with_equal_tokens(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose control is a `split@<style>`, where there are any; else all."""
+    equal = rows["control"].map(matched_style, na_action="ignore").notna()
+    return rows[equal] if equal.any() else rows
 
 
 def _save_overlap(path: Path, overlap: pd.DataFrame, names: list[str], measure: str, baseline: str) -> None:
@@ -564,11 +576,13 @@ def save_flip_pictures(effects: Sequence[StyleEffect], flips: pd.DataFrame, fold
     paths = []
     for baseline, end in ((CLEAN, ""), (CONTROL, "_vs_split")):
         table = flips[(flips["baseline"] == baseline) & (flips["measure"] == measure)]
+        table = _with_equal_tokens(table)
         panels = []
         for effect in effects:
             counts = table[table["style"] == effect.style]
             if counts["point_biserial_r"].notna().any():
-                note = f"{effect.style} (n = {counts['n'].max()}, {counts['n_flipped'].max()} flipped)"
+                against = f" minus {counts['control'].iloc[0]}" if baseline == CONTROL else ""
+                note = f"{effect.style}{against} (n = {counts['n'].max()}, {counts['n_flipped'].max()} flipped)"
                 panels.append(_panel(table, effect, measure, note, "point_biserial_r"))
         if panels:
             paths.append(folder / f"head_answer_flips{end}.png")
@@ -674,7 +688,7 @@ def tell_undefined(effects: Sequence[StyleEffect]) -> None:
     if without:
         get_logger().info(
             f"no {' or '.join(DISTANCES)} for {' '.join(without)}: the edit changes how the words beside it are "
-            "cut into tokens, so that these cannot be aligned"
+            "cut into tokens, so that these cannot be aligned, or no token follows it"
         )
 
 
