@@ -116,6 +116,20 @@ def test_reliability_is_high_for_a_fact_and_none_for_noise() -> None:
     assert found.top_overlap[0, 0] > 3 * found.top_overlap[1, 1]
 
 
+def test_a_head_without_rows_leaves_the_others_ranked_and_a_style_without_any_takes_nothing_along() -> None:
+    rng = np.random.default_rng(5)
+    values = rng.standard_normal((2, 80, 20)) + 2 * rng.standard_normal(20)
+    lacking, empty = values.copy(), np.full((80, 20), np.nan)
+    lacking[0, :, [3, 7]] = np.nan
+    both = [[_groups(style) for style in styles] for styles in ([*lacking, empty], np.delete(values, [3, 7], axis=2))]
+    found, expected = (cross_half(np.stack([g.sums for g in s]), np.stack([g.counts for g in s])) for s in both)
+    np.testing.assert_allclose(found.spearman[:2, :2], expected.spearman)
+    np.testing.assert_allclose(found.top_overlap[:2, :2], expected.top_overlap)
+    assert (found.heads, expected.heads) == (18, 18)
+    assert np.isfinite(found.ci_low[:2, :2]).all()
+    assert np.isnan(found.spearman[2]).all()
+
+
 def test_two_noisy_styles_that_share_their_clean_rows_do_not_seem_to_agree() -> None:
     rng = np.random.default_rng(2)
     overlaps, naive = [], []

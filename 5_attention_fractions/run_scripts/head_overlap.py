@@ -60,23 +60,29 @@ class Overlap:
     top_overlap: np.ndarray
     top_count: int
     groups: int
+    heads: int  # that are ranked
 
 
 def cross_half(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Overlap:
     """Overlap of n styles from their group sums [n,G,K] and row counts [n,G,K] over K heads.
 
-    All NaN with fewer than MIN_GROUPS groups of templates.
+    A head without a row in some half (its layer's window does not reach the word) is left out for all styles; a style
+    without any such head is NaN. All NaN with fewer than MIN_GROUPS groups of templates or three heads.
     """
     from scipy import stats
 
     styles, _, heads = sums.shape
-    top = max(1, round(TOP_SHARE * heads))
     used = np.flatnonzero(counts.max(axis=(0, 2)) > 0)
+    halves = []
+    if len(used) >= MIN_GROUPS:
+        halves = [_half_means(sums[:, used], counts[:, used], weights) for weights in _half_weights(len(used), seed)]
+        known = np.isfinite(halves[0]).all(axis=0) & np.isfinite(halves[1]).all(axis=0)  # [n,K]
+        ranked = known[known.any(axis=1)].all(axis=0)
+        halves, heads = [half[..., ranked] for half in halves], int(ranked.sum())
+    top = max(1, round(TOP_SHARE * heads))
     nothing = np.full((styles, styles), np.nan)
-    if len(used) < MIN_GROUPS or heads < 3:
-        return Overlap(nothing, nothing, nothing, nothing, top, len(used))
-    left, right = _half_weights(len(used), seed)
-    halves = [_half_means(sums[:, used], counts[:, used], weights) for weights in (left, right)]
+    if not halves or heads < 3:
+        return Overlap(nothing, nothing, nothing, nothing, top, len(used), heads)
     one, other = (_standardised_ranks(half) for half in halves)  # [splits * (G+1), n, K]
     r = np.einsum("tak,tbk->tab", one, other, optimize=True)
     r = ((r + r.swapaxes(1, 2)) / 2).reshape(SPLITS, len(used) + 1, styles, styles).mean(axis=0)
@@ -92,6 +98,7 @@ def cross_half(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Overlap:
         _top_overlap(whole[0], whole[1], top),
         top,
         len(used),
+        heads,
     )
 
 

@@ -459,7 +459,7 @@ def overlap_table(effects: Sequence[StyleEffect], seed: int = 0, baseline: str =
                 "reliability_of_all_rows": 2 * r / (1 + r) if a == b else np.nan,
                 "spearman_without_noise": np.nan if a == b else r / noise,
                 "top_heads": found.top_count, "top_overlap": found.top_overlap[a, b],
-                "top_overlap_by_chance": found.top_count / sums.shape[-1],
+                "top_overlap_by_chance": found.top_count / found.heads if found.heads else np.nan,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
