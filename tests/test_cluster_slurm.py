@@ -257,14 +257,17 @@ def test_a_chain_whose_tasks_are_killed_and_whose_node_fails_ends_as_if_undistur
 
 
 def test_a_task_at_its_time_limit_finishes_its_batch_and_goes_on_in_a_second_start(place, tmp_path):
-    """The limit comes in the middle of a batch: the process is held there, as a long batch would hold it."""
-    job = sbatch_capture(place, tmp_path, "--time=60", "--signal=B:USR1@10")
+    """The limit comes in the middle of a batch: the process is held there, as a long batch would hold it.
+
+    The signal leaves more than stage.sh's MARGIN to finish: after that the task is put back as it is.
+    """
+    job = sbatch_capture(place, tmp_path, "--time=60", "--signal=B:USR1@45")
     log = tmp_path / "logs" / f"attn_act_logi_{job}_0.out"
     process = hold_in_their_work(tmp_path, {0: log})[0]
     try:
-        # Limits are whole minutes: the next one that is at least 15 s away.
+        # Limits are whole minutes: the next one that is at least 50 s away.
         hours, minutes, seconds = map(int, tell(job)["RunTime"].split(":"))
-        limit = (hours * 3600 + minutes * 60 + seconds + 15) // 60 + 1
+        limit = (hours * 3600 + minutes * 60 + seconds + 50) // 60 + 1
         slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
         wait_until(lambda: "the time limit is near" in log.read_text(), "the signal")
     finally:
