@@ -122,6 +122,13 @@ def all_levels(values: np.ndarray) -> np.ndarray:
 # --- one style
 
 
+def _row_means() -> ClusterSums:
+    """Running means over rows, of which no error is asked."""
+    from paired_stats import ClusterSums
+
+    return ClusterSums(max_clusters=2)
+
+
 @dataclass
 class StyleSums:
     """Running sums of one style; cells are [L*H + L + 1, K], see `all_levels`."""
@@ -135,9 +142,9 @@ class StyleSums:
     identical: int = 0
     unpaired: int = 0
     rows: int = 0
-    baseline: RowMean = field(default_factory=lambda: RowMean())  # share of the visible tokens [L,Q,2,R]
-    density_baseline: RowMean = field(default_factory=lambda: RowMean())  # that of the rows that have a density
-    tokens: RowMean = field(default_factory=lambda: RowMean())  # [R]
+    baseline: ClusterSums = field(default_factory=_row_means)  # share of the visible tokens [L,Q,2,R]
+    density_baseline: ClusterSums = field(default_factory=_row_means)  # that of the rows that have a density
+    tokens: ClusterSums = field(default_factory=_row_means)  # [R]
 
     def add(self, batch: Batch, clusters: list[str], boxes: list[int]) -> np.ndarray:
         """Add the rows of a file; returns their cells [B,L,H,K]."""
@@ -157,29 +164,6 @@ class StyleSums:
         self.tokens.add(tokens)
         self.histogram.add(levels[:, cells.shape[1] * cells.shape[2] :, boxes])
         return cells
-
-
-class RowMean:
-    """Running mean over rows; NaN is left out."""
-
-    def __init__(self) -> None:
-        self._sum: Any = 0.0
-        self._count: Any = 0
-
-    def add(self, values: np.ndarray) -> None:
-        """Add values [b, *cells]."""
-        import numpy as np
-
-        self._sum = self._sum + np.nansum(values, axis=0)
-        self._count = self._count + (~np.isnan(values)).sum(axis=0)
-
-    @property
-    def mean(self) -> np.ndarray:
-        """[*cells]; NaN where no row has a value."""
-        import numpy as np
-
-        with np.errstate(invalid="ignore"):
-            return self._sum / self._count
 
 
 class FractionHistogram:
@@ -227,7 +211,7 @@ def style_report(run: Run, style: str, args: argparse.Namespace) -> StyleReport 
     sums = style_sums(run, style, args)
     if not sums.rows:
         return None
-    return StyleReport(style, sums.rows, sums.layers, sums.baseline.mean, sums.histogram, style_table(sums))
+    return StyleReport(style, sums.rows, sums.layers, sums.baseline.finish().mean, sums.histogram, style_table(sums))
 
 
 def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
@@ -294,9 +278,9 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
     frame.insert(0, "style", sums.style)
     for name, column in zip(("query", "first_token", "region", "measure"), zip(*CELLS, strict=True), strict=True):
         frame[name] = np.tile(np.array(column, dtype=object), len(places))
-    tokens = sums.tokens.mean
+    tokens = sums.tokens.finish().mean
     frame["tokens"] = np.tile([tokens[REGIONS.index(cell[2])] for cell in CELLS], len(places))
-    means = {"fraction": sums.baseline.mean, "density": sums.density_baseline.mean}
+    means = {"fraction": sums.baseline.finish().mean, "density": sums.density_baseline.finish().mean}
     by_layer = np.stack([_of_cell(means[cell[3]], *cell[:3]) for cell in CELLS], axis=-1)  # [L,K]
     levels = [by_layer.repeat(sums.heads, axis=0), by_layer, by_layer.mean(axis=0, keepdims=True)]
     frame["baseline"] = np.concatenate(levels).ravel()
