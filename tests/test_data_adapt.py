@@ -13,7 +13,7 @@ import load_json
 import pandas as pd
 import pytest
 from command_line import UserError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 FORMATS = ("gsm8k", "quora", "paws", "csv", "tsv", "jsonl")
@@ -211,6 +211,9 @@ FIELD = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from
     st.lists(st.tuples(FIELD, FIELD).filter(lambda pair: all(f.strip() for f in pair)), min_size=1, max_size=8),
     st.sampled_from(["csv", "tsv"]),
 )
+@example([("\t0\n", "0")], "tsv")  # a tab and a line's end in a quoted field
+@example([("0\t\n", "0\n")], "tsv")
+@example([("0\t\n", "0")], "tsv")
 def test_whatever_pandas_writes_is_read_back(tmp_path: Path, pairs: list[tuple[str, str]], name: str) -> None:
     table = pd.DataFrame(pairs, columns=["question", "gold"])
     text = table.to_csv(sep="\t" if name == "tsv" else ",", index=False, lineterminator="\n")

@@ -161,9 +161,11 @@ def _read_fields(line: str, lines: _Pushback, delimiter: str, width: int) -> lis
     if fields is not None:
         return fields
     raw = line.split(delimiter)
-    # An odd mark at the start of the last field may open a text that goes on in the next line.
-    if delimiter == "\t" and len(raw) == width and not (raw[-1][:1] == '"' and raw[-1].count('"') % 2):
-        return raw
+    # An odd mark at the start of a field may open a text that goes on in the next line; a .tsv may hold bare ones, too.
+    opened = [field[:1] == '"' and field.count('"') % 2 == 1 for field in raw]
+    bare = raw if delimiter == "\t" and len(raw) == width and not opened[-1] else None
+    if bare and not any(opened):
+        return bare
     taken: list[tuple[int, str | BadLine]] = []
     for following in itertools.islice(lines, LONGEST_RECORD - 1):
         taken.append(following)
@@ -174,7 +176,7 @@ def _read_fields(line: str, lines: _Pushback, delimiter: str, width: int) -> lis
         if fields is not None and len(fields) == width:
             return fields
     lines.put_back(taken)
-    return None
+    return bare
 
 
 def _parse_quoted(line: str, delimiter: str) -> list[str] | None:
