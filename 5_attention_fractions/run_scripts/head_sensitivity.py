@@ -26,7 +26,7 @@ edited_mass_last, _mean      mass on the edited words; in the clean form on the 
 edited_log2_mass_last, _mean   its logarithm: a difference of 1 is twice the mass; less than 1e-5 counts as 1e-5, so
                              that a head that gives both forms less shows no change. Few rows carry the mean mass, those
                              whose edited word is among the last: of samples of 60 rows of a real run, less than 90 %
-                             had its true change in their 95 % interval in 85 of 270 heads, and in 2 for the logarithm
+                             had its true change in their 95 % interval in 91 of 270 heads, and in 2 for the logarithm
 edited_density_last, _mean   that mass over what even attention would give. Not free of the number of tokens: a word
                              that is cut into more of them gains mass, but less than even attention would
 first_mass_last              mass on the first token, the usual sink
