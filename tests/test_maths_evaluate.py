@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 import time
@@ -375,4 +374,3 @@ def test_numbers_are_written_as_people_do():
     }
     assert {text: number_text(Fraction(value)) for text, value in cases.items()} == {text: text for text in cases}
     assert number_text(None) is None
-    logging.getLogger("evaluate_predictions").handlers.clear()

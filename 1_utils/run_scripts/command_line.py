@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from itertools import takewhile
+from typing import Any, NoReturn
+
+from logger import set_verbose
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -17,8 +21,19 @@ class UserError(Exception):
 
 
 def make_parser(docstring: str | None) -> argparse.ArgumentParser:
-    """Parser whose `--help` shows the script's docstring as it is written; a wrong flag is a UserError."""
-    return _Parser(description=docstring, formatter_class=_HelpFormatter)
+    """Parser whose `--help` shows the script's docstring as it is written; a wrong flag is a UserError.
+
+    Flags must be spelled out. Every script has `--verbose`, which shows `log.debug` messages too.
+    """
+    parser = _Parser(description=docstring, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--verbose", action=_Verbose, nargs=0, help="print details, too")
+    return parser
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """`; did you mean <the closest of known>?`, or nothing where none is close."""
+    close = get_close_matches(wrong.lower(), found := {name.lower(): name for name in known}, 1)
+    return f"; did you mean {found[close[0]]}?" if close else ""
 
 
 def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
@@ -45,8 +60,24 @@ def one_line(text: str, limit: int = 600) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+class _Verbose(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        set_verbose(True)
+
+
 class _Parser(argparse.ArgumentParser):
+    words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        own = takewhile(lambda word: word != "--", self.words)  # what follows goes to another script
+        flags = (word.partition("=")[0] for word in own if word.startswith("--") and " " not in word)
+        # argparse tells a misspelt required flag as one that is missing.
+        if wrong := next((flag for flag in flags if flag not in self._option_string_actions), None):
+            message = f"{wrong}: there is no such flag{did_you_mean(wrong, self._option_string_actions)}"
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
