@@ -20,13 +20,21 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what is wrong, where, what to do."""
 
 
+class UnknownFlag(UserError):
+    """A flag that the script does not have."""
+
+    def __init__(self, flag: str, text: str) -> None:
+        super().__init__(text)
+        self.flag = flag
+
+
 def make_parser(docstring: str | None) -> argparse.ArgumentParser:
     """Parser whose `--help` shows the script's docstring as it is written; a wrong flag is a UserError.
 
     Flags must be spelled out. Every script has `--verbose`, which shows `log.debug` messages too.
     """
     parser = _Parser(description=docstring, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--verbose", action=_Verbose, nargs=0, help="print details, too")
+    parser.add_argument("--verbose", action=_Verbose, nargs=0, default=False, help="print details, too")
     return parser
 
 
@@ -61,7 +69,8 @@ def one_line(text: str, limit: int = 600) -> str:
 
 
 class _Verbose(argparse.Action):
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.verbose = True
         set_verbose(True)
 
 
@@ -78,6 +87,7 @@ class _Parser(argparse.ArgumentParser):
         # argparse tells a misspelt required flag as one that is missing.
         if wrong := next((flag for flag in flags if flag not in self._option_string_actions), None):
             message = f"{wrong}: there is no such flag{did_you_mean(wrong, self._option_string_actions)}"
+            raise UnknownFlag(wrong, f"{message}; {self.prog} --help lists the flags")
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 

@@ -126,8 +126,12 @@ def open_prompts(run: Run, prompt_file: str | Path | None, style: str | None) ->
     return run
 
 
-def _clean_text(run: Run, index: int) -> str | None:
-    row = run.row(index)
+def has_gold(rows: Sequence[Any]) -> bool:
+    """Whether any row of a prompt file has a gold answer that can be read. Without one there is nothing to score."""
+    return any(gold_value(row.get("answer"), _clean_text(row)) is not None for row in rows if isinstance(row, dict))
+
+
+def _clean_text(row: dict[str, Any]) -> str | None:
     return next((row[key] for key in CLEAN_KEYS if isinstance(row.get(key), str)), None)
 
 
@@ -145,7 +149,7 @@ class _Row:
 
 def _row_facts(run: Run, index: int, clean: str | None) -> _Row:
     row = run.row(index)
-    clean = _clean_text(run, index) or clean
+    clean = _clean_text(row) or clean
     template = row.get("_template")
     kinds = [None if row.get(key) is None else str(row[key]) for key in ("_operation", "_digits", "_result")]
     gold = gold_value(row.get("answer"), clean)
