@@ -17,7 +17,7 @@ import torch
 from command_line import UserError
 from score_scripts import aggregate, as_reward_model, load_reward_model, main, score_predictions_and_save
 from synthetic_run import prompt_rows, write_run
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -197,6 +197,66 @@ def test_exactly_one_bos(tmp_path: Path, adds_bos: bool):
     assert ids.count(3) == 1
 
 
+USER_ONLY = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}<|im_end|>"
+LAST_ONLY = "{{ messages[-1]['content'] }}<|im_end|>"
+PARTS = "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}<|im_end|>"
+DATES = {
+    "called": "Today Date: {{ strftime_now('%d %b %Y') }} ",
+    "called if there": "{% if strftime_now is defined %}Today: {{ strftime_now('%Y-%m-%d') }} {% endif %}",
+    "set": "{% if strftime_now is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }} ",
+    "given": "{% if date_string is undefined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }} ",
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('assistant turns are not supported') }}", "refuses .*assistant turns are not supported"),
+        ("{% for m in messages %}{{ m['content'] + m['name'] }}{% endfor %}", "refuses a question with an answer"),
+        ("{% for m in messages %}{{ m['content'] }", "refuses a question with an answer"),
+        (USER_ONLY, "does not show the answer"),
+        (PARTS, "does not show the answer"),
+        ("{{ messages[0]['content'] }}", "does not show the answer"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "does not show the answer"),
+        (LAST_ONLY, "does not show the question"),
+    ],
+)
+def test_a_template_that_hides_a_text_or_refuses_is_one_line(
+    tmp_path: Path, run_folder: Path, template: str, message: str
+):
+    folder = qwen_like(tmp_path / "rm", "<|pad|>", template)
+    with pytest.raises(UserError, match=message) as told:
+        main(["--run_dir", str(run_folder), "--results_dir", str(tmp_path / "out"), "--rm_name", folder])
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "out" / "normal_scores.csv").exists()
+
+
+def test_a_tokenizer_that_reads_all_answers_alike_is_one_line(tmp_path: Path):
+    tokenizer = pair_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(".+"), "?")  # as unknown characters would be
+    config = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_labels=1,
+                        num_attention_heads=2)  # fmt: skip
+    folder = save(tmp_path, BertForSequenceClassification(config), tokenizer)
+    with pytest.raises(UserError, match="tokenizer does not show the answer"):
+        load_reward_model(folder, device=-1)
+
+
+@pytest.mark.parametrize("how", DATES)
+def test_a_template_prints_the_date_of_stage_2(tmp_path: Path, how: str):
+    rm = load_reward_model(qwen_like(tmp_path, "<|pad|>", DATES[how] + CHATML), device=-1)
+    assert "26 Jul 2024 " in rm.tokenizer.decode(rm._chat_ids("q", "a"))
+
+
+def test_one_conversation_that_the_template_refuses_is_a_note(tmp_path: Path, run_folder: Path):
+    picky = "{% if not messages[1]['content'] %}{{ raise_exception('empty turn') }}{% endif %}" + CHATML
+    folder = qwen_like(tmp_path / "rm", "<|pad|>", picky)
+    arguments = ["--run_dir", str(run_folder), "--results_dir", str(tmp_path), "--rm_name", folder, "--device", "-1"]
+    assert main(arguments) == 1
+    scores = pd.read_csv(tmp_path / "main_scores.csv").set_index("original_index")
+    assert scores.index[scores["reward_score"].isna()].tolist() == [3]
+    assert "empty turn" in scores.loc[3, "note"]
+
+
 # --- truncation
 
 
@@ -215,15 +275,20 @@ def test_pair_truncation_is_counted_and_matches_the_tokenizer(deberta: str):
 
 def test_chat_truncation_keeps_the_end_of_the_template(qwen: str):
     rm = load_reward_model(qwen, device=-1, max_length=60)
-    inputs, cut = rm._encode_chat("why?", "because " * 50)
+    inputs, cut, _ = rm._encode_chat("why?", "because " * 50)
     text = rm.tokenizer.decode(inputs["input_ids"])
     assert cut
     assert len(inputs["input_ids"]) == 60
     assert text.startswith("<|im_start|>user\nwhy?<|im_end|><|im_start|>assistant\nbecause because")
     assert text.endswith("<|im_end|>")
-    score = rm([("why?" * 40, "because")])[0]
-    assert math.isnan(score.reward_score)
-    assert score.truncated
+    around = len(rm._chat_ids("", ""))
+    alone, no_room, room = rm([("why?" * 40, "so"), ("y" * (60 - around), "so"), ("y" * (59 - around), "so")])
+    assert math.isnan(alone.reward_score)
+    assert "question alone exceeds 60 tokens" in alone.note
+    assert math.isnan(no_room.reward_score)  # else every answer to this question would have one score
+    assert "no room for the answer in 60 tokens" in no_room.note
+    assert room.truncated
+    assert not math.isnan(room.reward_score)
 
 
 # --- loading

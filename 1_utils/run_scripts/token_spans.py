@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Span = tuple[int, int]  # characters, end exclusive
 MARKER = "\u2402content\u2403"  # stands for a prompt; no template holds it
 # A template that prints today's date would change the prompts from day to day: it prints this one.
-FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+DATE = "26 Jul 2024"
+FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
 BASE_REGIONS = ("all", "last", "context", "instruction", "task", "first")
 MATCHED = "split@"  # `split@swap`: the clean prompt, read with as many tokens in each edited word as `swap` has
 
@@ -86,13 +87,21 @@ def _apply_template(tokenizer: Any, content: str, system_prompt: str | None) -> 
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; run without --apply_chat_template")
     try:
-        template = tokenizer.get_chat_template()
-        template = FIXED_DATE + template if "strftime_now" in template else template
-        return str(
-            tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
-        )
+        return render_chat(tokenizer, messages, add_generation_prompt=True)
     except Exception as error:  # a template may raise what it likes (Gemma 2: "System role not supported")
         raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """The messages in the tokenizer's chat template, with `DATE` as the day; raises what the template raises."""
+    template = tokenizer.get_chat_template()
+    template = FIXED_DATE + template if "strftime_now" in template else template
+    return str(
+        tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
+            date_string=DATE,
+        )
+    )  # fmt: skip
 
 
 # --- task and edits

@@ -41,6 +41,7 @@ from file_output import atomic_path, write_csv, write_json, write_text
 from logger import get_logger
 from read_predictions import Prediction, iter_predictions
 from run_store import Run, open_run
+from token_spans import render_chat
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 DEFAULT_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 SCORE_AGAINST = ("clean", "style")
 PAIR_MAX_LENGTH, CHAT_MAX_LENGTH = 512, 16384  # tokens, where neither model nor tokenizer says less
+Encoded = tuple[dict[str, list[int]], bool, str]  # the model's inputs (empty: not scored), whether cut, why not scored
 BATCHES_AT_ONCE = 32  # batches that are sorted by length together
 COLUMNS = (
     "style", "original_index", "element_index", "sample", "question", "response", "reward_score", "truncated",
@@ -60,10 +62,11 @@ COLUMNS = (
 
 
 class RewardScore(NamedTuple):
-    """A raw logit; NaN where the question alone is longer than the model reads."""
+    """A raw logit; NaN if the text cannot be scored, and `note` says why."""
 
     reward_score: float
-    truncated: bool
+    truncated: bool = False
+    note: str = ""
 
 
 @dataclass
@@ -83,7 +86,7 @@ class RewardModel:
         encode = self._encode_pair if self.kind == "pair" else self._encode_chat
         encoded = [encode(question, answer) for question, answer in pairs]
         order = sorted(
-            (i for i, (inputs, _) in enumerate(encoded) if inputs), key=lambda i: len(encoded[i][0]["input_ids"])
+            (i for i, (inputs, _, _) in enumerate(encoded) if inputs), key=lambda i: len(encoded[i][0]["input_ids"])
         )
         scores = [math.nan] * len(encoded)
         size = batch_size or self.batch_size
@@ -91,26 +94,52 @@ class RewardModel:
             chosen = order[start : start + size]
             for i, score in zip(chosen, self._logits([encoded[i][0] for i in chosen]), strict=True):
                 scores[i] = score
-        return [RewardScore(score, cut) for score, (_, cut) in zip(scores, encoded, strict=True)]
+        return [RewardScore(score, cut, note) for score, (_, cut, note) in zip(scores, encoded, strict=True)]
 
-    def _encode_pair(self, question: str, answer: str) -> tuple[dict[str, list[int]], bool]:
+    def check_reads_both(self) -> None:
+        """Raise UserError if the chat template or the tokenizer drops the question or the answer, or refuses them."""
+        reader = "chat template" if self.kind == "chat" else "tokenizer"
+        try:
+            whole, other_answer, other_question = (
+                self._chat_ids(*pair) if self.kind == "chat" else self.tokenizer(*pair, verbose=False)["input_ids"]
+                for pair in (("Which one?", "It is four."), ("Which one?", "No idea"), ("Why so?", "It is four."))
+            )
+        except Exception as error:  # a template may raise what it likes
+            why = one_line(str(error), 160)
+            raise UserError(
+                f"{self.name}: its {reader} refuses a question with an answer ({why}); choose another reward model"
+            ) from None
+        for name, other in (("answer", other_answer), ("question", other_question)):
+            if other == whole:
+                raise UserError(
+                    f"{self.name}: its {reader} does not show the {name} to the model, so different {name}s would get "
+                    "the same score; choose another reward model, or correct its chat template"
+                )
+
+    def _encode_pair(self, question: str, answer: str) -> Encoded:
         inputs = self.tokenizer(question, answer, verbose=False)
         if len(inputs["input_ids"]) <= self.max_length:
-            return dict(inputs), False
+            return dict(inputs), False, ""
         # The longer of the two texts is cut first, as the transformers pipeline does.
-        return dict(self.tokenizer(question, answer, truncation=True, max_length=self.max_length)), True
+        return dict(self.tokenizer(question, answer, truncation=True, max_length=self.max_length)), True, ""
 
-    def _encode_chat(self, question: str, answer: str) -> tuple[dict[str, list[int]], bool]:
+    def _encode_chat(self, question: str, answer: str) -> Encoded:
         """The conversation; one too long loses the end of the answer, never the template's end, where the score is."""
-        ids = self._chat_ids(question, answer)
-        if len(ids) <= self.max_length:
-            return {"input_ids": ids}, False
-        ends = [end for _, end in self._offsets(answer)]
-        keep = len(ends)
-        while keep > 0 and len(ids) > self.max_length:
-            keep -= len(ids) - self.max_length
-            ids = self._chat_ids(question, answer[: ends[keep - 1] if keep > 0 else 0])
-        return ({"input_ids": ids} if len(ids) <= self.max_length else {}), True
+        try:
+            ids = self._chat_ids(question, answer)
+            if len(ids) <= self.max_length:
+                return {"input_ids": ids}, False, ""
+            ends = [end for _, end in self._offsets(answer)]
+            keep = len(ends)
+            while keep > 0 and len(ids) > self.max_length:
+                keep -= len(ids) - self.max_length
+                ids = self._chat_ids(question, answer[: ends[keep - 1] if keep > 0 else 0])
+        except Exception as error:  # a template may refuse one conversation and take the others
+            return {}, False, f"the chat template refuses this conversation: {one_line(str(error), 160)}"
+        if keep > 0:
+            return {"input_ids": ids}, True, ""
+        part = "question alone exceeds" if len(ids) > self.max_length else "question leaves no room for the answer in"
+        return {}, True, f"the {part} {self.max_length} tokens"
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
@@ -119,7 +148,7 @@ class RewardModel:
 
     def _chat_ids(self, question: str, answer: str) -> list[int]:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        text = render_chat(self.tokenizer, messages)
         begin = self.tokenizer.bos_token
         if not begin or not text.startswith(begin):
             return self.tokenizer(text, verbose=False)["input_ids"]
@@ -194,6 +223,7 @@ def load_reward_model(
     place = _device(device)
     config, tokenizer = _load_config_and_tokenizer(rm_name, revision, trust_remote_code)
     kind = _kind(rm_name, config, tokenizer)
+    RewardModel(rm_name, None, tokenizer, kind, 0).check_reads_both()  # before the weights, which may be large
     chosen = dtype or ("auto" if kind == "chat" and place.type != "cpu" else "float32")
     model = _load_weights(rm_name, chosen, revision, trust_remote_code).to(place).eval()
     return _wrap(rm_name, model, tokenizer, kind, max_length, batch_size, revision)
@@ -305,7 +335,9 @@ def as_reward_model(rm_pipeline: Any) -> RewardModel:
     name = str(model.config.name_or_path)
     if model.config.num_labels != 1:
         raise UserError(f"{name}: gives {model.config.num_labels} labels, not one score: it is no reward model")
-    return _wrap(name, model.eval(), tokenizer, _kind(name, model.config, tokenizer))
+    rm = _wrap(name, model.eval(), tokenizer, _kind(name, model.config, tokenizer))
+    rm.check_reads_both()
+    return rm
 
 
 # --- scoring
@@ -361,8 +393,6 @@ def _scored(
         scores = rm([(line["question"], line["response"]) for line in ready], size)
         for line, score in zip(ready, scores, strict=True):
             line |= score._asdict()
-            if math.isnan(score.reward_score):
-                line["note"] = f"the question alone exceeds {rm.max_length} tokens"
         yield from chunk
 
 
