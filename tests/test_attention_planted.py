@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import answer_flips
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from answer_flips import FlipMoments, RankTest
+from answer_flips import Answers, FlipMoments, RankTest
+from file_output import read_csv
 from head_overlap import GroupSums, cross_half
 from head_sensitivity import StyleEffect, main, overlap_table, sensitivity_tables
 from paired_stats import benjamini_hochberg
@@ -289,3 +291,17 @@ def test_a_head_whose_reaction_goes_with_wrong_answers_is_named(tmp_path) -> Non
     assert best["change_if_flipped"] > best["change_if_still_right"]
     assert (out / "head_answer_flips.png").stat().st_size > 10_000
     assert json.loads((run / "prompts.json").read_text())[0]["_template"] == open_run(run).template(0)
+
+
+@pytest.mark.parametrize("style", ["None", "NA", "null", "nan", "7"])
+def test_a_style_may_have_any_name(tmp_path: Path, style: str) -> None:
+    """A style that pandas would read as missing keeps its flips, its tables and its edits."""
+    run = write_run(tmp_path / "run", prompt_rows(24, [style]), raw_layers=())
+    items = [("normal", i, True) for i in range(24)] + [(style, i, i % 2 == 0) for i in range(24)]
+    pd.DataFrame(items, columns=["style", "original_index", "correct"]).to_csv(tmp_path / "items.csv", index=False)
+    answers = Answers(tmp_path / "items.csv")
+    assert answers.flips(style, "normal", np.array([0, 1, 2])).tolist() == [0, 1, 0]
+    command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--maths_items", str(tmp_path / "items.csv")]
+    assert main(command) == 0
+    for name in ("head_sensitivity", "head_answer_flips"):
+        assert set(read_csv(tmp_path / f"{name}.csv")["style"]) == {style}

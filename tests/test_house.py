@@ -155,6 +155,14 @@ def test_a_module_imports_only_what_is_required(path):
 OPTIONAL = {"nnsight", "transformer_lens", "pynvml"}  # measured where a user has them
 
 
+@every(MODULES)
+def test_csv_tables_have_one_reader(path):
+    """pandas' own defaults take a style named `None`, `NA` or `nan` for a missing one."""
+    assert path.stem == "file_output" or "read_csv" not in {
+        node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)
+    }
+
+
 # --- safety and portability
 
 

@@ -334,7 +334,7 @@ def test_power_is_told_before_any_p_value(run, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--styles", "urgent"], "has no style 'urgent'"),
-        (["--edits_csv", "nowhere.csv"], "no such edit log"),
+        (["--edits_csv", "nowhere.csv"], "nowhere.csv: no such file; give the .*_edits.csv"),
         (["--prompt_file", "nowhere.json"], "no such file"),
         (["--style", "swap"], "--style names a single style"),
     ],
@@ -374,3 +374,12 @@ def test_numbers_are_written_as_people_do():
     }
     assert {text: number_text(Fraction(value)) for text, value in cases.items()} == {text: text for text in cases}
     assert number_text(None) is None
+
+
+@pytest.mark.parametrize("style", ["None", "NA", "nan"])
+def test_the_edits_of_a_style_of_any_name_are_counted(tmp_path, style):
+    run = write_run(tmp_path / "run", prompt_rows(6, [style]), raw_layers=())
+    pd.DataFrame({"style": style, "original_index": [0, 0, 3]}).to_csv(tmp_path / "edits.csv", index=False)
+    items = evaluate_run(run, edits_csv=tmp_path / "edits.csv").items
+    edits = items[items["style"] == style].set_index("original_index")["edits"]
+    assert edits[[0, 3]].tolist() == ["2", "1"]

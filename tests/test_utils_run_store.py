@@ -6,10 +6,11 @@ import multiprocessing
 import pickle
 import zipfile
 
+import pandas as pd
 import pytest
 import torch
 from command_line import UserError
-from file_output import atomic_path, write_csv
+from file_output import atomic_path, read_csv, write_csv
 from load_model import load_model
 from read_predictions import iter_predictions
 from run_store import (
@@ -210,4 +211,38 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not in the local cache, and the hub cannot be reached") as caught:
         load_model("nobody/no-such-model-here")
+    assert "\n" not in str(caught.value)
+
+
+NAMES = ["None", "NA", "null", "nan", "NaN", "N/A", "#N/A", "-nan", "007", "True", "1e3"]
+
+
+def test_only_an_empty_cell_of_a_table_is_missing(tmp_path):
+    path = tmp_path / "t.csv"
+    write_csv(path, pd.DataFrame({"style": NAMES, "original_index": range(len(NAMES)), "value": 0.5}))
+    assert read_csv(path)["style"].tolist() == NAMES
+    path.write_text("style,element_index,original_index,value,correct\nNA,01,3,,True\n,a,4,2.5,\n")
+    table = read_csv(path)
+    assert table["element_index"].tolist() == ["01", "a"]
+    assert table["style"].isna().tolist() == [False, True]
+    assert table["value"].isna().tolist() == table["correct"].isna().tolist()[::-1] == [True, False]
+    assert read_csv(path, ["style", "value"]).columns.tolist() == ["style", "value"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file; do this"),
+        ("", "needs the columns style, original_index .*; do this"),
+        ("a,b\n1,2\n", "needs the columns style, original_index"),
+        ("style,original_index\nswap,one\n", "original_index must be a whole number in every line; do this"),
+        ("style,original_index\nswap,\n", "original_index must be a whole number"),
+        ("style,original_index\nswap,1.5\n", "original_index must be a whole number"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_csv(tmp_path / "t.csv", ["style", "original_index"], "do this")
     assert "\n" not in str(caught.value)

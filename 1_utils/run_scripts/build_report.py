@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from command_line import UserError, make_parser, one_line, run_main
-from file_output import write_text
+from command_line import UserError, make_parser, run_main
+from file_output import read_csv, write_text
 from read_predictions import Prediction, iter_predictions
 from report_sections import SECTIONS, TableOf
 from run_store import Run, open_run, read_failures, row_count
@@ -111,16 +111,9 @@ class Table:
 
 def read_table(path: Path) -> pd.DataFrame | None:
     """A CSV of stages 3 to 5; None where it is missing or empty. Raises UserError where it is damaged."""
-    import pandas as pd
-
     if not path.is_file() or not path.stat().st_size:
         return None
-    try:
-        # A style may be named "None" or "NA": only an empty cell is missing.
-        return pd.read_csv(path, low_memory=False, keep_default_na=False, na_values=["", "nan", "NaN"])
-    except (ValueError, OSError) as error:
-        why = one_line(str(error), 100)
-        raise UserError(f"{path}: cannot be read ({why}); delete it and run its stage again") from None
+    return read_csv(path, hint="delete it and run its stage again")
 
 
 def to_table(frame: pd.DataFrame, source: str, columns: Sequence[str] = (), total: int | None = None) -> Table:

@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all: text, JSON, CSV and figures are written beside and then renamed."""
+"""Files that appear whole or not at all: text, JSON, CSV and figures are written beside and then renamed.
+
+`read_csv` is the project's one reader of CSV tables.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ import glob
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import UserError
+from command_line import UserError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+TEXT_COLUMNS = ("style", "element_index")  # names: a style may be called `None`, `NA`, `nan` or `007`
 
 
 @contextmanager
@@ -69,6 +74,29 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
     """Write a table as UTF-8 CSV with one header row and no index column."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, encoding="utf-8", errors="backslashreplace", lineterminator="\n")
+
+
+def read_csv(path: str | Path, columns: Sequence[str] | None = None, hint: str = "run its stage again") -> pd.DataFrame:
+    """Read a CSV table, with `columns` only those. Only an empty cell is missing; TEXT_COLUMNS stay text.
+
+    Raises UserError, which ends in `hint`, if the file is missing or damaged, lacks one of `columns`, or has a row
+    without a whole `original_index` although it has that column.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(
+            path, usecols=columns, dtype=dict.fromkeys(TEXT_COLUMNS, str), low_memory=False,
+            keep_default_na=False, na_values=[""],
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except (ValueError, OSError) as error:
+        needs = f"needs the columns {', '.join(columns)}" if columns else "cannot be read"
+        raise UserError(f"{path}: {needs} ({one_line(str(error), 100)}); {hint}") from None
+    if len(table) and "original_index" in table and table["original_index"].dtype.kind not in "iu":
+        raise UserError(f"{path}: its original_index must be a whole number in every line; {hint}")
+    return table
 
 
 def save_figure(path: str | Path, figure: Figure, dpi: int = 150) -> None:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError, make_parser, run_main
-from file_output import write_csv
+from file_output import read_csv, write_csv
 from load_json import CLEAN_KEYS, read_prompt_file
 from logger import get_logger
 from maths_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
@@ -158,19 +158,11 @@ def _row_facts(run: Run, index: int, clean: str | None) -> _Row:
 
 def _edit_log(run: Run, edits_csv: str | Path | None) -> dict[tuple[str, int], int] | None:
     """(style, original index) → number of edits; the log beside the prompt file unless one is named."""
-    import pandas as pd
-
     path = Path(edits_csv) if edits_csv is not None else _log_beside_prompts(run)
     if path is None:
         return None
-    try:
-        log = pd.read_csv(path, usecols=["style", "original_index"])
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such edit log; give the *_edits.csv of make_variants.py, or drop --edits_csv"
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not an edit log with style and original_index ({error}); give another") from None
+    hint = "give the *_edits.csv of make_variants.py, or drop --edits_csv"
+    log = read_csv(path, ["style", "original_index"], hint)
     return {(str(style), int(index)): int(n) for (style, index), n in log.value_counts().items()}
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from command_line import UserError
+from file_output import read_csv
 from head_overlap import GroupSums
 
 BLOCK_ROWS = 1024  # changes are ranked within blocks of so many rows, so that memory stays flat
@@ -27,15 +27,8 @@ class Answers:
     """Which answers are right, from the maths_items.csv of stage 3; of several samples, at least half must be."""
 
     def __init__(self, path: Path) -> None:
-        import pandas as pd
-
-        needed = ["style", "original_index", "correct"]
-        try:
-            table = pd.read_csv(path, usecols=needed)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; run stage 3 (evaluate_predictions.py) first") from None
-        except (ValueError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: needs the columns {', '.join(needed)} of stage 3 ({error})") from None
+        columns = ["style", "original_index", "correct"]
+        table = read_csv(path, columns, "run stage 3 (evaluate_predictions.py) first")
         words = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
         table["correct"] = table["correct"].astype(str).str.lower().map(words)
         share = table.dropna(subset=["correct"]).groupby(["style", "original_index"])["correct"].mean()
