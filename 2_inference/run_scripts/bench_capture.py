@@ -9,16 +9,19 @@ Writes  a table to standard output and, with --csv, one row per way and prompt l
 
 The first form times single batches of random tokens. With --prompt_file it times a whole job instead: a plain
 `generate()` loop in file order at batch 16 without capture, against this stage with its defaults, at equal text.
+Every finished round is reported on standard error. Ctrl-C, SIGTERM or --time_limit end the run with a table of the
+rounds that are finished (exit code 130).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ KNOWN_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 REGION_NAMES = ["all", "last", "context", "instruction", "task", "first", "edited"]
 POOLED = ["last", "instruction", "task", "edited"]
 
@@ -83,6 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     job.add_argument("--stop_strings", nargs="+", default=[], help="given to both sides")
     job.add_argument("--output_dir", type=Path, help="where ours writes; default: a temporary folder")
     parser.add_argument("--csv", type=Path, help="write the table here too")
+    parser.add_argument("--time_limit", type=int, help="seconds until the run ends with what it has")
     args = parser.parse_args(argv)
     if (args.model_name is None) == (args.random_weights is None):
         raise UserError("give one of --model_name and --random_weights")
@@ -224,12 +229,13 @@ def with_nnsight(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
     from attn_act_logi import raw_layers
     from capture import find_layers
     from load_model import load_tokenizer
-    from nnsight import LanguageModel, save
+    from nnsight import save
+    from nnsight.modeling.transformers import TransformersModel
 
     if not args.model_name:
         raise ImportError("it needs the tokenizer of --model_name")
     model = copy.deepcopy(model)  # as it wraps every module
-    traced = LanguageModel(model, tokenizer=load_tokenizer(args.model_name))
+    traced = TransformersModel(model, tokenizer=load_tokenizer(args.model_name), task="text-generation")
     _, blocks = find_layers(model)
     layers = [layer for layer in raw_layers(args.raw_layers, len(blocks)) if layer < len(blocks)]
     backbone = next(name for name, module in model.named_modules() if module is blocks[0]).split(".")[:-1]
@@ -362,36 +368,57 @@ def bench_batches(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     for length in args.lengths:
         batch = max(1, min(args.batch_size, args.max_tokens // length))
         ids = torch.randint(10, vocabulary - 10, (batch, length), generator=torch.Generator().manual_seed(length))
-        rows += bench_length(args, ways, ids.to(model.device), model.device.type)
+        calls = {name: partial(way, ids.to(model.device)) for name, way in ways.items()}
+        seconds, peaks, captured = time_in_turn(args, calls, model.device.type, f"{batch} x {length} tokens")
+        for name, spent in seconds.items():
+            row = {"prompt_tokens": length, "rows": batch} | ratio_row(name, spent, seconds)
+            row["new_tokens_per_s"] = batch * args.max_new_tokens / row["seconds"]
+            rows.append(row | {"peak_MB": peaks[name], "captured_bytes_per_prompt": captured[name] // batch})
+        if args.stopped:
+            break
     return rows
 
 
-def bench_length(
-    args: argparse.Namespace, ways: dict[str, Callable[[Any], int]], ids: Any, device: str
-) -> list[dict[str, Any]]:
-    """All ways on one batch: a first round for the peaks, then the timed ones."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def time_in_turn(
+    args: argparse.Namespace, calls: Mapping[str, Callable[[], Any]], device: str, label: str, warm_up: bool = True
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Any]]:
+    """Seconds of every finished round, peak MB and the first result of each call.
+
+    Each is called once before the timed rounds, and once more before that as a warm-up: what is made once and stays is
+    not part of a peak. After a stop (`args.stopped`) only finished rounds are returned.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     peaks: dict[str, float] = {}
-    captured: dict[str, int] = {}
-    for way in ways.values():  # what is made once and stays is no part of a way's peak
-        way(ids)
-    for name, way in ways.items():
-        give_back_heap()
-        _, peaks[name], captured[name] = timed(partial(way, ids), device)
-    for round_number in range(args.repeats):
-        for name in list(ways) if round_number % 2 else list(reversed(ways)):
-            seconds[name].append(timed(partial(ways[name], ids), device)[0])
+    results: dict[str, Any] = {}
+    try:
+        for name, call in calls.items():
+            if warm_up:
+                call()
+            give_back_heap()
+            spent, peaks[name], results[name] = timed(call, device)
+            progress(f"{label}, {name}: {spent:.2f} s before the timed rounds")
+        for number in range(args.repeats):
+            order = list(calls)[:: 1 if number % 2 else -1]
+            spent_by = {name: timed(calls[name], device)[0] for name in order}
+            for name, spent in spent_by.items():
+                seconds[name].append(spent)
+            shown = ", ".join(f"{name} {spent_by[name]:.2f} s" for name in calls)
+            progress(f"{label}, round {number + 1} of {args.repeats}: {shown}")
+    except KeyboardInterrupt:
+        args.stopped = True
+    return {name: spent for name, spent in seconds.items() if spent}, peaks, results
+
+
+def ratio_row(name: str, spent: list[float], seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Median seconds of a way and the median of its rounds' ratios to `generate()` (or to the first way)."""
     base = seconds.get("generate") or next(iter(seconds.values()))
-    tokens = ids.shape[0] * args.max_new_tokens
-    return [
-        {
-            "prompt_tokens": ids.shape[1], "rows": ids.shape[0], "way": name,
-            "ratio_to_generate": statistics.median(a / b for a, b in zip(spent, base, strict=True)),
-            "seconds": statistics.median(spent), "new_tokens_per_s": tokens / statistics.median(spent),
-            "peak_MB": peaks[name], "captured_bytes_per_prompt": captured[name] // ids.shape[0],
-        }
-        for name, spent in seconds.items()
-    ]  # fmt: skip
+    ratio = statistics.median(a / b for a, b in zip(spent, base, strict=True))
+    return {"way": name, "ratio_to_generate": ratio, "seconds": statistics.median(spent), "rounds": len(spent)}
+
+
+def progress(text: str) -> None:
+    """A line on standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 # --- a whole job
@@ -399,30 +426,15 @@ def bench_length(
 
 def bench_job(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """A plain `generate()` loop in file order against this stage as a user calls it, in turn; texts are compared."""
-    import io
-    import tempfile
-
-    texts, device = job_texts(args), model.device.type
-    seconds: dict[str, list[float]] = {"generate loop, batch 16": [], "ours, capture included": []}
-    equal = 0
-    for number in range(args.repeats):
-        with tempfile.TemporaryDirectory(dir=args.output_dir) as folder, contextlib.redirect_stderr(io.StringIO()):
-            plain, _, expected = timed(partial(generate_loop, args, model, tokenizer, texts), device)
-            own, _, got = timed(partial(our_job, args, model, Path(folder)), device)
-        seconds["generate loop, batch 16"].append(plain)
-        seconds["ours, capture included"].append(own)
-        equal = sum(a == b for a, b in zip(expected, got, strict=True))
-        print(
-            f"round {number + 1}: {plain:.1f} s and {own:.1f} s, {equal} of {len(texts)} texts equal", file=sys.stderr
-        )
-    base = seconds["generate loop, batch 16"]
-    return [
-        {
-            "prompts": len(texts), "way": name, "seconds": statistics.median(spent), "texts_equal": equal,
-            "ratio_to_generate": statistics.median(a / b for a, b in zip(spent, base, strict=True)),
-        }
-        for name, spent in seconds.items()
-    ]  # fmt: skip
+    texts = job_texts(args)
+    calls = {
+        "generate loop, batch 16": partial(generate_loop, args, model, tokenizer, texts),
+        "ours, capture included": partial(our_job, args, model),
+    }
+    seconds, _, responses = time_in_turn(args, calls, model.device.type, f"{len(texts)} prompts", warm_up=False)
+    equal = sum(a == b for a, b in zip(*responses.values(), strict=True)) if len(responses) == 2 else None
+    shared = {"prompts": len(texts), "texts_equal": equal}
+    return [shared | ratio_row(name, spent, seconds) for name, spent in seconds.items()]
 
 
 def job_texts(args: argparse.Namespace) -> list[str]:
@@ -449,14 +461,16 @@ def generate_loop(args: argparse.Namespace, model: Any, tokenizer: Any, texts: l
     return responses
 
 
-def our_job(args: argparse.Namespace, model: Any, folder: Path) -> list[str]:
+def our_job(args: argparse.Namespace, model: Any) -> list[str]:
     """The stage's own `main`, with the model that is loaded already; returns the responses."""
+    import io
+    import tempfile
+
     import attn_act_logi
     import load_model
     from read_predictions import iter_predictions
 
     command = ["--model_name", str(args.model_name), "--prompt_file", str(args.prompt_file),
-               "--output_dir", str(folder),
                "--prompt_keys", args.prompt_key, "--max_new_tokens", str(args.max_new_tokens),
                "--max_samples", str(args.max_samples), "--dtype", args.dtype]  # fmt: skip
     if args.few_shot_file:
@@ -464,11 +478,15 @@ def our_job(args: argparse.Namespace, model: Any, folder: Path) -> list[str]:
     if args.stop_strings:
         command += ["--stop_strings", *args.stop_strings]
     loading, load_model.load_model = load_model.load_model, lambda *_, **__: (model, None)
-    try:
-        attn_act_logi.main(command)
-    finally:
-        load_model.load_model = loading
-    return [prediction.response or "" for prediction in iter_predictions(folder)]
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                code = attn_act_logi.main([*command, "--output_dir", folder])
+        finally:
+            load_model.load_model = loading
+        if code == attn_act_logi.EXIT_STOPPED:
+            raise KeyboardInterrupt
+        return [prediction.response or "" for prediction in iter_predictions(Path(folder))]
 
 
 # --- script
@@ -478,6 +496,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load or make the model, time, print."""
     args = parse_args(argv)
     args.stop_strings = [text.replace("\\n", "\n") for text in args.stop_strings]
+    args.stopped = False
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.default_int_handler)
+    signal.alarm(args.time_limit or 0)
     import pandas as pd
     import torch
     import transformers
@@ -492,11 +514,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, tokenizer = load_model(args.model_name, args.dtype, args.device_map)
     table = pd.DataFrame(bench_job(args, model, tokenizer) if args.prompt_file else bench_batches(args, model))
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model_name or args.random_weights}, {model.dtype}, {where}, {args.repeats} rounds")
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    if args.csv:
-        write_csv(args.csv, table)
-    return 0
+    print(f"{args.model_name or args.random_weights}, {model.dtype}, {where}")
+    if not table.empty:
+        print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+        if args.csv:
+            write_csv(args.csv, table)
+    if args.stopped:
+        progress("stopped before a round was finished" if table.empty else "stopped: these are the finished rounds")
+    return EXIT_INTERRUPTED if args.stopped else 0
 
 
 if __name__ == "__main__":

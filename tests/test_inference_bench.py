@@ -1,0 +1,55 @@
+"""bench_capture: every round is reported, and a stopped run ends with the rounds that it has."""
+
+import os
+import signal
+
+import bench_capture
+import pandas as pd
+import pytest
+import tiny_models
+
+
+def bench(tmp_path, *flags):
+    folder = tiny_models.save(tmp_path / "tiny")
+    csv = tmp_path / "bench.csv"
+    code = bench_capture.main(["--model_name", str(folder), "--max_new_tokens", "2", "--batch_size", "2",
+                               "--csv", str(csv), *flags])  # fmt: skip
+    return code, csv
+
+
+def test_every_way_has_a_row_and_every_round_a_line(tmp_path, capfd):
+    code, csv = bench(tmp_path, "--lengths", "4", "9", "--repeats", "2", "--ways", "generate", "ours", "two_pass")
+    table, errors = pd.read_csv(csv), capfd.readouterr().err
+    assert code == 0
+    assert list(zip(table.prompt_tokens, table.way, strict=True)) == [
+        (length, way) for length in (4, 9) for way in ("generate", "ours", "two_pass")
+    ]
+    assert (table.loc[table.way == "generate", "ratio_to_generate"] == 1).all()
+    assert (table.rounds == 2).all()
+    assert all(
+        f"2 x {length} tokens, round {number} of 2: generate" in errors for length in (4, 9) for number in (1, 2)
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM])
+def test_a_stopped_run_gives_the_finished_rounds(tmp_path, monkeypatch, capfd, number):
+    calls = []
+
+    def stopping(model, args):
+        plain = bench_capture.plain_generate(model, args)
+
+        def run(ids):
+            calls.append(ids.shape)
+            if len(calls) == 2 + 2 + 1:  # untimed calls, two rounds, and then in the midst of the third
+                os.kill(os.getpid(), number)
+            return plain(ids)
+
+        return run
+
+    monkeypatch.setitem(bench_capture.WAYS, "stopping", stopping)
+    code, csv = bench(tmp_path, "--lengths", "4", "9", "--repeats", "5", "--ways", "generate", "stopping")
+    table = pd.read_csv(csv)
+    assert code == 130
+    assert set(table.prompt_tokens) == {4}
+    assert list(table.rounds) == [2, 2]
+    assert "stopped: these are the finished rounds" in capfd.readouterr().err
