@@ -281,7 +281,7 @@ HEARD_PAIRS = """
     meat/meet might/mite mind/mined morning/mourning need/knead new/knew night/knight no/know not/knot or/ore
     packed/pact past/passed pears/pairs pick/pic piece/peace plain/plane please/pleas pour/pore praise/prays
     profit/prophet queue/cue rain/reign rained/reigned reads/reeds rest/wrest rhyme/rime right/write road/rode role/roll
-    rolls/roles rough/ruff row/roe rows/rose sales/sails see/sea seems/seams seller/cellar sells/cells
+    rolls/roles rough/ruff row/roe rows/rose sales/sails sea/see see/sea seems/seams seller/cellar sells/cells
     side/sighed sign/sine size/sighs so/sew stayed/staid steel/steal step/steppe steps/steppes straight/strait
     sun/son sweets/suites tea/tee their/there there/their through/threw to/too tray/trey very/vary wait/weight
     waiting/weighting waits/weights waste/waist way/weigh ways/weighs we/wee weather/whether weekly/weakly

@@ -403,6 +403,232 @@ def test_a_slip_of_grammar_is_none_where_both_forms_are_right(prompt, sound):
     assert not [text for text in made if sound in text]
 
 
+def slips_of_form(prompt: str) -> set[str]:
+    """What any of many seeds makes of a prompt, without doubled words and articles."""
+    changed = {text for text in all_variants_of(prompt, "grammar", 30) if len(text.split()) == len(prompt.split())}
+    return {text for text in changed if re.sub(r"\b(a|an|An)\b", "A", text) != re.sub(r"\b(a|an|A)\b", "A", prompt)}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "These fish swim fast.",
+        "Those sheep eat grass.",
+        "These species live here.",
+        "These big white sheep belong to him.",
+        "These Japanese live in the north.",
+        "The fish are swimming.",
+        "The deer was here.",
+        "Two moose were on the road.",
+        "The aircraft that they bought is new.",
+        "This series is on the shelf.",
+        "The crossroads is dangerous.",
+        "My headquarters is here.",
+        "These means have failed.",
+        "The jury has voted and the staff is happy.",
+        "A number of people are waiting.",
+        "Five dollars is enough.",
+        "There is a dog and a cat here.",
+        "I suggest that she have a rest.",
+        "We recommended that Dr. Watson do it.",
+        "They demand he have it by noon.",
+        "He thought it vital that she have a rest.",
+        "The doctor insists that he does it daily.",
+        "The teacher asked that everybody have it.",
+        "If he was rich, all cheered.",
+        "I wish it were so.",
+        "Were he here, all cheered.",
+        "Long live the king!",
+        "I know those boys cry.",
+        "They cut the bread and give it away.",
+        "List prices rise.",
+        "This caused trouble.",
+    ],
+)
+def test_what_another_form_leaves_right_takes_no_slip_of_form(prompt):
+    assert slips_of_form(prompt) == set()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "slip"),
+    [
+        ("These apples are red.", "This apples are red."),
+        ("These apples are red.", "These apples is red."),
+        ("The dogs were here.", "The dogs was here."),
+        ("My brother is here.", "My brother are here."),
+        ("I think that she has a dog.", "I think that she have a dog."),
+        ("He says that she does it.", "He says that she do it."),
+        ("Those of you who know this book are lucky.", "Those of you who know these book are lucky."),
+        ("Add the parts and write the sum here.", "Add the parts and wrote the sum here."),
+        ("List the names.", "Lists the names."),
+    ],
+)
+def test_a_slip_of_form_that_is_wrong_for_sure_is_made(prompt, slip):
+    assert slip in all_variants_of(prompt, "grammar")
+
+
+def edited_first(prompt: str) -> str:
+    """The word that takes the first typo."""
+    (line,) = make_variants.make_variants([{"normal": prompt}], ["main"])[1]
+    return line["word"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "names"),
+    [
+        ("Ask Dr. Watson about the weather today.", {"Watson"}),
+        ("Mrs. Adams sold apples (e.g. Granny Smith) at the market.", {"Granny", "Smith", "Adams", "Mrs"}),
+        ("We met J. R. Rowland near the garden.", {"Rowland"}),
+        ("They live in St. Albans near the market.", {"Albans"}),
+        ("Prof. Winslow teaches chemistry here.", {"Prof", "Winslow"}),
+        ("the winner: Watson from the garden", {"Watson"}),
+        ('he said "hello" Watson in the garden', {"Watson"}),
+        ("we watched football vs. Arsenal in the rain", {"Arsenal"}),
+    ],
+)
+def test_names_come_after_all_other_words(prompt, names):
+    assert edited_first(prompt) not in names
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first"),
+    [
+        ("It rained. Umbrellas were sold.", "Umbrellas"),
+        ("Is it so? Umbrellas were sold.", "Umbrellas"),
+        ("So said I. Umbrellas were sold.", "Umbrellas"),
+        ('She said "no." Umbrellas were sold.', "Umbrellas"),
+    ],
+)
+def test_a_capital_after_the_end_of_a_sentence_makes_no_name(prompt, first):
+    assert edited_first(prompt) == first
+
+
+def free_text(prompt: str, row: dict | None = None) -> str:
+    """What an edit may touch."""
+    parts, done = [], 0
+    for start, end in [*rules.protected_spans(prompt, row), (len(prompt), len(prompt))]:
+        parts, done = [*parts, prompt[done:start]], end
+    return " | ".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("Halve the 12 apples and give 3 to Tom.", "Halve"),
+        ("The 12 apples were halved and 3 were sold.", "halved"),
+        ("The price of 12 dollars doubled and 3 coins were lost.", "doubled"),
+        ("What is the mean of 12 and 30?", "mean"),
+        ("Find the means, medians and modes of 3, 4 and 5.", "means medians modes"),
+        ("What is the median of 12, 14 and 30?", "median"),
+        ("A gross of pens and 3 more cost 12.", "gross"),
+        ("What is 5 factorial divided by 3?", "factorial divided"),
+        ("What is the factorial of seven?", "factorial"),
+        ("What is 9 squared?", "squared"),
+        ("Tripling 4 and cubing 3 gives what?", "Tripling cubing"),
+        ("One twelfth of the 36 pupils, two fifteenths of the rest", "twelfth"),
+        ("The quotient and the remainder of 17 and 5", "quotient remainder"),
+        ("A score of men and a couple of boys ate 30 per cent of 12 pies", "score couple per cent"),
+        ("He has twice as many pairs as she has: 4 and 3 apiece", "twice pairs apiece"),
+    ],
+)
+def test_words_that_decide_a_calculation_are_protected_in_maths(prompt, words):
+    free = set(rules.words_in(free_text(prompt)))
+    assert free.isdisjoint(words.split())
+    assert free.isdisjoint(word for word in rules.words_in(prompt) if word in rules.NUMBER_WORDS)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Explain what the idiom could mean in a product review.",
+        "Describe the power of a gross mistake in a couple of sentences.",
+        "Which double standards does the median voter score highest?",
+        "What does the sentence mean to a reader who is odd and even round?",
+        "Write 3 lines about what 2 idioms could mean.",
+    ],
+)
+def test_the_same_words_are_free_in_an_instruction(prompt):
+    for word in ("mean", "product", "gross", "couple", "median", "score", "odd", "round", "power"):
+        if word in prompt.split():
+            assert word in free_text(prompt)
+
+
+QUOTES = ["„{}“", "„{}”", "»{}«", "«{}»", "« {} »", "``{}''", "<q>{}</q>", "‚{}‘", "‘{}’", "「{}」", "『{}』", "‹{}›",
+          "›{}‹", '"{}"', "“{}”", "'{}'", "”{}”", "《{}》", "<code>{}</code>", "<pre>\n{}\n</pre>", "`{}`", "``{}``",
+          "${}$", "$${}$$", "\\({}\\)", "\\[{}\\]", "\n```\n{}\n```\n", "\n~~~\n{}\n~~~\n",
+          "\\begin{{align}}{}\\end{{align}}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", QUOTES)
+@pytest.mark.parametrize("inner", ["good morning, brave garden", "speed = distance / time", "don't edit it"])
+def test_whatever_stands_in_quotation_marks_code_or_a_formula_is_protected_and_no_more(marks, inner):
+    if inner.startswith("don't") and marks in ("'{}'",):
+        inner = inner.replace("'", "’")
+    prompt = f"Please translate {marks.format(inner)} into French, and then {marks.format(inner)} into Welsh."
+    free = " ".join(re.findall(r"[a-zA-Z]+", free_text(prompt)))
+    assert free == "Please translate into French and then into Welsh"
+    for style in ("main", "three", "punctuation", "homonym"):
+        for text in all_variants_of(prompt, style, 5):
+            assert text.count(marks.format(inner)) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "It costs $5 today and $6 tomorrow for members",
+        "Prices in US$ and in A$ differ widely",
+        "The dogs' bowl isn't near the cats' garden",
+        "Don't forget that it's the pupils’ garden and she’s late",
+        "We paid $5, then they paid $7, so apples were dear",
+        "It is ~ five miles ~ from the garden",
+        "He is 5 < 6 years and > 3 years old here",
+    ],
+)
+def test_marks_that_quote_nothing_protect_no_words(prompt):
+    words = [word for word in rules.words_in(prompt) if word not in rules.PROTECTED_WORDS and word not in ("US", "A")]
+    assert [word for word in words if word in free_text(prompt)] == words
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels"),
+    [
+        ("User: Please describe the garden.\nAssistant:", ["User:", "Assistant:"]),
+        ("user: Please describe the garden.\nassistant:", ["user:", "assistant:"]),
+        ("Premise: gardens are green.\nHypothesis: Green gardens exist.", ["Premise:", "Hypothesis:"]),
+        ("Premise: A man sleeps. Hypothesis: He is awake. Label:", ["Premise:", "Hypothesis:", "Label:"]),
+        ("Sentence 1: gardens are green.\nSentence 2: green gardens exist.", ["Sentence 1:", "Sentence 2:"]),
+        ("English: good morning friends\nFrench:", ["English:", "French:"]),
+        ("Review: lovely garden.\nSentiment:", ["Review:", "Sentiment:"]),
+        ("Source text: good garden\n  Final Translation :", ["Source text:", "Final Translation :"]),
+        ("Question: which garden?\nAnswer:", ["Question:", "Answer:"]),
+        ("English： good morning friends", ["English："]),
+    ],
+)
+def test_labels_are_protected(prompt, labels):
+    assert rules.protected_texts(prompt) == labels
+    for style in ("main", "three", "punctuation"):
+        for text in all_variants_of(prompt, style, 10):
+            assert all(label in text for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        ("Calculate: lovely numbers", "Calculate"),
+        ("Translate this: lovely garden", "Translate"),
+        ("Please work out the following: lovely garden", "following"),
+        ("Kindly translate: garden", "Kindly"),
+        ("The meeting begins at Nine:thirty sharp", "sharp"),
+        ("Rewrite the sentence in the garden: lovely", "garden"),
+        ("Consider that: the garden looks lovely", "Consider"),
+    ],
+)
+def test_an_instruction_before_a_colon_is_no_label_and_can_be_edited(prompt, word):
+    assert word in free_text(prompt)
+    made = all_variants_of(prompt, "main", 10) | all_variants_of(prompt, "three", 10)
+    assert not made or any(text.split(":")[0] != prompt.split(":")[0] for text in made)
+
+
 def test_slips_of_grammar_that_stay():
     made = all_variants_of("Can you find this road? A red car has an engine.", "grammar")
     for slip in ("you found", "you finds", "these road", "An red", "car have", "a engine"):

@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -337,17 +338,68 @@ _AGREEMENT = {
 }  # fmt: skip
 _DOUBLED = rules.word_set("the a an of to is are in on at with for and or it you your this what how which")
 _AUXILIARIES = rules.word_set("will would can could should must may might shall do does did")
+_BEFORE_SUBJECT = rules.word_set("there here where what who how when why")
 _BEFORE_BASE_FORM = _AUXILIARIES | rules.word_set("to please and then let's not")
 # What may be no slip: "the data is" or "are", "if it was" or "were", "do this quickly" or "these", "an historic".
+# Nouns of one form for both numbers, groups (plural in British English), plural forms taken as singular, and
+# measures. Where a sentence has one, neither number of a verb or a demonstrative is surely wrong.
 _EITHER_NUMBER = rules.word_set(
     """
-    data team staff family group class company firm government police committee crew audience public couple band choir
-    council army media majority minority rest half none some any all most them these those us which who
+    sheep fish deer moose elk bison buffalo swine boar trout salmon cod carp tuna shrimp prawn squid octopus bass pike
+    perch herring mackerel halibut haddock plaice sole sardine eel crab lobster catfish goldfish jellyfish starfish
+    shellfish crayfish swordfish cuttlefish whitefish blowfish dogfish monkfish codfish cattle grouse quail pheasant
+    partridge woodcock duck teal fowl waterfowl game antelope reindeer caribou wildebeest gazelle giraffe plankton krill
+    species subspecies series miniseries means crossroads headquarters barracks gallows works waterworks steelworks
+    ironworks gasworks fireworks aircraft spacecraft hovercraft watercraft rotorcraft craft offspring corps chassis
+    rendezvous precis chamois bourgeois patois faux innings sweepstakes shambles kudos biceps triceps quadriceps forceps
+    gross brace cannon shot sail counsel kin folk fruit food poultry vermin livestock clothes goods
+    scissors pliers tongs tweezers shears bellows binoculars goggles glasses spectacles trousers pants jeans shorts
+    tights pyjamas pajamas thanks remains surroundings premises outskirts savings earnings odds lodgings whereabouts
+    proceeds riches alms amends stairs woods steps links grounds kennels mews digs
+    mathematics maths physics economics politics statistics ethics athletics acoustics gymnastics linguistics tactics
+    dynamics mechanics electronics logistics genetics aerobics optics classics analytics diabetes measles mumps rickets
+    shingles billiards darts dominoes draughts checkers bowls skittles marbles cards
+    data media agenda bacteria criteria phenomena graffiti spaghetti paparazzi algae insignia dice stadia strata errata
+    memoranda candelabra opera trivia memorabilia paraphernalia regalia
+    swiss chinese japanese portuguese vietnamese taiwanese burmese maltese lebanese sudanese nepalese senegalese inuit
+    sioux maori roma pokemon emoji samurai ninja haiku manga sushi
+    team staff family group class company firm government police committee crew audience public couple band choir
+    council army navy majority minority rest half faculty jury board cabinet parliament senate congress administration
+    ministry department school college university corporation bank business club orchestra ensemble cast crowd mob gang
+    herd flock pack swarm party union association society community population press opposition management enemy
+    generation aristocracy proletariat electorate panel squad tribe household youth personnel clergy gentry nobility
+    military infantry cavalry duo trio quartet hertz yen baht won rand quid
     """
 )
-_UNREAL = rules.word_set("if though unless wish wishes wished suppose imagine")
-_AFTER_PRONOUN = rules.word_set("aloud step well soon today tomorrow right fast mean work works sound look looks feel")
+_QUANTITIES = rules.word_set(  # before "of"
+    """
+    pair host variety range handful number lot lots plenty bunch total percent percentage proportion fraction portion
+    part bulk remainder average collection set list selection bit
+    """
+)
+_EITHER_BEFORE = rules.word_set("none some any all most more half them those us which who that than as neither either")
+_UNREAL = rules.word_set("if though unless wish wishes wished suppose supposing imagine lest rather")
+# "I suggest that she have a rest", "it is vital he do it": these words can ask for the bare form of the verb.
+_MANDATIVE = tuple(
+    rules.word_set(
+        """
+        suggest recommend insist demand ask request requir propos urg advis order prefer move beg desir command
+        stipulat mandat decree plead pray instruct petition important essential vital necessary crucial imperative
+        critical appropriate better best condition lest wish
+        """
+    )
+)
+_AFTER_PRONOUN = rules.word_set(
+    """
+    aloud step well soon today tomorrow right fast mean means work works sound sounds look looks feel feels made took
+    gave came went got saw said told found left kept meant led brought began became cost put set let cut hit hurt read
+    held lost won ran fell grew broke spread
+    """
+)
+_PREPOSITIONS = rules.word_set("of in on at with for to from about by into over under near")
 _SILENT_H = ("hour", "honest", "honour", "honor", "heir")
+# At the beginning of a sentence these may be nouns: "Work is hard" and "List prices" are no requests.
+_ALSO_NOUNS = rules.word_set("work answer list name state report plan design help use return outline")
 _PAST = {
     "find": "found", "give": "gave", "write": "wrote", "show": "showed", "tell": "told", "make": "made", "get": "got",
     "take": "took", "keep": "kept", "think": "thought", "say": "said", "choose": "chose", "know": "knew", "see": "saw",
@@ -361,6 +413,7 @@ _PAST = {
     "recommend": "recommended", "complete": "completed", "convert": "converted", "simplify": "simplified",
     "brainstorm": "brainstormed", "pick": "picked", "select": "selected", "mention": "mentioned", "decide": "decided",
 }  # fmt: skip
+_REQUESTS = {*_PAST, *rules.INSTRUCTION_VERBS, "please"}
 
 
 def _grammar(prompt: Prompt, style: str) -> list[Edit]:
@@ -377,52 +430,88 @@ def _grammar_slips(prompt: Prompt) -> dict[str, list[Edit]]:
             continue
         unmarked = pieces[word.index].endswith(word.text) and word.index + 1 < len(pieces)
         after = pieces[word.index + 1] if unmarked else ""
-        for operation, changed in _slips_of(word, _sentence_before(pieces, word.index), after):
+        sentence = _sentence_around(pieces, word.index)
+        for operation, changed in _slips_of(word, *sentence, after):
             slip = Edit(word.start, word.end, _in_case_of(word.text, changed), operation, word)
             slips.setdefault(operation, []).append(slip)
     return slips
 
 
-def _sentence_before(pieces: list[str], index: int) -> list[str]:
-    """Up to 12 pieces of the same sentence before a word, in lower case."""
-    earlier: list[str] = []
-    for piece in reversed(pieces[max(0, index - 12) : index]):
-        if piece[-1] in ".!?:":
+LONGEST_SENTENCE = 40  # words on each side that are looked at
+
+
+def _sentence_around(pieces: list[str], index: int) -> tuple[list[str], list[str]]:
+    """The words before and after a word in its sentence, in lower case and without the marks around them."""
+    before: list[str] = []
+    for piece in reversed(pieces[max(0, index - LONGEST_SENTENCE) : index]):
+        if rules.ends_sentence(piece) or piece[-1] == ":":
             break
-        earlier.insert(0, piece.lower())
-    return earlier
+        before.insert(0, piece)
+    end = index
+    while end < min(len(pieces) - 1, index + LONGEST_SENTENCE) and not rules.ends_sentence(pieces[end]):
+        end += 1
+    return _bare(before), _bare(pieces[index + 1 : end + 1])
 
 
-def _slips_of(word: Word, earlier: list[str], after: str) -> list[tuple[str, str]]:
-    """Slips of one word, `earlier` in its sentence and `after` it; `after` is empty where a mark stands between."""
+def _bare(pieces: list[str]) -> list[str]:
+    return [piece.strip("()[]\"'“”‘’«».,;:?!*").lower() for piece in pieces]
+
+
+def _slips_of(word: Word, earlier: list[str], later: list[str], after: str) -> list[tuple[str, str]]:
+    """Slips of one word that are wrong for sure, between `earlier` and `later` of its sentence.
+
+    `after` is the piece that follows, empty if a mark stands between.
+    """
     lower, slips = word.lower, []
     before = earlier[-1] if earlier else ""
-    if lower in _AGREEMENT and _is_agreement(lower, earlier, after):
+    if lower in _AGREEMENT and _is_agreement(word, earlier, later, after):
         slips.append(("agreement", _AGREEMENT[lower]))
     if lower in _PAST:
-        base_form = word.starts_sentence or before in _BEFORE_BASE_FORM
-        if base_form or (before == "you" and _AUXILIARIES.intersection(earlier[-2:-1])):  # "that you found" is right
+        base_form = before in _BEFORE_BASE_FORM
+        if word.starts_sentence:  # a request: "Work out …", not "Work is …"
+            base_form = lower not in _ALSO_NOUNS or after.lower() in rules.FUNCTION_WORDS - {"is", "of", "was"}
+        elif before in ("and", "then"):  # "they cut and gave", "she helps him and writes" would be right
+            base_form = earlier[0] in _REQUESTS
+        past = base_form and (not word.starts_sentence or after.lower() in rules.FUNCTION_WORDS)  # "Proposed names"
+        if past or (before == "you" and _AUXILIARIES.intersection(earlier[-2:-1])):  # "that you found" is right
             slips.append(("tense", _PAST[lower]))
         if base_form or before == "you":
             slips.append(("agreement", _third_person(lower)))
-    if lower == "a" and after[:1] in "bcdfgjklmnpqrstvwxyz" and after:
+    following = after.strip("()[]\"'“”.,;:?!")
+    if lower == "a" and following[:1] in tuple("bcdfgjklmnpqrstvwxyz") and rules.is_real_word(following):
         slips.append(("article", "an"))
-    if lower == "an" and (after[:1] in "aeio" or after.startswith(_SILENT_H)) and after:
+    if lower == "an" and after and (after[:1] in "aeio" or after.startswith(_SILENT_H)):
         slips.append(("article", "a"))
     if lower in _DOUBLED and after:
         slips.append(("doubled_word", f"{lower} {lower}"))
     return slips
 
 
-def _is_agreement(lower: str, earlier: list[str], after: str) -> bool:
-    """True where the other number of a word in _AGREEMENT is wrong for sure."""
-    if lower in ("this", "these", "those"):  # before a noun; alone, the other may be as right
-        noun = after.rstrip(".,;:!?").lower()
-        pronoun = noun in rules.FUNCTION_WORDS | _AFTER_PRONOUN or noun.endswith("ly") or not noun.isalpha()
-        return not pronoun or (lower == "those" and noun in ("that", "who"))
-    if lower in ("was", "were") and _UNREAL.intersection(earlier):
+def _is_agreement(word: Word, earlier: list[str], later: list[str], after: str) -> bool:
+    """True if the other number of a word in _AGREEMENT is wrong for sure."""
+    lower, before, noun = word.lower, "".join(earlier[-1:]), "".join(later[:1])
+    sentence = (*earlier, lower, *later)
+    quantity = any(one in _QUANTITIES and other == "of" for one, other in pairwise(sentence))
+    if quantity or _EITHER_NUMBER.intersection(sentence):
         return False
-    return not _EITHER_NUMBER.intersection(earlier[-1:])
+    if lower in ("this", "these", "those"):  # before a noun; alone, the other may be as right
+        if lower == "those" and earlier and before not in _PREPOSITIONS:  # "I know that boys cry"
+            return False
+        pronoun = noun in rules.FUNCTION_WORDS | rules.NUMBER_WORDS | _AFTER_PRONOUN or noun.endswith(("ly", "ed"))
+        sure = bool(after) and noun.isalpha() and noun != "people" and not pronoun
+        return sure or (lower == "those" and noun in ("that", "who"))
+    if before in _EITHER_BEFORE | rules.UNITS | rules.NUMBER_WORDS or before[-1:].isdigit():
+        return False
+    if "and" in earlier[-4:] or {"or", "nor"}.intersection(earlier[-4:]):
+        return False
+    inverted = not earlier or before in _BEFORE_SUBJECT
+    if inverted and {"and", "or"}.intersection(later):  # "where is the cat and the dog"
+        return False
+    if lower in ("was", "were"):  # "if it were", "were he here", "as it were"
+        return not (inverted and not before) and not _UNREAL.intersection(earlier) and earlier[-2:] != ["as", "it"]
+    if lower in ("has", "have", "do", "does"):
+        return not any(one.startswith(_MANDATIVE) for one in earlier)
+    return True
 
 
 def _third_person(verb: str) -> str:

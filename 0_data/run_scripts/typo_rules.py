@@ -1,9 +1,10 @@
 """Rules that the generator of variants and the linter share: words, protected text, edits, and what each style allows.
 
-Protected text is what no edit may touch: digits, number words, operators, units after a number, URLs, code, quoted
-text, `{placeholders}`, labels such as `Answer:`, the row's `task` and its `answer`. In a prompt about arithmetic
-(a numeric `answer`, or two numbers in the text) the words that decide the calculation (plus, from, half, each …)
-and every unit are protected too.
+Protected text is what no edit may touch: digits, number words, operators, units after a number, URLs, code, formulas,
+quoted text, `{placeholders}`, labels such as `Answer:`, the row's `task` and its `answer`. In a prompt about arithmetic
+(`is_arithmetic`) the words that decide the calculation (plus, from, halve, mean …) and every unit are protected too.
+A label is one to three words, the first with a capital, that begin a line or a sentence and end in a colon. An
+instruction (`Calculate:`, `Translate this:`) is no label.
 
 A word is a run of ASCII letters with white space or punctuation around it; words with digits, hyphens, apostrophes
 or other marks inside are never edited. A *real word* is one of Zipf frequency >= 3 in wordfreq's English list
@@ -17,6 +18,7 @@ import json
 import math
 import random
 import re
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,8 +79,11 @@ NUMBER_WORDS = word_set(
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds thousand
     thousands million millions billion billions trillion dozen dozens first second third fourth fifth sixth
-    seventh eighth ninth tenth thirds quarter quarters fifths tenths half halves once twice thrice double triple
-    single pair
+    seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth
+    nineteenth twentieth thirtieth fortieth fiftieth sixtieth seventieth eightieth ninetieth hundredth thousandth
+    millionth billionth thirds quarter quarters fourths fifths sixths sevenths eighths ninths tenths elevenths twelfths
+    sixteenths twentieths hundredths thousandths millionths trillions quadrillion half halves once twice thrice double
+    triple quadruple single pair
     """
 )
 
@@ -90,6 +95,39 @@ ARITHMETIC_WORDS = word_set(
     smaller larger increased increase increases decreased decrease decreases reduced ratio percent percentage
     each every per left remaining remain remains equal equals equally square squared cube cubed power root
     negative positive modulo deduct deducted take away combined together split shared
+    halve halved halving doubles doubled doubling triples tripled tripling treble trebled trebling quadruples
+    quadrupled quadrupling quintuple quintupled twofold threefold fourfold fivefold tenfold squares squaring cubes
+    cubing powers roots factorial factorials exponent exponents logarithm logarithms products quotients remainders
+    differences ratios percents percentages percentile fraction fractions numerator denominator decimal decimals
+    reciprocal factor factors factored multiple multiples divisor divisors divisible dividend summed summing totals
+    totaled totalled totaling totalling reduces reducing deducts deducting deduction mean means median medians
+    mode modes average averages averaged averaging range variance deviation minimum maximum least greatest smallest
+    largest highest lowest fewest fewer integer integers prime primes odd even round rounds rounded rounding nearest
+    gross score scores couple couples pairs splits splitting share shares sharing apiece extra additional exceed
+    exceeds exceeded increment decrement increasing decreasing hourly daily weekly monthly quarterly yearly annual
+    annually fortnight fortnights
+    """
+)
+
+# Words that name a calculation whatever else the text says: with one number beside them, a prompt is about arithmetic.
+SURE_ARITHMETIC_WORDS = word_set(
+    """
+    plus minus multiplied multiply multiplying divided subtract subtracted subtracting halve halved halving doubled
+    doubling tripled tripling quadrupled factorial factorials squared cubed quotient remainder median modulo divisible
+    """
+)
+
+# What begins an instruction: before a colon it is no label.
+INSTRUCTION_VERBS = word_set(
+    """
+    add analyse analyze apply arrange brainstorm calculate check choose classify combine compare complete
+    compose compute consider continue convert correct count create decide define derive describe detect determine
+    discuss divide do draft draw edit estimate evaluate expand explain extract fill find finish fix follow format
+    generate get give go guess help identify imagine improve integrate interpret keep know let listen look make match
+    measure memorise memorize mention multiply paraphrase pick please plot predict produce propose prove provide put
+    read recall recommend remember remove repeat replace reply respond return rewrite rank say see select send shorten
+    show simplify solve sort spell subtract suggest summarise summarize take tell think transform translate try turn
+    use verify work write
     """
 )
 
@@ -179,7 +217,8 @@ class Word:
     start: int
     end: int
     text: str
-    starts_sentence: bool
+    starts_sentence: bool  # or follows a colon
+    shows_name: bool  # a capital that no sentence's beginning explains
 
     @property
     def lower(self) -> str:
@@ -188,19 +227,33 @@ class Word:
 
 _PIECE = re.compile(r"\S+")
 _CORE = re.compile(r"[(\[\"'“‘«*]*([A-Za-z]+)[)\]\"'”’»*.,;:!?…]*")
+# A full stop after these ends no sentence: titles, places, Latin short forms, initials (J.), letters with stops (e.g.).
+_ABBREVIATION = re.compile(
+    r"\W*(?:(?:mr|mrs|ms|mx|dr|drs|prof|st|sr|jr|rev|fr|hon|messrs|gen|col|lt|sgt|capt|cmdr|cpl|maj|adm|gov|sen|rep|pres|"
+    r"supt|insp|mt|ft|ave|blvd|rd|dept|univ|inc|ltd|corp|bros|vs|etc|cf|al|approx|ca|fig|figs|eq|vol|pp|ed|eds|est|"
+    r"jan|feb|apr|aug|sept|oct|nov|dec)\.|(?!I\.)(?:[a-z]\.)+|ph\.d\.)\W*",
+    re.IGNORECASE,
+)
+_STOP = re.compile(r"[.!?…][\"”’'»)\]*]*$")
+
+
+def ends_sentence(piece: str) -> bool:
+    """True for a white-space separated piece that ends in a full stop, ? or ! (in quotes or brackets, too)."""
+    return _STOP.search(piece) is not None and _ABBREVIATION.fullmatch(piece) is None
 
 
 def plain_words(text: str) -> list[Word]:
     """The words of `text` that are plain ASCII letters in lower or title case, with punctuation around them at most."""
     found = []
-    new_sentence = True
+    new_sentence, after_colon = True, False
     for index, piece in enumerate(_PIECE.finditer(text)):
-        core = _CORE.fullmatch(piece[0])
+        core = None if _ABBREVIATION.fullmatch(piece[0]) else _CORE.fullmatch(piece[0])
         # A single letter is a word as a, A or I alone; `A)` and `b,` name an option or a variable.
         if core and (core[1].islower() or core[1].istitle()) and (len(core[1]) > 1 or piece[0] in ("a", "A", "I")):
             start = piece.start() + core.start(1)
-            found.append(Word(index, start, start + len(core[1]), core[1], new_sentence))
-        new_sentence = piece[0][-1] in '.!?:…"”'
+            name = core[1][0].isupper() and not new_sentence
+            found.append(Word(index, start, start + len(core[1]), core[1], new_sentence or after_colon, name))
+        new_sentence, after_colon = ends_sentence(piece[0]), piece[0][-1] in ":："
     return found
 
 
@@ -214,9 +267,10 @@ def is_content_word(word: Word) -> bool:
 def by_importance(words: list[Word]) -> list[Word]:
     """Content words, each once, the most important first: the rarest, then the longer, then the earlier.
 
-    The rarest tells most. Names (a capital inside a sentence) come after all others: their spelling is the least sure.
+    The rarest tells most. Names (a capital inside a sentence, or after a colon, an initial or an abbreviation) come
+    after all others: their spelling is the least sure.
     """
-    names = {word.lower for word in words if word.text[0].isupper() and not word.starts_sentence}
+    names = {word.lower for word in words if word.shows_name}
     first: dict[str, Word] = {}
     for word in words:
         if is_content_word(word):
@@ -236,24 +290,48 @@ _OPERATOR = r"[-+*/×÷·=^−–xX]"
 _START, _END = r"(?<![\w\u00ad])", r"(?![\w\u00ad])"  # of a word; a soft hyphen splits none
 _NUMBER_WORD = _any_of(NUMBER_WORDS)
 _PATTERNS = {
-    "code": re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|^(?: {4}|\t)[^\n]*", re.DOTALL | re.MULTILINE),
-    "quote": re.compile(r"\"[^\"]*\"|\"[^\n]*|“[^”]*”|«[^»]*»|‘[^’\n]*’|(?<!\w)'[^\n]{1,300}?'(?!\w)"),
+    "code": re.compile(
+        r"```.*?(?:```|\Z)|^ {0,3}~~~.*?(?:^ {0,3}~~~|\Z)|``[^\n]{1,300}?''|``[^\n]+?``|`[^`\n]+`|^(?: {4}|\t)[^\n]*",
+        re.DOTALL | re.MULTILINE,
+    ),
+    "element": re.compile(
+        r"<(q|blockquote|code|pre|kbd|samp|tt|var|script|style|math|svg)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE
+    ),
+    # The rule of Pandoc: no space inside the dollar signs, no digit after the second, so $5 and $6 are no formula.
+    "formula": re.compile(
+        r"\$\$.+?\$\$|(?<![\w$\\])\$(?=[^\s$])[^$\n]*?(?<=[^\s$\\])\$(?![\w$])|\\\(.+?\\\)|\\\[.+?\\\]|"
+        r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}",
+        re.DOTALL,
+    ),
+    # One pattern for all marks, since the closing mark of one language is the opening mark of another.
+    "quote": re.compile(
+        r"\"[^\"]*\"|\"[^\n]*|“[^”]*”|„[^“”„]*[“”]|«[^»]*»|»[^«]*«|‹[^›]*›|›[^‹]*‹|「[^」]*」|『[^』]*』|《[^》]*》|〈[^〉]*〉|"
+        r"〝[^〞〟]*[〞〟]|＂[^＂]*＂|‚[^‘’‚\n]*[‘’]|‘[^\n]{1,300}?’(?!\w)|(?<![\w'])'[^\n]{1,300}?'(?!\w)|”[^”\n]*”"
+    ),
     # Where marks do not pair up, the pairs are taken in the other way too: an opening mark before, a closing one after.
     "paired": re.compile(r"(?<!\w)([\"`])(?=\S)[^\"`\n]*(?<=\S)\1(?!\w)"),
-    "placeholder": re.compile(r"\{[^{}\n]*\}|\[[^\[\]\n]*\]|<[^<>\n]*>"),
+    "placeholder": re.compile(r"\{[^{}\n]*\}|\[[^\[\]\n]*\]|<(?!\s)[^<>\n]*>"),
     "expression": re.compile(rf"{_NUMBER}(?:\s{{0,9}}{_OPERATOR}\s{{0,9}}[-−+]?[($€£¥]?\d[\d.,]*+[)%]?)++"),
     "unit": re.compile(
         rf"(?:(?<=\d)|(?<=\d[\s-])|{_START}{_NUMBER_WORD}[\s-]){_any_of(UNITS)}{_END}", re.IGNORECASE
     ),
-    "label": re.compile(
-        rf"{_START}(?:answer|question|q|a|input|output|context|note|example|options?|choices?|text|passage|task|"
-        r"instructions?|response|solution|result|problem|final)[^\S\n]{0,3}:",
-        re.IGNORECASE,
-    ),
 }  # fmt: skip
+_LABEL = re.compile(
+    rf"{_START}(?i:answer|question|q|a|input|output|context|note|example|options?|choices?|text|passage|task|"
+    r"instructions?|response|solution|result|problem|final)[^\S\n]{0,3}[:：]"
+    r"|(?:^[^\S\n]{0,9}|(?<=[.!?…][^\S\n]))"
+    r"(?P<name>[A-Z][\w'’/-]{0,30}(?: (?:[A-Z\d][\w'’/-]{0,20}|\([^()\n]{1,20}\))){0,2}(?: [a-z][\w'’/-]{2,20})?"
+    r"|user|assistant|system|human)[^\S\n]{0,3}(?::(?=\s|\Z)|：)",
+    re.MULTILINE,
+)
+_NO_LABEL = INSTRUCTION_VERBS | FUNCTION_WORDS | word_set("following next dear")
 _TOKEN = re.compile(rf"{_START}[A-Za-z]+{_END}")
 _SURE_UNITS = frozenset(unit for unit in UNITS - {"am", "pm"} if len(unit) > 1)  # units even without a number before
 _ARITHMETIC = ARITHMETIC_WORDS | _SURE_UNITS
+_MEAN_AS_VERB = re.compile(
+    r"\b(?:to|does|do|did|would|will|can|could|may|might|not|i|you|we|they|it|this|that|which|what|by)\s+(means?)\b",
+    re.IGNORECASE,
+)
 PROTECTED_WORDS = NUMBER_WORDS | ARITHMETIC_WORDS | UNITS
 _MARKED = re.compile(
     r"[\d@#\\_=|~^<>{}\[\]&*$€£¥₹%°+×÷·−±√∑∫≤≥≠²³¹¼½¾⁰-₟⅐-\u218f①-⓿]|\(\)|\w\(|[A-Za-z]\.[A-Za-z]|\w/\w|::|://|->"
@@ -263,8 +341,16 @@ _DIGITS = re.compile(r"\d[\d.,]*+")
 
 
 def is_arithmetic(text: str, row: dict[str, Any] | None = None) -> bool:
-    """True where numbers decide: the row's `answer` is a number, or the text holds two numbers (digits or words)."""
-    return _is_number(row.get("answer") if row else None) or _has_two_numbers(text)
+    """True if numbers decide: the row's `answer` is a number, or the text holds two numbers (digits or words), or one
+    number and a word that names a calculation (halve, squared, median …)."""
+    if _is_number(row.get("answer") if row else None) or _has_two_numbers(text):
+        return True
+    words = {match[0].lower() for match in _TOKEN.finditer(text)}
+    number = _DIGITS.search(text) is not None or not words.isdisjoint(NUMBER_WORDS - _VAGUE_NUMBERS)
+    return number and not words.isdisjoint(SURE_ARITHMETIC_WORDS)
+
+
+_VAGUE_NUMBERS = word_set("one first second third double single pair once")  # often of no amount
 
 
 def _has_two_numbers(text: str) -> bool:
@@ -290,11 +376,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, str) and _NUMERIC_ANSWER.fullmatch(value.strip()) is not None
 
 
-_NUMERIC_ANSWER = re.compile(r"[-+−]?[$€£¥]?\d[\d,]*+(?:\.\d+)?(?:/\d+)?\s?%?")
+# A number with its sign, currency, fraction and unit: -3, .5, €5, 3/4, 25%, 12., 5 apples.
+_NUMERIC_ANSWER = re.compile(
+    r"[-+−]?\s?[$€£¥₹]?\s?[-−]?(?:\d[\d,]*+(?:\.\d*)?|\.\d+)(?:\s?/\s?\d+)?\s?[%€$£¥]?(?:\s?[A-Za-z]{1,20}){0,3}\.?"
+)
 
 
-def protected_spans(text: str, row: dict[str, Any] | None = None) -> list[Span]:
-    """Character spans of `text` that no edit may touch, in order, disjoint; `row` gives `task` and `answer`."""
+def protected_spans(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[Span]:
+    """Character spans of `text` that no edit may touch, in order, disjoint; `row` gives `task` and `answer`.
+
+    `clean`: the clean form that `text` is a variant of. Its labels alone are labels then: an instruction that was
+    misspelt (`Calcualte:`) has not become one.
+    """
     task, answer = (row.get(key) if row else None for key in ("task", "answer"))
     return list(
         _protected_spans(
@@ -302,22 +395,35 @@ def protected_spans(text: str, row: dict[str, Any] | None = None) -> list[Span]:
             task.strip() if isinstance(task, str) else "",
             answer.strip() if isinstance(answer, str) else "",
             is_arithmetic(text, row),
+            None if clean is None else frozenset(clean[start:end] for start, end in _labels(clean)),
         )
     )
 
 
-def protected_texts(text: str, row: dict[str, Any] | None = None) -> list[str]:
+def protected_texts(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[str]:
     """The protected parts themselves, in order. An edit is safe only where this list stays as it is."""
-    return [text[start:end] for start, end in protected_spans(text, row)]
+    return [text[start:end] for start, end in protected_spans(text, row, clean)]
+
+
+def _labels(text: str) -> Iterator[Span]:
+    for match in _LABEL.finditer(text):
+        words = [word.lower() for word in words_in(match["name"] or "")]
+        if match["name"] is None or not (words[:1] and _NO_LABEL.intersection((words[0], words[-1]))):
+            yield (match.start() if match["name"] is None else match.start("name")), match.end()
 
 
 @lru_cache(maxsize=32)  # the clean prompt is asked for again with every style
-def _protected_spans(text: str, task: str, answer: str, arithmetic: bool) -> tuple[Span, ...]:
+def _protected_spans(
+    text: str, task: str, answer: str, arithmetic: bool, labels: frozenset[str] | None
+) -> tuple[Span, ...]:
     spans = [match.span() for pattern in _PATTERNS.values() for match in pattern.finditer(text)]
+    spans += [(start, end) for start, end in _labels(text) if labels is None or text[start:end] in labels]
     spans += _marked_pieces(text)
     spans += _number_words(text)
     if arithmetic:
-        spans += [match.span() for match in _TOKEN.finditer(text) if match[0].lower() in _ARITHMETIC]
+        verbs = {match.start(1) for match in _MEAN_AS_VERB.finditer(text)}
+        tokens = (match for match in _TOKEN.finditer(text) if match[0].lower() in _ARITHMETIC)
+        spans += [match.span() for match in tokens if match.start() not in verbs]
     if task:
         spans += [match.span() for match in re.finditer(re.escape(task), text)]
     if answer:
@@ -553,6 +659,8 @@ def verify_variant(
     """
     if clean == variant:
         return [Fault("no_op", "equals the clean text")]
+    if unicodedata.normalize("NFC", clean) == unicodedata.normalize("NFC", variant):
+        return [Fault("no_op_unicode", "differs from the clean text in Unicode normalisation alone")]
     if style == "other":
         return []
     if style not in STYLES:
@@ -584,7 +692,7 @@ def _numbers_and_operators(text: str) -> list[str]:
 
 
 def _protected_faults(clean: str, variant: str, row: dict[str, Any] | None) -> list[Fault]:
-    before, after = protected_texts(clean, row), protected_texts(variant, row)
+    before, after = protected_texts(clean, row), protected_texts(variant, row, clean)
     if before == after and clean.count(":") == variant.count(":"):
         return []
     pairs = zip([*before, "nothing"], [*after, "nothing"], strict=False)
