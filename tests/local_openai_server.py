@@ -10,7 +10,8 @@
 response format the model's own likelihoods choose among the values of an enum, so its answer always has the form.
 `faults` are used up one a request: "429" (Retry-After of 1 s), "429:0.2", "500", "malformed" (broken JSON),
 "not_completion" (JSON of another form), "html", "drop" (connection closed), "slow:2" (a late answer), "503:5".
-`always` is one such fault for every request. `refuses` lists parameters answered with 400.
+`always` is one such fault for every request. `refuses` lists parameters answered with 400 ("system": the role).
+`answers` is called with each request's body: None, or what is sent instead of an answer: (status, body[, headers]).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class LocalOpenAIServer:
         faults: Sequence[str] = (),
         always: str | None = None,
         refuses: Sequence[str] = (),
+        answers: Callable[[dict[str, Any]], tuple[Any, ...] | None] = lambda body: None,
         port: int = 0,
     ) -> None:
         self.model_path = model_path
@@ -46,7 +48,7 @@ class LocalOpenAIServer:
         self.api_key = api_key
         self.faults = list(faults)
         self.always = always
-        self.refuses = tuple(refuses)
+        self.refuses, self.answers = tuple(refuses), answers
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.in_flight = self.most_in_flight = 0
@@ -135,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401, f"Incorrect API key provided: {sent_key}", None)  # some servers do quote it
         elif self.path != "/v1/chat/completions":
             self._error(404, f"no such path {self.path}", None)
-        elif refused := next((name for name in self.owner.refuses if name in body), None):
+        elif (told := self.owner.answers(body)) is not None:
+            self._send(told[0], json.dumps(told[1]), *told[2:])
+        elif refused := next((name for name in self.owner.refuses if name in sent_in(body)), None):
             self._error(400, f"Unsupported parameter: '{refused}' is not supported with this model.", refused)
         elif fault is None or fault.startswith("slow"):
             time.sleep(float(fault.partition(":")[2] or 2) if fault else 0)
@@ -180,6 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Requests are kept in `server.requests`; nothing is printed."""
+
+
+def sent_in(body: dict[str, Any]) -> set[str]:
+    """What a server may refuse in a request: the names of its parameters, and "system" for the role."""
+    return {*body, *(message["role"] for message in body["messages"])}
 
 
 class ServedModel:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import email.utils
 import json
 import logging
 import re
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 from chat_client import ChatClient, ChatReply, ChatRequest, ReplyCache
 from command_line import UserError
 from judge_responses import RATINGS, VERDICTS, main, read_answer
-from local_openai_server import LocalOpenAIServer
+from local_openai_server import LocalOpenAIServer, sent_in
 from scipy import stats
 from synthetic_run import prompt_rows, write_run
 
@@ -373,14 +376,222 @@ def test_what_fails_every_request_stops_the_run(server_options: dict[str, Any], 
     assert "\n" not in str(told.value)
 
 
-def test_parameters_a_server_refuses_are_sent_otherwise(caplog: pytest.LogCaptureFixture):
-    with LocalOpenAIServer(reply=lambda m: "ok", refuses=["max_tokens", "temperature"]) as server:
+ASKED = ChatRequest.of("q", system="be brief", seed=1, max_tokens=7, json_schema={"name": "n", "schema": {}})
+EXTRA = "Extra inputs are not permitted"
+REFUSALS = [
+    ("temperature", 400, "Unsupported value: temperature does not support 0.0 with this model."),
+    ("temperature", 400, "`temperature` is deprecated for this model."),
+    ("temperature", 422, "temperature must be in range (0, +inf)"),
+    ("temperature", 400, {"message": "Invalid value", "param": "temperature"}),
+    ("seed", 422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": EXTRA, "input": 1}]}),
+    ("seed", 400, "Parameter random_seed/seed unknown. Known ones: temperature, max_tokens"),
+    ("seed", 500, "unexpected keyword argument 'seed'"),
+    ("max_tokens", 400, "max_tokens is not supported by this model"),
+    ("max_tokens", 400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+    ("max_tokens", 400, "max_tokens must be at most 5, less than the context_window of this model"),
+    ("response_format", 400, "Grammar error: additionalProperties unsupported"),
+    ("response_format", 400, "This response_format type is unavailable now"),
+    ("response_format", 400, "`json_schema` is not available with this model"),
+    ("response_format", 501, "guided decoding is off"),
+    ("response_format", 400, {"error": "Structured outputs are not supported"}),
+    (
+        "response_format",
+        422,
+        {"detail": [{"loc": ["body", "response_format", "type"], "msg": "not 'text'", "ctx": {}}]},
+    ),
+    ("system", 400, "System role not supported"),
+    ("system", 400, "'messages[0].role' does not support 'system' with this model"),
+    ("system", 400, "Only user and assistant roles are supported!"),
+    ("system", 400, "Conversation roles must alternate user/assistant/user/assistant/..."),
+    ("system", 400, "Developer instruction is not enabled for this model"),
+    ("system", 400, "system: Extra inputs are not permitted"),
+    ("system", 422, {"detail": "the first turn must be by the user"}),
+]
+
+
+def refusing(name: str, status: int, told: Any):
+    """A server's answers: `told` as long as a request holds `name`."""
+    body = told if isinstance(told, dict) and "detail" in told else {"error": {"message": told}}
+    if isinstance(told, dict) and "detail" not in told:
+        body = {"error": told.get("error", told)}
+    return lambda sent: (status, body) if name in sent_in(sent) else None
+
+
+@pytest.mark.parametrize(("name", "status", "told"), REFUSALS)
+def test_what_a_server_refuses_is_left_out_whatever_its_words(
+    name: str, status: int, told: Any, capsys: pytest.CaptureFixture[str]
+):
+    with LocalOpenAIServer(reply=lambda m: "ok", answers=refusing(name, status, told)) as server:
+        client = client_of(server, max_retries=0)
+        replies = list(client.map(replace(ASKED, messages=(*ASKED.messages, ("user", str(i)))) for i in range(5)))
+    assert {(reply.content, reply.changed) for reply in replies} == {("ok", (name,))}
+    assert client.changed == (name,)
+    assert len(server.requests) == 6, "asked once, and remembered"
+    first, *later = (request["body"] for request in server.requests)
+    assert all(sent_in(first) - sent_in(body) == {name} for body in later), "the rest stays as it was"
+    assert capsys.readouterr().err.count("refuses") == 1
+    if name == "system":
+        assert later[0]["messages"][0] == {"role": "user", "content": "be brief\n\nq"}
+    if name == "max_tokens":
+        assert later[0]["max_completion_tokens"] == 7
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["temperature", "max_tokens"], "not supported: temperature, max_tokens"),
+        (["seed"], "Allowed are temperature, max_tokens and response_format, but got seed (request 1{n})"),
+        (["max_tokens", "max_completion_tokens"], "max_tokens and max_completion_tokens: unknown"),
+        (["max_tokens", "max_completion_tokens", "temperature"], "max_tokens or temperature: unknown"),
+    ],
+)
+def test_of_several_names_only_what_helps_is_left_out(names: list[str], told: str):
+    def answers(body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        answers.calls += 1
+        return (400, {"error": told.format(n=answers.calls)}) if {*names} & {*body} else None
+
+    answers.calls = 0
+    with LocalOpenAIServer(reply=lambda m: "ok", answers=answers) as server:
+        reply = client_of(server).complete(ASKED)
+    assert reply.content == "ok"
+    assert sorted(reply.changed) == sorted(names)
+
+
+def test_a_server_that_refuses_all_one_by_one_is_asked_once_and_judges(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    everything = ["max_completion_tokens", "temperature", "system", "response_format", "max_tokens"]
+
+    def answers(body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        found = [name for name in everything if name in sent_in(body)]
+        return (400, {"error": {"message": f"{found[0]}: not for this model"}}) if found else None
+
+    with LocalOpenAIServer(reply=prefers_marks, answers=answers) as server:
+        assert judge(server, run_folder, tmp_path) == 0
+        assert len(server.requests) == 5 + 30
+        told = capsys.readouterr().err
+        assert judge(server, run_folder, tmp_path) == 0
+        assert len(server.requests) == 5 + 30, "the second run has all from the cache"
+    assert set(server.requests[-1]["body"]) == {"messages", "model"}
+    assert told.count("refuses") == 5
+    assert told.count("warning") == told.count("ANSWERS ARE SAMPLED") == 1
+    items = pd.read_csv(tmp_path / "judge_items.csv")
+    assert items["verdict"].notna().all()
+    assert items.loc[items["style"] == "swap", "verdict"].tolist() == ["loss"] * 7 + ["win"] * 3
+    left_out = set(pd.read_csv(tmp_path / "judge_summary.csv")["server_refused"][0].split())
+    assert left_out == set(everything)  # of the second run, whose answers were cached without these
+    cache = [json.loads(line) for line in (tmp_path / "judge_cache.jsonl").read_text().splitlines()]
+    assert {frozenset(line["changed"]) for line in cache} == {frozenset(everything)}
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (400, "The prompt was flagged"),
+        (400, "your request has 4000 input tokens and 512 max_tokens, and the context length is 4096"),
+        (400, "temperature is wrong, whatever you do"),
+        (
+            422,
+            {"detail": [{"loc": ["body", "messages", 0, "content"], "msg": "too long", "input": "seed temperature"}]},
+        ),
+    ],
+)
+def test_a_refusal_that_nothing_mends_is_the_requests_own_error(status: int, told: Any):
+    body = told if isinstance(told, dict) else {"error": {"message": told}}
+    asked = lambda sent: (status, body) if sent["messages"][-1]["content"] == "0" else None  # noqa: E731
+    with LocalOpenAIServer(reply=lambda m: "ok", answers=asked) as server:
         client = client_of(server, max_concurrency=1)
-        replies = list(client.map(ChatRequest.of(str(i), max_tokens=7) for i in range(3)))
-    assert {reply.changed for reply in replies} == {("max_tokens", "temperature")}
-    assert server.requests[-1]["body"]["max_completion_tokens"] == 7
-    assert "temperature" not in server.requests[-1]["body"]
-    assert len(server.requests) == 5  # learnt once
+        replies = list(client.map(ChatRequest.of(str(i)) for i in range(3)))
+    assert [reply.content for reply in replies] == [None, "ok", "ok"]
+    assert f"HTTP {status}: " in str(replies[0].error)
+    assert "\n" not in str(replies[0].error)
+    assert client.refused == client.changed == (), "what did not help is sent again"
+    assert "temperature" in server.requests[-1]["body"]
+
+
+def completion(content: Any, **more: Any) -> tuple[int, dict[str, Any]]:
+    return 200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": content, **more}}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "one"}], "one"),
+        ([{"type": "text", "text": "o"}, {"type": "text", "text": "ne"}], "one"),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "one"}], "one"),
+        ([{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": "one"}], "one"),
+        ([{"type": "text", "text": ""}], ""),
+        ("one", "one"),
+    ],
+)
+def test_content_in_parts_is_read(content: Any, text: str):
+    with LocalOpenAIServer(reply=lambda m: "", answers=lambda body: completion(content)) as server:
+        assert client_of(server, max_retries=0).complete(ChatRequest.of("q")).content == text
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "requests"),
+    [
+        ({"error": {"message": "no such tier", "code": 400}}, "HTTP 400: no such tier", 1),
+        ({"error": "content was flagged"}, "the server's error: content was flagged", 1),
+        ({"error": {"message": "Provider returned error", "code": 502}}, "HTTP 502: Provider returned error", 3),
+        ({"error": {"message": "Overloaded"}, "choices": []}, "the server's error: Overloaded", 3),
+        ({"choices": [{"error": {"code": 504, "message": "late"}, "message": None}]}, "HTTP 504: late", 3),
+        ({"object": "error", "message": "bad input", "code": 40302}, "the server's error: bad input", 1),
+        ({"detail": "not today"}, "the server's error: not today", 1),
+        ({"choices": []}, "the server sent 3 broken answers", 3),
+        ({"choices": None}, "the server sent 3 broken answers", 3),
+        (completion(None)[1], "an answer without text", 1),
+        (completion([])[1], "an answer without text", 1),
+        (completion(None, refusal="I can't.")[1], "the server's error: I can't.", 1),
+    ],
+)
+def test_an_error_in_the_body_of_a_200_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: dict[str, Any], message: str, requests: int
+):
+    monkeypatch.setattr("chat_client.time.sleep", lambda seconds: None)
+    cache = tmp_path / "cache.jsonl"
+    with LocalOpenAIServer(reply=lambda m: "ok", answers=lambda sent: (200, body)) as server:
+        reply = client_of(server, max_retries=2, cache_path=cache).complete(ChatRequest.of("q"))
+        assert len(server.requests) == requests
+    assert message in str(reply.error)
+    assert reply.content is None
+    assert not cache.exists()
+
+
+def test_an_error_in_a_200_may_be_a_refusal_or_pass():
+    bodies = [{"error": {"code": 503, "message": "busy"}}, {"error": {"code": 400, "message": "seed is unknown"}}]
+    answers = lambda sent: (200, bodies.pop(0)) if bodies else None  # noqa: E731
+    with LocalOpenAIServer(reply=lambda m: "ok", answers=answers) as server:
+        reply = client_of(server).complete(ASKED)
+    assert (reply.content, reply.changed) == ("ok", ("seed",))
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("Wed, 21 Oct 2099 07:28:00 GMT", r"asks to wait until Wed, 21 Oct 2099 07:28:00 GMT; run the same"),
+        ("86400", r"asks to wait 86400 s; run"),
+        ("1e300", r"refuses more: slow down; run"),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", r"refuses more: slow down; run"),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", r"refuses more: slow down; run"),
+        ("in a while", r"refuses more: slow down; run"),
+        ("nan", r"refuses more: slow down; run"),
+        ("-5", r"refuses more: slow down; run"),
+    ],
+)
+def test_a_pause_is_told_in_words(header: str, told: str):
+    answers = lambda body: (429, {"error": {"message": "slow down"}}, {"Retry-After": header})  # noqa: E731
+    with LocalOpenAIServer(reply=lambda m: "ok", answers=answers) as server, pytest.raises(UserError, match=told):
+        client_of(server, max_retries=0).complete(ChatRequest.of("q"))
+
+
+def test_a_date_to_wait_for_is_waited_for():
+    date = email.utils.formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 s from now
+    answers = lambda body: (429, {}, {"Retry-After": date}) if len(server.requests) < 2 else None  # noqa: E731
+    with LocalOpenAIServer(reply=lambda m: "ok", answers=answers) as server:
+        assert client_of(server).complete(ChatRequest.of("q")).content == "ok"
+    assert 0.9 < server.times[1] - server.times[0] < 4
 
 
 def test_replies_keep_their_order_and_the_bound_holds():

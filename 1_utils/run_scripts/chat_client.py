@@ -8,22 +8,30 @@ The key comes from an environment variable (default OPENAI_API_KEY) and from now
 Authorization header alone, never into the cache, a log or an error. Every answer is appended to the cache before it is
 handed out, so a killed run asks again only for what it had not received. One cache line:
 {"key": sha256 of the request, "model": …, "served_model": …, "content": …, "finish_reason": …, "usage": [in, out],
-"changed": what the server made us change}. The request's hash covers server, model, messages, sampling and schema.
+"changed": what was left out because the server refuses it}. The request's hash covers server, model, messages,
+sampling and schema.
+
+Servers differ in what they take. If a refusal (400, 422 …) names temperature, seed, the limit of tokens, the schema or
+the system role, the request is sent again without it. What helped is left out of all later requests of the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import email.utils
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,7 +78,7 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatReply:
-    """An answer, or `error` in one line and no content. `changed` names what was sent otherwise than asked for."""
+    """An answer, or `error` in one line and no content. `changed` names what the server refused and was left out."""
 
     content: str | None
     finish_reason: str | None = None
@@ -177,8 +185,9 @@ class ChatClient:
     """A server, a model and a cache.
 
     base_url: default OPENAI_BASE_URL from the environment, else OpenAI. api_key_env: name of the variable that holds
-    the key; a server other than OpenAI's may do without. max_retries: of requests answered with 408, 409, 429, 5xx,
-    with a broken body, or not at all; Retry-After is obeyed, otherwise the pause doubles from 0.5 s to 8 s.
+    the key; a server other than OpenAI's may do without. max_retries: of requests answered with 408, 409, 429, 5xx (as
+    the status, or in the body of a 200), with a broken body, or not at all; Retry-After is obeyed up to two minutes,
+    otherwise the pause doubles from 0.5 s to 8 s. The first request goes out alone, to learn what the server refuses.
     Raises UserError for a missing or malformed key or address.
     """
 
@@ -195,14 +204,16 @@ class ChatClient:
         self.model = model
         self.base_url = _checked_url(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_BASE_URL)
         self.cache = ReplyCache(cache_path)
-        self.changed: tuple[str, ...] = ()  # what this server made us change so far
+        self.refused: tuple[str, ...] = ()  # what this server was found to refuse
+        self.changed: tuple[str, ...] = ()  # what was left out for any answer handed out, cached ones included
         self._api_key_env = api_key_env
         self._concurrency = max(1, max_concurrency)
         self._max_retries = max_retries
         self._timeout = timeout
         self._secret = ""
         self._client: Any = None
-        self._lock = threading.Lock()
+        self._lock, self._first = threading.Lock(), threading.Lock()
+        self._settled = False  # a first request has been answered
         self._logger = get_logger()
         if self.cache.unreadable:
             self._logger.warning("%s: %d unreadable lines; asking again", cache_path, self.cache.unreadable)
@@ -219,11 +230,13 @@ class ChatClient:
         server that asks for a pause of more than two minutes.
         """
         key = self.key(request)
-        if (known := self.cache.get(key)) is not None:
-            return known
-        reply = self._ask(request)
-        if reply.error is None:
-            self.cache.put(key, self.model, reply)
+        reply = self.cache.get(key)
+        if reply is None:
+            reply = self._ask_in_turn(request)
+            if reply.error is None:
+                self.cache.put(key, self.model, reply)
+        with self._lock:
+            self.changed = _union(self.changed, reply.changed)
         return reply
 
     def map(self, requests: Iterable[ChatRequest]) -> Iterator[ChatReply]:
@@ -265,34 +278,66 @@ class ChatClient:
 
     # --- one call
 
+    def _ask_in_turn(self, request: ChatRequest) -> ChatReply:
+        if self._settled:
+            return self._ask(request)
+        with self._first:
+            if not self._settled:
+                try:
+                    return self._ask(request)
+                finally:
+                    self._settled = True
+        return self._ask(request)
+
     def _ask(self, request: ChatRequest) -> ChatReply:
         import openai
 
-        broken = 0
+        leaving, failures = _Leaving(request, self.refused), 0
         while True:
-            changed = self.changed
             try:
-                answer = self._connected().chat.completions.create(
-                    model=self.model, **_adapted(request.parameters(), changed)
-                )
-                return _reply_of(answer, changed, self._secret)
-            except openai.APIStatusError as error:
-                if self._adapt(error, request, changed):
+                reply = self._post(request, leaving.out)
+                self._remember(leaving.out)
+                return reply
+            except _ServerError as error:
+                if leaving.another_way(error):
                     continue
-                self._stop_where_hopeless(error)
-                return ChatReply(None, error=self._safe(f"HTTP {error.status_code}: {error.message}"))
+                failures += 1
+                if not (error.is_transient and failures <= self._max_retries):
+                    self._stop_where_hopeless(error)
+                    return ChatReply(None, error=self._safe(str(error)))
             except openai.APITimeoutError:
                 return ChatReply(None, error=f"no answer within {self._timeout:g} s")
             except openai.APIConnectionError as error:
                 why = self._safe(str(error.__cause__ or error))
                 raise UserError(f"{self.base_url}: no connection ({why}); check --base_url and the network") from None
             except (ValueError, openai.APIResponseValidationError):  # a body that is no JSON, or no completion
-                broken += 1
-                if broken > self._max_retries:
-                    return ChatReply(None, error=f"the server sent {broken} broken answers")
-                time.sleep(min(8.0, 0.5 * 2 ** (broken - 1)))
+                failures += 1
+                if failures > self._max_retries:
+                    return ChatReply(None, error=f"the server sent {failures} broken answers")
             except openai.OpenAIError as error:
                 return ChatReply(None, error=self._safe(f"{type(error).__name__}: {error}"))
+            time.sleep(min(8.0, 0.5 * 2 ** (failures - 1)))
+
+    def _post(self, request: ChatRequest, left_out: tuple[str, ...]) -> ChatReply:
+        import openai
+
+        try:
+            answer = self._connected().chat.completions.create(
+                model=self.model, **_without(request.parameters(), left_out)
+            )
+        except openai.APIStatusError as error:  # after the library's own retries
+            raise _ServerError(error.body or error.message, error.status_code, error.response.headers) from None
+        if not hasattr(answer, "to_dict"):
+            raise ValueError("no JSON")
+        return _reply_of(answer.to_dict(warnings=False), left_out, self._secret)
+
+    def _remember(self, left_out: tuple[str, ...]) -> None:
+        with self._lock:
+            new = [name for name in left_out if name not in self.refused]
+            self.refused = _union(self.refused, left_out)
+        for name in new:
+            level = logging.WARNING if name == "temperature" else logging.INFO
+            self._logger.log(level, "%s: refuses %s; %s", self.base_url, *_INSTEAD[name])
 
     def _connected(self) -> Any:
         with self._lock:
@@ -316,32 +361,16 @@ class ChatClient:
             raise UserError(f"the environment variable {self._api_key_env} holds no valid key: it has spaces in it")
         return key
 
-    def _adapt(self, error: Any, request: ChatRequest, changed: tuple[str, ...]) -> bool:
-        """True where the server refused a parameter that can be sent otherwise: ask again."""
-        if error.status_code not in (400, 404, 422, 501):
-            return False
-        sent = _adapted(request.parameters(), changed).keys()
-        told = f"'{getattr(error, 'param', None)}' {error.message}".lower()
-        for name, signs in _REFUSALS.items():
-            if name in sent and any(sign in told for sign in signs):
-                with self._lock:
-                    if name not in self.changed:
-                        self.changed = (*self.changed, name)
-                        self._logger.warning("%s: refuses %s; %s", self.base_url, name, _INSTEAD[name])
-                return True
-        return False
-
-    def _stop_where_hopeless(self, error: Any) -> None:
-        if error.status_code in (401, 403):  # the server's own words may hold a part of the key
+    def _stop_where_hopeless(self, error: _ServerError) -> None:
+        if error.status in (401, 403):  # the server's own words may hold a part of the key
             raise UserError(
-                f"{self.base_url}: the key in {self._api_key_env} is refused (HTTP {error.status_code})"
+                f"{self.base_url}: the key in {self._api_key_env} is refused (HTTP {error.status})"
             ) from None
-        if error.status_code == 404:
-            why = self._safe(error.message)
+        if error.status == 404:
+            why = self._safe(error.told)
             raise UserError(f"{self.base_url}: model {self.model!r} or the address is unknown there ({why})") from None
-        if error.status_code == 429:
-            wait = error.response.headers.get("retry-after")
-            why = f"asks to wait {wait} s" if wait else f"refuses more: {self._safe(error.message)}"
+        if error.status == 429:
+            why = _pause_asked(error.headers.get("retry-after")) or f"refuses more: {self._safe(error.told)}"
             raise UserError(
                 f"{self.base_url}: {why}; run the same command again later, what was answered is kept"
             ) from None
@@ -376,46 +405,173 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 # --- requests as servers take them
 
-# Newer OpenAI models take max_completion_tokens only and no temperature; smaller servers know no schema or no seed.
-_REFUSALS = {
-    "response_format": ("response_format", "json_schema", "structured output"),
-    "max_tokens": ("'max_tokens'", "max_completion_tokens"),
-    "temperature": ("'temperature'",),
-    "seed": ("'seed'",),
+# How a refusal names what it refuses. A limit of tokens that does not fit this one prompt is no refusal of the limit.
+_NAMED = {
+    "response_format": re.compile(
+        r"response.?format|json.?(schema|mode|object)|\bschemas?\b|structured|grammar|guided|additional.?properties",
+        re.I,
+    ),
+    "max_tokens": re.compile(r"max\w*[ .-]?tokens|maxtokens|num_predict|max_length", re.I),
+    "temperature": re.compile(r"temperature", re.I),
+    "seed": re.compile(r"(\b|_)seed\b", re.I),
+    "system": re.compile(
+        r"\broles?\b|\bsystem\b(?! (error|failure|fault|is (busy|over)))|developer.(role|message|prompt|instruction)"
+        r"|(start|begin|first).{0,30}\buser\b",
+        re.I,
+    ),
 }
+_PROMPT_TOO_LONG = re.compile(
+    r"input tokens|prompt tokens|in the messages|your (prompt|messages|input)|requested \d+ tokens|reduce the length",
+    re.I,
+)
 _INSTEAD = {
-    "response_format": "answers are asked for in plain text and read strictly",
-    "max_tokens": "max_completion_tokens is sent instead",
-    "temperature": "the server's own is used: ANSWERS ARE SAMPLED, a repeated run would differ",
-    "seed": "none is sent",
+    "response_format": ("a schema (response_format)", "answers are asked for in plain text and read strictly"),
+    "max_tokens": ("max_tokens", "max_completion_tokens is sent instead"),
+    "max_completion_tokens": ("any limit of tokens", "none is sent"),
+    "temperature": ("temperature", "the server's own is used: ANSWERS ARE SAMPLED, a repeated run would differ"),
+    "seed": ("seed", "none is sent"),
+    "system": ("the system role", "its text is put before the user's"),
 }
+_ADAPTABLE = (None, 400, 404, 422, 500, 501)
+_TRANSIENT = re.compile(r"overload|time.?out|timed out|rate.?limit|temporar|unavailable|try again|busy|capacity", re.I)
+
+
+class _ServerError(Exception):
+    """An error that the server told: as a status, or in the body of a 200 (`headers` is empty then)."""
+
+    def __init__(self, body: Any, status: int | None, headers: Mapping[str, str] | None = None) -> None:
+        self.status, self.headers = status, headers or {}
+        self.told = one_line(_texts(body), 2000)
+        self.fields = _texts(body, keys=("param", "loc"))
+        # The library has tried again what came with a status of its own.
+        again = status in (408, 409, 429) or (status or 0) >= 500 or (status is None and _TRANSIENT.search(self.told))
+        self.is_transient = headers is None and bool(again)
+        super().__init__(f"HTTP {status}: {self.told}" if status else f"the server's error: {self.told}")
+
+
+def _texts(body: Any, keys: tuple[str, ...] = ()) -> str:
+    """All texts of an error body, or those under `keys`, without what it repeats of the request."""
+    if isinstance(body, str):
+        return "" if keys else body
+    if isinstance(body, Mapping):
+        parts = [_texts(value, () if name in keys else keys) for name, value in body.items() if name not in _REPEATED]
+    else:
+        parts = [_texts(value, keys) for value in body] if isinstance(body, list | tuple) else []
+    return " ".join(part for part in parts if part)
+
+
+_REPEATED = ("input", "ctx", "url", "type", "object", "id", "request_id", "trace_id")
+
+
+class _Leaving:
+    """What is left out of one request (`out`): what the server is known to refuse, and what its refusals name.
+
+    A refusal that names several fields may mean any of them: each is left out alone, then all.
+    """
+
+    def __init__(self, request: ChatRequest, known: tuple[str, ...]) -> None:
+        self._fields = [name for name in request.parameters() if name != "messages"]
+        self._fields += ["system"] if any(role == "system" for role, _ in request.messages) else []
+        self.out = self._sure = known
+        self._named: list[str] = []
+        self._ways: Iterator[tuple[str, ...]] = iter(())
+
+    def another_way(self, error: _ServerError) -> bool:
+        """True where `error` names what can be left out, and that has not been tried: ask again."""
+        if error.status not in _ADAPTABLE:
+            return False
+        fits = {name for name in self._fields if name != "max_tokens" or not _PROMPT_TOO_LONG.search(error.told)}
+        named = next((found for told in (error.fields, error.told) if (found := _named_in(told, fits))), [])
+        if named != self._named:  # something new is refused, so what was left out last has helped
+            self._named, self._sure = named, self.out
+            ways = [[way for way in _WAYS.get(name, ((name,),)) if not set(way) <= set(self._sure)] for name in named]
+            together = [sum((way[0] for way in ways if way), ()), sum((way[-1] for way in ways if way), ())]
+            self._ways = iter(dict.fromkeys([*chain(*ways), *(together if len(named) > 1 else [])]))
+        way = next(self._ways, None)
+        if way is None:
+            return False
+        self.out = _union(self._sure, way)
+        return True
+
+
+def _named_in(told: str, fields: Iterable[str]) -> list[str]:
+    found = {name: match.start() for name in fields if (match := _NAMED[name].search(told))}
+    return sorted(found, key=lambda name: found[name])
+
+
+_WAYS = {"max_tokens": (("max_tokens",), ("max_tokens", "max_completion_tokens"))}
+
+
+def _union(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one + other))
 
 
 def _sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be sent
 
 
-def _adapted(parameters: dict[str, Any], changed: tuple[str, ...]) -> dict[str, Any]:
-    sent = {name: value for name, value in parameters.items() if name not in changed}
-    if "max_tokens" in changed:
+def _without(parameters: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
+    sent = {name: value for name, value in parameters.items() if name not in left_out}
+    if "max_tokens" in left_out and "max_completion_tokens" not in left_out:
         sent["max_completion_tokens"] = parameters["max_tokens"]
+    first, *rest = parameters["messages"]
+    if "system" in left_out and first["role"] == "system" and rest:
+        text = f"{first['content']}\n\n{rest[0]['content']}"
+        sent["messages"] = [{**rest[0], "content": text}, *rest[1:]]
     return sent
 
 
-def _reply_of(answer: Any, changed: tuple[str, ...], secret: str) -> ChatReply:
-    """Raises ValueError where the body is no chat completion."""
-    choices: list[Any] = getattr(answer, "choices", None) or []
-    message = getattr(choices[0], "message", None) if choices else None
-    if message is None:
+def _pause_asked(retry_after: str | None) -> str:
+    """What a Retry-After header asks for, in words; "" for none, one in the past or one that cannot be read."""
+    try:
+        seconds = float(retry_after or 0)
+        return f"asks to wait {seconds:.0f} s" if 0 < seconds < 1e9 else ""
+    except ValueError:
+        try:
+            date = email.utils.parsedate_to_datetime(str(retry_after))
+            return f"asks to wait until {retry_after}" if date.timestamp() > time.time() else ""
+        except (ValueError, TypeError, OverflowError):
+            return ""
+
+
+def _reply_of(body: dict[str, Any], left_out: tuple[str, ...], secret: str) -> ChatReply:
+    """The reply in the body of a 200. Raises _ServerError for an error in it, ValueError for what is no completion."""
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    error = body.get("error") or choice.get("error")
+    if not choice and not error and any(name in body for name in ("message", "detail")):
+        error = body
+    if error:
+        code = error.get("code", error.get("status")) if isinstance(error, dict) else None
+        raise _ServerError(error, int(str(code)) if re.fullmatch(r"[45]\d\d", str(code)) else None)
+    message = choice.get("message")
+    if not isinstance(message, dict):
         raise ValueError("no choices")
-    content = message.content
+    reason = choice.get("finish_reason")
+    content = _text_of(message.get("content"))
+    if content is None:
+        more = "; raise the limit of tokens" if reason == "length" else ""
+        raise _ServerError(message.get("refusal") or f"an answer without text (it ended by {reason}{more})", None)
+    usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
+    counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+    if secret:  # a server that echoes its headers must not put the key into the cache
+        content = content.replace(secret, "[key]")
+    return ChatReply(content, reason, counts, body.get("model"), left_out)
+
+
+_TEXT = ("text", "output_text")
+
+
+def _text_of(content: Any) -> str | None:
+    """The text of a message, whole or in parts; what a model thinks aloud in parts of other types is left out."""
+    if isinstance(content, list):
+        shown = [
+            part["text"] for part in content if isinstance(part, dict) and part.get("type") in _TEXT and "text" in part
+        ]
+        content = "".join(map(str, shown)) if shown else None
     if content is not None and not isinstance(content, str):
         raise ValueError("content is no text")
-    usage = getattr(answer, "usage", None)
-    counts = (getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0)
-    if secret and content:  # a server that echoes its headers must not put the key into the cache
-        content = content.replace(secret, "[key]")
-    return ChatReply(content, choices[0].finish_reason, counts, getattr(answer, "model", None), changed)
+    return content
 
 
 def _checked_url(url: str) -> str:
