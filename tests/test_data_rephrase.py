@@ -114,6 +114,17 @@ def test_a_second_attempt_can_succeed(run: Any) -> None:
     assert [(line["attempt"], line["accepted"]) for line in log] == [("1", "False"), ("2", "True")]
 
 
+def test_thinking_before_the_variant_is_left_out(run: Any) -> None:
+    def reply(messages: Messages) -> str:
+        text = messages[-1]["content"].rpartition("The prompt:\n")[2]
+        return f"<think>Not {text}, but maybe</think>\n\n" + text.replace("price", "pirce")
+
+    with LocalOpenAIServer(reply=reply, refuses=["temperature", "seed", "system", "max_tokens"]) as server:
+        _, rows, log = run(server, "--styles", "swap", "--max_samples", "1")
+    assert rows[0]["swap_llm"] == "Find the pirce of the apples: 12 + 30 ="
+    assert len(log) == 1
+
+
 def test_a_free_rewording_keeps_every_protected_text(run: Any) -> None:
     with LocalOpenAIServer(reply=lambda _: "What the apples cost: 12 + 30 =") as server:
         _, rows, _ = run(server, "--styles", "other", "--max_samples", "1", "--suffix", "")

@@ -156,7 +156,6 @@ def test_rubric(run_folder: Path, tmp_path: Path):
         ('{"verdict": "A"} and again {"verdict": "A"}', "A"),
         ('{"verdict": "A"} or {"verdict": "B"}', None),
         ('{"verdict": "A", "verdict": "B"}', None),
-        ('{"verdict": "a"}', None),
         ('{"verdict": "A or B"}', None),
         ('{"verdict": null}', None),
         ('{"verdict": ["A"]}', None),
@@ -168,6 +167,48 @@ def test_rubric(run_folder: Path, tmp_path: Path):
         ('{"reason": "A"}', None),
         ("{" * 5000, None),
         ("", None),
+        # LaTeX, raw line ends and tabs, a comma too many, a doubled backslash that is right
+        (r'{"reason": "\( x = 5 \) is right", "verdict": "A"}', "A"),
+        (r'{"reason": "\underline{x} \sqrt{2} \u00e9 \\frac \"B\"", "verdict": "A"}', "A"),
+        ('{"reason": "first\nsecond\tthird\r\n", "verdict": "A"}', "A"),
+        ('{"reason": "x", "verdict": "A",}', "A"),
+        ('{"reason": "x, y,}", "verdict": "A" ,\n }', "A"),
+        ('```json\n{\n  "reason": "a \\pi",\n  "verdict": "B",\n}\n```\nI hope this helps, [all].', "B"),
+        ('A 5" pipe: {"reason": "x", "verdict": "A",}', "A"),
+        # case and white space
+        ('{"reason": "x", "verdict": "Tie"}', "tie"),
+        ('{"Reason": "x", "Verdict": " a\n"}', "A"),
+        ('{"verdict": "TIE "}', "tie"),
+        ('{"verdict": "b", "Verdict": "a"}', None),
+        ('{"verdict": "A."}', None),
+        # thinking, with drafts in it
+        ('Maybe {"reason":"draft","verdict":"A"}, no.</think>{"reason": "final", "verdict": "B"}', "B"),
+        ('{"reason":"draft","verdict":"A"}</think>\n\n{"reason": "final", "verdict": "B"}', "B"),
+        ('[THINK]maybe {"verdict": "A"}[/THINK]{"reason": "final", "verdict": "B"}', "B"),
+        ('<thinking>{"reason": "unfinished</thinking>{"reason": "final", "verdict": "B"}', "B"),
+        ('<THINK>{"verdict": "A"}</THINK><think>{"verdict": "tie"}</think>{"verdict": "B"}', "B"),
+        ('{"verdict": "B"}<think>{"verdict": "A"}? No.</think>', "B"),
+        (
+            '<|channel|>analysis<|message|>{"verdict": "A"}?<|end|><|start|>assistant<|channel|>final<|message|>'
+            '{"verdict": "B"}',
+            "B",
+        ),
+        ('analysisLet me see: {"verdict": "A"}.assistantfinal{"reason": "x", "verdict": "B"}', "B"),
+        ('<think>{"verdict": "A"}</think>{"verdict": "B"} or {"verdict": "A"}', None),
+        ('<think>{"verdict": "A"}</think>I cannot say.', None),
+        ('<|channel|>analysis<|message|>{"verdict": "A"}', None),
+        ('[THINK]{"verdict": "A"}', None),
+        ('{"verdict": "A"} <think>or {"verdict": "B"}', None),
+        # a string that speaks of thinking is none
+        ('{"reason": "the answer shows its <think> tag", "verdict": "A"}', "A"),
+        ('{"reason": "it ends in </think>, {sic}", "verdict": "A"}', "A"),
+        ('<think>hm</think>{"reason": "B has <think>x</think> in it", "verdict": "A"}', "A"),
+        ('{"reason": "B says [THINK] {\\"verdict\\": \\"B\\"}", "verdict": "A"}', "A"),
+        # the form repeated, and an object that cannot be read beside one that can
+        ('{"reason": "<one or two sentences>", "verdict": "<A, B or tie>"}\n{"reason": "x", "verdict": "B"}', "B"),
+        ('{"reason": "<one or two sentences>", "verdict": "<A, B or tie>"}', None),
+        ('{"verdict": "A"} no: {"reason": "he says "so"", "verdict": "B"}', None),
+        ('{"verdict": "A"} no: {"reason": "cut", "verdict": "B"', None),
     ],
 )
 def test_only_the_form_asked_for_is_read(text: str, expected: str | None):
@@ -175,10 +216,34 @@ def test_only_the_form_asked_for_is_read(text: str, expected: str | None):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(1, 1), (10, 10), (0, None), (11, None), ("7", None), (7.0, None), (True, None)]
+    ("value", "expected"),
+    [
+        (1, 1),
+        (10, 10),
+        (0, None),
+        (11, None),
+        ("7", 7),
+        (7.0, 7),
+        (" 8.0 ", 8),
+        (10.0, 10),
+        (8.5, None),
+        ("8.5", None),
+        ("8/10", None),
+        ("eight", None),
+        (True, None),
+        (None, None),
+        ([8], None),
+        (1e99, None),
+        (float("nan"), None),
+    ],
 )
 def test_ratings_are_whole_numbers_from_1_to_10(value: Any, expected: int | None):
     assert read_answer(ChatReply(verdict(value, "rating"), "stop"), "rating", RATINGS)[0] == expected
+
+
+def test_the_rating_form_repeated_is_no_rating():
+    text = '{"reason": "<one or two sentences>", "rating": <whole number from 1 to 10>} {"reason": "x", "rating": 8.0}'
+    assert read_answer(ChatReply(text, "stop"), "rating", RATINGS) == (8, "x")
 
 
 def test_a_cut_or_missing_answer_is_not_read():

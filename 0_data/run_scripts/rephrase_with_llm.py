@@ -38,6 +38,7 @@ from file_output import write_csv, write_json
 from load_json import is_style_key, read_prompt_file
 from logger import get_logger
 from make_variants import bad_row, clean_text
+from thinking_text import without_thinking
 
 SYSTEM = (
     "You edit prompts for a study of how language models handle imperfect input. Reply with the edited prompt alone: "
@@ -89,8 +90,9 @@ def first_messages(row: dict[str, Any], style: str) -> tuple[tuple[str, str], ..
 
 
 def read_answer(content: str | None, clean: str) -> str:
-    """The variant in an answer: without a code fence or quotation marks around it that the clean prompt has not."""
-    text = (content or "").strip()
+    """The variant in an answer: without thinking, code fence or quotation marks that the clean prompt has not."""
+    text = (content if without_thinking(clean) != clean else without_thinking(content or "")) or ""
+    text = text.strip()
     fenced = re.fullmatch(r"```[a-z]*\n(.*?)\n?```", text, re.DOTALL)
     if fenced and not clean.lstrip().startswith("```"):
         text = fenced[1].strip()

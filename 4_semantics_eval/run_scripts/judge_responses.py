@@ -13,7 +13,8 @@ pairwise: the judge sees both answers in both orders, since judges favour a posi
 equal texts are a tie without a call. `preference` is 1 (style's answer better), 0.5 or 0; 0.5 means no effect.
 rubric: each answer alone, rated 1 to 10. In both, the question is the clean prompt unless --score_against style.
 
-The judge is asked for JSON of a fixed form. What is not exactly that stays unscored and is counted; nothing is guessed.
+The judge is asked for JSON of a fixed form, and may think aloud before it. What cannot be read as exactly one verdict
+stays unscored and is counted; nothing is guessed.
 `--dry_run` says how many calls and tokens a run would take, and makes none. --base_url takes any OpenAI-compatible
 server (vLLM, llama.cpp, Ollama …), the key comes from the environment.
 """
@@ -41,6 +42,7 @@ from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
 from run_store import Run, open_run
+from thinking_text import without_thinking
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,26 +172,45 @@ def _missing(question: str | None, answer: str | None) -> str:
 
 
 def read_answer(reply: ChatReply, name: str, allowed: Sequence[Any]) -> tuple[Any, str]:
-    """(value of `name`, reason) of the judge's JSON; (None, "") where it is not exactly one allowed answer.
+    """(value of `name`, reason) of the judge's last JSON object; (None, "") if it is not exactly one allowed answer.
 
-    A fence or words around the object are tolerated, a cut answer, a doubled key, a value that is not allowed, or
-    two objects that disagree are not. What a reasoning model thinks aloud is left out.
+    Thinking is left out. Tolerated are a fence or words around the object, single backslashes (LaTeX), raw line ends
+    and a comma too many, and in the value white space, case, and a whole number written as `8.0` or "8". A cut answer,
+    a doubled key, a value that is not allowed, an object that cannot be read, or two that disagree are not read.
     """
     if reply.content is None or reply.finish_reason == "length":
         return None, ""
-    text = re.sub(r"<think>.*?</think>", "", reply.content, flags=re.DOTALL)
-    if "<think>" in text:
+    text = _TRAILING_COMMA.sub(r"\1", _LONE_BACKSLASH.sub(lambda m: m[0] if m[1] else "\\\\", reply.content))
+    text = without_thinking(text, [span for _, span in _json_objects(text)])
+    found = [(answer, span) for answer, span in _json_objects(text) if name in answer]
+    rest = text
+    for _, (start, end) in reversed(found):
+        rest = rest[:start] + rest[end:]
+    # The form itself, repeated before the answer, has a value such as <A, B or tie>.
+    answers = [answer for answer, _ in found if not re.fullmatch(r"\s*<.*>\s*", str(answer[name]))]
+    choices = {_plain(value): value for value in allowed}
+    values = {choices.get(_plain(answer[name])) for answer in answers}
+    if len(values) != 1 or None in values or re.search(rf'"{name}"\s*:\s*[^<\s]', rest, re.IGNORECASE):
         return None, ""
-    answers = [found for found in _json_objects(text) if name in found]
-    values = [found[name] for found in answers]
-    good = [value for value in values if any(type(value) is type(one) and value == one for one in allowed)]
-    if not values or len(good) < len(values) or len(set(good)) > 1:
-        return None, ""
-    return good[0], str(answers[0].get("reason", ""))
+    return values.pop(), str(answers[-1].get("reason", ""))
 
 
-def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    decoder = json.JSONDecoder(object_pairs_hook=_no_doubles)
+_LONE_BACKSLASH = re.compile(r"\\([\"\\/nrt]|[bf](?![a-z])|u[0-9a-fA-F]{4})|\\")
+_TRAILING_COMMA = re.compile(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])', re.DOTALL)
+
+
+def _plain(value: Any) -> Any:
+    """A verdict or rating in one form: text stripped and in lower case, a whole number as int; None for all else."""
+    if isinstance(value, str) and not re.fullmatch(r"\s*[0-9]{1,3}(\.0+)?\s*", value):
+        return value.strip().casefold()
+    if isinstance(value, str | float) and float(value).is_integer():
+        return int(float(value))
+    return value if type(value) is int else None
+
+
+def _json_objects(text: str) -> Iterator[tuple[dict[str, Any], tuple[int, int]]]:
+    """The JSON objects in a text (keys in lower case), each with its span."""
+    decoder = json.JSONDecoder(object_pairs_hook=_no_doubles, strict=False)
     position = text.find("{")
     while position >= 0:
         try:
@@ -197,15 +218,15 @@ def _json_objects(text: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError):
             end = position + 1
         else:
-            if found is not None:
-                yield found
+            yield found, (position, end)
         position = text.find("{", end)
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) < len(pairs):
+    found = {name.strip().casefold(): value for name, value in pairs}
+    if len(found) < len(pairs):
         raise ValueError("a key stands twice")
-    return dict(pairs)
+    return found
 
 
 def pair_result(replies: Sequence[ChatReply]) -> dict[str, Any]:
