@@ -7,6 +7,7 @@ not taken for an answer.
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,53 +21,95 @@ _TRANSLATION: dict[int, str] = {
     **{ord(c): "-" for c in "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"},
     **{ord(c): " " for c in "\u00a0\u2003\u2002\u3000\t\r"},
     **{ord(c): "\u2009" for c in "\u2009\u202f\u2007"},  # thin spaces part thousands
-    **{ord(c): "" for c in "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f"},
-    **{0xFF10 + digit: str(digit) for digit in range(10)},
-    **{ord(c): f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-    **{ord(a): b for a, b in zip("⁄∕∙⋅•＝＋，．％（）：＄", "//··*=+,.%():$", strict=True)},
+    **{ord(c): "" for c in "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f\ufe0f\u20e3"},
+    **{ord(a): b for a, b in zip("⁄∕∙⋅•＝＋，．％（）：＄’٫٬٪。、；！", "//··*=+,.%():$'.,%.,;!", strict=True)},
 }  # fmt: skip
 _VULGAR = {
     "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
     "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
 }  # fmt: skip
 _TRANSLATION |= {ord(sign): f" {text}" for sign, text in _VULGAR.items()}  # 2½ is 2 1/2, not 21/2
+_RAISED = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
+_OTHER_DIGITS = re.compile(rf"(?P<raised>[{_RAISED}]+)|(?![0-9])\d")  # every digit of Unicode: ٣ ۳ ३ ３ 𝟑
 
+_PLAIN_COMMANDS = {
+    "times": "×", "cdot": "·", "ast": "·", "div": "÷", "approx": "≈", "dots": "...", "ldots": "...", "cdots": "...",
+    "sqrt": "√", "pi": "π", "pm": "±", "mp": "±", "infty": "∞", "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥",
+    "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠", "degree": "°", "circ": "°",
+    "Rightarrow": "→", "implies": "→", "to": "→", "rightarrow": "→", "left": " ", "right": " ", "quad": " ",
+    "qquad": " ", "displaystyle": " ", "cup": "∪", "cap": "∩", "lbrace": "{", "rbrace": "}",
+}  # fmt: skip
+NO_VALUE = "□"  # stands for a matrix or a system of equations, which has no value
+_TEXT = "text|textbf|textit|textrm|mathrm|mathbf|mbox|bf|bold|boldsymbol|operatorname"
+_BRACED = r"\{ ?(-? ?[\d.,]{1,40}) ?\}"
 _LATEX: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(r"\\(?:d|t|c)?frac ?\{ ?(-?\d{1,40}) ?\} ?\{ ?(\d{1,40}) ?\}"), r" \1/\2"),
-    (re.compile(r"\\(?:d|t|c)?frac ?(\d) ?(\d)"), r" \1/\2"),
-    (re.compile(r"\\(?:d|t|c)?frac ?\{([^{}]{1,60})\} ?\{([^{}]{1,60})\}"), r" (\1) / (\2)"),
+    (re.compile(r"\\! ?"), ""),
+    (re.compile(r"\{,\}(?=\d{3})"), ","),
+    (re.compile(r"\\begin ?\{(?P<kind>[pbvBV]?matrix|cases|array)\}.{0,2000}?\\end ?\{(?P=kind)\}", re.DOTALL), NO_VALUE),
+    (re.compile(r"\\(?:s?out|[bx]?cancel) ?\{[^{}]{0,80}\}"), " "),
     (re.compile(r"\\overline ?\{ ?(\d{1,20}) ?\}"), r"(\1)"),
-    (re.compile(r"\\!"), ""),
-    (re.compile(r"\\times(?![a-z])"), "×"),
-    (re.compile(r"\\(?:cdot|ast)(?![a-z])"), "·"),
-    (re.compile(r"\\div(?![a-z])"), "÷"),
-    (re.compile(r"\\approx(?![a-z])"), "≈"),
-    (re.compile(r"\\[lc]?dots(?![a-z])"), "..."),
     (re.compile(r"\\([$%#&])"), r"\1"),
     (re.compile(r"\\,"), "\u2009"),
-    (re.compile(r"\\(?:left|right|quad|qquad|displaystyle)(?![a-z])|\\[;: ()\[\]]"), " "),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|textit|mbox) ?\{"), " {"),
+    (re.compile(r"\\[;: ()\[\]]"), " "),
+    (re.compile(rf" ?\\(?:{_TEXT}) ?\{{ ?([^{{}}$\\]{{0,80}}?) ?\}} ?"), r" \1 "),
+    (re.compile(r" (\^ ?\{?[23])"), r"\1"),
+    (re.compile(rf"\\(?:{_TEXT}) ?\{{"), " {"),
+    (re.compile(r"(\d) ?\^ ?\{? ?\\circ ?\}?"), r"\1°"),
 ]
-_POWER = re.compile(r"\^ ?[{(] ?(-?\d{1,6}) ?[)}]")
+_FRACTION = re.compile(rf"\\[dtc]?frac ?(?:{_BRACED}|(\d)) ?(?:{_BRACED}|(\d))")
+_OTHER_FRACTION = re.compile(r"\\[dtc]?frac ?\{([^{}]{1,60})\} ?\{([^{}]{1,60})\}")
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_POWER = re.compile(r"\^ ?[{(] ?(-? ?\d{1,6}) ?[)}]")
 _STARS = re.compile(r"(?<=\d)\*\*(?=\d)|(?<=\s)\*\*(?=\s)|\*\*|__")
 _ITALICS = re.compile(r"(?<![\w)*])\*([^\s*][^*\n]{0,80})\*(?![\w(*])")
 _CALCULATOR = re.compile(r"<<[^<>]{0,200}>>")
+_STRUCK = re.compile(r"~~[^~\n]{1,80}~~|<(?P<tag>s|del|strike)>[^<>\n]{1,80}</(?P=tag)>")
+_THOUSANDS = re.compile(r",(?=\d{3}(?!\d))")
+_PLAIN_DECIMAL = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
 
 
 def plain_text(text: str) -> str:
     """`text` with typographic signs, LaTeX and markdown written as plain characters; \\boxed{…} stays."""
-    text = text.translate(_TRANSLATION).replace("{,}", ",")
-    if "\\" in text:
+    if not text.isascii():
+        text = _OTHER_DIGITS.sub(_plain_digit, text).translate(_TRANSLATION)
+    elif "\t" in text or "\r" in text:
+        text = text.translate(_TRANSLATION)
+    if "\\" in text or "{," in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+        text = _OTHER_FRACTION.sub(r" (\1) / (\2)", _FRACTION.sub(_plain_fraction, text))
+        text = _COMMAND.sub(lambda match: _PLAIN_COMMANDS.get(match[1], match.group()), text)
     if "^" in text:
         text = _POWER.sub(r"^\1", text)
+    if "~~" in text or "<" in text:
+        text = _STRUCK.sub(" ", text)
     if "*" in text or "__" in text:
         text = _STARS.sub(lambda match: "" if _is_markup(match) else "^", text)
         text = _ITALICS.sub(r"\1", text)
     if "<<" in text:
         text = _CALCULATOR.sub("", text)
     return text.replace("`", " ")
+
+
+def _plain_digit(match: re.Match[str]) -> str:
+    if match["raised"]:
+        return "^" + "".join("-" if c == "⁻" else str(_RAISED.index(c) - 1) for c in match["raised"])
+    return str(unicodedata.decimal(match.group()))
+
+
+def _plain_fraction(match: re.Match[str]) -> str:
+    """\\frac{-3}{4}, \\frac12, \\frac{1,000}{2.5} as -3/4, 1/2, 10000/25."""
+    top, bottom = (
+        _THOUSANDS.sub("", match[one] or match[other]).replace(" ", "") for one, other in ((1, 2), (3, 4))
+    )
+    if any(not _PLAIN_DECIMAL.fullmatch(part) for part in (top, bottom)):
+        return f" ({top}) / ({bottom})"
+    sign = "-" if top.startswith("-") != bottom.startswith("-") else ""
+    top, bottom = top.lstrip("-"), bottom.lstrip("-")
+    places = max(len(part.partition(".")[2]) for part in (top, bottom))
+    top, bottom = (str(int(Fraction(part) * 10**places)) for part in (top, bottom))
+    before = match.string[: match.start()][-1:]
+    return f"{' ' if before.isdigit() or before.isalpha() else ''}{sign}{top}/{bottom}"
 
 
 def _is_markup(match: re.Match[str]) -> bool:
@@ -79,7 +122,8 @@ def _is_markup(match: re.Match[str]) -> bool:
 
 
 class Number(NamedTuple):
-    """A number at text[start:end]. `decimals`: digits after the point as written; None for a fraction."""
+    """A number at text[start:end]. `decimals`: digits after the point as written; None for a fraction. `fraction` and
+    `power` are the two numbers of 3/4 and of 2^10 as written."""
 
     start: int
     end: int
@@ -89,40 +133,52 @@ class Number(NamedTuple):
     percent: bool = False
     ellipsis: bool = False
     fraction: tuple[int, int] | None = None
+    power: tuple[int, int] | None = None
 
 
 _DIGITS = (
     r"\d{1,3}(?:,\d{3})+(?![\d])(?:\.\d+)?"  # 1,234.5
     r"|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)(?:\.\d+)?"  # 1,23,456
-    r"|\d{1,3}(?:[\u2009'_]\d{3})+(?!\d)(?:\.\d+)?"  # thin space, apostrophe, underscore
+    r"|\d{1,3}(?:[\u2009'_]\d{3})+(?!\d)(?:[.,]\d+)?"  # thin space, apostrophe, underscore
+    r"|(?!0)\d{1,3}(?:[ ]\d{3})+(?![\d/])(?:\.\d+|,\d{1,2}(?!\d))?(?![,\d/]?\d|-[a-z])"  # 12 000,50
     r"|\d{1,3}(?:\.\d{3}){2,}(?!\d)(?:,\d+)?"  # 1.234.567
-    r"|\d{1,3}\.\d{3},\d{1,2}(?!\d)"  # 1.234,50
+    r"|\d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)"  # 1.234,50
+    r"|(?P<grouped>\d{1,3}\.\d{3})(?=[ ]?(?:€|EUR\b|zł|₫|₽|руб|TL\b|kr\b))"  # 12.000 €
+    r"|(?<![,(\[{])(?<![,(\[{]-)\d+,(?:\d{1,2}|\d{4,9})(?![\d,]|[.]\d)"  # 45,50
     r"|\d+(?:\.\d+)?|\.\d+"
 )
 _DIGIT = re.compile(r"[0-9]")
 # Most numbers are a few digits with nothing after them that could belong to the number.
 _SHORT = re.compile(
-    r"\d{1,15}(?:(?=[;:!?)\]}\n\"=+])(?!:\d)|\Z|(?=[ ](?![ \dxX×*·%pPmMbBtThH.…]))|(?=[.,](?![\d.(])))", re.ASCII
+    r"\d{1,15}(?:(?=[;:!?)\]}\n\"=+])(?!:\d)|\Z|(?=[ ](?![ \dxX×*·%pPmMbBtThH.…^lcdio]))|(?=[.,](?![\d.(€])))", re.ASCII
 )
+_SCALES = {
+    "dozen": 12, "score": 20, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7,
+    "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
+}  # fmt: skip
+_SCALE_WORDS = "|".join(f"{word}s?" if word in ("lakh", "crore") else word for word in _SCALES if word != "score")
+_SUFFIXES = {"k": 10**3, "m": 10**6, "mn": 10**6, "mln": 10**6, "b": 10**9, "bn": 10**9, "t": 10**12}
 _NUMBER = re.compile(
     rf"""
     (?:
         (?P<whole>\d{{1,40}})[ ]{{1,2}}(?:and[ ])?(?P<over>\d{{1,40}})/(?P<under>\d{{1,40}})(?![\d/])(?!\.\d)
       | (?P<top>\d{{1,40}})/(?P<bottom>\d{{1,40}})(?![\d/])(?!\.\d)
-      | 10[ ]?\^[ ]?(?P<power>[-+]?\d{{1,6}})
+      | (?P<odds>\d{{1,6}})[ ]{{1,2}}(?:in|out[ ]of)[ ]{{1,2}}(?P<chances>(?!(?:19|20)\d\d\b)\d{{1,6}})(?=[ ]?(?:[.;!)\n$*"}}]|\Z))(?!\.\d)
+      | (?P<base>\d{{1,40}}(?:\.\d{{1,9}})?)[ ]?\^[ ]?(?P<power>[-+]?\d{{1,6}})
       | (?P<period>\d{{1,20}}\.\d{{0,20}}\(\d{{1,20}}\))
       | (?P<digits>{_DIGITS})
         (?:[eE](?P<e>[-+]?\d{{1,9}})(?![\w])
           |[ ]{{0,2}}[x×*·][ ]{{0,2}}10[ ]?\^[ ]?(?P<ten>[-+]?\d{{1,9}}))?
         (?P<ellipsis>\.\.\.|…)?
-        (?:[ ]?(?P<scale>hundred|thousand|million|billion|trillion)\b|(?P<k>[kK])(?![A-Za-z]))?
+        (?:[ ]{{0,2}}(?P<scale>(?i:{_SCALE_WORDS}))\b|(?P<suffix>[kKMB]|bn|mn|mln|[mbT](?=[ ]?[.,;!)$*"}}]|[ ]?\Z))(?!\w))?
     )
     (?P<percent>[ ]?(?:%|per[ ]?cent\b))?
     """,
     re.VERBOSE | re.ASCII,
 )
-_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NOT_A_COUNT = re.compile(r"(?:st|nd|rd|th)\b|:\d|[/.]\d|-\d{1,2}-\d")
+_NOT_A_COUNT = re.compile(
+    r"(?:st|nd|rd|th)\b|:\d|[/.]\d|-\d{1,2}-\d|[ ]?(?:[ap]\.?m\b|[AP]\.?M\b|o'clock\b)|_\{?\d|[ ]?base[ ]\d"
+)
 
 
 def find_numbers(text: str) -> list[Number]:
@@ -157,14 +213,19 @@ def _number(match: re.Match[str], text: str, before: str) -> Number | None:
         digits = match.group()
         whole = int(digits)
         return Number(begin, end, Fraction(-whole if negative else whole), 0, len(digits.lstrip("0")))
-    read = _read(match)
-    if read is None:
+    currency = any(c in _CURRENCY_SIGNS for c in text[begin:start])
+    if match["suffix"] in ("m", "b", "T") and not currency:  # metres, not millions
+        match = _NUMBER.fullmatch(text, match.start(), match.start("suffix"))
+        end = match.end() if match else end
+    read = _read(match) if match else None
+    if match is None or read is None:
         return None
     value, decimals, significant, fraction = read
     percent = match["percent"] is not None
     value = value / 100 if percent else value
     ellipsis = match["ellipsis"] is not None
-    return Number(begin, end, -value if negative else value, decimals, significant, percent, ellipsis, fraction)
+    power = (int(Fraction(match["base"])), int(match["power"])) if match["power"] else None
+    return Number(begin, end, -value if negative else value, decimals, significant, percent, ellipsis, fraction, power)
 
 
 def _read(match: re.Match[str]) -> tuple[Fraction, int | None, int, tuple[int, int] | None] | None:
@@ -175,20 +236,26 @@ def _read(match: re.Match[str]) -> tuple[Fraction, int | None, int, tuple[int, i
             return None
         whole = int(match["whole"] or 0)
         return whole + Fraction(top, bottom), None, 0, None if match["whole"] else (top, bottom)
+    if match["odds"]:
+        one, chances = int(match["odds"]), int(match["chances"])
+        return (Fraction(one, chances), None, 0, None) if one <= chances and chances else None
     if match["power"]:
-        exponent = int(match["power"])
-        return (Fraction(10) ** exponent, None, 0, None) if abs(exponent) <= MAX_EXPONENT else None
+        base, exponent = Fraction(match["base"]), int(match["power"])
+        if abs(exponent) * len(match["base"]) > MAX_EXPONENT or (base == 0 and exponent < 1):
+            return None
+        return base**exponent, None, 0, None
     if match["period"]:
         return _repeating(match["period"]), None, 0, None
-    digits = _without_separators(match["digits"])
+    digits = match["grouped"].replace(".", "") if match["grouped"] else _without_separators(match["digits"])
     exponent = int(match["e"] or match["ten"] or 0)
     if len(digits) > MAX_DIGITS or abs(exponent) > MAX_EXPONENT:
         return None
     before, _, after = digits.partition(".")
     value = Fraction(int((before or "0") + after), 10 ** len(after))
     significant = len((before + after).lstrip("0"))
-    if exponent or match["k"] or match["scale"]:
-        scale = 1000 if match["k"] else _SCALES.get(match["scale"] or "", 1)
+    if exponent or match["suffix"] or match["scale"]:
+        scale = _SUFFIXES[match["suffix"].lower()] if match["suffix"] else 1
+        scale = _SCALES.get((match["scale"] or "").lower().removesuffix("s"), scale)
         return value * scale * Fraction(10) ** exponent, None, significant, None
     return value, len(after), significant, None
 
@@ -196,12 +263,12 @@ def _read(match: re.Match[str]) -> tuple[Fraction, int | None, int, tuple[int, i
 def _without_separators(digits: str) -> str:
     """The digits with a point for decimals, whichever way they were grouped."""
     if digits.count(".") > 1 or _EUROPEAN.fullmatch(digits):
-        return digits.replace(".", "").replace(",", ".")
+        digits = digits.replace(".", "").replace(",", ".")
     return _SEPARATORS.sub("", digits)
 
 
-_EUROPEAN = re.compile(r"\d{1,3}\.\d{3},\d{1,2}")
-_SEPARATORS = re.compile(r"[,\u2009'_]")
+_EUROPEAN = re.compile(r"\d{1,3}(?:\.\d{3})+,\d{1,2}|[\d \u2009'_]+,(?:\d{1,2}|\d{4,9})")
+_SEPARATORS = re.compile(r"[, \u2009'_]")
 
 
 def _repeating(written: str) -> Fraction:
@@ -211,7 +278,8 @@ def _repeating(written: str) -> Fraction:
     return Fraction(fixed.rstrip(".") or "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
 
 
-_CURRENCY = re.compile(r"(?:(?:\b(?:US|AU|A|CA|C|HK|NZ))?[$€£¥₹]|\b(?:USD|EUR|GBP|Rs\.?|INR)) ?\Z")
+_CURRENCY_SIGNS = frozenset("$€£¥₹₽₩₫₺")
+_CURRENCY = re.compile(r"(?:(?:\b(?:US|AU|A|CA|C|HK|NZ|R))?[$€£¥₹₽₩₫₺]|\b(?:USD|EUR|GBP|Rs\.?|INR)) ?\Z")
 _SIGN_WORD = re.compile(r"\b(?:negative|minus) \Z", re.IGNORECASE)
 _ENDS_IN_VALUE = re.compile(r"[\d)\]}%]\s*\Z")
 _AFTER_EQUALS = re.compile(r"[=(≈]\s*\Z")
@@ -253,7 +321,7 @@ def _sign(text: str, start: int, end: int) -> tuple[bool, int] | None:
     return dash == "-", begin
 
 
-_BEFORE_DIGITS = frozenset("$€£¥₹ .DRPsN")
+_BEFORE_DIGITS = _CURRENCY_SIGNS | frozenset(" .DRPsN")
 
 
 def _worded_sign(before: str, begin: int) -> tuple[bool, int]:
@@ -273,7 +341,7 @@ _ONE_WORDS = (
 _TEN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _ONES = {word: value for value, word in enumerate(_ONE_WORDS.split())}
 _TENS = {word: 10 * (value + 2) for value, word in enumerate(_TEN_WORDS.split())}
-_BIG = {"hundred": 100, "thousand": 1000, "million": 10**6}
+_BIG = {word: size for word, size in _SCALES.items() if word != "score"}
 _PARTS = {
     "half": 2,
     "halve": 2,
@@ -288,10 +356,10 @@ _PARTS = {
 _WORD = "|".join([*sorted([*_ONES, *_TENS], key=len, reverse=True), *_BIG])
 _PART = "|".join(f"{part}s?" for part in _PARTS)
 NUMBER_WORDS = (
-    rf"(?:(?:minus|negative)[ ])?(?:(?:a[ ](?=hundred|thousand|million)))?(?:{_WORD})\b"
+    rf"(?:(?:minus|negative)[ ])?(?:a[ ](?={_SCALE_WORDS}))?(?:{_WORD})\b"
     rf"(?:[ -](?:and[ ])?(?:{_WORD})\b){{0,14}}"
-    rf"(?:[ ]point(?:[ ](?:{'|'.join(_ONES)})\b){{1,12}}|[ ]and[ ]a[ ]half\b|[ -](?:{_PART})\b)?"
-    rf"|\b(?:a[ ]|one[ ])?(?:half|quarter)\b"
+    rf"(?:[ ]point(?:[ ](?:{'|'.join(_ONES)})\b){{1,12}}|[ ]and[ ]a[ ]half\b(?:[ ](?:{_SCALE_WORDS})\b)?|[ -](?:{_PART})\b)?"
+    rf"|\b(?:a[ ]|one[ ])?(?:half|quarter)(?:[ ](?:a|of[ ]a)[ ](?:{_SCALE_WORDS}))?\b"
 )
 _ALL_WORDS = re.compile(rf"\b(?:{NUMBER_WORDS})", re.IGNORECASE)
 _STRONG_WORDS = re.compile(
@@ -310,8 +378,45 @@ def words_of(text: str) -> frozenset[str]:
     return frozenset(_LETTERS.findall(text.lower()))
 
 
+_CHINESE_DIGITS = {c: value for value, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_CHINESE_SIZES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+_CHINESE_NUMERAL = "[零〇一二两三四五六七八九十百千万亿]"
+_CHINESE = re.compile(
+    rf"(?P<cue>\A[ $*]{{0,4}}|(?:答案|答|结果|等于|是|为|は)[是为:= ]{{0,3}}|=[ ]?|boxed\{{)(?P<minus>负?)"
+    rf"(?P<whole>{_CHINESE_NUMERAL}{{1,20}})(?:分之(?P<top>{_CHINESE_NUMERAL}{{1,20}})"
+    rf"|点(?P<decimals>{_CHINESE_NUMERAL}{{1,20}}))?(?![起样定些般])"
+)
+
+
+def _chinese_as_digits(match: re.Match[str]) -> str:
+    """答案是三十五 as 答案是 35; 三分之二 is 2/3."""
+    text = str(_chinese_whole(match["whole"]))
+    if match["top"]:
+        text = f"{_chinese_whole(match['top'])}/{text}"
+    elif match["decimals"]:
+        text += "." + "".join(str(_CHINESE_DIGITS.get(c, "")) for c in match["decimals"])
+    return f"{match['cue']} {'-' if match['minus'] else ''}{text}"
+
+
+def _chinese_whole(numeral: str) -> int:
+    if all(c in _CHINESE_DIGITS for c in numeral):
+        return int("".join(str(_CHINESE_DIGITS[c]) for c in numeral))
+    total, group, digit = 0, 0, 0
+    for c in numeral:
+        size = _CHINESE_SIZES.get(c, 0)
+        if not size:
+            digit = _CHINESE_DIGITS[c]
+        elif size < 10**4:
+            group, digit = group + (digit or 1) * size, 0
+        else:
+            total, group, digit = (total + group + digit) * size, 0, 0
+    return total + group + digit
+
+
 def digits_for_words(text: str) -> str:
     """Number words as digits: all of them where the text has no digit, else only where an answer is announced."""
+    if not text.isascii():
+        text = _CHINESE.sub(_chinese_as_digits, text)
     if _COUNTING_WORDS.isdisjoint(words_of(text)):
         return text
     has_digits = _DIGIT.search(text) is not None
@@ -336,6 +441,9 @@ def words_value(words: str) -> Fraction | None:
     tokens = words.lower().replace("-", " ").split()
     negative = tokens[:1] in (["minus"], ["negative"])
     tokens = tokens[1:] if negative else tokens
+    if tokens[-1:] and tokens[-1] in _BIG and "half" in tokens:  # half a million, two and a half million
+        half = words_value(" ".join(tokens[:-1]).removesuffix(" a").removesuffix(" of"))
+        return None if half is None else half * _BIG[tokens[-1]] * (-1 if negative else 1)
     part = Fraction(1)
     if tokens[-1:] and _part(tokens[-1]):
         if tokens[-3:-1] == ["and", "a"]:
@@ -367,8 +475,8 @@ def _whole(tokens: list[str]) -> Fraction | None:
             continue
         if token in _BIG:
             size = _BIG[token]
-            if size == 100:
-                group = max(group, 1) * 100
+            if size <= 100:
+                group = max(group, 1) * size
             else:
                 total, group = total + max(group, 1) * size, 0
             last = size

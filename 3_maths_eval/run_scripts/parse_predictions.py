@@ -5,23 +5,23 @@ Writes  nothing; as a script it prints what it read as one line of JSON
 
     python 3_maths_eval/run_scripts/parse_predictions.py "The answer is 97, the total of 4 and 93." --gold 97
 
-What a response says after it has answered is run-on text: it is cut at the first turn (`Q:`, `Problem 2:`, a chat
-marker, the prompt over again) behind an answer. Then the first rule that finds a value decides:
+Thinking text (`<think>…</think>`, `[THINK]`, channel marks …) is removed first; thinking that never ends gives no value.
+What follows an answer is cut at the first new turn (`Q:`, `Problem 2:`, a chat marker, the prompt again). Then:
 
-    boxed       the last \\boxed{…}
-    marker      the first #### …
-    completion  the response opens by completing the prompt: a bare number (`97.`, `8 apples`, `97, which is …`), or
-                the prompt's own sum carried out. What a completion model goes on to say belongs to no question:
-                `14 ⏎⏎ The answer is 12` after `8 + 6 =` is 14
-    answer_is   `the answer is …`, `Answer: …`, `A: …`, `… is the answer`; the first one, `final answer` before all
+    completion  the prompt breaks off (`8 + 6 =`) and the response opens with the value: `14 ⏎⏎ The answer is 12` is 14
+    boxed       \\boxed{…}          The last marked answer decides. If it is not a number (a radical, an interval, a
+    marker      #### …             list, a time, an expression), the response has no value.
+    answer_is   `the answer is …`, `Answer: …`, `A: …`, `… is the answer`, `答案是…`, `Ответ: …`; a `final answer` is
+                overruled by a plain one only after a correction (`wait`, `sorry`, `I made a mistake`)
+    completion  the response opens with the value, without a marked answer after it
     conclusion  a closing sentence with So, Therefore, Thus … and one number, behind the last equation
     equals      right of the last finished `=` (also `equals`, `gives`)
     sole        the only number that is left
     last        the last of several: status `ambiguous`
 
-Operands of an expression (`7 * 0 =`, `9 times 400`, `the sum of 2 and 3`), list numbers (`2. Multiply`), labels
-(`Step 3`), ordinals, times and words copied from the prompt are no answers, so an echo of the prompt has no value.
-Every step takes time linear in the text; nothing is evaluated.
+Operands of an expression (`7 * 0 =`, `9 times 400`, `the sum of 2 and 3`), terms (`2x`, `5√2`), list numbers
+(`2. Multiply`), labels (`Step 3`), ordinals, dates, times and words copied from the prompt are not answers. So an echo
+of the prompt has no value. Every step takes time linear in the text. Nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import json
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -64,6 +64,11 @@ class ParsedAnswer(NamedTuple):
 
 
 NOTHING = ParsedAnswer(None, "none", "none")
+MARKED_RULES = ("boxed", "marker", "answer_is", "completion")
+
+
+class PercentGold(Fraction):
+    """A gold answer written with a per cent sign: 28 % has the value 7/25."""
 
 
 def _word_set(words: str) -> frozenset[str]:
@@ -78,16 +83,17 @@ def parse_prediction_text(text: str | None, prompt: str | None = None) -> Parsed
 
     prompt: the text that the model was asked to continue or answer, so that an echo of it can be told; optional.
     """
-    if not text or not text.strip():
+    text = without_thinking(text or "", prompt or "")
+    if not text.strip():
         return NOTHING
     plain_prompt = plain_text(prompt).strip() if prompt else ""
     plain = _without_echo(plain_text(text), plain_prompt)
     quick = _first_line_completion(plain, plain_prompt)
     if quick is not None:
         return quick
-    for cut in _run_on_places(plain, plain_prompt):
+    for cut, is_turn in _run_on_places(plain, plain_prompt):
         parsed = _first_rule(plain[:cut], plain_prompt)
-        if parsed.value is not None:
+        if parsed.rule in MARKED_RULES or (is_turn and parsed.value is not None):
             return parsed
     return _first_rule(plain, plain_prompt)
 
@@ -97,8 +103,10 @@ def matches_gold(parsed: ParsedAnswer, gold: Fraction) -> bool:
 
     Exact as fractions. A decimal shown with d >= 2 decimals and 2 or more significant digits also matches where gold
     rounded to d decimals (half up or half even) equals it: 0.67 is 2/3, 13.33 is 40/3, but 13 or 0.7 are not. With
-    three dots the digits may be cut off instead of rounded. 10 % matches 1/10 and 10.
+    three dots the digits may be cut off instead of rounded. 10 % matches 1/10 and 10, and 10 matches a gold of 10 %.
     """
+    if isinstance(gold, PercentGold) and not parsed.percent:
+        return matches_gold(parsed, Fraction(gold)) or matches_gold(parsed, Fraction(gold) * 100)
     if parsed.value is None:
         return False
     if parsed.value == gold or (parsed.percent and parsed.value * 100 == gold):
@@ -116,12 +124,26 @@ def matches_gold(parsed: ParsedAnswer, gold: Fraction) -> bool:
 
 def gold_value(answer: Any, clean_prompt: str | None = None) -> Fraction | None:
     """The gold answer as a number: from `answer` (a number or text; `#### 18` too), else from the clean prompt's own
-    arithmetic (`12 * 7 =`, `the sum of 2 and 3`). None where neither holds one."""
+    arithmetic (`12 * 7 =`, `the sum of 2 and 3`). None if neither holds one. A PercentGold for `28%`."""
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return Fraction(str(answer)) if abs(answer) < float("inf") else None
-    if isinstance(answer, str) and answer.strip():
-        return parse_prediction_text(answer).value
-    return arithmetic_value(clean_prompt) if clean_prompt else None
+    if not isinstance(answer, str) or not answer.strip():
+        return arithmetic_value(clean_prompt) if clean_prompt else None
+    text = gold_text(answer)
+    parsed = _phrase(digits_for_words(plain_text(text)), "")
+    if parsed is None and (len(text) > 60 or len(_LONG_WORDS.findall(text)) > 2):
+        parsed = parse_prediction_text(text)
+    if parsed is None or parsed.value is None:
+        return None
+    return PercentGold(parsed.value) if parsed.percent else parsed.value
+
+
+_LONG_WORDS = re.compile(r"(?<!\\)\b[A-Za-z]{3,}")
+
+
+def gold_text(answer: str) -> str:
+    """What a gold answer in words gives as the answer: all of it, or what follows its last ####."""
+    return answer.rpartition("####")[2].strip() or answer.strip()
 
 
 @lru_cache(maxsize=4096)
@@ -165,7 +187,8 @@ def _calculate(values: list[Fraction], operators: list[str]) -> Fraction | None:
 
 @dataclass(slots=True)
 class Mark:
-    """A number and its part in the sentence. `joined`: the operator that ties it to the number before ('' none)."""
+    """A number and its part in the sentence. `joined`: the operator that ties it to the number before ('' none).
+    `term`: part of what is not a number, as 5 in 5√2, (5, ∞), x > 5, 5:2, May 5 and 5 feet 2 inches."""
 
     number: Number
     joined: str = ""
@@ -173,11 +196,12 @@ class Mark:
     left_side: bool = False
     right_side: bool = False
     aside: bool = False
+    term: bool = False
 
     @property
     def free(self) -> bool:
         """May be an answer."""
-        return not (self.operand or self.aside)
+        return not (self.operand or self.aside or self.term)
 
 
 _UNITS = r"(?:[ ]?[A-Za-z%°]{1,15}(?:[ ][A-Za-z]{1,15}){0,2})?"
@@ -217,6 +241,53 @@ _LABEL = re.compile(
 _LIST_DOT = re.compile(r"[.)]\*{0,2}[ ]{1,3}[A-Za-z*$\\(]")
 
 
+_FUNCTIONS = (
+    r"\\(?:log|ln|lg|exp|sin|cos|tan|cot|sec|csc|arc[a-z]+|[dtc]?frac|binom|sum|prod|int|lim|gcd|lcm|max|min|in|p?mod"
+    r"|alpha|beta|gamma|delta|theta|phi|lambda|mu|sigma|omega|rho|lfloor|lceil|sqrt)(?![a-z])"
+)
+_TERM_AFTER = re.compile(
+    rf"[ ]?(?:[π√∞±∪∩]|{_FUNCTIONS})|(?:[abceinpqrtuvwyzYZ]|ab|xy|xyz)(?!\w)|[xX](?!\w|[ ]?\d)|[ ]?\*?[ ]?(?:pi|sqrt)\b"
+    r"|\s?[<>≤≥≠][ ]?=?[ ]?(?:[-+]?\d|[A-Za-z]\b(?!>))|[ ]:[ ]?\d|\)?[ ]?\^|\((?=[^()\n]{0,20}[A-Za-z+*/^-])|\}[ ]?\{"
+    r"|![ ]?[-+*/=$})]|[ ]?,[ ]?[-+]?∞"
+)
+_TERM_BEFORE = re.compile(
+    rf"(?:[√π±∪∩≤≥≠][ ]?[({{]?|{_FUNCTIONS}(?:_\{{?\w{{1,4}}\}}?)?[ ]?[({{]?|\b(?:log|ln|sin|cos|tan|sqrt|pi)[ ]?[(*]?|\}}[ ]?\{{|∞[ ]?,[ ]?"
+    r"|(?:(?<![<A-Za-z/|])[A-Za-z]|\d|\))[ ]?[<>]=?[ ]?|\d[ ]:[ ]?|[\^_][{(])[-+]?\Z"
+)
+_TUPLE_OPENS = re.compile(r"[(\[{][ $]?[-+]?\Z")
+_TUPLE_GOES_ON = re.compile(r"[ ]?[,;][ ]?(?:[-+]?[ ]?[\d∞√π(\\□]|[a-z]\b)")
+_TUPLE_GAP = re.compile(r"[ )]{0,3}[,;][ (+-]{0,3}")
+_COMPOUND_UNITS = (
+    "h|hrs?|hours?|m|mins?|minutes?|s|secs?|seconds?|days?|weeks?|months?|years?|feet|foot|ft|'|inch(?:es)?|in|yards?"
+    "|met(?:er|re)s?|cm|km|miles?|pounds?|lbs?|ounces?|oz|stone|kg|grams?|g|dollars?|cents?|euros?|pence"
+)
+_COMPOUND_GAP = re.compile(rf"[ -]?(?P<unit>{_COMPOUND_UNITS}),?(?:[ ]and)?[ ]?")
+_COMPOUND_END = re.compile(rf"[ -]?(?P<unit>{_COMPOUND_UNITS}|\")(?![A-Za-z])")
+_MONTH = (
+    "(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
+    r"|Nov(?:ember)?|Dec(?:ember)?)\b"
+)
+_DATE_BEFORE = re.compile(rf"\b{_MONTH}\.? (?:\d{{1,2}}(?:st|nd|rd|th)?,? )?\Z")
+_DATE_AFTER = re.compile(rf" (?:of )?{_MONTH}")
+
+
+def _is_term(text: str, mark: Mark, previous: Mark | None) -> bool:
+    """True for a number that is only part of an expression, a tuple, a compound or a date; `previous` may become one."""
+    start, end = mark.number.start, mark.number.end
+    before, after = text[max(0, start - 20) : start], text[end : end + 40]
+    if previous is not None and start - previous.number.end < 12:
+        gap = text[previous.number.end : start]
+        if previous.term and _TUPLE_GAP.fullmatch(gap):
+            return True
+        between, behind = _COMPOUND_GAP.fullmatch(gap), _COMPOUND_END.match(after)
+        if between and behind and between["unit"].rstrip("s") != behind["unit"].rstrip("s"):
+            previous.term = True
+            return True
+    if _TERM_BEFORE.search(before) or (_TUPLE_OPENS.search(before) and _TUPLE_GOES_ON.match(after)):
+        return True
+    return _TERM_AFTER.match(after) is not None or bool(_DATE_BEFORE.search(before) or _DATE_AFTER.match(after))
+
+
 _EQUALS_SIGNS = re.compile(r"[=≈≅→⇒]|->")
 _EQUALS_WORDS = _word_set("equal equals give gives yield yields make makes result results become becomes comes")
 _OPERATOR_SIGNS = re.compile(r"[-+*/×÷·^√?]")
@@ -250,6 +321,7 @@ def _marks(text: str, open_prompt: bool = False) -> list[Mark]:
             sign = _EQUALS_TAIL.search(before)
             mark.right_side = sign is not None and (sign["sign"] is not None or (previous and previous.operand) is True)
             mark.left_side = _EQUALS_HEAD.match(after) is not None
+        mark.term = _is_term(text, mark, previous)
         mark.aside = _LABEL.search(before[-14:]) is not None or _is_list_number(text, mark.number, open_prompt)
         previous = mark
     return marks
@@ -327,31 +399,72 @@ def _similar_head(text: str, prompt: str, least: float = 90.0) -> int:
     return end if score >= least else 0
 
 
+_THOUGHT = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think|antthinking)"
+_THINKING_TAG = re.compile(
+    rf"(?P<close></{_THOUGHT}>|\[/think(?:ing)?\]|<\|/think\|>|<\|end_(?:of_)?think(?:ing)?\|>|<\|end_of_thought\|>"
+    rf"|◁/think▷|<channel\|>)|<{_THOUGHT}(?: [^<>]{{0,40}})?>|\[think(?:ing)?\]|<\|think\|>"
+    r"|<\|(?:start|begin)_(?:of_)?think(?:ing)?\|>|<\|begin_of_thought\|>|◁think▷|<\|channel>",
+    re.IGNORECASE,
+)
+_FINAL_CHANNEL = re.compile(r"<\|channel\|>final\b[^<>]{0,40}<\|message\|>|(?<=[^\w\s])assistantfinal(?=\S)")
+_ANALYSIS = re.compile(r"\s*(?:(?:<\|start\|>)?assistant)?(?:<\|channel\|>(?:analysis|commentary)|analysis(?=[A-Z]))")
+_ANSWER_TAG = re.compile(r"<answer>|\[ANSWER\]")
+
+
+def without_thinking(text: str, prompt: str = "") -> str:
+    """`text` without thinking text, whose opening may be the prompt's end; empty if the thinking never ends."""
+    channels = list(_FINAL_CHANNEL.finditer(text))
+    if channels:
+        return text[channels[-1].end() :]
+    if _ANALYSIS.match(text):
+        return ""
+    opened = [match for match in _THINKING_TAG.finditer(prompt[-200:]) if not prompt[-200:][match.end() :].strip()]
+    thinking = bool(opened) and not opened[-1]["close"]
+    kept: list[str] = []
+    start = 0
+    for tag in _THINKING_TAG.finditer(text) if thinking or "<" in text or "[" in text or "◁" in text else ():
+        if tag["close"]:
+            kept = kept if thinking else []  # opened in the prompt: all before belongs to it
+            thinking = False
+        elif not thinking:
+            kept.append(text[start : tag.start()])
+            thinking = True
+        start = tag.end()
+    return "" if thinking else _ANSWER_TAG.sub("\nAnswer: ", " ".join([*kept, text[start:]]))
+
+
 _TURN = re.compile(
-    r"<\|[\w ]{1,30}\|>|</?s>|<eos>|<pad>|<(?:start|end)_of_turn>|\[/?INST\]"
-    r"|(?:\A|\n)[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Q|Question|Problem|Exercise|Example|User|Human|Student|Instruction"
-    r"|Input|Prompt|Task)(?: ?#?\d{1,4})?(?:\*\*)? ?[:.)]"
+    r"(?P<turn><\|[\w ]{1,30}\|>|</?s>|<eos>|<pad>|<(?:start|end)_of_turn>|\[/?INST\]"
+    r"|(?:\A|\n)[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Q|Question|User|Human)(?: ?#?\d{1,4})?(?:\*\*)? ?[:.)]"
+    r"|\n\s{0,9}\n[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Problem|Exercise|Example) ?#?\d{1,4}(?:\*\*)? ?[:.)])"
+    r"|(?:\A|\n)[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Problem|Exercise|Example|Student|Instruction|Input|Prompt|Task)"
+    r"(?: ?#?\d{1,4})?(?:\*\*)? ?[:.)]|\n[ ]{0,4}(?:What(?: is|'s)|How (?:many|much)|Calculate|Solve|Compute)\b[^\n\d]{0,80}\d"
     r"|\b(?:\d{1,3}|one|some|a few) more (?:examples?|problems?|questions?|exercises?)\b"
     r"|\b(?:another|next) (?:example|problem|question|exercise)\b",
     re.IGNORECASE,
 )
 _TURN_WORDS = _word_set(
     "q question questions problem problems exercise exercises example examples user human student instruction input "
-    "prompt task inst s eos pad turn"
+    "prompt task inst s eos pad turn what how calculate solve compute"
 )
 
 
-def _run_on_places(text: str, prompt: str) -> list[int]:
-    """Where another turn or problem may begin, from left to right; at most four."""
-    places: list[int] = []
+def _run_on_places(text: str, prompt: str) -> list[tuple[int, bool]]:
+    """Where another turn or problem may begin, from left to right, at most five. True: surely another turn; False:
+    words that a solution may use too, so that only a marked answer before them is final."""
+    places: list[tuple[int, bool]] = []
     if "<|" in text or not _TURN_WORDS.isdisjoint(words_of(text)):
         for match in _TURN.finditer(text):
             if match.start() > 0:
-                places.append(match.start())
+                places.append((match.start(), match["turn"] is not None))
             if len(places) == 4:
                 break
-    again = text.find("\n" + prompt[:24]) if len(prompt) >= 12 else -1
-    return sorted([*places, again] if again > 0 else places)
+    if len(prompt) >= 12:
+        # The prompt again, perhaps with other numbers; its first words alone also begin the sentences of a solution.
+        start = re.escape(re.sub(r"\d+", "0", prompt[:60])).replace("0", r"\d{1,20}")
+        again = re.search(rf"\n\s{{0,9}}{start}", text)
+        places += [(again.start(), False)] if again and again.start() > 0 else []
+    return sorted(places)
 
 
 # --- the rules, in their order
@@ -369,7 +482,13 @@ def _first_rule(text: str, prompt: str) -> ParsedAnswer:
         return NOTHING
     text = digits_for_words(text)
     reading = _Reading(text, _marks(text, _is_open(prompt)), prompt)
-    for rule in (_boxed, _marker, _completion, _answer_is, _conclusion, _equals, _sole_or_last):
+    marked = _last_marked(reading)
+    completes = _is_open(prompt) and not _CORRECTION.search(text)
+    if completes and (marked is None or marked.rule == "answer_is"):
+        marked = _completion(reading) or marked
+    if marked is not None:
+        return marked
+    for rule in (_completion, _conclusion, _equals, _sole_or_last):
         parsed = rule(reading)
         if parsed is not None:
             return parsed
@@ -378,18 +497,25 @@ def _first_rule(text: str, prompt: str) -> ParsedAnswer:
 
 def _first_line_completion(text: str, prompt: str) -> ParsedAnswer | None:
     """The completion rule on the first line alone, which is all it looks at: most responses need no more."""
-    if "boxed" in text or "fbox" in text or "####" in text:
+    if not _is_open(prompt) or "boxed" in text or "fbox" in text or "####" in text or _CORRECTION.search(text):
         return None
     line = text.lstrip().partition("\n")[0]
     if not line[:40].strip() or len(line) > 400 or not re.match(r"[^A-Za-z]{0,6}[\d.]", line) or "1." in line[:6]:
         return None
-    parsed = _completion(_Reading(line, _marks(line, _is_open(prompt)), prompt))
+    parsed = _completion(_Reading(line, _marks(line, True), prompt))
     return parsed if parsed is not None and parsed.value is not None else None
 
 
+_CORRECTION = re.compile(
+    r"\b(?:wait|oops|sorry|correction|correcting|corrected|mistake|mistaken|apologi[sz]e|my bad|re-?check(?:ing)?|hold on"
+    r"|scratch that|(?:is|was|that's) wrong|incorrect|instead)\b",
+    re.IGNORECASE,
+)
+
+
 def _is_open(prompt: str) -> bool:
-    """True for a prompt that breaks off, to be completed: `6 - 5 =`, `… the answer is`."""
-    return prompt[-1:] not in ("", ".", "?", "!")
+    """True for a prompt that breaks off, to be completed: `6 - 5 =`, `… the answer is`; not after `A:`."""
+    return prompt[-1:] not in ("", ".", "?", "!", ":", ">")
 
 
 def _found(text: str, number: Number, rule: str, status: str = "parsed") -> ParsedAnswer:
@@ -405,20 +531,79 @@ def _found(text: str, number: Number, rule: str, status: str = "parsed") -> Pars
     )
 
 
-def _boxed(reading: _Reading) -> ParsedAnswer | None:
-    start = max(reading.text.rfind("\\boxed"), reading.text.rfind("\\fbox"))
-    if start < 0:
+def _unreadable(rule: str, text: str) -> ParsedAnswer:
+    """An answer that is given, but is not a number."""
+    return ParsedAnswer(None, rule, "none", text.strip()[:80])
+
+
+def _last_marked(reading: _Reading) -> ParsedAnswer | None:
+    """The last answer that is marked as one: boxed, behind ####, or announced in words."""
+    found = [*_markers(reading), *_announcements(reading)]
+    if boxes := _boxes(reading):
+        start, end, parsed = boxes
+        found = [entry for entry in found if not start <= entry[0] < end] + [(start, False, parsed)]
+    if not found:
         return None
-    opened = reading.text.find("{", start, start + 10)
-    inner = _in_braces(reading.text, opened) if opened >= 0 else reading.text[start + 6 : start + 40]
-    marks = _marks(inner)
+    found.sort(key=lambda entry: entry[0])
+    finals = [entry for entry in found if entry[1]]
+    last = found[-1]
+    if finals and last[2].rule == "answer_is" and not _CORRECTION.search(reading.text, finals[-1][0], last[0]):
+        last = finals[-1]
+    return last[2]
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox) ?")
+_BOX_GAP = re.compile(r"[\s$,;]{0,9}(?:and|or|\{ ?(?:and|or) ?\})?[\s$]{0,4}")
+
+
+def _boxes(reading: _Reading) -> tuple[int, int, ParsedAnswer] | None:
+    """(start, end, answer) of the last box that has content, or of the boxes that it follows as in `3, 5 and 7`."""
+    text = reading.text
+    spans: list[tuple[int, int, str]] = []
+    for match in list(_BOX.finditer(text))[-8:]:
+        if text[match.end() : match.end() + 1] == "{":
+            inner = _in_braces(text, match.end())
+            spans.append((match.start(), match.end() + len(inner) + 2, inner))
+        else:
+            inner = text[match.end() : match.end() + 40].partition("\n")[0].rstrip(" .$")
+            spans.append((match.start(), match.end() + len(inner), inner))
+    spans = [span for span in spans if span[2].strip()]
+    if not spans:
+        return None
+    first = len(spans) - 1
+    while first > 0 and _BOX_GAP.fullmatch(text[spans[first - 1][1] : spans[first][0]]):
+        first -= 1
+    start, end = spans[first][0], spans[-1][1]
+    answers = {_phrase(inner, reading.prompt) for _, _, inner in spans[first:]}
+    if len({answer and answer.value for answer in answers}) == 1 and (answer := answers.pop()) is not None:
+        return start, end, answer._replace(rule="boxed")
+    return start, end, _unreadable("boxed", text[start:end])
+
+
+_SEVERAL = re.compile(r"[,;]|\b(?:or|and)\b")
+_ALGEBRA = re.compile(r"[A-Za-z)] ?[-+*/^] ?[\d(]|\d ?[-+*/] ?[A-Za-z(\\]")
+_UNIT_POWER = re.compile(r"\b(?:[a-z]?m|ft|in|yd|mi|units?|inch(?:es)?|feet)\^[23]\b")
+_CALL = re.compile(r"\b[a-z]\([-\d, ]{1,20}\)")
+
+
+def _phrase(text: str, prompt: str) -> ParsedAnswer | None:
+    """The number that a short text such as `12 apples`, `x = 5` or `7 + 5 = 12` gives; None if it is not one number."""
+    marks = _marks(text)
+    if not marks or re.search(r"[±□∪∩≤≥≠]|\d!\s*\Z|[∞π√]\W*\Z", text) or re.search(r"\d:\d", text):
+        return None
     free = [mark for mark in marks if mark.free]
     right = [mark for mark in free if mark.right_side]
-    if right or len({mark.number.value for mark in free}) == 1:
-        number = (right or free)[-1].number
-        if not _restates(number, reading.prompt):
-            return _found(inner, number, "boxed")
-    return ParsedAnswer(None, "boxed", "ambiguous", inner[:80]) if len(free) > 1 else None
+    if right:
+        several = len({mark.number.value for mark in right}) > 1 and bool(_SEVERAL.search(text))
+        left = _CALL.sub("", text[: right[-1].number.start])
+        several |= bool(re.search(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])", left) and re.search(r"\d|[-+*/^]", left))
+        chosen = right[-1] if right[-1] is marks[-1] and not several else None
+    else:
+        whole = len(free) == len(marks) and len({mark.number.value for mark in free}) == 1
+        chosen = free[-1] if whole and not _ALGEBRA.search(_UNIT_POWER.sub("", text)) else None
+    if chosen is None or _restates(chosen.number, prompt):
+        return None
+    return _found(text, chosen.number, "phrase")
 
 
 def _in_braces(text: str, opened: int, limit: int = 300) -> str:
@@ -431,26 +616,32 @@ def _in_braces(text: str, opened: int, limit: int = 300) -> str:
 
 
 _AFTER_MARKER = re.compile(r"####[\s$:*]{0,8}")
+_Marked = tuple[int, bool, ParsedAnswer]  # where it stands, whether it is called final, what it is
 
 
-def _marker(reading: _Reading) -> ParsedAnswer | None:
-    for match in _AFTER_MARKER.finditer(reading.text):  # a heading (#### Step 1) announces no number
-        line_end = reading.text.find("\n", match.end())
-        line_end = len(reading.text) if line_end < 0 else line_end
-        number = _announced(reading, match.end(), min(line_end, match.end() + 80))
-        if number is not None:
-            return _found(reading.text, number, "marker")
-    return None
+def _markers(reading: _Reading) -> Iterator[_Marked]:
+    text = reading.text
+    for match in _AFTER_MARKER.finditer(text):  # a heading (#### Step 1) announces no number
+        line_end = text.find("\n", match.end())
+        line_end = len(text) if line_end < 0 else line_end
+        line = text[match.end() : min(line_end, match.end() + 80)]
+        announced = _announced(reading, match.end(), match.end() + len(line)) if not _HEADING.match(line) else None
+        if announced is not None:
+            number = announced.number
+            yield announced.start, False, _unreadable("marker", line) if number is None else _found(text, number, "marker")
+        elif line.strip() and not re.search(r"\d", line) and not text[line_end:].strip():
+            yield match.start(), False, _unreadable("marker", line)
 
 
+_HEADING = re.compile(r"(?!x\b)[A-Za-z]")
 _OPENING = re.compile(r"[\s:=*_\"'$(\[{~≈>.-]*\Z")
 _BARE_END = re.compile(
     r"[\"'*_)\]$}]{0,4}(?:\s*\Z|[ ]*\n|[ ]*[.!;:?,](?=[\s\"'*)$}]|\Z)|[ ]*\(|[ ]-+[ ][a-z]"
     r"|[ ](?:because|since|which|so)\b|[ ]is[ ](?:the|your|our|what|how)\b)"
 )
-_UNIT_END = re.compile(r"(?:[ ]?[A-Za-z°²%/'-]{1,20})(?:[ ][A-Za-z°²%/'-]{1,20}){0,3}[ ]?(?P<stop>[.!;,]|\n|\Z)")
+_UNIT_END = re.compile(r"(?:[ ]?(?:[^\W\d_]|[°%/'€-]){1,20})(?:[ ](?:[^\W\d_]|[°%/'-]){1,20}){0,3}[ ]?(?P<stop>[.!;,]|\n|\Z)")
 _STILL_TO_COME = re.compile(r"=|answer|therefore|\bso\b|####", re.IGNORECASE)
-_LIST_GAP = re.compile(r",[ ]?(?:or[ ]|and[ ])?|[ ]or[ ]")
+_LIST_GAP = re.compile(r"[ ]?[,;][ ]?(?:or[ ]|and[ ])?|(?:[ ][A-Za-z]{1,15})?[ ](?:or|and|to|&)[ ]")
 
 
 def _completion(reading: _Reading) -> ParsedAnswer | None:
@@ -460,9 +651,11 @@ def _completion(reading: _Reading) -> ParsedAnswer | None:
     first = reading.marks[0]
     if first.operand:
         return _own_sum(reading)
+    if first.term:
+        return _unreadable("completion", reading.text)
     if first.aside or first.left_side or _restates(first.number, reading.prompt):
         return None
-    if _listed(reading):
+    if _listed(reading, 0):
         return ParsedAnswer(None, "completion", "ambiguous", reading.text.strip()[:80])
     rest = reading.text[first.number.end :]
     if not _BARE_END.match(rest) and not _ends_after_unit(rest):
@@ -479,14 +672,17 @@ def _ends_after_unit(rest: str) -> bool:
     return not _STILL_TO_COME.search(paragraph[:400]) and not (match["stop"] == "," and re.search(r"\d", paragraph))
 
 
-def _listed(reading: _Reading) -> bool:
-    """`12, 13` or `8 or 9`: several answers, none of them chosen."""
-    if len(reading.marks) < 2 or not reading.marks[1].free or reading.marks[1].left_side:
+def _listed(reading: _Reading, position: int) -> bool:
+    """`12, 13`, `2, 3 and 5` or `8 or 9`: several answers, none of them chosen."""
+    marks, last = reading.marks, position
+    while last + 1 < len(marks) and last < position + 20 and marks[last + 1].free and not marks[last + 1].left_side:
+        if not _LIST_GAP.fullmatch(reading.text[marks[last].number.end : marks[last + 1].number.start]):
+            break
+        last += 1
+    rest = reading.text[marks[last].number.end : marks[last].number.end + 100]
+    if last == position or not (_BARE_END.match(rest) or _UNIT_END.match(rest)):
         return False
-    first, second = reading.marks[0].number, reading.marks[1].number
-    if not _BARE_END.match(reading.text[second.end :]):
-        return False
-    return first.value != second.value and _LIST_GAP.fullmatch(reading.text[first.end : second.start]) is not None
+    return len({mark.number.value for mark in marks[position : last + 1]}) > 1
 
 
 def _own_sum(reading: _Reading) -> ParsedAnswer | None:
@@ -516,78 +712,133 @@ def _own_sum(reading: _Reading) -> ParsedAnswer | None:
 _SYMBOLS = r"[\s:*_$(\"'`~≈=\[{>]"
 _FILLER_WORDS = "about|approximately|exactly|roughly|just|only|simply|therefore|thus|actually|indeed|the|number|then"
 _FILLER = rf"(?:{_SYMBOLS}|\b(?:{_FILLER_WORDS}|equal to|around)\b)"
+# "answer" in other languages; the second group is written without spaces around it
+_OTHER_CUES = (
+    "réponse|reponse|résultat|respuesta|resultado|resposta|risposta|risultato|antwort|lösung|ergebnis|antwoord|svar|svaret"
+    "|vastaus|odpowied[źz]|wynik|odpověď|odpoveď|válasz|răspuns|răspunsul|cevap|yanıt|jawaban|jawabannya|đáp án|đáp số"
+    "|kết quả|jibu|jawabu|ответ|відповідь|отговор|одговор|απάντηση|תשובה|الجواب|الإجابة|النتيجة|جواب|پاسخ|उत्तर|উত্তর"
+)
+_JOINED_CUES = "答案|答え|答(?=:)|结果|結果|정답|답|คำตอบ|సమాధానం"
+_OTHER_IS = (
+    r"\b(?:est|ist|es|é|è|jest|to|är|er|on|adalah|là|ni|הוא|היא|هو|هي|होगा|है|হল|হলো|είναι|است)\b|[:=→—]|是|为|為|は|은|는|คือ"
+)
 _CUE = re.compile(
     r"(?P<final>\bfinal )?(?:\b(?:answer|result|solution)\b"
-    r"|(?:\A|\n)[*#_ ]{0,4}(?P<label>A|Ans|Output|Total)(?=[*_ ]{0,3}:))",
+    rf"|(?P<other>\b(?:{_OTHER_CUES})\b|(?:{_JOINED_CUES}))"
+    r"|(?:\A|\n)[*#_ ]{0,4}(?P<label>A|Ans|(?P<weak>Output|Total))(?=[*_ ]{0,3}:))",
     re.IGNORECASE,
 )
-_IS = re.compile(
-    rf"(?:\b(?:is|was|are|be|equals|becomes)\b|[:=→]|comes to)(?P<filler>{_FILLER}{{0,12}})", re.IGNORECASE
+_IS = re.compile(r"\b(?:is|was|are|be|equals|becomes)\b|[:=→]|comes to", re.IGNORECASE)
+_IS_ELSEWHERE = re.compile(_OTHER_IS, re.IGNORECASE)
+_INSTRUCTION = re.compile(
+    r"\b(?:express|giv|writ|round|check|verify|simplify|submit|stat|report|format|enter|provid|convert)(?:e|es|ing)?"
+    r" (?:(?:the|your|our|my|this|that) )?\Z",
+    re.IGNORECASE,
 )
 _IS_THE_ANSWER = re.compile(
     r"[\"'*_)\]$}]{0,3}(?:,? (?:which|that|this))? (?:is|was) (?:indeed )?(?:the|your|my|our)"
     r" (?:[a-z]{1,12} )?(?:answer|result|solution)\b",
     re.IGNORECASE,
 )
-_CUE_WORDS = _word_set("answer result solution a ans output total")
+_CUE_WORDS = _word_set(
+    "answer result solution a ans output total respuesta resultado resposta risposta risultato antwort ergebnis antwoord "
+    "svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
+)
 _NEGATION = re.compile(r"\b(?:not|never|no longer|isn't|wasn't)\b", re.IGNORECASE)
 CUE_WINDOW = 200
 
 
-def _answer_is(reading: _Reading) -> ParsedAnswer | None:
-    if _CUE_WORDS.isdisjoint(words_of(reading.text)):
-        return None
-    found: list[tuple[bool, int, Number]] = []
-    cues = list(_CUE.finditer(reading.text))
+def _announcements(reading: _Reading) -> Iterator[_Marked]:
+    """`The answer is …`, `A: …`, `… is the answer`; `Total: …` only if it comes last and nothing else is marked."""
+    text, found = reading.text, False
+    if _CUE_WORDS.isdisjoint(words_of(text)) and text.isascii():
+        return
+    weak: _Marked | None = None
+    cues = list(_CUE.finditer(text))
     for position, cue in enumerate(cues):
-        stop = cues[position + 1].start() if position + 1 < len(cues) else len(reading.text)
-        number = _after_cue(reading, cue, min(stop, cue.end() + CUE_WINDOW))
-        if number is not None:
-            found.append((cue["final"] is not None, number.start, number))
+        stop = cues[position + 1].start() if position + 1 < len(cues) else len(text)
+        announced = _after_cue(reading, cue, min(stop, cue.end() + CUE_WINDOW))
+        if announced is not None:
+            number = announced.number
+            answer = _unreadable("answer_is", text[announced.start : announced.start + 80])
+            answer = answer if number is None else _found(text, number, "answer_is")
+            entry = (announced.start, cue["final"] is not None, answer)
+            if cue["weak"]:
+                weak = entry
+            else:
+                found = True
+                yield entry
     for mark in reading.marks:
-        if mark.free and not _mark_restates(reading, mark) and _IS_THE_ANSWER.match(reading.text, mark.number.end):
-            found.append((False, mark.number.start, mark.number))
-    if not found:
-        return None
-    finals = [entry for entry in found if entry[0]]
-    chosen = finals[-1] if finals else min(found, key=lambda entry: entry[1])
-    return _found(reading.text, chosen[2], "answer_is")
+        if mark.free and not _mark_restates(reading, mark) and _IS_THE_ANSWER.match(text, mark.number.end):
+            found = True
+            yield mark.number.start, False, _found(text, mark.number, "answer_is")
+    if weak and not found and not any(mark.right_side and mark.number.start > weak[0] for mark in reading.marks):
+        yield weak
 
 
-def _after_cue(reading: _Reading, cue: re.Match[str], stop: int) -> Number | None:
+def _after_cue(reading: _Reading, cue: re.Match[str], stop: int) -> _Announced | None:
     """The value announced by one `answer`: behind the first `is` or `:` of its sentence that a value follows."""
     text = reading.text
-    for verb in _IS.finditer(text, cue.end(), stop):
+    if _INSTRUCTION.search(text[max(0, cue.start() - 24) : cue.start()]):
+        return None
+    for verb in (_IS_ELSEWHERE if cue["other"] else _IS).finditer(text, cue.end(), stop):
         between = text[cue.end() : verb.start()]
         if re.search(r"[.!?]\s|\n\s*\n", between) or _NEGATION.search(between):
             return None
-        number = _announced(reading, verb.end(), stop)
-        if number is not None:
-            return number
+        announced = _announced(reading, verb.end(), stop)
+        if announced is not None:
+            return announced
         if cue["label"] or verb.group()[:1] == ":":
             return None
     return None
 
 
 _PLAIN_WORDS = re.compile(r"[^\d\n.!?;=]{0,60}\Z")
+_DETOUR = re.compile(
+    r"\A to |\b(?:less|more|greater|smaller|fewer|higher|lower|than|because|since|between|reasonable|correct|rounded|nearest"
+    r"|multiple|divisible|within|least|most|form|sense|consistent|closer?|step|if|when|for|cannot)\b",
+    re.IGNORECASE,
+)
+_SYMBOLIC = re.compile(
+    rf"[\s*_:$(\"'`~≈=\[{{>-]{{0,12}}(?:[√π±∞□]|{_FUNCTIONS}|[A-Za-z] ?(?:[<>≤≥∈^]|\\in\b)|[a-z] ?[-+*/^] ?[\da-z(]\b)"
+)
+_NO_NUMBER = re.compile(
+    r"[\s*_:$\"'\[{]{0,9}(?:none|undefined|impossible|unknown|infinit[ey]|infinity|indeterminate|DNE|no\b(?! more| less)"
+    r"|yes\b|cannot|can't)(?![^.\n]{0,60}\d)",
+    re.IGNORECASE,
+)
+_DIRECT_DIGIT = re.compile(r"[\s*_:$(\"'`~≈=\[{>+-]{0,12}\d")
+
+
+class _Announced(NamedTuple):
+    """Where an announced value begins, and the number; None if it is not a number."""
+
+    start: int
+    number: Number | None
+
+
 _GOES_ON = re.compile(
     r"[\s)\]}$,]{0,3}(?:(?:which|that|it|and it)\s+)?(?:is|equals|gives|makes|comes to)\s", re.IGNORECASE
 )
 
 
-def _announced(reading: _Reading, start: int, stop: int) -> Number | None:
+def _announced(reading: _Reading, start: int, stop: int) -> _Announced | None:
     """The value that begins at `start`: a number, or what the expression there is said to equal."""
     marks = reading.marks
     position = _first_from(marks, start)
+    if _SYMBOLIC.match(reading.text, start, stop) or _NO_NUMBER.match(reading.text, start, stop):
+        return _Announced(start, _end_of_equation(reading, position, stop))
+    begins = _DIRECT_DIGIT.match(reading.text, start, stop)
     if position == len(marks) or marks[position].number.start >= stop:
-        return None
-    gap = reading.text[start : marks[position].number.start]
+        return _Announced(start, None) if begins else None
+    first = marks[position]
+    if begins and first.number.start >= begins.end():
+        return _Announced(start, None)  # 2:00
+    gap = reading.text[start : first.number.start]
     direct = not gap.strip(" \n*_$:(\"'`~≈=[{>")
-    if not direct and (not _PLAIN_WORDS.match(gap) or _NEGATION.search(gap) or gap.lstrip().startswith("to ")):
+    if not direct and (not _PLAIN_WORDS.match(gap) or _NEGATION.search(gap) or _DETOUR.search(gap)):
         return None
-    if marks[position].aside:
-        return None
-    if not direct and _others_in_sentence(reading, position):
+    if first.aside or (not direct and _others_in_sentence(reading, position)):
         return None
     last = position
     while last + 1 < len(marks) and marks[last + 1].joined:
@@ -597,9 +848,20 @@ def _announced(reading: _Reading, start: int, stop: int) -> Number | None:
         while last + 1 < len(marks) and marks[last + 1].joined:
             last += 1
     chosen = marks[last]
-    if chosen.operand and not marks[position].operand:
-        chosen = marks[position]  # 12 = 7 + 5
-    return chosen.number if chosen.free and not _mark_restates(reading, chosen) else None
+    if chosen.operand and not first.operand:
+        chosen = first  # 12 = 7 + 5
+    if chosen.term or (chosen is first and _listed(reading, position)):
+        return _Announced(first.number.start, None)
+    if not chosen.free or _mark_restates(reading, chosen):
+        return None
+    return _Announced(first.number.start, chosen.number)
+
+
+def _end_of_equation(reading: _Reading, position: int, stop: int) -> Number | None:
+    """12 in `the answer is √144 = 12`."""
+    inside = [mark for mark in reading.marks[position : position + 20] if mark.number.start < stop]
+    line = [mark for mark in inside if "\n" not in reading.text[inside[0].number.start : mark.number.end]]
+    return line[-1].number if line and line[-1].right_side and line[-1].free else None
 
 
 def _continues(text: str, mark: Mark, following: Mark) -> bool:
@@ -649,11 +911,15 @@ def _conclusion(reading: _Reading) -> ParsedAnswer | None:
 
 def _equals(reading: _Reading) -> ParsedAnswer | None:
     values = [
-        mark for mark in reading.marks if mark.right_side and mark.free and not _restates(mark.number, reading.prompt)
+        mark
+        for mark in reading.marks
+        if mark.right_side and (mark.free or mark.term) and not _restates(mark.number, reading.prompt)
     ]
     if not values:
         return _reversed_sum(reading)
     last = values[-1].number
+    if values[-1].term:
+        return _unreadable("equals", reading.text[last.start :])
     # A text cut off inside its last number: take the whole number that the same text gave before.
     if last.end == len(reading.text.rstrip()) and len(values) > 1:
         before, cut = (reading.text[n.start : n.end] for n in (values[-2].number, last))
@@ -694,6 +960,8 @@ def _mark_restates(reading: _Reading, mark: Mark) -> bool:
 
 def _restates(number: Number, prompt: str) -> bool:
     """697/2 after `697 ÷ 2 =` is the question, not its answer."""
+    if number.power is not None:
+        return any(mark.power == number.power for mark in find_numbers(prompt[:20_000]))
     return number.fraction is not None and number.fraction in _prompt_divisions(prompt)
 
 
