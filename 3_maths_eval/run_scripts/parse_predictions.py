@@ -98,6 +98,32 @@ def parse_prediction_text(text: str | None, prompt: str | None = None) -> Parsed
     return _first_rule(plain, plain_prompt)
 
 
+def answer_phrase(text: str, prompt: str = "") -> str:
+    """What a response gives as its answer, as written, for answers that are expressions; '' if it gives none."""
+    text = without_thinking(text, prompt)
+    for cut, is_turn in _run_on_places(text, prompt):
+        if is_turn or _ANNOUNCES.search(text, 0, cut):
+            text = text[:cut]
+            break
+    boxes, cues = _box_run(text), list(_ANNOUNCES.finditer(text))
+    if boxes and (not cues or cues[-1].start() <= boxes[-1][1]):
+        return ", ".join(inner.strip() for _, _, inner in boxes)
+    if cues:
+        text = text[cues[-1].end() :].lstrip("*_: \n")
+    elif len(text.strip()) > 80 or "\n" in text.strip():
+        segments = _SEGMENT.findall(text)
+        text = segments[-1] if segments else ""
+    line = re.split(r"\.\s|\.?\Z|\n|, (?:which|because|since)\b| because\b", text.strip(), maxsplit=1)[0]
+    return line.strip(" *_")
+
+
+_ANNOUNCES = re.compile(
+    r"####|(?:\A|\n)[*_ ]{0,4}A(?:ns)?[*_]{0,2}:|\b(?:answer|result|solution)s?\b[^.\n:=$]{0,60}?(?:\b(?:is|are)\b:?|[:=])",
+    re.IGNORECASE,
+)
+_SEGMENT = re.compile(r"\$[^$\n]{1,200}\$|\\[(\[].{1,200}?\\[)\]]")
+
+
 def matches_gold(parsed: ParsedAnswer, gold: Fraction) -> bool:
     """True where the parsed value is the gold value.
 
@@ -556,9 +582,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox) ?")
 _BOX_GAP = re.compile(r"[\s$,;]{0,9}(?:and|or|\{ ?(?:and|or) ?\})?[\s$]{0,4}")
 
 
-def _boxes(reading: _Reading) -> tuple[int, int, ParsedAnswer] | None:
-    """(start, end, answer) of the last box that has content, or of the boxes that it follows as in `3, 5 and 7`."""
-    text = reading.text
+def _box_run(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, content) of the last box that has content, and of those that it follows as in `3, 5 and 7`."""
     spans: list[tuple[int, int, str]] = []
     for match in list(_BOX.finditer(text))[-8:]:
         if text[match.end() : match.end() + 1] == "{":
@@ -568,16 +593,21 @@ def _boxes(reading: _Reading) -> tuple[int, int, ParsedAnswer] | None:
             inner = text[match.end() : match.end() + 40].partition("\n")[0].rstrip(" .$")
             spans.append((match.start(), match.end() + len(inner), inner))
     spans = [span for span in spans if span[2].strip()]
-    if not spans:
-        return None
     first = len(spans) - 1
     while first > 0 and _BOX_GAP.fullmatch(text[spans[first - 1][1] : spans[first][0]]):
         first -= 1
-    start, end = spans[first][0], spans[-1][1]
-    answers = {_phrase(inner, reading.prompt) for _, _, inner in spans[first:]}
+    return spans[max(first, 0) :]
+
+
+def _boxes(reading: _Reading) -> tuple[int, int, ParsedAnswer] | None:
+    spans = _box_run(reading.text)
+    if not spans:
+        return None
+    start, end = spans[0][0], spans[-1][1]
+    answers = {_phrase(inner, reading.prompt) for _, _, inner in spans}
     if len({answer and answer.value for answer in answers}) == 1 and (answer := answers.pop()) is not None:
         return start, end, answer._replace(rule="boxed")
-    return start, end, _unreadable("boxed", text[start:end])
+    return start, end, _unreadable("boxed", reading.text[start:end])
 
 
 _SEVERAL = re.compile(r"[,;]|\b(?:or|and)\b")
