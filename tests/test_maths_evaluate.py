@@ -319,6 +319,70 @@ def test_a_run_that_differs_nowhere_has_no_p_value(tmp_path):
     assert (tmp_path / "out" / "maths_accuracy.png").stat().st_size > 1000
 
 
+# --- gold answers that are no numbers
+
+
+def _answered(folder: Path, golds: list[str], responses: list[str]) -> Path:
+    rows = prompt_rows(len(golds), ["swap"])
+    for row, gold in zip(rows, golds, strict=True):
+        row["answer"] = gold
+        row["normal"], row["swap"] = (row[key].replace("=", "is what?") for key in ("normal", "swap"))
+
+    def change(row, style, index):
+        row["response"] = responses[index]
+
+    return write_run(folder, rows, change=change)
+
+
+def test_a_run_with_gold_answers_in_words_is_skipped_in_one_line(tmp_path, capsys):
+    run = _answered(tmp_path / "run", ["Paris", "Rome", "May 5", "\\text{(E)}"], ["Paris", "12", "5", "(E)"])
+    assert script.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err.strip()
+    assert told.count("\n") == 0
+    assert "stage 3 is skipped: no gold answer is a number or an expression (row 1: 'Paris')" in told
+    assert not (tmp_path / "out").exists()
+    assert not script.has_gold([{"answer": "Paris"}, {}])
+    assert script.has_gold([{"answer": "Paris"}, {"answer": "2\\pi"}])
+
+
+def test_rows_without_a_readable_gold_are_left_out(tmp_path, capsys):
+    golds = ["Paris"] * 39 + ["12"]
+    run = _answered(tmp_path / "run", golds, ["The answer is 12."] * 40)
+    assert script.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert told.count("1 of 40 rows are scored: the gold answer of 39 is neither a number nor an expression") == 1
+    summary = pd.read_csv(tmp_path / "out" / "maths_summary.csv")
+    assert summary["n"].tolist() == [1, 1]
+    assert summary["estimate"].tolist() == [1.0, 1.0]
+    items = pd.read_csv(tmp_path / "out" / "maths_items.csv")
+    assert items["correct"].notna().sum() == 2
+
+
+def test_expressions_are_scored_by_the_rule_symbolic(tmp_path):
+    golds = ["11\\sqrt{2}", "[-2, 7]", "120", "9\\pi", "3x+2", "12", "28%"]
+    responses = [
+        "So \\boxed{11\\sqrt2}.", "The answer is (-2, 7).", "\\boxed{5!}", "I do not know.", "The answer is $2+3x$.",
+        "\\boxed{7 + \\sqrt{25}}", "The answer is 28.",
+    ]  # fmt: skip
+    items = evaluate_run(_answered(tmp_path / "run", golds, responses)).items
+    items = items[items["style"] == "normal"]
+    assert items["correct"].tolist() == [True, False, True, False, True, True, True]
+    assert items["rule"].tolist() == ["symbolic"] * 3 + ["none"] + ["symbolic"] * 2 + ["answer_is"]
+    assert items["gold"].tolist() == ["11\\sqrt{2}", "[-2, 7]", "120", "9\\pi", "3x+2", "12", "0.28"]
+    assert items["value"].tolist()[:3] == ["11\\sqrt2", "(-2, 7)", "5!"]
+
+
+def test_numbers_alone_never_start_the_symbolic_reader(tmp_path):
+    run = _answered(tmp_path / "run", ["12"] * 4, ["12", "The answer is 12.", "7 + 5 = 12", "none"])
+    code = (
+        f"import sys, evaluate_predictions as e; e.evaluate_run({str(run)!r}); print('maths_symbolic' in sys.modules)"
+    )
+    folders = [str(SCRIPT.parent), str(SCRIPT.parents[2] / "1_utils" / "run_scripts")]
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {folders!r}; {code}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 # --- the command
 
 

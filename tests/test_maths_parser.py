@@ -11,8 +11,10 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+import maths_symbolic
 import pytest
 from maths_numbers import find_numbers, plain_text, words_value
+from maths_symbolic import answer_expression, expression_of_gold, is_expression, same_expression
 from parse_predictions import arithmetic_value, gold_value, main, matches_gold, parse_prediction_text
 
 CASES_FILE = Path(__file__).parent / "data" / "maths_answers.tsv"
@@ -24,13 +26,15 @@ def _cases() -> list[tuple[str, str | None, Fraction | None]]:
     for line in CASES_FILE.read_text(encoding="utf-8").split("\n"):
         if line and not line.startswith("# "):
             response, prompt, answer = line.split("\t")
-            text = response.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\")
-            cases.append((text, prompt or None, None if answer == "none" else Fraction(answer)))
+            text, given = (
+                part.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\") for part in (response, prompt)
+            )
+            cases.append((text, given or None, None if answer == "none" else Fraction(answer)))
     return cases
 
 
-def test_there_are_at_least_300_hand_written_answers():
-    assert len(set(_cases())) >= 300
+def test_there_are_at_least_600_hand_written_answers():
+    assert len(set(_cases())) >= 600
 
 
 @pytest.mark.parametrize(("response", "prompt", "answer"), _cases())
@@ -194,17 +198,63 @@ def test_match_with_gold(response, gold, right):
     assert matches_gold(parse_prediction_text(response), Fraction(gold)) is right
 
 
-def test_gold_values():
-    assert gold_value("12") == 12
+# a gold answer = its value
+_NUMBERS = r"""
+12=12|1,234=1234|$18=18|€5=5|+7=7|.5=1/2|-.5=-1/2|25%=1/4|12.5 %=1/8|3/4=3/4|-3/4=-3/4|\frac12=1/2
+\dfrac{9}{7}=9/7|-\frac{1}{8}=-1/8|\$40=40|187.5=187.5|12 apples=12|x = 5=5|7 + 5 = 12=12|twelve=12
+#### 18=18|100^\circ=100|60^\circ=60|11,\! 111,\! 111,\! 100=11111111100|1 1/2=3/2|1\frac12=3/2
+2\frac58=21/8|10\%=1/10|10\text{ cm}^2=10|10 square units=10|1.5M=1500000|12 000=12000|1 in 6=1/6
+2^{10}=1024|45,50 €=45.5|The answer is 12.=12|She makes 9 * 2 = $18 a day.=18|\boxed{7}=7
+$-\frac{1}{2}$=-1/2|3.0=3|1e3=1000|10^{-3}=1/1000|3 \times 10^8=300000000|2\frac{1}{2}=5/2|-7=-7|−7=-7|7,=7
+(7)=7|18 eggs=18|٣٥=35|十八=18|$1,250.50=1250.5|k = 2=2|10,000,000=10000000|0.\overline{3}=1/3|0.333...=0.333
+f(x) = 3=3|1{,}000=1000|15\mbox{ cm}^2=15|5 \text{ inches}=5|72^{\circ}=72|3\text{ hours}=3|15,000=15000
+16\frac{2}{3}\%=1/6|2.5\text{ million}=2500000|\frac{1}{2}\%=1/200
+"""
+_EXPRESSIONS = r"""
+\sqrt{5}|2 \pi|\frac{3 \pi}{4}|-\frac{\sqrt{3}}{2}|12, 10, 6|4,6,14,15|x \in [-2,7]|[0,\infty)|(1,3,3)
+\left( \frac{3}{2}, -13 \right)|\begin{pmatrix} 3 & -3 \\ 4 & -2 \end{pmatrix}|2\cos 15^{\circ}|6+9i
+\frac{x+2}{7}|7(x+3) (x-3)|y^4-2y^3+7y^2+y-5|20x + 23y + 26z - 69 = 0|32R^2 - 3(a^2 + b^2 + c^2)
+0, \pi, 2 \pi|\frac{3}{5}, \frac{117}{125}|(-\sqrt{3}, \sqrt{3})
+\left(-\infty,-\frac 12\right)\cup \left(-\frac 12,\infty\right)|4210_{7}|3:2|6 \text{ or } 7|5!
+4\sqrt{13}+4\sqrt{2}|\sqrt{17}|\pm\frac{1}{2}|128\pi|\log_2 3|x^2|-2 < x < 3|x > 5|2x|(5,\infty)|5 or 6|5; 6
+3+4|2 * 3|1/2, 3/4
+"""
+_NEITHER = "\\text{(E)}|Paris|odd|20:34|2 hours 30 minutes|5 pm|2020-05-12|May 5|no solution|None|\\text{Tuesday}"
+
+
+def _listed(text: str) -> list[str]:
+    return [part for line in text.strip().split("\n") for part in line.split("|")]
+
+
+@pytest.mark.parametrize("gold", _listed(_NUMBERS))
+def test_a_gold_answer_that_is_a_number(gold):
+    text, _, value = gold.rpartition("=")
+    assert gold_value(text) == Fraction(value)
+
+
+@pytest.mark.parametrize("gold", [*_listed(_EXPRESSIONS), *_listed(_NEITHER)])
+def test_a_gold_answer_that_is_no_number(gold):
+    assert gold_value(gold) is None
+    assert is_expression(gold) is (gold in _listed(_EXPRESSIONS))
+
+
+def test_other_gold_values():
+    assert gold_value("work 3 + 4 = 7\n#### 1,800") == 1800
     assert gold_value(12) == 12
     assert gold_value(0.1) == Fraction(1, 10)
     assert gold_value("She makes 9 * 2 = $<<9*2=18>>18.\n#### 18") == 18
     assert gold_value(None, "Work out: 12 * 7 =") == 84
     assert gold_value("", "Work out: 12 * 7 =") == 84
-    assert gold_value("Paris") is None
     assert gold_value(None) is None
     assert gold_value(True) is None
     assert gold_value(float("inf")) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "right"), [("28", True), ("28%", True), ("0.28", True), ("2.8", False), ("28.00", True), ("29", False)]
+)
+def test_a_percent_gold(response, right):
+    assert matches_gold(parse_prediction_text(f"The answer is {response}."), gold_value("28%")) is right
 
 
 @pytest.mark.parametrize(
@@ -237,6 +287,75 @@ def test_gold_values():
 )
 def test_arithmetic_of_a_clean_prompt(prompt, value):
     assert arithmetic_value(prompt) == value
+
+
+# --- expressions
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "right"),
+    [
+        ("11\\sqrt{2}", "So \\boxed{11\\sqrt2}.", True),
+        ("11\\sqrt{2}", "The answer is $11\\sqrt{2}$.", True),
+        ("9\\pi", "The answer is 9π.", True),
+        ("9\\pi", "The area is $9\\pi$ square cm.", True),
+        ("(3, \\frac{\\pi}{2})", "\\boxed{(3,\\pi/2)}", True),
+        ("3x+2", "#### 2+3x", True),
+        ("3x+2", "The answer is f(x) = 3x + 2.", True),
+        ("\\pm 2", "\\boxed{2}, \\boxed{-2}", True),
+        ("7,9,12,13", "The answer is 7, 9, 12 and 13.", True),
+        ("7,9,12,13", "The answer is 7, 9, 12.", False),
+        ("[-2,7]", "\\boxed{x \\in [-2,7]}", True),
+        ("[-2,7]", "\\boxed{(-2,7)}", False),
+        ("x^2+1", "The answer is x**2 + 1.", True),
+        ("[0,\\infty)", "The answer is [0, ∞).", True),
+        ("\\sqrt{2}", "√2", True),
+        ("\\sqrt{2}", "The answer is sqrt(2), which is irrational.", True),
+        (
+            "\\begin{pmatrix} 3 & -3 \\\\ 4 & -2 \\end{pmatrix}",
+            "\\boxed{\\begin{pmatrix}3&-3\\\\4&-2\\end{pmatrix}}",
+            True,
+        ),
+        ("x=1 or x=2", "$x=1$ or $x=2$", True),
+        ("x^{10}", "The answer is x^10.", True),
+        ("\\frac{\\sqrt{3}}{2}", "\\boxed{\\frac{\\sqrt3}2}", True),
+        ("20x+23y=69", "\\boxed{40x+46y=138}", True),
+        ("2x", "<think>The answer is 3x</think>The answer is 2x.", True),
+        ("2\\pi", "The answer is 2*pi", True),
+        ("\\{1,2\\}", "\\boxed{\\{2,1\\}}", True),
+        ("(1,2)", "\\boxed{(2,1)}", False),
+        ("\\sqrt{2}", "I do not know.", False),
+        ("6+9i", "\\boxed{9i+6}", True),
+        ("x > 5", "\\boxed{(5,\\infty)}", True),
+        ("y=2x+3", "\\boxed{2x+3}", True),
+        ("3:2", "The answer is 3:2.", True),
+        ("-\\frac{\\sqrt{3}}{2}", "The answer is $-\\frac{\\sqrt{3}}{2}$.", True),
+    ],
+)
+def test_expressions_are_compared_symbolically(gold, response, right):
+    assert expression_of_gold(gold) == gold
+    answer = answer_expression(response)
+    assert (answer is not None and same_expression(gold, answer)) is right
+
+
+def test_an_expression_of_the_prompt_is_no_answer():
+    assert answer_expression("\\boxed{\\sqrt{50}}", "Simplify \\sqrt{50}.") is None
+    assert answer_expression("\\boxed{5\\sqrt{2}}", "Simplify \\sqrt{50}.") == "5\\sqrt{2}"
+
+
+def test_a_gold_that_cannot_be_parsed_is_none():
+    assert expression_of_gold("\\sqrt{") is None
+    assert expression_of_gold("Paris") is None
+
+
+def test_a_huge_power_ends_and_nothing_is_executed(monkeypatch, tmp_path):
+    monkeypatch.setattr(maths_symbolic, "SECONDS", 1.0)
+    start = time.monotonic()
+    assert same_expression("9^{9^{9^{9}}}", "1") is False
+    assert time.monotonic() - start < 60
+    assert same_expression("2x", "x + x") is True  # a new process
+    assert same_expression("x", f"__import__('os').system('touch {tmp_path}/made')") is False
+    assert not list(tmp_path.iterdir())
 
 
 # --- safety
@@ -282,6 +401,19 @@ def _nasty() -> dict[str, str]:
         "angles": "<|" * (size // 2),
         "hashes": "#### " * (size // 5),
         "one sum": "1+" * (size // 2) + "1 = 5",
+        "thinking": "<think>" * (size // 7),
+        "closed thinking": "<think>5</think>" * (size // 16),
+        "matrices": "\\begin{matrix} 1 & 2 " * (size // 21),
+        "LaTeX fractions": "\\frac{1}{2}" * (size // 11),
+        "struck": "~~5 " * (size // 4),
+        "groups": "1 000 " * (size // 6),
+        "odds": "1 in " * (size // 5),
+        "tuples": "(1, 2" * (size // 5),
+        "powers": "2^2^" * (size // 4),
+        "Chinese": "答案是十" * (size // 4),
+        "boxes in a row": "\\boxed{5}, " * (size // 11),
+        "totals": "Total: 5\n" * (size // 9),
+        "quests": "\nWhat is " * (size // 9),
     }
 
 
@@ -347,6 +479,12 @@ def test_command_line(capsys):
     assert main(["The answer is 97, the total of 4 and 93.", "--gold", "97"]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line == {"value": "97", "rule": "answer_is", "status": "parsed", "text": "97", "gold": "97", "right": True}
+
+
+def test_command_line_with_an_expression(capsys):
+    assert main(["The area is \\boxed{\\pi\\cdot 9}.", "--gold", "9\\pi"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["rule"], line["gold"], line["right"]) == ("symbolic", "9\\pi", True)
 
 
 def test_help_is_quick():

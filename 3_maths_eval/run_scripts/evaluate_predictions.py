@@ -11,9 +11,9 @@ Writes  results/<run>/maths_items.csv        one line per answer: gold, value, r
     python 3_maths_eval/run_scripts/evaluate_predictions.py --run_dir outputs/demo/maths \\
         --results_dir results/demo/maths
 
-The gold answer is the row's `answer`, else the clean prompt's own arithmetic (`12 * 7 =`). An answer that cannot be
-read counts as wrong; a row without gold, or a response that cannot be told from its prompt, is not scored, and both
-are counted. The smallest difference that this n could detect is said before any p value.
+The gold answer is the row's `answer`, else the clean prompt's own arithmetic (`12 * 7 =`). Expressions (`2\\sqrt{3}`,
+intervals, sets, matrices) are compared by Math-Verify: rule `symbolic`. An answer that cannot be read counts as wrong.
+Rows without a readable gold answer are left out of n, and counted; if there is none, stage 3 is skipped.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from command_line import UserError, make_parser, run_main
+from command_line import UserError, make_parser, one_line, run_main
 from file_output import read_csv, write_csv
 from load_json import CLEAN_KEYS, read_prompt_file
 from logger import get_logger
 from maths_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
-from parse_predictions import gold_value, matches_gold, parse_prediction_text
+from parse_predictions import Gold, gold_value, judge, number_text, read_gold
 from read_predictions import Prediction, predictions_of
 from run_store import Run, open_run, row_count
 
@@ -47,6 +46,10 @@ ITEM_COLUMNS = (
     "style", "original_index", "element_index", "sample", "template", "operation", "digits", "result", "edits",
     "token_change", "gold", "value", "rule", "status", "correct", "identical", "cut_off", "prompt", "response",
 )  # fmt: skip
+
+
+class NoReadableGold(UserError):
+    """All gold answers are words: nothing is wrong, and there is nothing to score."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def evaluate_run(
     """Score a run folder, one style's folder or one .pt file, and compare its styles.
 
     prompt_file: where the run keeps no copy (reference format), or to override it. style: the name of the single style
-    in run_dir, where its folder does not carry it. Raises UserError for what is not there, and where no row has gold.
+    in run_dir, where its folder does not carry it. Raises UserError for what is not there and if no row has a gold
+    answer, NoReadableGold if all gold answers are words.
     """
     run = open_prompts(open_run(run_dir), prompt_file, style)
     items = score_items(run, _edit_log(run, edits_csv), styles)
@@ -128,7 +132,13 @@ def open_prompts(run: Run, prompt_file: str | Path | None, style: str | None) ->
 
 def has_gold(rows: Sequence[Any]) -> bool:
     """Whether any row of a prompt file has a gold answer that can be read. Without one there is nothing to score."""
-    return any(gold_value(row.get("answer"), _clean_text(row)) is not None for row in rows if isinstance(row, dict))
+    from maths_symbolic import is_expression
+
+    return any(
+        gold_value(row.get("answer"), _clean_text(row)) is not None or is_expression(str(row.get("answer") or ""))
+        for row in rows
+        if isinstance(row, dict)
+    )
 
 
 def _clean_text(row: dict[str, Any]) -> str | None:
@@ -140,7 +150,7 @@ class _Row:
     """What all styles of a row share."""
 
     clean: str | None
-    gold: Fraction | None
+    gold: Gold
     template: str | None
     operation: Any
     digits: Any
@@ -152,7 +162,7 @@ def _row_facts(run: Run, index: int, clean: str | None) -> _Row:
     clean = _clean_text(row) or clean
     template = row.get("_template")
     kinds = [None if row.get(key) is None else str(row[key]) for key in ("_operation", "_digits", "_result")]
-    gold = gold_value(row.get("answer"), clean)
+    gold = read_gold(row.get("answer"), clean)
     return _Row(clean, gold, None if template is None else str(template), *kinds)
 
 
@@ -211,11 +221,26 @@ def score_items(
             for name in ITEM_COLUMNS:
                 columns[name].append(line[name])
     items = pd.DataFrame(columns)
-    if not items["gold"].notna().any():
+    _check_golds(facts, run)
+    return items
+
+
+def _check_golds(facts: dict[int, _Row], run: Run) -> None:
+    """Say how many rows have no gold answer that can be read; raise if none has one."""
+    words = {index: row.gold.text for index, row in facts.items() if row.gold.text and not row.gold.readable}
+    readable = sum(row.gold.readable for row in facts.values())
+    example = f"row {min(words) + 1}: {one_line(str(words[min(words)]), 60)!r}" if words else ""
+    if words and not readable:
+        raise NoReadableGold(f"{run.path}: stage 3 is skipped: no gold answer is a number or an expression ({example})")
+    if not readable:
         raise UserError(
             f"{run.path}: no row has a gold answer; give --prompt_file with `answer` (or clean sums such as `12 * 7 =`)"
         )
-    return items
+    if readable < len(facts):
+        reason = f"the gold answer of {len(words)} is neither a number nor an expression ({example})" if words else ""
+        without = len(facts) - readable - len(words)
+        reason += f"{', ' if words else ''}{without} have none" if without else ""
+        get_logger("evaluate_predictions").warning(f"{readable} of {len(facts)} rows are scored: {reason}")
 
 
 def _chosen(run: Run, styles: Sequence[str] | None) -> list[str]:
@@ -240,9 +265,8 @@ def _responses(run: Run, style: str) -> Iterator[tuple[Prediction, int | None, b
 
 
 def _item(prediction: Prediction, row: _Row, is_clean: bool) -> dict[str, Any]:
-    parsed = parse_prediction_text(prediction.response, prediction.prompt)
     unread = prediction.response is None
-    scored = row.gold is not None and not unread
+    parsed, correct = judge(prediction.response, prediction.prompt, row.gold)
     return {
         "style": prediction.style,
         "original_index": prediction.original_index,
@@ -252,26 +276,15 @@ def _item(prediction: Prediction, row: _Row, is_clean: bool) -> dict[str, Any]:
         "operation": row.operation,
         "digits": row.digits,
         "result": row.result,
-        "gold": number_text(row.gold),
-        "value": number_text(parsed.value),
+        "gold": number_text(row.gold.number) or row.gold.expression,
+        "value": parsed.text if parsed.rule == "symbolic" else number_text(parsed.value),
         "rule": parsed.rule,
         "status": UNREAD if unread else parsed.status,
-        "correct": matches_gold(parsed, row.gold) if scored and row.gold is not None else None,
+        "correct": None if unread else correct,
         "identical": not is_clean and row.clean is not None and prediction.prompt == row.clean,
         "prompt": prediction.prompt,
         "response": prediction.response,
     }
-
-
-def number_text(value: Fraction | None) -> str | None:
-    """A number as people write it: 12, 0.75; 1/3 where no decimal is exact."""
-    if value is None or value.denominator == 1:
-        return None if value is None else str(value.numerator)
-    scale = next((d for d in range(1, 13) if 10**d % value.denominator == 0), None)
-    if scale is None:
-        return f"{value.numerator}/{value.denominator}"
-    digits = str(abs(value.numerator) * 10**scale // value.denominator).rjust(scale + 1, "0")
-    return f"{'-' if value < 0 else ''}{digits[:-scale]}.{digits[-scale:]}"
 
 
 def _edits_label(edits: dict[tuple[str, int], int] | None, style: str, index: int, is_clean: bool) -> str | None:
@@ -303,8 +316,6 @@ def _report_items(items: pd.DataFrame, baseline: str) -> None:
             f"{statuses[UNREAD]} responses are not scored: their prompt is not in the decoded text; "
             "give --prompt_file (and --style, where the folder's name is not the style's)"
         )
-    if without := int(items["gold"].isna().sum()):
-        logger.warning(f"{without} responses are not scored: their row has no gold answer and no sum of its own")
     if baseline not in set(items["style"]):
         logger.warning(f"no {baseline} style in this run: accuracies are given, but no differences")
 
@@ -357,7 +368,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score a run and write its tables and figures."""
     args = parse_args(argv)
-    evaluation = evaluate_run(args.run_dir, args.prompt_file, args.edits_csv, args.styles, args.style)
+    try:
+        evaluation = evaluate_run(args.run_dir, args.prompt_file, args.edits_csv, args.styles, args.style)
+    except NoReadableGold as skipped:
+        get_logger("evaluate_predictions").warning(str(skipped))
+        return 0
     folder = args.results_dir or Path("results") / evaluation.name
     write_evaluation(evaluation, folder)
     _report_summary(evaluation.summary)

@@ -45,7 +45,10 @@ _BRACED = r"\{ ?(-? ?[\d.,]{1,40}) ?\}"
 _LATEX: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\\! ?"), ""),
     (re.compile(r"\{,\}(?=\d{3})"), ","),
-    (re.compile(r"\\begin ?\{(?P<kind>[pbvBV]?matrix|cases|array)\}.{0,2000}?\\end ?\{(?P=kind)\}", re.DOTALL), NO_VALUE),
+    (
+        re.compile(r"\\begin ?\{(?P<kind>[pbvBV]?matrix|cases|array)\}.{0,2000}?\\end ?\{(?P=kind)\}", re.DOTALL),
+        NO_VALUE,
+    ),
     (re.compile(r"\\(?:s?out|[bx]?cancel) ?\{[^{}]{0,80}\}"), " "),
     (re.compile(r"\\overline ?\{ ?(\d{1,20}) ?\}"), r"(\1)"),
     (re.compile(r"\\([$%#&])"), r"\1"),
@@ -99,9 +102,7 @@ def _plain_digit(match: re.Match[str]) -> str:
 
 def _plain_fraction(match: re.Match[str]) -> str:
     """\\frac{-3}{4}, \\frac12, \\frac{1,000}{2.5} as -3/4, 1/2, 10000/25."""
-    top, bottom = (
-        _THOUSANDS.sub("", match[one] or match[other]).replace(" ", "") for one, other in ((1, 2), (3, 4))
-    )
+    top, bottom = (_THOUSANDS.sub("", match[one] or match[other]).replace(" ", "") for one, other in ((1, 2), (3, 4)))
     if any(not _PLAIN_DECIMAL.fullmatch(part) for part in (top, bottom)):
         return f" ({top}) / ({bottom})"
     sign = "-" if top.startswith("-") != bottom.startswith("-") else ""
@@ -163,14 +164,16 @@ _NUMBER = re.compile(
     (?:
         (?P<whole>\d{{1,40}})[ ]{{1,2}}(?:and[ ])?(?P<over>\d{{1,40}})/(?P<under>\d{{1,40}})(?![\d/])(?!\.\d)
       | (?P<top>\d{{1,40}})/(?P<bottom>\d{{1,40}})(?![\d/])(?!\.\d)
-      | (?P<odds>\d{{1,6}})[ ]{{1,2}}(?:in|out[ ]of)[ ]{{1,2}}(?P<chances>(?!(?:19|20)\d\d\b)\d{{1,6}})(?=[ ]?(?:[.;!)\n$*"}}]|\Z))(?!\.\d)
+      | (?P<odds>\d{{1,6}})[ ]{{1,2}}(?:in|out[ ]of)[ ]{{1,2}}(?P<chances>(?!(?:19|20)\d\d\b)\d{{1,6}})
+        (?=[ ]?(?:[.;!)\n$*"}}]|\Z))(?!\.\d)
       | (?P<base>\d{{1,40}}(?:\.\d{{1,9}})?)[ ]?\^[ ]?(?P<power>[-+]?\d{{1,6}})
       | (?P<period>\d{{1,20}}\.\d{{0,20}}\(\d{{1,20}}\))
       | (?P<digits>{_DIGITS})
         (?:[eE](?P<e>[-+]?\d{{1,9}})(?![\w])
           |[ ]{{0,2}}[x×*·][ ]{{0,2}}10[ ]?\^[ ]?(?P<ten>[-+]?\d{{1,9}}))?
         (?P<ellipsis>\.\.\.|…)?
-        (?:[ ]{{0,2}}(?P<scale>(?i:{_SCALE_WORDS}))\b|(?P<suffix>[kKMB]|bn|mn|mln|[mbT](?=[ ]?[.,;!)$*"}}]|[ ]?\Z))(?!\w))?
+        (?:[ ]{{0,2}}(?P<scale>(?i:{_SCALE_WORDS}))\b
+          |(?P<suffix>[kKMB]|bn|mn|mln|[mbT](?=[ ]?[.,;!)$*"}}]|[ ]?\Z))(?!\w))?
     )
     (?P<percent>[ ]?(?:%|per[ ]?cent\b))?
     """,
@@ -215,10 +218,10 @@ def _number(match: re.Match[str], text: str, before: str) -> Number | None:
         return Number(begin, end, Fraction(-whole if negative else whole), 0, len(digits.lstrip("0")))
     currency = any(c in _CURRENCY_SIGNS for c in text[begin:start])
     if match["suffix"] in ("m", "b", "T") and not currency:  # metres, not millions
-        match = _NUMBER.fullmatch(text, match.start(), match.start("suffix"))
-        end = match.end() if match else end
-    read = _read(match) if match else None
-    if match is None or read is None:
+        end = match.start("suffix")
+        match = _NUMBER.match(text, match.start(), end) or match
+    read = _read(match)
+    if read is None:
         return None
     value, decimals, significant, fraction = read
     percent = match["percent"] is not None
@@ -358,7 +361,8 @@ _PART = "|".join(f"{part}s?" for part in _PARTS)
 NUMBER_WORDS = (
     rf"(?:(?:minus|negative)[ ])?(?:a[ ](?={_SCALE_WORDS}))?(?:{_WORD})\b"
     rf"(?:[ -](?:and[ ])?(?:{_WORD})\b){{0,14}}"
-    rf"(?:[ ]point(?:[ ](?:{'|'.join(_ONES)})\b){{1,12}}|[ ]and[ ]a[ ]half\b(?:[ ](?:{_SCALE_WORDS})\b)?|[ -](?:{_PART})\b)?"
+    rf"(?:[ ]point(?:[ ](?:{'|'.join(_ONES)})\b){{1,12}}"
+    rf"|[ ]and[ ]a[ ]half\b(?:[ ](?:{_SCALE_WORDS})\b)?|[ -](?:{_PART})\b)?"
     rf"|\b(?:a[ ]|one[ ])?(?:half|quarter)(?:[ ](?:a|of[ ]a)[ ](?:{_SCALE_WORDS}))?\b"
 )
 _ALL_WORDS = re.compile(rf"\b(?:{NUMBER_WORDS})", re.IGNORECASE)

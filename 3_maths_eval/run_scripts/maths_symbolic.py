@@ -23,10 +23,27 @@ MAX_LENGTH = 300
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
-_KNOWN_WORDS = frozenset("sqrt sin cos tan cot sec csc log exp and arcsin arccos arctan infinity inf".split())
+_KNOWN_WORDS = {
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "log",
+    "exp",
+    "and",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "infinity",
+    "inf",
+}
 _MATHS = re.compile(r"\d|[=<>≤≥+^√π∞]|\\(?:frac|sqrt|pi|infty|begin|emptyset|le|ge|in)\b")
 _NO_EXPRESSION = re.compile(
-    r"\d ?:\d\d|\d ?[ap]\.?m\b|\d[/.]\d+[/.]\d|\d{4}-\d\d|\d(?:st|nd|rd|th)\b|['\"]|\A[A-Z]{1,6}-?\d[\w-]*\Z", re.IGNORECASE
+    r"\d ?:\d\d|\d ?[ap]\.?m\b|\d[/.]\d+[/.]\d|\d{4}-\d\d|\d(?:st|nd|rd|th)\b|['\"]|\A[A-Z]{1,6}-?\d[\w-]*\Z",
+    re.IGNORECASE,
 )
 _SEGMENT = re.compile(r"\$([^$\n]{1,200})\$")
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf) ?\{([^{}]*)\}")
@@ -51,10 +68,10 @@ def is_expression(text: str) -> bool:
 
 
 def answer_expression(response: str | None, prompt: str | None = None) -> str | None:
-    """The expression that a response gives as its answer, as written; None if it gives none or only repeats the prompt's."""
+    """The expression that a response answers, as written; None if there is none or the prompt has the same one."""
     phrase = answer_phrase(response or "", prompt or "")
     if not is_expression(phrase) and (segments := _SEGMENT.findall(phrase)):
-        phrase = segments[-1]  # $9\\pi$ square cm
+        phrase = segments[-1]  # $9\pi$ square cm
     if not phrase or not is_expression(phrase) or (prompt and _squeezed(phrase) in _squeezed(prompt)):
         return None
     return phrase

@@ -5,7 +5,7 @@ Writes  nothing; as a script it prints what it read as one line of JSON
 
     python 3_maths_eval/run_scripts/parse_predictions.py "The answer is 97, the total of 4 and 93." --gold 97
 
-Thinking text (`<think>…</think>`, `[THINK]`, channel marks …) is removed first; thinking that never ends gives no value.
+Thinking text (`<think>…</think>`, `[THINK]`, channel marks) is removed first. Thinking that never ends gives no value.
 What follows an answer is cut at the first new turn (`Q:`, `Problem 2:`, a chat marker, the prompt again). Then:
 
     completion  the prompt breaks off (`8 + 6 =`) and the response opens with the value: `14 ⏎⏎ The answer is 12` is 14
@@ -118,7 +118,8 @@ def answer_phrase(text: str, prompt: str = "") -> str:
 
 
 _ANNOUNCES = re.compile(
-    r"####|(?:\A|\n)[*_ ]{0,4}A(?:ns)?[*_]{0,2}:|\b(?:answer|result|solution)s?\b[^.\n:=$]{0,60}?(?:\b(?:is|are)\b:?|[:=])",
+    r"####|(?:\A|\n)[*_ ]{0,4}A(?:ns)?[*_]{0,2}:"
+    r"|\b(?:answer|result|solution)s?\b[^.\n:=$]{0,60}?(?:\b(?:is|are)\b:?|[:=])",
     re.IGNORECASE,
 )
 _SEGMENT = re.compile(r"\$[^$\n]{1,200}\$|\\[(\[].{1,200}?\\[)\]]")
@@ -170,6 +171,59 @@ _LONG_WORDS = re.compile(r"(?<!\\)\b[A-Za-z]{3,}")
 def gold_text(answer: str) -> str:
     """What a gold answer in words gives as the answer: all of it, or what follows its last ####."""
     return answer.rpartition("####")[2].strip() or answer.strip()
+
+
+class Gold(NamedTuple):
+    """A gold answer: a number, or an expression that is not one; both None if it is neither. `text`: as written."""
+
+    number: Fraction | None
+    expression: str | None
+    text: str | None
+
+    @property
+    def readable(self) -> bool:
+        return self.number is not None or self.expression is not None
+
+
+def read_gold(answer: Any, clean_prompt: str | None = None) -> Gold:
+    """The gold answer of a row of a prompt file, see `gold_value`."""
+    number = gold_value(answer, clean_prompt)
+    text = gold_text(answer) if isinstance(answer, str) and answer.strip() else None
+    if number is not None or text is None:
+        return Gold(number, None, text)
+    from maths_symbolic import expression_of_gold
+
+    return Gold(None, expression_of_gold(text), text)
+
+
+def judge(response: str | None, prompt: str | None, gold: Gold) -> tuple[ParsedAnswer, bool | None]:
+    """What a response answers, and whether that is right; None without a readable gold answer.
+
+    An expression has the rule `symbolic` and no value; it may also be the answer to a gold number (`5!` for 120).
+    """
+    parsed = parse_prediction_text(response, prompt)
+    if gold.number is not None and (parsed.value is not None or parsed.rule not in MARKED_RULES):
+        return parsed, matches_gold(parsed, gold.number)
+    wanted = gold.expression or gold.text or number_text(gold.number)
+    if wanted is None or not gold.readable:
+        return parsed, None
+    from maths_symbolic import answer_expression, same_expression
+
+    answer = answer_expression(response, prompt)
+    if answer is None:
+        return parsed._replace(value=None, status="none"), False
+    return ParsedAnswer(None, "symbolic", "parsed", answer), same_expression(wanted, answer)
+
+
+def number_text(value: Fraction | None) -> str | None:
+    """A number as people write it: 12, 0.75; 1/3 where no decimal is exact."""
+    if value is None or value.denominator == 1:
+        return None if value is None else str(value.numerator)
+    scale = next((d for d in range(1, 13) if 10**d % value.denominator == 0), None)
+    if scale is None:
+        return f"{value.numerator}/{value.denominator}"
+    digits = str(abs(value.numerator) * 10**scale // value.denominator).rjust(scale + 1, "0")
+    return f"{'-' if value < 0 else ''}{digits[:-scale]}.{digits[-scale:]}"
 
 
 @lru_cache(maxsize=4096)
@@ -277,7 +331,8 @@ _TERM_AFTER = re.compile(
     r"|![ ]?[-+*/=$})]|[ ]?,[ ]?[-+]?∞"
 )
 _TERM_BEFORE = re.compile(
-    rf"(?:[√π±∪∩≤≥≠][ ]?[({{]?|{_FUNCTIONS}(?:_\{{?\w{{1,4}}\}}?)?[ ]?[({{]?|\b(?:log|ln|sin|cos|tan|sqrt|pi)[ ]?[(*]?|\}}[ ]?\{{|∞[ ]?,[ ]?"
+    rf"(?:[√π±∪∩≤≥≠][ ]?[({{]?|{_FUNCTIONS}(?:_\{{?\w{{1,4}}\}}?)?[ ]?[({{]?"
+    r"|\b(?:log|ln|sin|cos|tan|sqrt|pi)[ ]?[(*]?|\}[ ]?\{|∞[ ]?,[ ]?"
     r"|(?:(?<![<A-Za-z/|])[A-Za-z]|\d|\))[ ]?[<>]=?[ ]?|\d[ ]:[ ]?|[\^_][{(])[-+]?\Z"
 )
 _TUPLE_OPENS = re.compile(r"[(\[{][ $]?[-+]?\Z")
@@ -298,7 +353,7 @@ _DATE_AFTER = re.compile(rf" (?:of )?{_MONTH}")
 
 
 def _is_term(text: str, mark: Mark, previous: Mark | None) -> bool:
-    """True for a number that is only part of an expression, a tuple, a compound or a date; `previous` may become one."""
+    """True for a number that is part of an expression, a tuple, a compound or a date; `previous` may become one."""
     start, end = mark.number.start, mark.number.end
     before, after = text[max(0, start - 20) : start], text[end : end + 40]
     if previous is not None and start - previous.number.end < 12:
@@ -464,7 +519,8 @@ _TURN = re.compile(
     r"|(?:\A|\n)[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Q|Question|User|Human)(?: ?#?\d{1,4})?(?:\*\*)? ?[:.)]"
     r"|\n\s{0,9}\n[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Problem|Exercise|Example) ?#?\d{1,4}(?:\*\*)? ?[:.)])"
     r"|(?:\A|\n)[ ]{0,4}(?:#{1,4} ?|\*\*)?(?:Problem|Exercise|Example|Student|Instruction|Input|Prompt|Task)"
-    r"(?: ?#?\d{1,4})?(?:\*\*)? ?[:.)]|\n[ ]{0,4}(?:What(?: is|'s)|How (?:many|much)|Calculate|Solve|Compute)\b[^\n\d]{0,80}\d"
+    r"(?: ?#?\d{1,4})?(?:\*\*)? ?[:.)]"
+    r"|\n[ ]{0,4}(?:What(?: is|'s)|How (?:many|much)|Calculate|Solve|Compute)\b[^\n\d]{0,80}\d"
     r"|\b(?:\d{1,3}|one|some|a few) more (?:examples?|problems?|questions?|exercises?)\b"
     r"|\b(?:another|next) (?:example|problem|question|exercise)\b",
     re.IGNORECASE,
@@ -533,8 +589,8 @@ def _first_line_completion(text: str, prompt: str) -> ParsedAnswer | None:
 
 
 _CORRECTION = re.compile(
-    r"\b(?:wait|oops|sorry|correction|correcting|corrected|mistake|mistaken|apologi[sz]e|my bad|re-?check(?:ing)?|hold on"
-    r"|scratch that|(?:is|was|that's) wrong|incorrect|instead)\b",
+    r"\b(?:wait|oops|sorry|correction|correcting|corrected|mistake|mistaken|apologi[sz]e|my bad|re-?check(?:ing)?"
+    r"|hold on|scratch that|(?:is|was|that's) wrong|incorrect|instead)\b",
     re.IGNORECASE,
 )
 
@@ -658,7 +714,11 @@ def _markers(reading: _Reading) -> Iterator[_Marked]:
         announced = _announced(reading, match.end(), match.end() + len(line)) if not _HEADING.match(line) else None
         if announced is not None:
             number = announced.number
-            yield announced.start, False, _unreadable("marker", line) if number is None else _found(text, number, "marker")
+            yield (
+                announced.start,
+                False,
+                _unreadable("marker", line) if number is None else _found(text, number, "marker"),
+            )
         elif line.strip() and not re.search(r"\d", line) and not text[line_end:].strip():
             yield match.start(), False, _unreadable("marker", line)
 
@@ -669,7 +729,9 @@ _BARE_END = re.compile(
     r"[\"'*_)\]$}]{0,4}(?:\s*\Z|[ ]*\n|[ ]*[.!;:?,](?=[\s\"'*)$}]|\Z)|[ ]*\(|[ ]-+[ ][a-z]"
     r"|[ ](?:because|since|which|so)\b|[ ]is[ ](?:the|your|our|what|how)\b)"
 )
-_UNIT_END = re.compile(r"(?:[ ]?(?:[^\W\d_]|[°%/'€-]){1,20})(?:[ ](?:[^\W\d_]|[°%/'-]){1,20}){0,3}[ ]?(?P<stop>[.!;,]|\n|\Z)")
+_UNIT_END = re.compile(
+    r"(?:[ ]?(?:[^\W\d_]|[°%/'€-]){1,20})(?:[ ](?:[^\W\d_]|[°%/'-]){1,20}){0,3}[ ]?(?P<stop>[.!;,]|\n|\Z)"
+)
 _STILL_TO_COME = re.compile(r"=|answer|therefore|\bso\b|####", re.IGNORECASE)
 _LIST_GAP = re.compile(r"[ ]?[,;][ ]?(?:or[ ]|and[ ])?|(?:[ ][A-Za-z]{1,15})?[ ](?:or|and|to|&)[ ]")
 
@@ -750,7 +812,8 @@ _OTHER_CUES = (
 )
 _JOINED_CUES = "答案|答え|答(?=:)|结果|結果|정답|답|คำตอบ|సమాధానం"
 _OTHER_IS = (
-    r"\b(?:est|ist|es|é|è|jest|to|är|er|on|adalah|là|ni|הוא|היא|هو|هي|होगा|है|হল|হলো|είναι|است)\b|[:=→—]|是|为|為|は|은|는|คือ"
+    r"\b(?:est|ist|es|é|è|jest|to|är|er|on|adalah|là|ni|הוא|היא|هو|هي|होगा|है|হল|হলো|είναι|است)\b"
+    r"|[:=→—]|是|为|為|は|은|는|คือ"
 )
 _CUE = re.compile(
     r"(?P<final>\bfinal )?(?:\b(?:answer|result|solution)\b"
@@ -771,8 +834,8 @@ _IS_THE_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _CUE_WORDS = _word_set(
-    "answer result solution a ans output total respuesta resultado resposta risposta risultato antwort ergebnis antwoord "
-    "svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
+    "answer result solution a ans output total respuesta resultado resposta risposta risultato antwort ergebnis "
+    "antwoord svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
 )
 _NEGATION = re.compile(r"\b(?:not|never|no longer|isn't|wasn't)\b", re.IGNORECASE)
 CUE_WINDOW = 200
@@ -825,16 +888,16 @@ def _after_cue(reading: _Reading, cue: re.Match[str], stop: int) -> _Announced |
 
 _PLAIN_WORDS = re.compile(r"[^\d\n.!?;=]{0,60}\Z")
 _DETOUR = re.compile(
-    r"\A to |\b(?:less|more|greater|smaller|fewer|higher|lower|than|because|since|between|reasonable|correct|rounded|nearest"
-    r"|multiple|divisible|within|least|most|form|sense|consistent|closer?|step|if|when|for|cannot)\b",
+    r"\A to |\b(?:less|more|greater|smaller|fewer|higher|lower|than|because|since|between|reasonable|correct|rounded"
+    r"|nearest|multiple|divisible|within|least|most|form|sense|consistent|closer?|step|if|when|for|cannot)\b",
     re.IGNORECASE,
 )
 _SYMBOLIC = re.compile(
     rf"[\s*_:$(\"'`~≈=\[{{>-]{{0,12}}(?:[√π±∞□]|{_FUNCTIONS}|[A-Za-z] ?(?:[<>≤≥∈^]|\\in\b)|[a-z] ?[-+*/^] ?[\da-z(]\b)"
 )
 _NO_NUMBER = re.compile(
-    r"[\s*_:$\"'\[{]{0,9}(?:none|undefined|impossible|unknown|infinit[ey]|infinity|indeterminate|DNE|no\b(?! more| less)"
-    r"|yes\b|cannot|can't)(?![^.\n]{0,60}\d)",
+    r"[\s*_:$\"'\[{]{0,9}(?:none|undefined|impossible|unknown|infinit[ey]|infinity|indeterminate|DNE"
+    r"|no\b(?! more| less)|yes\b|cannot|can't)(?![^.\n]{0,60}\d)",
     re.IGNORECASE,
 )
 _DIRECT_DIGIT = re.compile(r"[\s*_:$(\"'`~≈=\[{>+-]{0,12}\d")
@@ -1047,12 +1110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print what a response answers."""
     args = parse_args(argv)
     response = sys.stdin.read() if args.response == "-" else args.response
-    parsed = parse_prediction_text(response, args.prompt)
+    gold = read_gold(args.gold, args.prompt)
+    parsed, right = judge(response, args.prompt, gold)
     line: dict[str, Any] = {"value": None if parsed.value is None else str(parsed.value)}
     line |= {"rule": parsed.rule, "status": parsed.status, "text": parsed.text}
-    gold = gold_value(args.gold, args.prompt)
-    if gold is not None:
-        line |= {"gold": str(gold), "right": matches_gold(parsed, gold)}
+    if right is not None:
+        line |= {"gold": gold.expression or str(gold.number), "right": right}
     print(json.dumps(line, ensure_ascii=False))
     return 0
 
