@@ -22,6 +22,7 @@ import tiny_models
 import torch
 from command_line import UserError
 from run_store import load_pt, open_run, pt_files, read_failures, unpack_rows
+from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(attn_act_logi.__file__)
 WORDS = [
@@ -667,6 +668,55 @@ def test_stop_strings_end_a_response(model_dir, prompt_file, undisturbed, tmp_pa
         assert row["final_prediction"].endswith(row["response"])
         stopped += row["finish_reason"] == "stop"
     assert stopped
+
+
+@pytest.mark.parametrize("how", ["plain", "template", "few shots"])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_a_control_token_in_a_prompt_is_text(tmp_path, kind, how, capsys):
+    tokenizer, text = tiny_models.tokenizer(kind), "Why <s> is it</s> so: tell</s>"
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([{"normal": "Sum: 2"}, {"normal": text, "swap": text.replace("is", "si")}]))
+    path.with_suffix(".txt").write_text("a</s> b\n" if how == "few shots" else "")  # stays what it is
+    more = ["--apply_chat_template"] if how == "template" else []
+    model = tiny_models.save(tmp_path / "model", kind=kind, vocab_size=len(tokenizer))
+    assert run(model, path, tmp_path / "run", *more) == 0
+    rows = rows_by_key(tmp_path / "run")
+    ids, bare = rows["normal", 1]["input_ids"].tolist(), rows["normal", 0]["input_ids"].tolist()
+    controls = [number for number in ids if number in (1, 2)]
+    assert (
+        controls == [number for number in bare if number in (1, 2)] == {"few shots": [2], "template": [1]}.get(how, [])
+    )
+    assert text in tokenizer.decode(ids)
+    own = rows["normal", 1]["region_mask"][:, 3:5].any(1)
+    assert tokenizer.decode(rows["normal", 1]["input_ids"][own]).strip() == text
+    assert rows["normal", 1]["prompt"] == text
+    told = [line for line in capsys.readouterr().err.splitlines() if "control tokens" in line]
+    assert (
+        told[0] == "warning: normal: 1 prompts (the first in row 2) hold the control tokens </s> <s>; "
+        "they are read as plain text"
+    )
+    assert len(told) == 2  # and swap's
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [("<s>", "the sky"), ("<s> fox", "the sky"), ("sky<s>", "the"), ("s> f", "the sky"), (" fox", "the sky")],
+)
+def test_a_stop_string_may_be_or_hold_a_control_token(tmp_path, kind, stop, kept):
+    scripted = tiny_models.save_scripted(tmp_path / "model", "Say:", " the sky<s> fox jumps over", kind)
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([{"normal": "Say:"}]))
+    flags = ["--model_name", scripted, "--prompt_file", str(path), "--max_new_tokens", "8", "--stop_strings", stop]
+    assert attn_act_logi.main([*flags, "--output_dir", str(tmp_path / "run"), "--response_logprobs"]) == 0
+    (row,) = rows_by_key(tmp_path / "run").values()
+    assert (row["finish_reason"], row["response"].strip(" ")) == ("stop", kept)
+    assert row["final_prediction"].removeprefix("Say:").lstrip(" ") == row["response"].lstrip(" ")
+    model = AutoModelForCausalLM.from_pretrained(scripted)
+    words = tiny_models.tokenizer(kind)
+    prompt = words("Say:", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = model.generate(prompt, stop_strings=stop, tokenizer=words, max_new_tokens=8)
+    assert row["response_ids"].tolist() == ids[0, prompt.shape[1] :].tolist()
 
 
 # --- what is copied while the model goes on

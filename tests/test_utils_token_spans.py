@@ -113,6 +113,49 @@ def test_task_rule(prompt, task, regex, expected):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "task"),
+    [
+        ("把下面的句子翻译成英文：今天天气很好。", "今天天气很好。"),
+        ("翻译：At 9:30", "At 9:30"),
+        ("请翻译:今天", "今天"),
+        ("At 10:15 do this: add 3", " add 3"),
+        ("Add up:\n3 + 4", "\n3 + 4"),
+        ("Traduisez : bonjour", " bonjour"),
+        ("Question 3: 4 + 5 =", " 4 + 5 ="),
+        ("**Task:** add 3", " add 3"),
+        ("Question: why? Answer:", " why? Answer:"),
+        ("See https://example.org: what is it?", " what is it?"),
+    ],
+)
+def test_the_colon_that_splits_stands_before_white_space_or_is_full_width(prompt, task):
+    start, end = task_span(prompt)
+    assert prompt[start:end] == task
+    assert start > 0
+    assert task_span("Please! " + prompt, clean=prompt) == (start + 8, end + 8)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "At 9:30 Tom leaves home. When does he arrive after a walk of 45 minutes?",
+        "It is 12:45:10 now, what is it in a minute?",
+        "Open https://example.org/a and tell me what the page says.",
+        "What does :) mean?",
+        "What does (: mean, and what :* and :-( ?",
+        "Is C:\\Users a folder?",
+        "What does std::move do, and std:: alone?",
+        "Read a:b aloud",
+        "Simplify 12 : 8.",
+        "Add up:",
+        "Add up: \n",
+        "标题：",
+    ],
+)
+def test_any_other_colon_leaves_the_whole_prompt_as_the_task(prompt):
+    assert task_span(prompt) == (0, len(prompt))
+
+
+@pytest.mark.parametrize(
     ("clean", "style", "expected"),
     [
         ("Why is it dark?", "Be quick! Why is it dark?", "Why is it dark?"),  # no colon: the framing is no task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -97,4 +98,27 @@ def save(folder: Any, family: str = "llama", kind: str = "bytes", **changes: Any
     """A model and its tokenizer in a local folder, as `--model_name` takes it."""
     model(family, **changes).save_pretrained(folder)
     tokenizer(kind).save_pretrained(folder)
+    return str(folder)
+
+
+def save_scripted(folder: Any, start: str, script: str, kind: str = "bytes") -> str:
+    """A model that continues a prompt that ends like `start` with the tokens of `script`, whatever stands before.
+
+    Each token says the next one alone: attention and MLP add nothing. So no token may come twice.
+    """
+    words = tokenizer(kind)
+    ids = words(start, add_special_tokens=False)["input_ids"][-1:]
+    ids += words(script, add_special_tokens=False)["input_ids"]
+    assert len(set(ids)) == len(ids), f"a token comes twice: {words.convert_ids_to_tokens(ids)}"
+    made = model("llama", vocab_size=len(words), hidden_size=128)
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        states = torch.nn.functional.normalize(made.model.embed_tokens.weight)
+        made.lm_head.weight.zero_()
+        for before, after in itertools.pairwise(ids):
+            made.lm_head.weight[after] = states[before]
+    made.save_pretrained(folder)
+    words.save_pretrained(folder)
     return str(folder)

@@ -26,6 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from token_spans import LABEL_COLON
+
 STYLES = (
     "main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation",
     "homonym", "polite", "urgent", "noise_words", "split", "real_word",
@@ -815,8 +817,8 @@ def _check_framing(clean: str, variant: str, style: str, _: int) -> list[Fault]:
     added = variant[:at] + variant[at + len(clean.strip()) :]
     if not added.strip():
         return [Fault("no_op", "differs from the clean text in white space alone")]
-    if clean.rstrip().partition(":")[1:] != variant.rstrip().partition(":")[1:]:
-        return [Fault("task_split", "the text after the first colon, the task, is no longer the same")]
+    if LABEL_COLON.split(clean.rstrip(), 1)[1:] != LABEL_COLON.split(variant.rstrip(), 1)[1:]:
+        return [Fault("task_split", "the text after the colon that splits off the task is no longer the same")]
     return []
 
 

@@ -32,7 +32,7 @@ from token_spans import matched_style
 if TYPE_CHECKING:
     import torch
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 LAYER_NAME = re.compile(r"layer_\d+")
 PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
 FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")

@@ -23,6 +23,9 @@ MARKER = "\u2402content\u2403"  # stands for a prompt; no template holds it
 DATE = "26 Jul 2024"
 FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
 BASE_REGIONS = ("all", "last", "context", "instruction", "task", "first")
+# White space and more text follow a colon that splits (after `**Task:**` too); a full-width one, or one after Chinese
+# or Japanese, needs no space. `12 : 4` is a ratio, `(:` a smiley, `std:: x` a name.
+LABEL_COLON = re.compile(r"(?!(?<=\d\s):\s+\d)(?<![:(\[]):(?:(?<!\s:)[*_]+)?(?=\s+\S)|(?:：|(?<=[぀-鿿]):)(?=\s*\S)")
 MATCHED = "split@"  # `split@swap`: the clean prompt, read with as many tokens in each edited word as `swap` has
 
 
@@ -104,6 +107,11 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_p
     )  # fmt: skip
 
 
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id and text of the tokens that are no text (begin, end, turns of a chat …)."""
+    return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 # --- task and edits
 
 
@@ -112,8 +120,8 @@ def task_span(prompt: str, task: str | None = None, task_regex: str | None = Non
 
     `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, then the task of
     its clean form `clean`, where that stands in the prompt unchanged, apart by white space (so that what a framing puts
-    around a request is no task), then: all after the first colon. Where no rule finds a split, or the clean form is all
-    task, everything is.
+    around a request is no task), then: all after the first colon that white space and more text follow, or a full-width
+    one. Where no rule finds a split, or the clean form is all task, everything is.
     """
     if task_regex is not None:
         if match := re.search(task_regex, prompt, re.DOTALL):
@@ -123,10 +131,8 @@ def task_span(prompt: str, task: str | None = None, task_regex: str | None = Non
         return start, start + len(task)
     if clean is not None and (span := _clean_task(prompt, clean, task)):
         return span
-    colon = prompt.find(":")
-    if colon >= 0 and prompt[colon + 1 :].strip():
-        return colon + 1, len(prompt)
-    return 0, len(prompt)
+    colon = LABEL_COLON.search(prompt)
+    return colon.end() if colon else 0, len(prompt)
 
 
 def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:

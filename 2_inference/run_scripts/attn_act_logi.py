@@ -311,6 +311,7 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
             f"{style_name}: without {style.unmatched} of {style.unmatched + len(style.texts)} prompts, whose words "
             "cannot be cut into as many tokens as the style has"
         )
+    tell_control_tokens(style)
     folder = args.output_dir / style_name if nested else args.output_dir
     itemsize = getattr(torch, model["dtype"]).itemsize
     cost = row_cost(config, capture_options(args), len(style.names), len(style.pooled), itemsize)
@@ -320,6 +321,18 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     files = [positions for i, positions in enumerate(plan_files(style.lengths, cost), first) if i % count == index]
     settings = run_settings(args, reader.file, style, model)
     return StyleJob(style, folder, settings, cost, files, set(), attention_windows(config))
+
+
+def tell_control_tokens(style: StylePrompts) -> None:
+    """Warn where prompts hold control tokens: they were read as text, or could not be."""
+    for as_text, fate in ((True, "they are read as plain text"), (False, "this tokenizer has no plain text for them")):
+        found = [(index, name) for index, names in style.controls.items() for name in names if names[name] is as_text]
+        if found:
+            names = " ".join(sorted({name for _, name in found}))
+            count, first = len({index for index, _ in found}), found[0][0] + 1
+            log.warning(
+                f"{style.style}: {count} prompts (the first in row {first}) hold the control tokens {names}; {fate}"
+            )
 
 
 def find_done(job: StyleJob) -> None:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 import torch
 from capture import PREFIX_REGIONS, Capture, PassRows, Recorder, all_position_logits, rows_of, top_logits
 from command_line import one_line
+from token_spans import control_tokens
 from transformers import Cache, DynamicLayer
 
 SPARE_POSITIONS = 32  # a cache layer grows by this many positions at a time
@@ -269,6 +270,7 @@ class Generator:
         self.model, self.tokenizer, self.recorder, self.options = model, tokenizer, recorder, options
         self.limit = batch_limit
         self.chooser = TokenChooser(options)
+        self.control_tokens = control_tokens(tokenizer)
         self.device = model.get_input_embeddings().weight.device
         self.accepts = set(inspect.signature(model.forward).parameters)
         self.prefix: _Prefix | None = None
@@ -483,16 +485,22 @@ class Generator:
         return reason
 
     def _stopped(self, response: Response) -> bool:
-        longest = max(map(len, self.options.stop_strings))
-        if not any(stop in self._decode(response.ids[-TAIL_TOKENS - longest :]) for stop in self.options.stop_strings):
-            return False
-        text = self._decode(response.ids)
-        ends = [text.find(stop) for stop in self.options.stop_strings if stop in text]
-        response.text = text[: min(ends)] if ends else text
-        return bool(ends)
+        stops = self.options.stop_strings
+        tail = response.ids[-TAIL_TOKENS - max(map(len, stops)) :]
+        # A stop string may be, or hold, or be part of a control token; only the text with these shows it.
+        for skip in (True, False) if self.control_tokens.keys() & set(tail) else (True,):
+            if not any(stop in self._decode(tail, skip) for stop in stops):
+                continue
+            text = self._decode(response.ids, skip)
+            if ends := [text.find(stop) for stop in stops if stop in text]:
+                for token in () if skip else self.control_tokens.values():
+                    text = text.replace(token, "\0" * len(token))  # a stop string may begin inside one
+                response.text = text[: min(ends)].replace("\0", "")
+                return True
+        return False
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def _decode(self, ids: list[int], skip: bool = True) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip))
 
     def _joined(self, active: _Active | None, started: _Active | None) -> _Active | None:
         if active is None or started is None:

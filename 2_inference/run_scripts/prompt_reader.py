@@ -20,6 +20,7 @@ from token_spans import (
     RenderedPrompt,
     Span,
     character_regions,
+    control_tokens,
     edited_spans,
     matched_style,
     region_mask,
@@ -52,6 +53,7 @@ class StylePrompts:
     lengths: list[int] = field(default_factory=list)
     failures: dict[int, tuple[int, str]] = field(default_factory=dict)
     unmatched: int = 0  # of a control: prompts that are not in it, for their words cannot be cut like the typo
+    controls: dict[int, dict[str, bool]] = field(default_factory=dict)  # by row: see `_ReadPrompt`
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class _ReadPrompt:
     ids: list[int]
     offsets: list[Span]
     shown: str
+    controls: dict[str, bool] = field(default_factory=dict)  # control tokens typed in it: whether they are read as text
 
     def own_start(self) -> int:
         """The first token that touches the prompt's own text."""
@@ -78,6 +81,7 @@ class PromptReader:
         self.file, self.tokenizer, self.rendering = prompts, tokenizer, rendering
         self.max_length, self.pool = max_length, pool
         self._cutter = WordCutter(tokenizer)
+        self._control = control_tokens(tokenizer)
         self._common: list[int] | None = None
         if rendering.task_regex is not None:
             _check_regex(rendering.task_regex)
@@ -101,6 +105,8 @@ class PromptReader:
                 why = f"has {len(read.ids)} tokens; this model and --max_new_tokens leave room for {self.max_length}"
                 found.failures[index] = (self._element(index), why)
                 continue
+            if read.controls:
+                found.controls[index] = read.controls
             found.texts.append((index, read.shown))
             found.lengths.append(len(read.ids))
             self._common = _common_prefix(self._common, read.ids[: min(read.own_start(), len(read.ids) - 1)])
@@ -196,7 +202,25 @@ class PromptReader:
             return_offsets_mapping=True,
             truncation=False,
         )
-        return _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text)
+        read = _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text)
+        return self._without_control_tokens(read)
+
+    def _without_control_tokens(self, read: _ReadPrompt) -> _ReadPrompt:
+        """The prompt with each control token of its own text as the tokens of plain text, where the vocabulary can."""
+        (start, end), text = read.rendered.own, read.rendered.text
+        for at in range(len(read.ids) - 1, -1, -1):
+            number, (a, b) = read.ids[at], read.offsets[at]
+            if number not in self._control or not start <= a < b <= end:
+                continue
+            # After a line's end, so that no tokenizer puts its mark of a first word there.
+            plain = self.tokenizer("\n" + text[a:b], add_special_tokens=False, split_special_tokens=True,
+                                   return_offsets_mapping=True)  # fmt: skip
+            pairs = zip(plain["input_ids"], plain["offset_mapping"], strict=True)
+            pieces = [(one, (a + c - 1, a + d - 1)) for one, (c, d) in pairs if c > 0]
+            read.controls[self._control[number]] = as_text = bool(pieces) and number not in dict(pieces)
+            if as_text:
+                read.ids[at : at + 1], read.offsets[at : at + 1] = map(list, zip(*pieces, strict=True))
+        return read
 
     def _element(self, index: int) -> int:
         try:
