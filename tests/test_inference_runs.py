@@ -193,8 +193,81 @@ def test_second_call_finds_all_done(model_dir, prompt_file, undisturbed, monkeyp
 
 
 def test_another_runs_folder_is_refused_by_the_difference(model_dir, prompt_file, undisturbed):
-    with pytest.raises(UserError, match=r"other settings \(generation: .*max_new_tokens': 6.*max_new_tokens': 7"):
+    with pytest.raises(UserError, match=r"other settings \(generation.max_new_tokens: 6 there, 7 now\)"):
         run(model_dir, prompt_file, undisturbed, "--max_new_tokens", "7")
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.pt")}
+
+
+def test_a_run_grows_and_a_file_that_is_there_stays(model_dir, prompt_file, tmp_path, monkeypatch, capsys):
+    import batching
+
+    monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
+    more = ["--response_logprobs"]
+    assert run(model_dir, prompt_file, tmp_path / "whole", *more) == 0
+    before: dict[Path, int] = {}
+    for rows in ("3", "10", "14"):
+        assert run(model_dir, prompt_file, tmp_path / "run", "--max_samples", rows, *more) == 0
+        now = stamps(tmp_path / "run")
+        assert before.items() < now.items()
+        before = now
+    capsys.readouterr()
+    assert run(model_dir, prompt_file, tmp_path / "run", "--max_samples", "5", *more) == 0  # fewer: nothing to do
+    assert "this run has 14 samples and goes on with these, not with 5" in capsys.readouterr().err
+    assert stamps(tmp_path / "run") == before
+    for shard in ("1/2", "0/2"):  # and now all of the file
+        assert run(model_dir, prompt_file, tmp_path / "run", "--shard", shard, *more) == 0
+    assert before.items() < stamps(tmp_path / "run").items()
+    files = [path.name for path in pt_files(tmp_path / "run" / "normal")]
+    assert files[:5] == [f"activations_{a:05d}_{b:05d}.pt" for a, b in ((0, 3), (3, 7), (7, 10), (10, 14), (14, 18))]
+    grown, whole = rows_by_key(tmp_path / "run"), rows_by_key(tmp_path / "whole")
+    assert len(grown) == sum(len(load_pt(path)["original_indices"]) for path in stamps(tmp_path / "run"))  # none twice
+    assert grown.keys() == whole.keys()
+    for key, row in grown.items():
+        assert_same_value(row, whole[key], key, False)
+    assert json.loads((tmp_path / "run" / "swap" / "run.json").read_text())["row_ends"] == [3, 10, 14, 23]
+
+
+def test_a_run_that_was_killed_grows_too(model_dir, prompt_file, tmp_path, monkeypatch):
+    import batching
+
+    monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
+    assert run(model_dir, prompt_file, tmp_path / "run", "--max_samples", "10", "--shard", "0/2") == 0
+    assert run(model_dir, prompt_file, tmp_path / "run", "--max_samples", "17") == 0
+    assert run(model_dir, prompt_file, tmp_path / "whole", "--max_samples", "17") == 0
+    grown, whole = rows_by_key(tmp_path / "run"), rows_by_key(tmp_path / "whole")
+    assert grown.keys() == whole.keys()
+    assert {key: row["response"] for key, row in grown.items()} == {k: row["response"] for k, row in whole.items()}
+
+
+def test_a_prompt_file_may_get_rows_at_its_end_alone(model_dir, tmp_path, capsys):
+    path = write_prompts(tmp_path / "prompts.json", 9)
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps(rows[:6]))
+    for style in ("normal", "swap"):
+        assert run(model_dir, path, tmp_path / "run", "--prompt_keys", style) == 0
+    path.write_text(json.dumps(rows, indent=1))
+    assert run(model_dir, path, tmp_path / "run", "--prompt_keys", "normal") == 0
+    assert "swap has 6 samples, not 9: styles are compared on the rows that both have" in capsys.readouterr().err
+    assert run(model_dir, path, tmp_path / "run") == 0
+    assert [len(load_pt(one)["original_indices"]) for one in pt_files(tmp_path / "run" / "normal")] == [6, 3]
+    assert json.loads((tmp_path / "run" / "prompts.json").read_text()) == rows
+    for changed in (rows[:5] + rows[6:], rows[:8], [{**rows[0], "normal": "else"}, *rows[1:]]):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"holds a run of other prompts \(its 9 rows are not the first of"):
+            run(model_dir, path, tmp_path / "run")
+
+
+def test_a_run_under_the_old_task_rule_is_refused(model_dir, prompt_file, undisturbed, tmp_path):
+    import shutil
+
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for path in tmp_path.glob("run/*/run.json"):
+        path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 2'))
+    with pytest.raises(UserError, match="schema_version: 2 there, 3 now"):
+        run(model_dir, prompt_file, tmp_path / "run")
 
 
 def test_a_style_of_another_run_in_the_folder_is_refused(model_dir, prompt_file, tmp_path):

@@ -154,6 +154,14 @@ def test_settings_must_agree_and_environments_are_collected(tmp_path):
     assert '"torch": "2"' in text
 
 
+def test_unlike_settings_are_told_one_by_one(tmp_path):
+    begin_run(tmp_path, {"layers": (0, 1), "deep": {"a": 1, "b": {"c": [1, 2]}}, "text": "x" * 500 + " one"}, None)
+    with pytest.raises(UserError) as caught:
+        begin_run(tmp_path, {"layers": (0,), "deep": {"a": 1, "b": {}}, "text": "x" * 500 + "two"}, None)
+    told = f"(deep.b.c: [1, 2] there, None now; layers: [0, 1] there, [0] now; text: …{'x' * 20} one there, …"
+    assert f"{told}{'x' * 20}two now)" in str(caught.value)
+
+
 def fail_one(folder, index):
     record_failures(folder, "normal", [index], {index: (index, "no memory")})
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 3
 LAYER_NAME = re.compile(r"layer_\d+")
 PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
+GROWING = frozenset({"max_samples", "prompt_sha256"})  # may change while a run grows: `planned_ends` decides
 FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
 
 # Axis of a per-row tensor that holds the S prompt tokens, for every field that is padded inside a file. All other
@@ -276,15 +277,44 @@ def _style_of(folder: Path) -> str:
 # --- writing a run
 
 
+def planned_ends(folder: Path, rows: Sequence[Any], wanted: int) -> list[int]:
+    """How many of the prompt file's rows a style's run covered each time it was begun or grew, `wanted` the last.
+
+    A run never shrinks: where it has more rows than `wanted`, these are the last. Raises UserError where the rows that
+    it has are not the first ones of `rows`.
+    """
+    path = folder / "run.json"
+    known = read_json_file(path) if path.is_file() else {}
+    ends = list(known.get("row_ends", []))
+    if ends and rows_digest(rows[: ends[-1]]) != known.get("rows_sha256"):
+        raise UserError(
+            f"{folder}: holds a run of other prompts (its {ends[-1]} rows are not the first of this prompt file); "
+            "add rows at the end only, choose another --output_dir, or --overwrite"
+        )
+    return ends if ends and wanted <= ends[-1] else [*ends, wanted]
+
+
+def rows_digest(rows: Sequence[Any]) -> str:
+    """Hash of rows of a prompt file."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def begin_run(
-    folder: Path, settings: dict[str, Any], environment: dict[str, Any] | None, overwrite: bool = False
+    folder: Path,
+    settings: dict[str, Any],
+    environment: dict[str, Any] | None,
+    overwrite: bool = False,
+    ends: Sequence[int] = (),
+    rows: Sequence[Any] = (),
 ) -> None:
     """Write run.json, or check that the one there has the same settings. Raises UserError naming the difference.
 
-    `settings` decide the numbers and must agree; `environment` (versions, device) is recorded, a new one is appended.
+    `settings` decide the numbers and must agree, those of GROWING apart; `environment` (versions, device) is recorded,
+    a new one is appended (None: only check). `ends` is what `planned_ends` told for the prompt file's `rows`.
     """
     path = folder / "run.json"
     settings = json.loads(json.dumps(settings))  # as they will be read back
+    record = {"settings": settings, "row_ends": [*ends], "rows_sha256": rows_digest(rows[: ends[-1]]) if ends else None}
     with locked(folder):
         for name in ("run.json", "failures.csv", "prompts.json"):
             remove_leftovers(folder / name)
@@ -295,7 +325,7 @@ def begin_run(
                 raise UserError(
                     f"{folder}: holds .pt files of an unknown run; choose another --output_dir or --overwrite"
                 )
-            write_json(path, {"settings": settings, "environments": [environment] if environment else []})
+            write_json(path, {**record, "environments": [environment] if environment else []})
             return
         known = read_json_file(path)
         if found := differences(known.get("settings", {}), settings):
@@ -303,8 +333,14 @@ def begin_run(
                 f"{folder}: holds a run with other settings ({'; '.join(found)}); "
                 "use these settings, another --output_dir, or --overwrite"
             )
+        before = known.get("row_ends", [])
+        if before[: len(ends)] != [*ends][: len(before)]:
+            raise UserError(f"{folder}: another process has made this run larger meanwhile; give the command again")
+        new = {**known, **record} if len(ends) > len(before) else dict(known)
         if environment and environment not in known.get("environments", []):
-            write_json(path, {**known, "environments": [*known.get("environments", []), environment]})
+            new["environments"] = [*known.get("environments", []), environment]
+        if new != known and environment is not None:
+            write_json(path, new)
 
 
 def clear_run(folder: Path) -> None:
@@ -376,10 +412,26 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
-    return [
-        f"{key}: {one_line(str(known.get(key)), 80)} there, {one_line(str(wanted.get(key)), 80)} now" for key in keys
-    ]
+    """`generation.seed: 0 there, 1 now` of each setting that is not the same, those of GROWING apart."""
+    left, right = _flat(known), _flat(wanted)
+    keys = sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key) and key not in GROWING)
+    return [f"{key}: {' there, '.join(_unlike(str(left.get(key)), str(right.get(key))))} now" for key in keys]
+
+
+def _flat(settings: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return flat
+
+
+def _unlike(left: str, right: str) -> tuple[str, str]:
+    """The two texts on one line each, long ones from shortly before the place where they differ."""
+    if max(len(left), len(right)) > 80:
+        pairs = enumerate(zip(left, right, strict=False))
+        start = max(0, next((i for i, (a, b) in pairs if a != b), min(len(left), len(right))) - 20)
+        left, right = (("…" if start else "") + text[start:] for text in (left, right))
+    return one_line(left, 80), one_line(right, 80)
 
 
 # --- rows of a file, files of rows

@@ -36,6 +36,7 @@ from run_store import (
     differences,
     load_pt,
     locked,
+    planned_ends,
     read_json_file,
     record_failures,
     unpack_rows,
@@ -225,7 +226,7 @@ def model_settings(args: argparse.Namespace, config: Any) -> dict[str, Any]:
 
 
 def run_settings(
-    args: argparse.Namespace, prompts: PromptFile, style: StylePrompts, model: dict[str, Any]
+    args: argparse.Namespace, prompts: PromptFile, style: StylePrompts, model: dict[str, Any], rows: int
 ) -> dict[str, Any]:
     """`settings` of run.json: all that decides the content of the files, and nothing else."""
     generation = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed",
@@ -236,7 +237,7 @@ def run_settings(
         "style": style.style,
         **model,
         "prompt_sha256": prompts.sha256,
-        "max_samples": args.max_samples,
+        "max_samples": rows,
         "few_shot_text": args.few_shot,
         "apply_chat_template": args.apply_chat_template,
         "system_prompt": args.system_prompt,
@@ -284,6 +285,8 @@ class StyleJob:
     folder: Path
     settings: dict[str, Any]
     cost: RowCost
+    ends: list[int]  # see `planned_ends`
+    layout: list[range]  # of all files
     files: list[range]
     kept: set[int]  # positions whose rows incomplete files already hold
     windows: list[int]  # the layers' attention windows
@@ -302,25 +305,42 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
                nested: bool) -> StyleJob:  # fmt: skip
     """Tokenise a style, lay out its files, and find out which of this shard are done."""
     import torch
-    from batching import plan_files, row_cost
+    from batching import row_cost
     from capture import attention_windows
 
-    style = reader.style(style_name, args.max_samples)
+    folder = args.output_dir / style_name if nested else args.output_dir
+    wanted = min(args.max_samples or len(reader.file.rows), len(reader.file.rows))
+    ends = [wanted] if args.overwrite else planned_ends(folder, reader.file.rows, wanted)
+    if wanted < ends[-1]:
+        log.warning(f"{folder}: this run has {ends[-1]} samples and goes on with these, not with {wanted}")
+    style = reader.style(style_name, ends[-1])
     if style.unmatched:
         log.info(
             f"{style_name}: without {style.unmatched} of {style.unmatched + len(style.texts)} prompts, whose words "
             "cannot be cut into as many tokens as the style has"
         )
     tell_control_tokens(style)
-    folder = args.output_dir / style_name if nested else args.output_dir
     itemsize = getattr(torch, model["dtype"]).itemsize
     cost = row_cost(config, capture_options(args), len(style.names), len(style.pooled), itemsize)
     index, count = args.shard
     # Each style begins with another shard, else the only file of every small style fell to shard 0.
     first = [*reader.file.style_counts].index(matched_style(style_name) or style_name) + bool(matched_style(style_name))
-    files = [positions for i, positions in enumerate(plan_files(style.lengths, cost), first) if i % count == index]
-    settings = run_settings(args, reader.file, style, model)
-    return StyleJob(style, folder, settings, cost, files, set(), attention_windows(config))
+    layout = plan_layout(style, cost, ends)
+    files = [positions for i, positions in enumerate(layout, first) if i % count == index]
+    settings = run_settings(args, reader.file, style, model, ends[-1])
+    return StyleJob(style, folder, settings, cost, ends, layout, files, set(), attention_windows(config))
+
+
+def plan_layout(style: StylePrompts, cost: RowCost, ends: list[int]) -> list[range]:
+    """The positions of each file: a run that grew keeps the files it had, and its new rows lie in new ones."""
+    from batching import plan_files
+
+    files, start = [], 0
+    for end in ends:
+        stop = sum(index < end for index, _ in style.texts)
+        files += [range(start + p.start, start + p.stop) for p in plan_files(style.lengths[start:stop], cost)]
+        start = stop
+    return files
 
 
 def tell_control_tokens(style: StylePrompts) -> None:
@@ -517,10 +537,8 @@ def whole_text(tokenizer: Any, ids: list[int], response: Any) -> str:
 
 def normal_responses(normal: StyleJob, reader: PromptReader, generator: Any) -> Any:
     """For each row of a style: the token ids of the clean prompt's response, from disk where they are, else made."""
-    from batching import plan_files
-
     position_of = {index: p for p, (index, _) in enumerate(normal.style.texts)}
-    paths = {positions: normal.path(positions) for positions in plan_files(normal.style.lengths, normal.cost)}
+    paths = {positions: normal.path(positions) for positions in normal.layout}
     known: dict[int, list[int]] = {}
 
     def look_up(job: StyleJob, positions: list[int]) -> dict[int, list[int]]:
@@ -655,20 +673,20 @@ def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) 
     jobs = [plan_style(args, reader, style, config, model, nested) for style in styles]
     for job in jobs:
         if not args.overwrite:
-            check_same_run(job)
+            check_same_run(job, prompts)
             find_done(job)
     if nested:
-        check_siblings(args.output_dir, jobs)
+        check_siblings(args.output_dir, jobs, prompts)
     return jobs, reader
 
 
-def check_same_run(job: StyleJob) -> None:
+def check_same_run(job: StyleJob, prompts: PromptFile) -> None:
     """Refuse, before anything is loaded, a folder of another run."""
     if (job.folder / "run.json").is_file():
-        begin_run(job.folder, job.settings, None)
+        begin_run(job.folder, job.settings, None, ends=job.ends, rows=prompts.rows)
 
 
-def check_siblings(output_dir: Path, jobs: list[StyleJob]) -> None:
+def check_siblings(output_dir: Path, jobs: list[StyleJob], prompts: PromptFile) -> None:
     """Refuse a run folder whose other styles were made by another model, prompt file or settings."""
     own = {job.folder for job in jobs}
     wanted = _of_all_styles(json.loads(json.dumps(jobs[0].settings)))
@@ -680,6 +698,11 @@ def check_siblings(output_dir: Path, jobs: list[StyleJob]) -> None:
             raise UserError(
                 f"{path.parent}: a style of another run ({'; '.join(found)}); styles of one run are compared, "
                 "so use its settings or another --output_dir"
+            )
+        rows, own_rows = planned_ends(path.parent, prompts.rows, 0)[-1], jobs[0].ends[-1]
+        if rows != own_rows:
+            log.warning(
+                f"{path.parent.name} has {rows} samples, not {own_rows}: styles are compared on the rows that both have"
             )
 
 
@@ -708,7 +731,7 @@ def begin_all(
 ) -> None:
     """Write prompts.json and every style's run.json, or find them the same."""
     for job in jobs:
-        begin_run(job.folder, job.settings, where, args.overwrite)
+        begin_run(job.folder, job.settings, where or {}, args.overwrite, job.ends, prompts.rows)
         record_failures(job.folder, job.style.style, job.style.failures, job.style.failures)
         for positions in job.files:
             remove_leftovers(job.path(positions))
