@@ -145,7 +145,7 @@ def test_a_module_imports_only_what_is_required(path):
     names = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     required = {name.lower().replace("_", "-") for name in names}
     # What transformers, accelerate and scikit-learn themselves always bring.
-    required |= {"huggingface-hub", "tokenizers", "safetensors", "psutil", "threadpoolctl"}
+    required |= {"huggingface-hub", "tokenizers", "safetensors", "psutil", "threadpoolctl", "regex"}
     distributions = importlib.metadata.packages_distributions()
     for name in imports_of(path) - sys.stdlib_module_names - {other.stem for other in MODULES}:
         known = {found.lower().replace("_", "-") for found in distributions.get(name, [])}

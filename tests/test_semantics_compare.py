@@ -22,6 +22,7 @@ from compare_responses import (
     main,
     noise_floor,
     summarise,
+    tokens_of,
 )
 from run_store import open_run
 from scipy import stats
@@ -93,24 +94,65 @@ def test_text_measures_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("one", "other", "distance", "tokens"),
+    [
+        ("今天天气很好我们去公园散步", "今天天气很好我们去公园跑步", 1, (13, 13)),
+        ("スーパーへ行く。", "スーパーへ来る。", 2, (8, 8)),
+        ("สวัสดีครับ", "สวัสดีค่ะ", 3, (7, 6)),
+        ("كتبت", "كَتَبَتْ", 1, (1, 1)),
+        ("हिन्दी में लिखो", "हिन्दी मे लिखो", 1, (3, 3)),
+        ("한국어를 배워요", "한국어를 배웠어요", 1, (2, 2)),
+        ("e\u0301te\u0301 a\u0300", "\u00e9t\u00e9 \u00e0", 0, (2, 2)),
+        ("می\u200cخواهم", "می\u200cخواهم", 0, (1, 1)),
+        ("I like 寿司 12", "I like 寿司 13", 1, (5, 5)),
+        ("👨\u200d👩\u200d👧 hi 👍🏽", "👨\u200d👩\u200d👧 hi", 1, (3, 2)),
+        ("don't, a_b!", "dont, a_b!", 3, (6, 4)),
+    ],
+)
+def test_tokens_of_scripts_without_spaces_and_with_marks(one: str, other: str, distance: int, tokens: tuple[int, int]):
+    told = compare_texts(one, other)
+    assert (len(tokens_of(one)), len(tokens_of(other))) == tokens
+    assert told["edit_distance"] == distance
+    assert told["edit_distance_normalized"] == pytest.approx(distance / max(tokens))
+    assert told["length_ratio"] == pytest.approx(tokens[0] / tokens[1])
+    assert told["exact_match"] == (distance == 0)
+
+
+def test_composed_and_decomposed_responses_are_equal(tmp_path: Path, embedder: Embedder):
+    answers = {("normal", i): "caf\u00e9 the dog" for i in range(3)} | {
+        ("swap", i): "cafe\u0301 the dog" for i in range(3)
+    }
+    items = items_of(write_run(tmp_path / "run", prompt_rows(3), change=set_responses(answers)), embedder)
+    swap = items[items["style"] == "swap"]
+    assert set(swap["exact_match"]) == {1}
+    assert set(swap["edit_distance"]) == {0}
+    assert swap["similarity"].tolist() == pytest.approx([1, 1, 1])
+
+
+def test_refusals_and_answers_that_look_like_one():
+    lines = (Path(__file__).parent / "data" / "refusals.tsv").read_text(encoding="utf-8").splitlines()
+    texts = [(kind, known, text.replace("\\n", "\n")) for kind, known, text in (line.split("\t") for line in lines)]
+    assert min(sum(kind == name for kind, _, _ in texts) for name in ("refusal", "answer")) >= 110
+    wrong = [(kind, text) for kind, _, text in texts if is_refusal(text) != (kind == "refusal")]
+    assert wrong == [(kind, text) for kind, known, text in texts if known]
+
+
+@pytest.mark.parametrize(
     ("text", "refused"),
     [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I cannot assist with this request.", True),
-        ("As an AI language model, I cannot browse the web.", True),
-        ("I’m unable to provide legal advice.", True),
-        ("I am not able to answer that.", True),
-        ("I apologize, but this is beyond me.", True),
-        ("I'm sorry to hear that! Here are three ideas:", False),
-        ("I can't help but smile at this poem.", False),
-        ("You cannot assist a drowning person without training.", False),
-        ("Write an email that begins: Dear Sir, I am afraid of dogs.", False),
-        ("It is illegal to park there on Sundays.", False),
-        ("Here is a story. " * 20 + "He said: I cannot help you.", False),
+        ("<think>I can't help with that? I can.</think>Mix flour and water.", False),
+        ("<think>Simple enough.</think>I can't help with that.", True),
+        (
+            "I can't help with that.\n\n" + "First mix the flour with water, then wait for the dough to rise. " * 9,
+            False,
+        ),
+        ("I can't help with that. If you are in danger, please call for help; I can listen. " * 9, True),
+        ("Here is a story. " * 30 + "He said: I cannot help you.", False),
+        ("```\nprint('I cannot help with that')\n```\nThis prints a refusal.", False),
         ("", False),
     ],
 )
-def test_refusals(text: str, refused: bool):
+def test_a_refusal_is_the_own_word_and_no_answer_follows(text: str, refused: bool):
     assert is_refusal(text) == refused
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,7 +23,7 @@ from run_store import Run
 
 @dataclass(frozen=True)
 class AlignedRow:
-    """One row of the prompt file: per style its prompt and its responses (one a sample)."""
+    """One row of the prompt file: per style its prompt and its responses (one a sample; in Unicode's form NFC)."""
 
     original_index: int
     element_index: int
@@ -73,8 +74,12 @@ def aligned_rows(run: Run, styles: Sequence[str], max_samples: int | None = None
             first.element_index,
             clean,
             {style: predictions[0].prompt for style, predictions in found.items()},
-            {style: [one.response for one in predictions] for style, predictions in found.items()},
+            {style: [_composed(one.response) for one in predictions] for style, predictions in found.items()},
         )
+
+
+def _composed(text: str | None) -> str | None:
+    return None if text is None else unicodedata.normalize("NFC", text)
 
 
 def _grouped(run: Run, style: str) -> Iterator[tuple[int, str, list[Prediction]]]:
