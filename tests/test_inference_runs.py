@@ -598,7 +598,14 @@ def test_the_estimate_is_within_a_tenth_of_what_is_written(model_dir, tmp_path, 
         (["--num_samples", "3"], "greedy samples are all the same"),
         (["--task_regex", "("], "not a regular expression"),
         (["--output_dir", "/proc/nowhere"], "cannot write|choose another --output_dir"),
-        (["--model_name", "/no/such/model"], "no such model on the hub and no such folder"),
+        (["--model_name", "/no/such/model"], "/no/such/model: no such folder"),
+        (["--prompt_keys", "normal", "swpa"], r"no row has the key 'swpa'; did you mean swap\?; prompt keys there"),
+        (["--prompt_keys", "split@swp"], r"no row has the key 'swp'; did you mean swap\?"),
+        (["--neuron"], r"--neuron: there is no such flag; did you mean --neurons\?"),
+        (["--raw_layers", "0-5"], "--raw_layers 0-5: the model has layers 0 to 3"),
+        (["--raw_layers", "-5"], "--raw_layers -5: the model has layers 0 to 3"),
+        (["--raw_layers", "0", "last"], "--raw_layers last: give layer numbers, ranges"),
+        (["--raw_layers", "2-1"], "--raw_layers 2-1: the model has"),
         (["--prompt_file", "/no/such/file.json"], "no such file"),
         (["--batch_size", "0"], "give a number or auto"),
     ],
@@ -607,6 +614,74 @@ def test_mistakes_are_told_in_one_line(model_dir, prompt_file, tmp_path, more, m
     with pytest.raises(UserError, match=message) as caught:
         run(model_dir, prompt_file, tmp_path / "run", *more)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("all", (0, 1, 2, 3, 4)), ("0-2", (0, 1, 2)), ("-1", (4,)), ("-2 0 1-2 2", (0, 1, 2, 3)), ("none", ()),
+        ("0 5 10 15", (0,)), ("3", (3,)), ("4 all", (0, 1, 2, 3, 4)),
+    ],
+)  # fmt: skip
+def test_raw_layers_may_be_ranges_and_count_from_the_end(wanted, found):
+    needed = ["--model_name", "m", "--prompt_file", "p", "--output_dir", "o"]
+    args = attn_act_logi.parse_args([*needed, "--raw_layers", *wanted.split()])
+    assert attn_act_logi.raw_layers(args.raw_layers, 4) == found
+
+
+def test_a_model_folder_that_is_not_there_is_told_at_once_with_the_nearest(
+    model_dir, prompt_file, tmp_path, monkeypatch
+):
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: pytest.fail("asked the hub"))
+    (tmp_path / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    (tmp_path / "models" / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name, near in [
+        ("models/SmolLM", "; did you mean models/SmolLM2-135M-Instruct?"), ("models/smol", "did you mean models/Smol"),
+        ("models/SmolLM2-135M-Instrcut", "; did you mean models/SmolLM2-135M-Instruct?"),
+        ("models/gpt2", "models/gpt2: no such folder; models holds SmolLM2-135M-Instruct"),
+        ("./gpt2", "./gpt2: no such folder; check --model_name"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            run(name, prompt_file, tmp_path / "run")
+        assert near in str(caught.value)
+
+
+def test_a_file_where_a_folder_must_be_is_named(model_dir, prompt_file, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"taken: is a file, but a folder is to be made there"):
+        run(model_dir, prompt_file, tmp_path / "taken" / "run")
+
+
+def test_what_can_never_run_is_told_apart_from_what_is_tried_again(model_dir, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([{"normal": "2 + 2 ="}, {"normal": "long " * 300}, {"normal": "3 + 3 ="}]))
+    path.with_suffix(".txt").write_text("")
+    whole = decoding.Generator._prefill
+    monkeypatch.setattr(decoding.Generator, "_prefill", no_memory_for({2}, whole))
+    assert run(model_dir, path, tmp_path / "run") == 1
+    told = capsys.readouterr().err
+    assert "warning: normal: 1 prompts cannot be run with these settings (the first: " in told
+    assert "warning: normal: 1 prompts were not run; the same command tries them again" in told
+    monkeypatch.setattr(decoding.Generator, "_prefill", whole)
+    for _ in range(2):
+        assert run(model_dir, path, tmp_path / "run") == 1
+    told = capsys.readouterr().err
+    assert "nothing to do, all prompts that can be run are done" in told
+    assert "again" not in told
+
+
+def no_memory_for(rows: set[int], whole):
+    """Reads prompts as `whole` does, but for these rows, for which no memory is left."""
+
+    def prefill(generator, group):
+        if rows & {prompt.key for prompt in group}:
+            raise MemoryError
+        return whole(generator, group)
+
+    return prefill
 
 
 def test_several_styles_need_a_choice(model_dir, prompt_file, tmp_path):

@@ -203,7 +203,7 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("/no/such/folder", {}, "no such model on the hub and no such folder"),
+        ("/no/such/folder", {}, "/no/such/folder: no such folder"),
         ("tests", {}, "cannot be loaded|no such model"),
     ],
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import UserError
+from command_line import UserError, did_you_mean
 
 CLEAN_KEYS = ("normal", "instruction")
 RESERVED_KEYS = frozenset({"element_index", "answer", "task"})
@@ -60,7 +60,8 @@ class PromptFile:
         """
         if style not in self.style_counts:
             have = ", ".join(f"{key} ({count})" for key, count in self.style_counts.items()) or "none"
-            raise UserError(f"{self.path}: no row has the key {style!r}; prompt keys there: {have}")
+            near = did_you_mean(style, self.style_counts)
+            raise UserError(f"{self.path}: no row has the key {style!r}{near}; prompt keys there: {have}")
         bad = {(p.original_index, p.style) for p in self.problems}
         chosen = self.rows if max_samples is None else self.rows[:max_samples]
         return [

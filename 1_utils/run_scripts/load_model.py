@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def load_tokenizer(model_name: str, revision: str | None = None, trust_remote_co
     """
     from transformers import AutoTokenizer
 
+    _check_folder(model_name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, padding_side="left", **options)
@@ -48,6 +50,7 @@ def load_config(model_name: str, revision: str | None = None, trust_remote_code:
     """Config of a model, without its weights. Raises UserError as `load_model` does."""
     from transformers import AutoConfig
 
+    _check_folder(model_name)
     try:
         return AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -124,6 +127,23 @@ def model_fingerprint(model_name: str, config: Any) -> str:
         wanted = [p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model")]
         return fingerprint(wanted)
     return str(getattr(config, "_commit_hash", None) or "unknown")
+
+
+def _check_folder(model_name: str) -> None:
+    """Raise UserError at once where a name means a local folder that is not there, rather than ask the hub for it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(model_name).expanduser()
+    local = model_name.startswith((".", "/", "~")) or model_name.count("/") > 1
+    if folder.exists() or not (local or ("/" in model_name and folder.parent.is_dir())):
+        return
+    if not local and isinstance(try_to_load_from_cache(model_name, "config.json"), str):
+        return  # a hub id whose organisation is called like a folder here
+    there = [path.parent.name for path in folder.parent.glob("*/config.json")]
+    close = [name for name in there if folder.name.lower() in name.lower()] or get_close_matches(folder.name, there, 1)
+    near = f"{folder.parent} holds {', '.join(sorted(there)[:5])}" if there else "check --model_name"
+    near = f"did you mean {folder.parent / close[0]}?" if close else near
+    raise UserError(f"{model_name}: no such folder; {near}")
 
 
 def _told(error: Exception, model_name: str, part: str) -> UserError:

@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError, make_parser, run_main
+from file_output import gigabytes
 from load_json import PromptFile, read_prompt_file
 from run_store import load_pt, pt_files, read_failures, read_json_file, sort_styles
 
@@ -265,11 +266,6 @@ def span(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds // 60} min"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
-def gigabytes(size: int) -> str:
-    """A size in GB, or MB where it is small."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 # --- script

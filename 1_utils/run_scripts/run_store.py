@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import UserError, one_line
-from file_output import atomic_path, remove_leftovers, write_json
+from file_output import atomic_path, make_folder, remove_leftovers, write_json
 from load_json import CLEAN_KEYS
 from token_spans import matched_style
 
@@ -391,7 +391,7 @@ def read_failures(folder: Path) -> dict[int, tuple[Any, ...]]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: several processes (shards) may write run.json and failures.csv of one style."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         handle = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}; choose another --output_dir") from None

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -26,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from command_line import UserError, make_parser, run_main
-from file_output import atomic_path, remove_leftovers
+from command_line import UserError, make_parser, one_line, run_main
+from file_output import atomic_path, gigabytes, remove_leftovers
 from load_json import PromptFile, read_prompt_file
 from logger import get_logger
 from run_store import (
@@ -106,7 +107,8 @@ def _add_generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_capture_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("capture")
-    group.add_argument("--raw_layers", nargs="+", default=DEFAULT_RAW_LAYERS, help="layers kept raw, or none")
+    group.add_argument("--raw_layers", nargs="+", default=DEFAULT_RAW_LAYERS, help="layers kept raw, counted as in "
+                       "hidden_states (0: embeddings): numbers, ranges (0-5), -1 (the last), all, or none")  # fmt: skip
     group.add_argument("--topk_logits", type=int, default=10, help="next-token logits kept")
     group.add_argument("--topk_positions", choices=("last", "all"), default="last", help="of the prompt")
     group.add_argument("--neurons", action="store_true", help="MLP activations averaged over regions")
@@ -174,14 +176,19 @@ def raw_layers(wanted: Sequence[str], layers: int) -> tuple[int, ...]:
     """Layer numbers of `--raw_layers`; the default ones are cut to what the model has."""
     if list(wanted) == ["none"]:
         return ()
-    if not all(text.isdigit() for text in wanted):
-        raise UserError(f"--raw_layers {' '.join(wanted)}: give layer numbers, or none")
-    numbers = tuple(sorted({int(text) for text in wanted}))
     if tuple(wanted) == DEFAULT_RAW_LAYERS:
-        return tuple(number for number in numbers if number < layers)
-    if numbers[-1] > layers:
-        raise UserError(f"--raw_layers {numbers[-1]}: the model has layers 0 to {layers}; choose among these")
-    return numbers
+        return tuple(number for number in map(int, wanted) if number < layers)
+    numbers: set[int] = set()
+    for text in wanted:
+        found = re.fullmatch(r"(-?\d+)(?:-(\d+))?", f"0-{layers}" if text == "all" else text)
+        if found is None:
+            raise UserError(f"--raw_layers {text}: give layer numbers, ranges (0-5), -1 for the last, all, or none")
+        first = int(found[1]) + (layers + 1 if found[1].startswith("-") else 0)
+        last = int(found[2] or first)
+        if not 0 <= first <= last <= layers:
+            raise UserError(f"--raw_layers {text}: the model has layers 0 to {layers}; choose among these")
+        numbers |= {*range(first, last + 1)}
+    return tuple(sorted(numbers))
 
 
 def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
@@ -316,8 +323,8 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
     style = reader.style(style_name, ends[-1])
     if style.unmatched:
         log.info(
-            f"{style_name}: without {style.unmatched} of {style.unmatched + len(style.texts)} prompts, whose words "
-            "cannot be cut into as many tokens as the style has"
+            f"{style_name}: {style.unmatched} of {style.unmatched + len(style.texts)} prompts are left out: the words "
+            "of their clean form cannot be cut into as many tokens as the typo has"
         )
     tell_control_tokens(style)
     itemsize = getattr(torch, model["dtype"]).itemsize
@@ -400,10 +407,11 @@ def preflight(jobs: list[StyleJob], output_dir: Path, force: bool) -> int:
 
     wanted = sum(file_bytes(positions, job.style.lengths, job.cost) for job in jobs for positions in job.files)
     free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.resolve().parents) if p.exists())).free
-    log.info(f"about {wanted / 1e6:,.0f} MB will be written to {output_dir} ({free / 1e9:,.1f} GB free)")
+    if wanted:
+        log.info(f"about {gigabytes(wanted)} will be written to {output_dir} ({gigabytes(free)} free)")
     if wanted > free and not force:
         raise UserError(
-            f"{output_dir}: the run needs about {wanted / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB; free space, "
+            f"{output_dir}: the run needs about {gigabytes(wanted)}, the disk has {gigabytes(free)} free; free space, "
             "use --raw_layers none, or --force"
         )
     return wanted
@@ -600,7 +608,7 @@ def run_jobs(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReade
         stop.restore()
         writer.close()
     if generator.prefill_tokens:
-        log.info(f"read {generator.prefill_tokens:,} tokens for prompts of {generator.prompt_tokens:,} tokens in all")
+        log.debug(f"read {generator.prefill_tokens:,} tokens for prompts of {generator.prompt_tokens:,} tokens in all")
     return stop.asked
 
 
@@ -635,10 +643,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     prompts = read_prompt_file(args.prompt_file)
     styles = chosen_styles(prompts, args.prompt_keys)
-    for problem in prompts.problems[:20]:
-        log.warning(f"{prompts.path}: {problem}")
-    if len(prompts.problems) > 20:
-        log.warning(f"{prompts.path}: and {len(prompts.problems) - 20} more such problems")
+    for number, problem in enumerate(prompts.problems):
+        (log.warning if number < 3 else log.debug)(f"{prompts.path}: {problem}")
+    if len(prompts.problems) > 3:
+        log.warning(f"{prompts.path}: {len(prompts.problems)} such problems in all; --verbose lists them")
     jobs, reader = plan_jobs(args, prompts, styles)
     todo = [job for job in jobs if job.files]
     with locked(args.output_dir):  # a folder that cannot be written is told now, not after an hour
@@ -649,7 +657,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = load_and_run(args, jobs, reader)
     else:
         begin_all(args, jobs, None, prompts)
-        log.info(f"{args.output_dir}: all prompts of this run are done")
+        log.info(f"{args.output_dir}: nothing to do, all prompts that can be run are done")
     failed = report_failures(jobs)
     return EXIT_STOPPED if stopped else failed  # a stopped run is not over, whatever failed so far
 
@@ -744,16 +752,25 @@ def begin_all(
 
 
 def report_failures(jobs: list[StyleJob]) -> int:
-    """1 where prompts of any style failed, else 0; says where to look."""
+    """1 where prompts of any style failed, else 0; says where to look, and which ones are tried again."""
     from run_store import read_failures
 
-    failed = {job.folder: len(read_failures(job.folder)) for job in jobs}
-    for folder, count in failed.items():
-        if count:
+    failed = False
+    for job in jobs:
+        lines = read_failures(job.folder)
+        never = [lines[index] for index in sorted(lines) if index in job.style.failures]
+        again, where = len(lines) - len(never), job.folder / "failures.csv"
+        if never:
+            first = f"the first: {one_line(never[0][-1], 200)}"
             log.warning(
-                f"{count} prompts were not run: see {folder / 'failures.csv'}; the same command tries them again"
+                f"{job.style.style}: {len(never)} prompts cannot be run with these settings ({first}); see {where}"
             )
-    return int(any(failed.values()))
+        if again:
+            log.warning(
+                f"{job.style.style}: {again} prompts were not run; the same command tries them again; see {where}"
+            )
+        failed = failed or bool(lines)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ class _Pass:
         if kwargs.get("position_bias") is not None:
             raise UserError(
                 "raw layers and entropy of attention with a position bias need --attn_implementation eager; "
-                "or run with --raw_layers none and without --attention_entropy"
+                "or run with --raw_layers none and without --entropy"
             )
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
