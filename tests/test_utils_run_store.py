@@ -196,7 +196,7 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
     import pandas as pd
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="file: is a file, but a folder is to be made there"):
         write_csv(tmp_path / "file" / "table.csv", pd.DataFrame({"a": [1]}))
 
 
