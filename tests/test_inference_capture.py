@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import deque
 
 import pytest
 import tiny_models
@@ -267,3 +269,35 @@ def test_mass_over_disjoint_regions_is_one(tmp_path):
     for result in results:
         whole = result.fields["span_mass"].float()[:, :, 0, disjoint].sum(-1)
         torch.testing.assert_close(whole, torch.ones_like(whole), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("typed", ["", "</s>"])
+def test_an_end_of_text_that_the_tokenizer_puts_after_a_prompt_is_dropped(tmp_path, typed):
+    from tokenizers.processors import TemplateProcessing
+
+    adding = copy.deepcopy(tiny_models.tokenizer())
+    adding.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s> </s>", None, [("<s>", 1), ("</s>", 2)])
+    assert adding("Sum: 1")["input_ids"][-2:] == [2, 2]
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps([{"normal": f"Sum: 1 + 1{typed}"}]), encoding="utf-8")
+    reader = PromptReader(read_prompt_file(path), adding, Rendering(), 200, None)
+    style = reader.style("normal")
+    prompt = reader.prompt(style, 0)
+    usual = PromptReader(read_prompt_file(path), tiny_models.tokenizer(), Rendering(), 200, None)
+    plain = usual.prompt(usual.style("normal"), 0).input_ids  # what the user typed stays
+    assert plain[-1] != 2
+    assert prompt.input_ids == [1, *plain]
+    assert style.lengths == [len(plain) + 1]
+    last = prompt.region_mask[:, style.names.index("last")]
+    assert last.nonzero().tolist() == [[len(plain)]]
+    assert prompt.region_mask[-1, style.names.index("task")]
+
+
+def test_prompts_of_equal_length_share_a_batch_and_no_others_join():
+    lengths = [9, 9, 9, 7, 5, 5]
+    waiting = deque(Prompt(key, [4] * length, torch.ones(length, 1)) for key, length in enumerate(lengths))
+    limit, groups = BatchLimit(2, equal_lengths=True), []
+    while waiting:
+        groups.append([prompt.key for prompt in limit.next_group(waiting, 0)])
+        assert not limit.may_join(1, len(waiting))
+    assert groups == [[0, 1], [2], [3], [4, 5]]

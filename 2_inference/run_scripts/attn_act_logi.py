@@ -46,6 +46,7 @@ from token_spans import MATCHED, matched_style
 
 if TYPE_CHECKING:
     from batching import RowCost
+    from model_check import Batching
     from prompt_reader import PromptReader, StylePrompts
 
 DEFAULT_RAW_LAYERS = ("0", "5", "10", "15")
@@ -576,7 +577,9 @@ def normal_responses(normal: StyleJob, reader: PromptReader, generator: Any) -> 
     return look_up
 
 
-def run_jobs(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any) -> bool:
+def run_jobs(
+    args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any, batching: Batching
+) -> bool:
     """Run all styles with one loaded model. Returns whether a signal stopped the run."""
     from background_writer import BackgroundWriter
     from batching import batch_limit
@@ -585,18 +588,17 @@ def run_jobs(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReade
     from tqdm import tqdm
 
     recorder = Recorder(model, capture_options(args))
-    longest = max((max(job.style.lengths, default=0) for job in jobs), default=0) + args.max_new_tokens
-    alone = positions_depend_on_the_batch(model.config, longest)
-    batch_size = "1" if alone else args.batch_size
-    limit = batch_limit(batch_size, model, jobs[0].cost, args.num_samples, args.max_new_tokens)
+    batch_size = "1" if batching.rows == "alone" else args.batch_size
+    limit = batch_limit(
+        batch_size, model, jobs[0].cost, args.num_samples, args.max_new_tokens, batching.rows == "equal"
+    )
     generator = Generator(model, reader.tokenizer, recorder, generation_options(args, model, reader.tokenizer), limit)
-    no_prefix = args.no_prefix_reuse or alone
     writer, stop = BackgroundWriter(), Stop()
     generator.stop = stop
     clean = next((job for job in jobs if job.style.style == reader.file.clean_key), None)
     forced = normal_responses(clean, reader, generator) if args.response_logprobs and clean else None
     try:
-        generator.set_prefix([] if no_prefix else usable_prefix(reader, model.config, longest))
+        generator.set_prefix(reader.shared_prefix() if batching.prefix else [])
         with tqdm(total=sum(job.missing for job in jobs), unit="prompt", dynamic_ncols=True) as bar:
             for job in jobs:
                 bar.set_description(job.style.style)
@@ -612,30 +614,35 @@ def run_jobs(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReade
     return stop.asked
 
 
-def usable_prefix(reader: PromptReader, config: Any, longest: int) -> list[int]:
-    """The shared prefix, unless a sliding window is shorter than the longest text.
+def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any) -> Batching:
+    """How prompts may share a batch (see `check_model`). Raises UserError where the model cannot be captured."""
+    from model_check import Batching, check_model, positions_follow_the_longest_row
+
+    first = next(job for job in jobs if job.style.texts)
+    lengths = first.style.lengths
+    other = next((p for p, length in enumerate(lengths) if length != lengths[0]), 0)
+    longest = max(max(job.style.lengths, default=0) for job in jobs) + args.max_new_tokens
+    uneven = positions_follow_the_longest_row(model.config, longest)
+    rows = "alone" if args.batch_size == "1" else "equal" if uneven else "padded"
+    prefix = not args.no_prefix_reuse and not uneven and prefix_is_usable(reader, model.config, longest)
+    ids = [reader.prompt(first.style, position).input_ids for position in (0, other)]
+    wanted = Batching(rows, prefix)
+    found = check_model(model, reader.tokenizer, capture_options(args), ids, wanted, args.max_new_tokens)
+    if rows != "alone" and (uneven or found.rows != rows):
+        how = "only prompts of equal length share a batch" if found.rows == "equal" else "prompts are run one by one"
+        log.info(f"in a padded batch this model's numbers would be others: {how}")
+    return found
+
+
+def prefix_is_usable(reader: PromptReader, config: Any, longest: int) -> bool:
+    """Whether a shared prefix may be read once: no sliding window is shorter than the longest text.
 
     A padded prompt has its padding between the prefix and its own tokens, so a window would reach less far.
     """
     from capture import attention_windows
 
     reaches = all(window == 0 or 2 * longest <= window for window in attention_windows(config))
-    return reader.shared_prefix() if reaches else []
-
-
-def positions_depend_on_the_batch(config: Any, longest: int) -> bool:
-    """True where rotary embeddings are chosen by the longest row (longrope, dynamic NTK): rows must then run alone."""
-    config = config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if one.get("rope_type", one.get("type")) in ("longrope", "dynamic"):
-            original = one.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            if longest > (original or config.max_position_embeddings):
-                log.info("this model's positions depend on the longest row of a batch: prompts are run one by one")
-                return True
-    return False
+    return reaches and bool(reader.shared_prefix())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -664,13 +671,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) -> tuple[list[StyleJob], PromptReader]:
     """The jobs of all styles, from config and tokenizer alone (no weights yet)."""
+    from batching import attention_layers
     from load_model import load_config, load_tokenizer
     from prompt_reader import PromptReader, Rendering, longest_prompt, read_few_shot
     from token_spans import template_text
 
     config = load_config(args.model_name, args.revision, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model_name, args.revision, args.trust_remote_code)
-    args.raw_layers = raw_layers(args.raw_layers, config.get_text_config(decoder=True).num_hidden_layers)
+    args.raw_layers = raw_layers(args.raw_layers, attention_layers(config))
     args.few_shot = read_few_shot(args.few_shot_file)
     rendering = Rendering(args.few_shot, args.apply_chat_template, args.system_prompt, args.task_regex)
     args.template_text = template_text(tokenizer, args.system_prompt) if args.apply_chat_template else None
@@ -729,9 +737,10 @@ def load_and_run(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptR
     )
     kept = bool(args.raw_layers) and keep_heap(model.device)
     with onednn_linears(model) as linears:
-        where = environment(args, model) | {"heap_kept": kept, "onednn_linears": linears}
+        batching = checked_batching(args, jobs, reader, model)
+        where = environment(args, model) | {"heap_kept": kept, "onednn_linears": linears, "batches": batching.rows}
         begin_all(args, jobs, where, reader.file)
-        return run_jobs(args, jobs, reader, model)
+        return run_jobs(args, jobs, reader, model, batching)
 
 
 def begin_all(

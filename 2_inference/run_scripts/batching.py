@@ -66,21 +66,43 @@ class RowCost:
         )
 
 
-def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, itemsize: int) -> RowCost:
-    """Cost of a row from a model's config alone, before its weights are loaded."""
+def attention_layers(config: Any) -> int:
+    """Number of layers. Raises UserError where they are not known, or not all of them have attention."""
     config = config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ())
-    if not hasattr(config, "num_attention_heads") or any("attention" not in kind or "linear" in kind for kind in kinds):
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not layers or not _largest(config, "num_attention_heads") or any(
+        "attention" not in kind or "linear" in kind for kind in kinds
+    ):  # fmt: skip
         raise UserError(
-            f"{config.model_type}: not all its layers have attention, so it cannot be captured; choose another"
+            f"{config.model_type}: not all its layers have attention, so it cannot be captured; choose another model"
         )
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
-    layers, hidden = config.num_hidden_layers, config.hidden_size
+    return int(layers)
+
+
+def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, itemsize: int) -> RowCost:
+    """Cost of a row from a model's config alone, before its weights are loaded."""
+    layers = attention_layers(config)
+    config = config.get_text_config(decoder=True)
+    inner = _largest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
+    hidden = config.hidden_size
     states = len(set(options.raw_layers))
     maps = sum(layer < layers for layer in set(options.raw_layers))
-    return RowCost(
-        layers, config.num_attention_heads, hidden, inner, regions, pooled, itemsize, states, maps, options
-    )  # fmt: skip
+    heads = _largest(config, "num_attention_heads")
+    return RowCost(layers, heads, hidden, inner, regions, pooled, itemsize, states, maps, options)
+
+
+def _largest(config: Any, *names: str) -> int:
+    """The first of these settings that a config has, over its layers where it differs between them; 0: none."""
+    for one in (config, *(getattr(config, "per_layer_config", None) or ())):
+        for name in names:
+            try:
+                value = getattr(one, name, None)
+            except RuntimeError:  # transformers refuses to read a setting of single layers here
+                continue
+            if value:
+                return int(max(value) if isinstance(value, list | tuple) else value)
+    return 0
 
 
 def plan_files(lengths: Sequence[int], cost: RowCost) -> list[range]:
@@ -135,16 +157,27 @@ class MemoryModel:
 
 
 class BatchLimit:
-    """How many rows may run together: the number given, or what memory takes (`memory`), learning from shortage."""
+    """How many rows may run together: the number given, or what memory takes (`memory`), learning from shortage.
 
-    def __init__(self, rows: int, memory: MemoryModel | None = None, samples: int = 1, new_tokens: int = 0):
+    `equal_lengths`: prompts of one length only, so that no row is padded.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        memory: MemoryModel | None = None,
+        samples: int = 1,
+        new_tokens: int = 0,
+        equal_lengths: bool = False,
+    ):
         self.most = self.rows = rows
+        self.equal_lengths = equal_lengths
         self.memory, self.samples, self.new_tokens = memory, samples, new_tokens
         self.calm_steps = 0
 
     def may_join(self, running: int, waiting: int) -> bool:
         """Whether it is time to read more prompts: half the batch is free (joining copies the cache once)."""
-        return waiting > 0 and (running == 0 or 2 * running <= self.rows)
+        return waiting > 0 and (running == 0 or (2 * running <= self.rows and not self.equal_lengths))
 
     def next_group(self, waiting: deque[Prompt], running: int) -> list[Prompt]:
         """Take from `waiting` what may run together now; at least one."""
@@ -154,7 +187,8 @@ class BatchLimit:
             longest = max(longest, len(waiting[0].input_ids))
             rows = running + (len(group) + 1) * self.samples
             fits = self.memory is None or self.memory.fits(rows, longest, self.new_tokens)
-            if group and (rows > self.rows or not fits):
+            other = self.equal_lengths and group and len(waiting[0].input_ids) != len(group[0].input_ids)
+            if group and (rows > self.rows or not fits or other):
                 break
             group.append(waiting.popleft())
         return group
@@ -172,19 +206,21 @@ class BatchLimit:
             self.calm_steps = 0
 
 
-def batch_limit(batch_size: str, model: Any, cost: RowCost, samples: int, new_tokens: int) -> BatchLimit:
+def batch_limit(
+    batch_size: str, model: Any, cost: RowCost, samples: int, new_tokens: int, equal_lengths: bool = False
+) -> BatchLimit:
     """The limit for `--batch_size` (a number or `auto`), from the memory that is free now."""
     if batch_size != "auto":
-        return BatchLimit(int(batch_size), None, samples, new_tokens)
+        return BatchLimit(int(batch_size), None, samples, new_tokens, equal_lengths)
     rows = CPU_ROWS if model.device.type == "cpu" else GPU_ROWS
-    return BatchLimit(rows, memory_model(model, cost), samples, new_tokens)
+    return BatchLimit(rows, memory_model(model, cost), samples, new_tokens, equal_lengths)
 
 
 def memory_model(model: Any, cost: RowCost) -> MemoryModel:
     """What a batch of this model takes of the memory that is free now."""
     config = model.config.get_text_config(decoder=True)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = _largest(config, "head_dim") or cost.hidden // cost.heads
+    kv_heads = _largest(config, "num_key_value_heads") or cost.heads
     # Joining two batches holds their cache twice. Reading a prompt holds a few states and the MLP's inner ones at
     # once, in float32 where they are averaged, and the raw states and maps of every raw layer.
     cache = 2 * 2 * cost.layers * kv_heads * head_size * cost.itemsize

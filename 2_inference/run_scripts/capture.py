@@ -213,6 +213,8 @@ class _Pass:
         return self._moved[key]
 
     def add_state(self, layer: int, state: torch.Tensor) -> None:
+        if state.dim() != 3 or state.shape[1] != self.num_queries:
+            raise cannot_capture(f"the states of layer {layer} are {[*state.shape]} for {self.num_queries} tokens")
         self.hidden[layer] = torch.bmm(self.on(self.pools, state), state.float())
         if layer in self.recorder.raw_layers:
             self.states[layer] = state.detach()
@@ -226,7 +228,11 @@ class _Pass:
     def attend(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """The layer's attention output; the mass of its queries on the regions is kept."""
-        layer = module.layer_idx
+        layer, (keys, regions) = module.layer_idx, self.keys.shape[1:]
+        if q.dim() != 4 or q.shape[2] != self.num_queries or k.shape[2] != keys:
+            raise cannot_capture(f"layer {layer} attends from {[*q.shape]} to {[*k.shape]} over {keys} tokens")
+        if layer in self.mass:
+            raise cannot_capture(f"layer {layer} attends more than once")
         if kwargs.get("scaling") is None:
             kwargs["scaling"] = q.shape[-1] ** -0.5  # before the heads are widened
         wants_map = layer in self.recorder.raw_layers and layer < self.recorder.num_layers
@@ -234,7 +240,7 @@ class _Pass:
             output, mass = self._by_map(delegate, module, q, k, v, mask, keep_map=wants_map, **kwargs)
         else:
             output, mass = self._by_values(delegate, module, q, k, v, mask, **kwargs)
-        batch, queries, heads, regions = mass.shape
+        batch, queries, heads, _ = mass.shape
         sums = torch.bmm(self.on(self.queries, mass), mass.float().reshape(batch, queries, heads * regions))
         self.mass[layer] = sums.view(batch, -1, heads, regions).transpose(1, 2)
         return output, None
@@ -263,7 +269,8 @@ class _Pass:
         keys, size = k.shape[2], v.shape[-1]
         eager = self.recorder.base_attention == "eager"
         regions = self.on(self.keys, v, v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)
-        wide = torch.cat([v, regions], dim=-1)  # one product gives the output and the mass
+        ones = v.new_ones(*v.shape[:-1], 1)
+        wide = torch.cat([v, regions, ones], dim=-1)  # one product gives the output, the mass, and the sum of the mass
         whole = q.new_empty(batch, queries, heads, wide.shape[-1])
         kept = q.new_zeros(batch, heads, queries, keys) if keep_map else None
         entropy = q.new_empty(batch, heads, queries, dtype=torch.float32) if self.options.entropy else None
@@ -276,16 +283,18 @@ class _Pass:
             whole[:, block], probs = self._eager(
                 delegate, module, q[:, :, block], k[:, :, visible], wide[:, :, visible], seen, **kwargs
             )
+            sink = kwargs.get("s_aux", kwargs.get("sinks")) is not None
+            shares = _shares(probs) if sink else probs.float()
             if entropy is not None:
-                entropy[:, :, block] = self._relative_entropy(probs.float(), seen)
-            if kept is not None:
-                kept[:, :, block, visible] = probs
+                entropy[:, :, block] = self._relative_entropy(shares, seen)
+            if kept is not None:  # some eager functions take out the sink's share after the softmax
+                kept[:, :, block, visible] = shares * whole[:, block, :, -1:].transpose(1, 2) if sink else probs
         if entropy is not None:
             weights = self.on(self.queries, q)[:, None]  # [B, 1, Q, S]
             self.entropy[module.layer_idx] = (weights @ entropy[..., None])[..., 0]
         if kept is not None:
             self.maps[module.layer_idx] = kept
-        return whole[..., :size].contiguous(), whole[..., size:]
+        return whole[..., :size].contiguous(), whole[..., size:-1]
 
     def _eager(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -361,10 +370,12 @@ class _Pass:
         layers = range(self.recorder.num_layers)
         if set(self.mass) != set(layers):
             missing = next(layer for layer in layers if layer not in self.mass)
-            raise UserError(
-                f"layer {missing} of {type(self.recorder.model).__name__} does not use transformers' attention "
-                "interface, so its attention cannot be captured; choose another model"
-            )
+            raise cannot_capture(f"layer {missing} does not use transformers' attention interface")
+        if len({len(neurons[0, 0]) for neurons in self.neurons.values()}) > 1:
+            raise UserError("--neurons: the MLPs of this model's layers differ in size; run without it")
+        for what, tensors, axis in (("hidden size", self.hidden, -1), ("number of heads", self.mass, 1)):
+            if len(sizes := {tensor.shape[axis] for tensor in tensors.values()}) > 1:
+                raise cannot_capture(f"the {what} differs between layers: {', '.join(map(str, sorted(sizes)))}")
         return Capture(
             num_queries=self.num_queries,
             mass=copies.stack([self.mass[layer] for layer in layers]),
@@ -375,6 +386,17 @@ class _Pass:
             maps={layer: copies.copy(probs) for layer, probs in self.maps.items()},
             copies=copies,
         )
+
+
+def cannot_capture(what: str) -> UserError:
+    """The one line for a model of another kind."""
+    return UserError(f"this model's attention cannot be captured: {what}; choose another model")
+
+
+def _shares(probs: torch.Tensor) -> torch.Tensor:
+    """Attention as shares of what reaches the keys: it sums to 1 where a sink takes a part, too. [B,H,S,Sk] float32."""
+    probs = probs.float()
+    return probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _visible_keys(mask: torch.Tensor | None, keys: int) -> slice:
@@ -541,9 +563,9 @@ def find_layers(model: Any) -> tuple[torch.nn.Module, list[torch.nn.Module]]:
     """The module whose output is the last hidden state, and its decoder layers in order."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    for backbone in (decoder, model.base_model):
+    for backbone in (decoder, model.base_model, *model.modules()):
         for child in backbone.children() if backbone is not None else ():
-            if backbone is not None and isinstance(child, torch.nn.ModuleList) and len(child) == count:
+            if isinstance(child, torch.nn.ModuleList) and len(child) == count:
                 return backbone, list(child)
     raise UserError(f"{type(model).__name__} keeps its layers where they cannot be found; choose another model")
 
@@ -596,7 +618,7 @@ def install_attention(model: Any) -> str:
 
 def _recording_attention(base: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
     def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if base == "eager":
             delegate = sys.modules[type(module).__module__].eager_attention_forward
@@ -606,8 +628,8 @@ def _recording_attention(base: str, function: Callable[..., Any] | None = None) 
         if base in RENAMED or recorder is not None:
             kwargs.pop("output_attentions", None)
         if recorder is None:
-            return delegate(module, query, key, value, mask, **kwargs)
-        return recorder._current.attend(delegate, module, query, key, value, mask, **kwargs)
+            return delegate(module, query, key, value, attention_mask, **kwargs)
+        return recorder._current.attend(delegate, module, query, key, value, attention_mask, **kwargs)
 
     attention.records = base  # type: ignore[attr-defined]
     return attention

@@ -129,13 +129,18 @@ def new_cache(layers: int, source: Any = None, batch: int = 1) -> Any:
     cache: Any = Cache(layers=[GrowingLayer() for _ in range(layers)])
     if source is not None:
         for layer, given in zip(cache.layers, source.layers, strict=True):
-            layer.replace(given.keys.expand(batch, -1, -1, -1), given.values.expand(batch, -1, -1, -1))
+            if given.is_initialized:
+                layer.replace(given.keys.expand(batch, -1, -1, -1), given.values.expand(batch, -1, -1, -1))
     return cache
+
+
+def _filled(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if layer.is_initialized]  # some models' last layers read another's keys
 
 
 def select_rows(cache: Any, rows: torch.Tensor, drop: int = 0, repeats: int = 1) -> None:
     """Keep these rows, each `repeats` times, without their first `drop` positions."""
-    for layer in cache.layers:
+    for layer in _filled(cache):
         index = rows.to(layer.keys.device).repeat_interleave(repeats)
         layer.replace(layer.keys[:, :, drop:].index_select(0, index), layer.values[:, :, drop:].index_select(0, index))
 
@@ -143,7 +148,7 @@ def select_rows(cache: Any, rows: torch.Tensor, drop: int = 0, repeats: int = 1)
 def join_rows(cache: Any, other: Any) -> None:
     """Add the rows of `other` below those of `cache`; the shorter ones get masked positions on the left."""
     length = max(cache.get_seq_length(), other.get_seq_length())
-    for layer, added in zip(cache.layers, other.layers, strict=True):
+    for layer, added in zip(_filled(cache), _filled(other), strict=True):
         layer.replace(_stacked(layer.keys, added.keys, length), _stacked(layer.values, added.values, length))
 
 
@@ -429,7 +434,8 @@ class Generator:
         if width > 1:  # teacher forcing: position i predicts token i + 1
             fork = new_cache(self.recorder.num_layers)
             for layer, given in zip(fork.layers, cache.layers, strict=True):
-                layer.replace(given.keys, given.values)
+                if given.is_initialized:
+                    layer.replace(given.keys, given.values)
             grown = torch.cat([mask, mask.new_ones(len(group), width - 1)], dim=1)
             later = self._forward(ids[:, :-1], grown, fork, keep=width - 1)
             total = torch.cat([first, later.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]], dim=1)
@@ -446,7 +452,8 @@ class Generator:
         if "position_ids" in self.accepts:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self.accepts:
-            inputs["logits_to_keep"] = keep
+            # Told by a number, some models leave the other positions out of their last layers.
+            inputs["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1]) if ids.shape[1] > 1 else keep
         return self.model(**inputs, use_cache=True).logits[:, -keep:]
 
     def _step(self, active: _Active) -> _Active | None:

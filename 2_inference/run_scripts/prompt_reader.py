@@ -200,10 +200,15 @@ class PromptReader:
             rendered.text,
             add_special_tokens=not rendered.has_special_tokens,
             return_offsets_mapping=True,
+            return_special_tokens_mask=True,
             truncation=False,
         )
-        read = _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text)
-        return self._without_control_tokens(read)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        # An end-of-text token that the tokenizer puts after a prompt would end it before the answer.
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+        while len(ids) > 1 and encoded["special_tokens_mask"][len(ids) - 1] and ids[-1] in ends:
+            ids, offsets = ids[:-1], offsets[:-1]
+        return self._without_control_tokens(_ReadPrompt(rendered, ids, offsets, text))
 
     def _without_control_tokens(self, read: _ReadPrompt) -> _ReadPrompt:
         """The prompt with each control token of its own text as the tokens of plain text, where the vocabulary can."""
@@ -257,7 +262,7 @@ def longest_prompt(config: Any, max_new_tokens: int) -> int:
     """Tokens of a prompt that still leave room for the response in the model's context."""
     text_config = config.get_text_config(decoder=True)
     limits: Iterable[Any] = (getattr(text_config, name, None) for name in ("max_position_embeddings", "n_positions"))
-    context = next((limit for limit in limits if limit), 1 << 20)
+    context = next((limit for limit in limits if limit and limit > 0), 1 << 20)  # XLNet's is -1: no limit
     if context <= max_new_tokens:
         raise UserError(f"--max_new_tokens {max_new_tokens}: the model's context is {context} tokens; ask for fewer")
     return int(context) - max_new_tokens

@@ -1,0 +1,185 @@
+"""A check before a run: does what is captured from this model equal an eager pass, and may its prompts share a batch?
+
+It reads two short pieces of the run's own prompts. The shorter one is captured alone and compared with transformers'
+eager attentions and hidden states. Then both are captured together, as the run would do it: padded, else prompts of
+equal length, else one by one. So a model of an unknown kind is refused in one line, or run as it can be.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+
+import torch
+from batching import BatchLimit
+from capture import PREFIX_REGIONS, CaptureOptions, Recorder, cannot_capture
+from command_line import UserError, one_line
+from decoding import GenerationOptions, Generator, Prompt, Result
+
+LONG, SHORT, SHARED = 24, 12, 4  # tokens of the two pieces, and those that both begin with
+STEPS = 3  # tokens of a response
+MODES = ("padded", "equal", "alone")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Prompts share a pass `padded`, of `equal` length only, or are `alone`; and whether a prefix is read once."""
+
+    rows: str = "padded"
+    prefix: bool = True
+
+
+def check_model(model: Any, tokenizer: Any, options: CaptureOptions, ids: Sequence[list[int]], wanted: Batching,
+                new_tokens: int) -> Batching:  # fmt: skip
+    """The quickest way, from `wanted` on, in which a batch gives what a prompt alone gives.
+
+    `ids` are the tokens of one or two prompts. Raises UserError where the capture of one prompt alone is not what an
+    eager pass gives, or fails.
+    """
+    pieces = [_piece(ids[0], LONG), _piece(ids[-1], SHORT)]
+    pieces[1][:SHARED] = pieces[0][:SHARED]
+    try_out = _Trial(model, tokenizer, options, min(STEPS, new_tokens))
+    with _in_one_line():
+        alone = try_out.capture(pieces[1:], Batching("alone", prefix=False))
+        if problem := try_out.against_eager(pieces[1], alone):
+            raise cannot_capture(problem)
+        for rows in MODES[MODES.index(wanted.rows) :]:
+            for prefix in (True, False) if wanted.prefix else (False,):
+                if rows == "alone" and not prefix:
+                    return Batching(rows, prefix)  # the very capture that was compared
+                together = pieces if rows == "padded" else [_piece(ids[0], SHORT), pieces[1]]
+                together[0][:SHARED] = pieces[1][:SHARED]
+                found = try_out.capture(together[rows == "alone" :], Batching(rows, prefix))
+                if not try_out.against_alone(found, alone):
+                    return Batching(rows, prefix)
+    raise AssertionError("unreachable")
+
+
+def positions_follow_the_longest_row(config: Any, longest: int) -> bool:
+    """True where rotary embeddings are chosen by the longest row of a batch (longrope, dynamic NTK), seen beyond the
+    model's original context only. A padded row and a prefix read alone would then be rotated by other frequencies."""
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type", one.get("type")) in ("longrope", "dynamic"):
+            original = one.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            if longest > (original or config.max_position_embeddings):
+                return True
+    return False
+
+
+def _piece(ids: list[int], length: int) -> list[int]:
+    return list(islice(cycle(ids), length))
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the code of a model of an unknown kind may raise
+        raise cannot_capture(f"its code fails here ({type(error).__name__}: {one_line(str(error), 200)})") from error
+
+
+class _Trial:
+    """Captures of the pieces, every token a region of its own, and what they are compared with."""
+
+    def __init__(self, model: Any, tokenizer: Any, options: CaptureOptions, steps: int):
+        self.model, self.tokenizer, self.steps = model, tokenizer, steps
+        self.options = replace(options, topk_positions="last")
+        self.names = [*PREFIX_REGIONS, *(f"token {i}" for i in range(LONG))]
+        self.exact = model.dtype in (torch.float32, torch.float64)
+        self.tolerance = 5e-3 if self.exact else 0.15
+
+    def capture(self, pieces: list[list[int]], how: Batching) -> Result:
+        """What is captured of the last piece."""
+        recorder = Recorder(self.model, self.options)
+        try:
+            options = GenerationOptions(max_new_tokens=self.steps)
+            limit = BatchLimit(len(pieces), equal_lengths=how.rows == "equal")
+            generator = Generator(self.model, self.tokenizer, recorder, options, limit)
+            generator.set_regions(self.names, self.names)
+            generator.set_prefix(pieces[0][:SHARED] if how.prefix else [])
+            prompts = [Prompt(key, ids, self._regions(len(ids))) for key, ids in enumerate(pieces)]
+            result = max(generator.run([prompts]), key=lambda result: result.prompt.key)
+        finally:
+            recorder.close()
+        if result.error:
+            raise UserError(result.error)
+        return result
+
+    def _regions(self, length: int) -> torch.Tensor:
+        mask = torch.zeros(length, len(self.names), dtype=torch.bool)
+        mask[:, PREFIX_REGIONS.index("all")] = True
+        mask[:SHARED, PREFIX_REGIONS.index("context")] = True
+        mask[0, PREFIX_REGIONS.index("first")] = True
+        mask[:, len(PREFIX_REGIONS) :].fill_diagonal_(True)
+        return mask
+
+    @torch.inference_mode()
+    def against_eager(self, ids: list[int], found: Result) -> str:
+        """What differs from transformers' eager pass over the piece and its response; "" where nothing does."""
+        base = self.model.config.get_text_config(decoder=True)._attn_implementation
+        answer = found.responses[0].ids
+        try:
+            self.model.set_attn_implementation("eager")
+            expected = self.model(
+                torch.tensor([ids + answer[:-1]], device=self.model.get_input_embeddings().weight.device),
+                output_hidden_states=True, output_attentions=True, use_cache=False,
+            )  # fmt: skip
+        finally:
+            self.model.set_attn_implementation(base)
+        tokens = slice(len(PREFIX_REGIONS), len(PREFIX_REGIONS) + len(ids))
+        states, maps = expected.hidden_states, expected.attentions
+        hidden, mass = found.fields["hidden_pooled"][:, tokens], found.fields["span_mass"][:, :, tokens, tokens]
+        if states and len(states) == len(hidden):
+            whole = torch.stack([state[0, : len(ids)].cpu() for state in states])
+            if (gap := self._state_gap(hidden, whole)) > self.tolerance:
+                return f"its hidden states differ by {gap:.0%} from those of a plain pass with eager attention"
+        if maps and len(maps) == len(mass) and all(one is not None and one.dim() == 4 for one in maps):
+            whole = torch.stack([one[0, :, : len(ids), : len(ids)].float().cpu() for one in maps])
+            if (gap := _mass_gap(_normalised(mass), _normalised(whole))) > self.tolerance:
+                return f"its attention differs from transformers' own eager maps by {gap:.0%}"
+        for layer, kept in found.fields.get("attentions", {}).items():
+            if (gap := _mass_gap(kept, mass[int(layer.removeprefix("layer_"))])) > self.tolerance:
+                return f"the raw map of {layer} and the mass on regions differ by {gap:.0%}"
+        logits = expected.logits[0, len(ids) - 1 :].float()
+        behind = [float((row.max() - row[token]) / row.std()) for row, token in zip(logits, answer, strict=False)]
+        return "its text is another than without capture" if any(one > self.tolerance for one in behind) else ""
+
+    def against_alone(self, found: Result, alone: Result) -> bool:
+        """Whether what was captured in a batch differs from what was captured alone."""
+        # Single tokens of a prefix are no regions of it.
+        rows = [*range(len(PREFIX_REGIONS)), *range(len(PREFIX_REGIONS) + SHARED, len(PREFIX_REGIONS) + SHORT)]
+        one, two = found.fields, alone.fields
+        mass = _mass_gap(one["span_mass"][:, :, rows][..., rows], two["span_mass"][:, :, rows][..., rows])
+        hidden = self._state_gap(one["hidden_pooled"][:, rows], two["hidden_pooled"][:, rows])
+        text = self.exact and found.responses[0].ids != alone.responses[0].ids
+        return max(mass, hidden) > self.tolerance or text
+
+    def _state_gap(self, found: torch.Tensor, expected: torch.Tensor) -> float:
+        """Largest relative error of a layer [L+1, S, D], the mean over its tokens; of the embeddings, which are not
+        rounded yet, five times as much, so that a wrong position is seen in half precision, too."""
+        found, expected = found.float(), expected.float()
+        errors = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)).mean(-1)
+        errors[0] *= 5
+        return float(errors.max())
+
+
+def _normalised(maps: torch.Tensor) -> torch.Tensor:
+    return maps.float() / maps.float().sum(-1, keepdim=True).clamp(min=1e-6)
+
+
+def _mass_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Share of the attention that lies elsewhere, the mean over heads and queries of the worst layer."""
+    return float((found.float() - expected.float()).abs().sum(-1).div(2).flatten(-2).mean(-1).max())
