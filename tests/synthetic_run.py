@@ -279,7 +279,8 @@ def write_run(
     controls = [f"{MATCHED}{style}" for style in have if any(f"{MATCHED}{style}" in row for row in prompts)]
     for style in styles or [*have, *controls]:
         target = folder / style
-        begin_run(target, {"schema_version": 1, "style": style, "model_name": "synthetic", "seed": seed}, {})
+        begin_run(target, {"schema_version": 1, "style": style, "model_name": "synthetic", "seed": seed}, {},
+                  planned=sum(style in row for row in prompts))  # fmt: skip
         for start in range(0, len(prompts), rows_per_file):
             stop = min(start + rows_per_file, len(prompts))
             chosen = [i for i in range(start, stop) if style in prompts[i] and not (skip and skip(style, i))]

@@ -163,6 +163,11 @@ def test_csv_tables_have_one_reader(path):
     }
 
 
+@every([path for path in SCRIPTS if path.parents[1].name[0] in "345" and "--run_dir" in help_of(path)[2]])
+def test_every_analysis_says_if_the_run_is_not_finished(path):
+    assert "warn_unfinished(" in path.read_text(encoding="utf-8")
+
+
 # --- safety and portability
 
 

@@ -29,7 +29,7 @@ from command_line import UserError, make_parser, run_main
 from file_output import read_csv, write_text
 from read_predictions import Prediction, iter_predictions
 from report_sections import SECTIONS, TableOf
-from run_store import Run, open_run, read_failures, row_count
+from run_store import Run, open_run, read_failures, row_indices, warn_unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -385,6 +385,7 @@ def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, 
         "rows": len({number for numbers in indices.values() for number in numbers}),
         "prompts": sum(len(numbers) for numbers in indices.values()),
         "failures": sum(len(read_failures(folder)) for folder in run.styles.values()),
+        "unfinished": warn_unfinished(run),
         "clean": clean,
         "made_with": made_with(run),
         "captured": captured_on(run),
@@ -437,12 +438,6 @@ def detectable(summary: pd.DataFrame | None) -> list[str]:
         f"accuracy differences below {low} to {high} points, depending on the style, are too small for this n to detect"
         " (80 % power)"
     ]
-
-
-def row_indices(run: Run, style: str) -> Iterator[int]:
-    """Positions in the prompt file of a style's rows, one .pt file in memory at a time."""
-    for _, content in run.batches(style):
-        yield from (int(index) for index in content.get("original_indices", range(row_count(content))))
 
 
 def sections_of(results: Path) -> list[dict[str, Any]]:

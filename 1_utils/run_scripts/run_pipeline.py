@@ -31,11 +31,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from build_report import headline_rows, headline_table, row_indices
+from build_report import headline_rows, headline_table
 from command_line import UserError, make_parser, run_main
 from file_output import write_json
 from load_json import PromptFile, read_prompt_file
-from run_store import open_run
+from run_store import open_run, row_indices
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK_SCRIPT = "0_data/run_scripts/check_prompts.py"

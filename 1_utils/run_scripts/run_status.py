@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 from command_line import UserError, make_parser, run_main
 from file_output import gigabytes
 from load_json import PromptFile, read_prompt_file
-from run_store import load_pt, pt_files, read_failures, read_json_file, sort_styles
+from run_store import load_pt, planned_prompts, pt_files, read_failures, read_json_file, sort_styles
+from token_spans import matched_style
 
 RATE_SPAN = 3600.0  # seconds
 ENDED = "ended without a word (cancelled, out of time, or its node failed)"
@@ -107,13 +108,16 @@ def read_style(folder: Path) -> StyleStatus:
         rows.update(indices)
         written.append((path.stat().st_mtime, len(indices)))
     failed = set(read_failures(folder)) - rows
-    wanted = wanted_rows(folder, style, settings.get("max_samples"))
+    if matched_style(style):  # which rows a control has only its tokenizer knows
+        missing = max(0, (planned_prompts(folder, style) or 0) - len(rows | failed))
+    else:
+        missing = len(wanted_rows(folder, style, settings.get("max_samples")) - rows - failed)
     return StyleStatus(
         folder=str(folder),
         style=style,
         done=len(rows),
         failed=len(failed),
-        missing=len(wanted - rows - failed),
+        missing=missing,
         damaged=damaged,
         bytes=sum(path.stat().st_size for path in files),
         started=(folder / "run.json").stat().st_mtime,

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from command_line import UserError, one_line
 from file_output import atomic_path, make_folder, remove_leftovers, write_json
-from load_json import CLEAN_KEYS
+from load_json import CLEAN_KEYS, read_prompt_file
+from logger import get_logger
 from token_spans import matched_style
 
 if TYPE_CHECKING:
@@ -267,6 +268,58 @@ def read_json_file(path: Path) -> dict[str, Any]:
     return value
 
 
+def row_indices(run: Run, style: str) -> Iterator[int]:
+    """Positions in the prompt file of a style's rows, one .pt file in memory at a time."""
+    for _, content in run.batches(style):
+        yield from (int(index) for index in content.get("original_indices", range(row_count(content))))
+
+
+def planned_prompts(folder: Path, style: str, max_samples: int | None = None) -> int | None:
+    """Prompts that stage 2 was asked to run into a style's folder, of the first `max_samples` rows of the prompt file.
+
+    None if that is not known: a folder in the reference format, or a control of which only the first rows are wanted.
+    """
+    path = folder / "run.json"
+    known = read_json_file(path) if path.is_file() else {}
+    if max_samples is None and "planned_prompts" in known:
+        return int(known["planned_prompts"])
+    copy = next((found for place in (folder, folder.parent) if (found := place / "prompts.json").is_file()), None)
+    if copy is None or not known or style not in (prompts := read_prompt_file(copy)).style_counts:
+        return None
+    limits = [limit for limit in (max_samples, known.get("settings", {}).get("max_samples")) if limit is not None]
+    return len(prompts.prompts(style, min(limits, default=None)))
+
+
+def unfinished(run: Run, styles: Sequence[str] | None = None, max_samples: int | None = None) -> str:
+    """Which styles of a run lack prompts: "4 of 160 prompts of normal, swap"; "" if none does.
+
+    styles, max_samples: as given to an analysis; the clean form and the controls of these styles count, too.
+    """
+    if run.only_file:
+        return ""
+    begun = {_style_of(path.parent): path.parent for path in sorted(run.path.glob("*/run.json"))}
+    found: dict[tuple[int, int], list[str]] = {}
+    for style, folder in {**run.styles, **begun}.items():
+        if styles is not None and not {style, matched_style(style)} & {*styles, run.clean_style}:
+            continue
+        planned = planned_prompts(folder, style, max_samples)
+        there = set(row_indices(run, style)) if style in run.styles else set()
+        count = sum(max_samples is None or index < max_samples for index in there)
+        if planned is not None and count < planned:
+            found.setdefault((count, planned), []).append(style)
+    return "; ".join(f"{count} of {most} prompts of {', '.join(names)}" for (count, most), names in found.items())
+
+
+def warn_unfinished(run: Run, styles: Sequence[str] | None = None, max_samples: int | None = None) -> str:
+    """One warning if stage 2 has not run all prompts that an analysis reads; returns what `unfinished` says."""
+    if told := unfinished(run, styles, max_samples):
+        get_logger().warning(
+            f"{run.path}: this run holds only {told}; the results are of these. The same command of stage 2 runs the "
+            "rest; failures.csv there names prompts that failed"
+        )
+    return told
+
+
 def _style_of(folder: Path) -> str:
     settings = folder / "run.json"
     if settings.is_file():
@@ -306,15 +359,18 @@ def begin_run(
     overwrite: bool = False,
     ends: Sequence[int] = (),
     rows: Sequence[Any] = (),
+    planned: int | None = None,
 ) -> None:
     """Write run.json, or check that the one there has the same settings. Raises UserError naming the difference.
 
     `settings` decide the numbers and must agree, those of GROWING apart; `environment` (versions, device) is recorded,
-    a new one is appended (None: only check). `ends` is what `planned_ends` told for the prompt file's `rows`.
+    a new one is appended (None: only check). `ends` is what `planned_ends` told for the prompt file's `rows`;
+    `planned`: how many of the style's prompts can be run.
     """
     path = folder / "run.json"
     settings = json.loads(json.dumps(settings))  # as they will be read back
     record = {"settings": settings, "row_ends": [*ends], "rows_sha256": rows_digest(rows[: ends[-1]]) if ends else None}
+    count = {} if planned is None else {"planned_prompts": planned}
     with locked(folder):
         for name in ("run.json", "failures.csv", "prompts.json"):
             remove_leftovers(folder / name)
@@ -325,7 +381,7 @@ def begin_run(
                 raise UserError(
                     f"{folder}: holds .pt files of an unknown run; choose another --output_dir or --overwrite"
                 )
-            write_json(path, {**record, "environments": [environment] if environment else []})
+            write_json(path, {**record, **count, "environments": [environment] if environment else []})
             return
         known = read_json_file(path)
         if found := differences(known.get("settings", {}), settings):
@@ -336,7 +392,7 @@ def begin_run(
         before = known.get("row_ends", [])
         if before[: len(ends)] != [*ends][: len(before)]:
             raise UserError(f"{folder}: another process has made this run larger meanwhile; give the command again")
-        new = {**known, **record} if len(ends) > len(before) else dict(known)
+        new = {**known, **(record if len(ends) > len(before) else {}), **count}
         if environment and environment not in known.get("environments", []):
             new["environments"] = [*known.get("environments", []), environment]
         if new != known and environment is not None:

@@ -35,7 +35,7 @@ from logger import get_logger
 from maths_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
 from parse_predictions import Gold, gold_value, judge, number_text, read_gold
 from read_predictions import Prediction, predictions_of
-from run_store import Run, open_run, row_count
+from run_store import Run, open_run, row_count, warn_unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +83,7 @@ def evaluate_run(
     """
     run = open_prompts(open_run(run_dir), prompt_file, style)
     items = score_items(run, _edit_log(run, edits_csv), styles)
+    warn_unfinished(run, styles)
     baseline = run.clean_style or CLEAN_KEYS[0]
     _report_items(items, baseline)
     detectable = detectable_differences(items, baseline)

@@ -45,7 +45,7 @@ from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
 from refusals import is_refusal
-from run_store import Run, open_run
+from run_store import Run, open_run, warn_unfinished
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare all styles of a run with normal; 1 where a response could not be compared."""
     args = parse_args(argv)
     run = open_run(args.run_dir)
+    warn_unfinished(run, args.styles, args.max_samples)
     chosen_styles(run, args.styles)  # a wrong name is told before the model is loaded
     folder = args.results_dir or Path("results") / run.name
     embed = load_embedder(args.embedding_model, args.device, args.batch_size)

@@ -41,7 +41,7 @@ from chat_client import ChatClient, ChatReply, ChatRequest, add_server_flags
 from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
-from run_store import Run, open_run
+from run_store import Run, open_run, warn_unfinished
 from thinking_text import without_thinking
 
 if TYPE_CHECKING:
@@ -366,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Judge a run; 1 where requests failed, so that the same command is worth repeating."""
     args = parse_args(argv)
     run = open_run(args.run_dir)
+    warn_unfinished(run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / run.name
     mode = MODES[args.mode]
     client = ChatClient(

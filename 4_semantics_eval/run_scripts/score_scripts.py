@@ -40,7 +40,7 @@ from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, write_csv, write_json, write_text
 from logger import get_logger
 from read_predictions import Prediction, iter_predictions
-from run_store import Run, open_run
+from run_store import Run, open_run, warn_unfinished
 from token_spans import render_chat
 
 if TYPE_CHECKING:
@@ -558,6 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from semantics_plots import plot_rewards
 
     run = open_run(args.run_dir)
+    warn_unfinished(run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / run.name
     styles = args.styles or list(run.styles)
     rm = load_reward_model(

@@ -74,7 +74,7 @@ from activation_rows import (
 from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
-from run_store import Run, open_run
+from run_store import Run, open_run, warn_unfinished
 from token_spans import matched_style
 
 if TYPE_CHECKING:
@@ -523,6 +523,7 @@ def open_sources(args: argparse.Namespace) -> Sources:
 
     run = open_run(args.run_dir)
     clean_style, styles = clean_and_styles(run, args.styles)
+    warn_unfinished(run, args.styles, args.max_samples)
     clean = StyleRows(run, clean_style, args.max_samples)
     if not clean.indices:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")

@@ -441,10 +441,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the plots."""
     args = parse_args(argv)
-    from run_store import open_run
+    from run_store import open_run, warn_unfinished
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
+    warn_unfinished(run, args.styles, args.max_samples)
     results = [found for style in chosen_styles(run, args.styles) if (found := style_report(run, style, args))]
     if not results:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")

@@ -646,10 +646,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     from activation_rows import clean_and_styles, control_of
     from answer_flips import open_answers
-    from run_store import open_run
+    from run_store import open_run, warn_unfinished
 
     run = open_run(args.run_dir)
     clean, styles = clean_and_styles(run, args.styles, with_controls=False)
+    warn_unfinished(run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / run.name
     answers = open_answers(args.maths_items, folder)
     effects, controls, flips = [], {}, []

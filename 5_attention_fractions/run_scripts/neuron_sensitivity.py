@@ -60,7 +60,7 @@ from activation_rows import (
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
-from run_store import Run, open_run
+from run_store import Run, open_run, warn_unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -399,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def open_studies(run: Run, args: argparse.Namespace) -> list[tuple[Study, float]]:
     """The kinds of units that the run has, each with the share to take. Raises UserError where it has none."""
     clean_style, styles = clean_and_styles(run, args.styles)
+    warn_unfinished(run, args.styles, args.max_samples)
     if all(is_control(style) for style in styles):
         raise UserError(f"{run.path}: only controls are there beside the clean form; run stage 2 with a typo style too")
     tell_controls(run, styles)

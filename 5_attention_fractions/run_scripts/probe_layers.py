@@ -59,7 +59,7 @@ from answer_flips import Answers, open_answers
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
-from run_store import Run, open_run
+from run_store import Run, open_run, warn_unfinished
 from token_spans import matched_style
 
 if TYPE_CHECKING:
@@ -408,6 +408,7 @@ def fit_all(probes: list[Probe], states: States, args: argparse.Namespace) -> pd
 def open_states(run: Run, args: argparse.Namespace) -> States:
     """The run, opened and checked; the rows to probe. Raises UserError where it holds nothing to probe."""
     clean, styles = clean_and_styles(run, args.styles)
+    warn_unfinished(run, args.styles, args.max_samples)
     if args.folds < 2:
         raise UserError(f"--folds {args.folds}: at least 2 are needed")
     tables = {style: StyleRows(run, style, args.max_samples, max_open=sys.maxsize) for style in (clean, *styles)}
