@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from attention_fields import ENTROPY_QUERIES, QUERIES, REGIONS, attention_fields
-from dirs_eval import CELLS, FIRST_TOKEN, FractionHistogram, all_levels, baseline_of, fraction_cells, main
+from dirs_eval import CELLS, FIRST_TOKEN, all_levels, baseline_of, box_of, fraction_cells, main
 from reference_format import TokenRegions, decoded_offsets
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
@@ -185,14 +185,13 @@ def test_levels_are_means_over_known_heads() -> None:
     np.testing.assert_allclose(levels[:, 10], np.nanmean(values, axis=(1, 2)))
 
 
-def test_histogram_quantiles() -> None:
-    values = np.random.default_rng(0).beta(2, 5, (4000, 3))
-    histogram = FractionHistogram()
-    for part in np.array_split(values, 7):
-        histogram.add(part)
-    box = histogram.boxes(1)[0]
+def test_boxes_are_quantiles_and_zero_is_zero() -> None:
+    values = np.random.default_rng(0).beta(2, 5, 4000)
+    box = box_of(np.append(values, np.nan))
     for name, q in (("whislo", 0.05), ("q1", 0.25), ("med", 0.5), ("q3", 0.75), ("whishi", 0.95)):
-        assert box[name] == pytest.approx(np.quantile(values[:, 1], q), abs=1e-3)
+        assert box[name] == np.quantile(values, q)
+    assert box_of(np.zeros(7))["whishi"] == 0
+    assert box_of(np.array([0.0, 0.0, 1e-5, 1.0]))["q1"] == 0
 
 
 # --- the script

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from activation_rows import half_of
 from command_line import UserError
+from paired_stats import deal
 from run_store import open_run
 from scipy import stats
 from synthetic_run import prompt_rows, with_first_word_typo, write_run
@@ -124,6 +124,7 @@ def test_planted_null_shows_no_excess_more_often_than_it_may(tmp_path):
 def test_scores_equal_the_definition_row_by_row(tmp_path, score):
     run = run_of(tmp_path, plant_typo, rows=24, templates=8)
     table = study(run, tmp_path, "--score", score)["neuron_sensitivity"]
+    halves = deal([f"template_{i}" for i in range(8)], 2, 0)
     sums = {half: {name: [] for name in ("typo", "clean", "split")} for half in (0, 1)}
     for start in (0, 16):
         contents = {
@@ -131,7 +132,7 @@ def test_scores_equal_the_definition_row_by_row(tmp_path, score):
             for s in ("normal", "swap", "split")
         }
         for position, index in enumerate(contents["normal"]["original_indices"]):
-            half = half_of(f"template_{index % 8}", 0)
+            half = halves[f"template_{index % 8}"]
             for name, style, region in (
                 ("typo", "swap", "edited"),
                 ("clean", "normal", "edited:swap"),
@@ -160,13 +161,6 @@ def test_rows_whose_typo_is_on_the_first_token_are_left_out(tmp_path):
     for first_token, rows in (("excluded", 20), ("included", 30)):
         table = study(run, tmp_path, "--first_token", first_token)["neuron_sensitivity"]
         assert set(table["n_find"] + table["n"]) == {rows}
-
-
-def test_templates_lie_in_one_half_only():
-    halves = [half_of(f"template {i}", 0) for i in range(2000)]
-    assert 0.45 < np.mean(halves) < 0.55
-    assert halves == [half_of(f"template {i}", 0) for i in range(2000)]
-    assert halves != [half_of(f"template {i}", 1) for i in range(2000)]
 
 
 def test_random_sets_have_as_many_units_in_each_layer_and_none_found():

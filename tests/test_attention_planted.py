@@ -64,7 +64,7 @@ def test_under_a_null_at_most_five_percent_of_runs_name_a_head(tails: str) -> No
     rng = np.random.default_rng(3)
     sizes = rng.integers(1, 6, 40)
     clusters = [f"t{c}" for c, size in enumerate(sizes) for _ in range(size)]
-    effect = StyleEffect.empty("null", list(range(layers)), heads, tuple(f"run_{i}" for i in range(runs)))
+    effect = StyleEffect.empty("null", list(range(layers)), heads, tuple(f"run_{i}" for i in range(runs)), clusters)
     shape = (layers, heads, runs)
     draw = (lambda *s: rng.standard_normal(s)) if tails == "normal" else (lambda *s: rng.standard_t(5, s))
     for cluster, size in enumerate(sizes):
@@ -82,7 +82,7 @@ def test_effect_size_rank_and_adjustment_of_a_planted_effect() -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((80, 5, 6, 1))
     values[:, 3, 4] += 0.9
-    effect = StyleEffect.empty("swap", list(range(5)), 6, ("edited_mass_last",))
+    effect = StyleEffect.empty("swap", list(range(5)), 6, ("edited_mass_last",), [])
     effect.add(values, np.zeros_like(values), [f"t{i // 2}" for i in range(80)])
     found, layers = sensitivity_tables(effect)
     assert (found.iloc[0]["layer"], found.iloc[0]["head"]) == (3, 4)
@@ -99,8 +99,9 @@ def test_effect_size_rank_and_adjustment_of_a_planted_effect() -> None:
 
 
 def _groups(values: np.ndarray) -> GroupSums:
-    sums = GroupSums()
-    sums.add(values, [f"t{i}" for i in range(len(values))])
+    labels = [f"t{i}" for i in range(len(values))]
+    sums = GroupSums(labels)
+    sums.add(values, labels)
     return sums
 
 
@@ -150,7 +151,7 @@ def test_overlap_table_names_both_styles_and_stays_empty_with_few_templates() ->
     rng = np.random.default_rng(4)
     effects = []
     for style in ("swap", "missing"):
-        effect = StyleEffect.empty(style, [0, 1], 4, ("edited_mass_last",))
+        effect = StyleEffect.empty(style, [0, 1], 4, ("edited_mass_last",), ["t0", "t1", "t2"])
         effect.add(rng.standard_normal((30, 2, 4, 1)), np.zeros((30, 2, 4, 1)), [f"t{i % 3}" for i in range(30)])
         effects.append(effect)
     table = overlap_table(effects)
@@ -168,7 +169,7 @@ def test_point_biserial_equals_scipy_whatever_the_batches() -> None:
     change, flip = rng.standard_normal((90, 3, 2)), (rng.random(90) < 0.3).astype(float)
     change[:, 1, 0] += flip
     change[4, 2, 1] = np.nan
-    moments = FlipMoments()
+    moments = FlipMoments([])
     for start in range(0, 90, 7):
         part = slice(start, start + 7)
         moments.add(change[part], flip[part], [f"t{i}" for i in range(90)][part])
@@ -191,7 +192,7 @@ def test_flips_keep_their_error_rate_with_clustered_rows() -> None:
     clusters = [f"t{i // 5}" for i in range(300)]
     flip = np.repeat(rng.random(60) < 0.3, 5).astype(float)
     change = np.repeat(rng.standard_normal((60, 800)), 5, axis=0) + 0.3 * rng.standard_normal((300, 800))
-    moments = FlipMoments()
+    moments = FlipMoments([])
     moments.add(change, flip, clusters)
     found = moments.finish()
     assert found is not None
@@ -204,7 +205,7 @@ def test_under_a_null_at_most_five_percent_of_runs_tie_a_head_to_wrong_answers(r
     # 200 runs of 270 heads, rows of one template alike: what counts is p far out in the tail.
     runs, rng = 200, np.random.default_rng(8)
     template = rng.integers(0, 30, rows)
-    moments = FlipMoments()
+    moments = FlipMoments([])
     change = rng.standard_normal((rows, runs * 270)) + 0.5 * rng.standard_normal((30, runs * 270))[template]
     flip = np.zeros(rows)
     flip[rng.permutation(rows)[:flipped]] = 1
@@ -224,7 +225,7 @@ def test_skewed_changes_name_no_more_heads_under_a_null(shape: str, templates: i
     change = np.exp(2 * change) if shape == "lognormal" else np.where(change > 1.5, change, 0)
     flip = np.zeros(rows)
     flip[rng.permutation(rows)[:100]] = 1
-    test = RankTest()
+    test = RankTest([])
     test.add(change, flip, [f"t{one}" for one in rng.integers(0, templates, rows)])
     adjusted = [benjamini_hochberg(p) for p in test.p().reshape(runs, 270)]
     assert sum(p.min() < 0.05 for p in adjusted) <= stats.binom.ppf(0.99, runs, 0.05)
@@ -239,7 +240,7 @@ def test_rank_test_is_wilcoxons_with_rows_of_their_own_whatever_the_batches() ->
     flip[7] = np.nan
     found = []
     for size in (11, 300):
-        test = RankTest()
+        test = RankTest([])
         for start in range(0, 300, size):
             part = slice(start, start + size)
             test.add(change[part], flip[part], [f"t{i}" for i in range(300)][part])
@@ -257,7 +258,7 @@ def test_ranks_of_many_blocks_keep_their_error_rate(monkeypatch) -> None:
     rng = np.random.default_rng(11)
     change = np.exp(rng.standard_normal((640, 4000)))
     flip = (rng.random(640) < 0.2).astype(float)
-    null, effect = RankTest(), RankTest()
+    null, effect = RankTest([]), RankTest([])
     clusters = [f"t{one}" for one in rng.integers(0, 100, 640)]
     null.add(change, flip, clusters)
     assert 0.03 < (null.p() < 0.05).mean() <= 0.055

@@ -17,10 +17,10 @@ What cannot be estimated (no rows, one cluster, differences that do not vary) is
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
-import zlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 ALPHA = 0.05
 POWER = 0.8
-BLOCK_NUMBERS = 2_000_000  # clusters x cells handled at once: 16 MB an array
+BLOCK_NUMBERS = 2_000_000  # rows x cells handled at once: 16 MB an array
 ZERO_VARIANCE = 1e-12  # a standard error below this share of the mean |value| is rounding, not variation
 
 
@@ -68,13 +68,9 @@ def clustered_mean(values: Any, clusters: Iterable[Hashable] | None = None, conf
     clusters: n labels; None, or a label that is None or NaN, makes a row its own cluster.
     Returns floats for [n], else arrays [*cells]. ValueError where lengths differ or a value is infinite.
     """
-    array = np.asarray(values)
-    sums = ClusterSums()
-    if len(array):
-        sums.add(array, clusters)
-    else:
-        sums.set_cells(array.shape[1:])
-    return sums.finish(confidence)
+    rows = RowValues(np.shape(values)[1:])
+    rows.add(values, clusters)
+    return rows.finish(confidence)
 
 
 def paired_difference(
@@ -87,94 +83,67 @@ def paired_difference(
     return clustered_mean(variant - clean, clusters, confidence)
 
 
-class ClusterSums:
-    """Running form of `clustered_mean`: its memory grows with clusters x cells, never with rows.
+class RowValues:
+    """`clustered_mean` of rows that come in batches: memory is rows x cells x 4 bytes if the values are float32.
 
-    max_clusters: above this many clusters, whole clusters are pooled by a hash of their label into this many
-    groups, whatever the order in which they come. Groups of independent clusters are independent too, so the
-    test stays valid (at most max_clusters - 1 degrees of freedom) and memory flat for any number of clusters.
+    cells: the shape of one row's values. Each template is a cluster of its own, however many there are.
     """
 
-    def __init__(self, max_clusters: int | None = None) -> None:
-        if max_clusters is not None and max_clusters < 2:
-            raise ValueError("max_clusters must be at least 2")
-        self._max_clusters = max_clusters
-        self._pooled = False
-        self._slots: dict[Hashable, int] = {}
-        self._cells: tuple[int, ...] | None = None
-        self._rows_seen = 0
-        self._sums = np.zeros((0, 1))  # [C, K]
-        self._counts = np.zeros((0, 1))  # [C, 1], or [C, K] once a row lacks some of its cells
-        self._absolute = np.zeros(1)  # [K], sum of |value|
-
-    def set_cells(self, cells: tuple[int, ...]) -> None:
-        """Fix the shape of one row's values (done by the first `add`)."""
-        if self._cells is None:
-            self._cells = tuple(cells)
-            width = math.prod(cells)
-            self._sums, self._absolute = np.zeros((0, width)), np.zeros(width)
-        elif self._cells != tuple(cells):
-            raise ValueError(f"values of shape {tuple(cells)} after values of shape {self._cells}")
+    def __init__(self, cells: Sequence[int]) -> None:
+        self._cells = tuple(cells)
+        self._batches: list[np.ndarray] = []  # [b, K] each
+        self._labels: list[Hashable] = []
 
     def add(self, values: Any, clusters: Iterable[Hashable] | None = None) -> None:
         """Add rows: values [b, *cells] and their b cluster labels, as in `clustered_mean`."""
-        array = np.asarray(values, dtype=np.float64)
-        self.set_cells(array.shape[1:])
-        labels = _labels(len(array), clusters, self._rows_seen)
-        self._rows_seen += len(array)
-        array = array.reshape(len(array), -1)
-        missing = np.isnan(array)
+        array = np.asarray(values)
+        array = array if array.dtype == np.float32 else array.astype(np.float64)
+        if array.shape[1:] != self._cells:
+            raise ValueError(f"values of shape {array.shape[1:]}, not {self._cells}")
         if np.isinf(array).any():
-            raise ValueError("infinite value among the differences; drop or mend that row first")
-        slots = self._slots_of(labels)
-        if missing.any():
-            self._counts = np.broadcast_to(self._counts, self._sums.shape).copy()
-            array = np.where(missing, 0.0, array)
-        per_cell = self._counts.shape[1] == self._sums.shape[1]
-        present = ~missing if per_cell else np.ones((len(array), 1))
-        _add_groups(self._sums, array, slots)
-        _add_groups(self._counts, present, slots)
-        self._absolute += np.abs(array).sum(axis=0)
+            raise ValueError("infinite value among the differences; drop or correct that row first")
+        self._labels += _labels(len(array), clusters, len(self._labels))
+        self._batches.append(array.reshape(len(array), math.prod(self._cells)))
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """(cells of the flattened shape, their values [n, k] in float64), some cells at a time."""
+        width, rows = math.prod(self._cells), len(self._labels)
+        step = max(1, BLOCK_NUMBERS // max(1, rows))
+        for start in range(0, width, step):
+            block = slice(start, start + step)
+            parts = [batch[:, block] for batch in self._batches]
+            yield block, np.concatenate(parts, dtype=np.float64) if parts else np.zeros((0, min(step, width - start)))
 
     def finish(self, confidence: float = CONFIDENCE) -> Estimate:
-        """Estimate over all rows so far: arrays [*cells], or floats where a row is one number."""
-        width = self._sums.shape[1]
-        step = max(1, BLOCK_NUMBERS // max(1, len(self._sums)))
+        """Estimate over all rows so far: arrays [*cells], or floats if a row is one number."""
+        codes = _codes(self._labels)
+        order = np.argsort(codes, kind="stable")
+        starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
         parts = []
-        for start in range(0, max(width, 1), step):
-            block = slice(start, start + step)
-            counts = self._counts if self._counts.shape[1] == 1 else self._counts[:, block]
-            parts.append(_estimate(self._sums[:, block], counts, self._absolute[block], confidence))
-        shape = () if self._cells is None else self._cells
-        joined = [np.concatenate(field).reshape(shape) for field in zip(*parts, strict=True)]
-        if shape == () and width == 1:
+        for _, values in self.blocks():
+            missing = np.isnan(values)
+            ones = ~missing if missing.any() else np.ones((len(values), 1))
+            values[missing] = 0
+            sums, counts = (_group_sums(array, order, starts) for array in (values, ones))
+            parts.append(_estimate(sums, counts, np.abs(values).sum(axis=0), confidence))
+        joined = [np.concatenate(field).reshape(self._cells) for field in zip(*parts, strict=True)] if parts else []
+        joined = joined or [np.zeros(self._cells)] * len(Estimate._fields)
+        if not self._cells:
             numbers = [field.item() for field in joined]
             return Estimate._make([*numbers[:7], int(numbers[7]), int(numbers[8])])
         return Estimate._make([*joined[:7], joined[7].astype(int), joined[8].astype(int)])
 
-    def _slots_of(self, labels: Sequence[Hashable]) -> np.ndarray:
-        if not self._pooled:
-            for label in labels:
-                self._slots.setdefault(label, len(self._slots))
-            if self._max_clusters is not None and len(self._slots) > self._max_clusters:
-                self._pool(self._max_clusters)
-        if self._pooled:
-            return np.array([_bucket(label, len(self._sums)) for label in labels], dtype=np.intp)
-        self._sums = _grown(self._sums, len(self._slots))
-        self._counts = _grown(self._counts, len(self._slots))
-        return np.array([self._slots[label] for label in labels], dtype=np.intp)
 
-    def _pool(self, groups: int) -> None:
-        sums, counts = self._sums, self._counts
-        # Spare rows hold zeros; labels just seen hold no rows yet.
-        old = np.zeros(len(sums), dtype=np.intp)
-        for label, slot in self._slots.items():
-            if slot < len(old):
-                old[slot] = _bucket(label, groups)
-        self._sums, self._counts = np.zeros((groups, sums.shape[1])), np.zeros((groups, counts.shape[1]))
-        _add_groups(self._sums, sums, old)
-        _add_groups(self._counts, counts, old)
-        self._pooled, self._slots = True, {}
+def deal(labels: Iterable[str], groups: int, seed: int = 0) -> dict[str, int]:
+    """Label -> its group of `groups`, as many labels in each (to one), dealt in the order of the labels' hashes.
+
+    The same labels and seed give the same groups in every script; two seeds give unrelated ones.
+    """
+
+    def digest(label: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{label}".encode("utf-8", "backslashreplace")).digest()
+
+    return {label: place % groups for place, label in enumerate(sorted(set(labels), key=digest))}
 
 
 def _labels(count: int, clusters: Iterable[Hashable] | None, first_row: int = 0) -> list[Hashable]:
@@ -188,25 +157,15 @@ def _labels(count: int, clusters: Iterable[Hashable] | None, first_row: int = 0)
     return [("row", first_row + i) if label is None or label != label else label for i, label in enumerate(labels)]
 
 
-def _bucket(label: Hashable, groups: int) -> int:
-    return zlib.crc32(str(label).encode("utf-8", "backslashreplace")) % groups
+def _codes(labels: Sequence[Hashable]) -> np.ndarray:
+    """A number for each label, from 0 in the order of their first rows."""
+    slots: dict[Hashable, int] = {}
+    return np.array([slots.setdefault(label, len(slots)) for label in labels], dtype=np.intp)
 
 
-def _grown(array: np.ndarray, rows: int) -> np.ndarray:
-    """`array` with room for `rows` rows; spare rows of zeros count as no cluster."""
-    if len(array) >= rows:
-        return array
-    spare = max(rows, len(array) * 3 // 2) - len(array)
-    return np.concatenate([array, np.zeros((spare, array.shape[1]))])
-
-
-def _add_groups(target: np.ndarray, values: np.ndarray, slots: np.ndarray) -> None:
-    """target[slots[i]] += values[i], by sorting: one pass, no [C, n] matrix."""
-    if not len(values):
-        return
-    order = np.argsort(slots, kind="stable")
-    groups, starts = np.unique(slots[order], return_index=True)
-    target[groups] += np.add.reduceat(values[order], starts, axis=0, dtype=np.float64)
+def _group_sums(values: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """[C, k] sums over the rows [n, k] of each cluster: `order` sorts rows by cluster, `starts` are its first ones."""
+    return np.add.reduceat(values[order], starts, axis=0, dtype=np.float64) if len(starts) else values.astype(float)
 
 
 def _estimate(sums: np.ndarray, counts: np.ndarray, absolute: np.ndarray, confidence: float) -> list[np.ndarray]:
@@ -314,9 +273,7 @@ def _cluster_totals(values: Any, clusters: Iterable[Hashable] | None) -> tuple[n
         raise ValueError(f"differences must be [n], not of shape {array.shape}")
     known = ~np.isnan(array)
     labels = _labels(len(array), clusters)
-    slots: dict[Hashable, int] = {}
-    used = [label for label, use in zip(labels, known, strict=True) if use]
-    codes = np.array([slots.setdefault(label, len(slots)) for label in used], dtype=np.intp)
+    codes = _codes([label for label, use in zip(labels, known, strict=True) if use])
     if not len(codes):
         return np.zeros(0), np.zeros(0)
     return np.bincount(codes, weights=array[known]), np.bincount(codes).astype(float)

@@ -95,8 +95,9 @@ class Run:
         return {}
 
     def template(self, original_index: int) -> str:
-        """Cluster of a row for clustered errors: its `_template`, else the row itself."""
-        return str(self.row(original_index).get("_template", f"row {original_index}"))
+        """Cluster of a row for clustered errors: its `_template`; if that is not there or null, the row itself."""
+        template = self.row(original_index).get("_template")
+        return f"row {original_index}" if template is None else str(template)
 
     def settings(self, style: str) -> dict[str, Any]:
         """run.json of a style; empty for reference-format folders."""

@@ -748,9 +748,7 @@ def begin_all(
 ) -> None:
     """Write prompts.json and every style's run.json, or find them the same."""
     for job in jobs:
-        begin_run(
-            job.folder, job.settings, where or {}, args.overwrite, job.ends, prompts.rows, len(job.style.texts)
-        )
+        begin_run(job.folder, job.settings, where or {}, args.overwrite, job.ends, prompts.rows, len(job.style.texts))
         record_failures(job.folder, job.style.style, job.style.failures, job.style.failures)
         for positions in job.files:
             remove_leftovers(job.path(positions))

@@ -83,7 +83,6 @@ if TYPE_CHECKING:
     from logit_lens import LogitLens
     from typo_recovery import ReferenceWords
 
-MAX_CLUSTERS = 500  # more templates than this are pooled by a hash of their name, so that memory is flat
 ITEM_COLUMNS = [
     "style", "original_index", "element_index", "edited_tokens_clean", "edited_tokens", "recovery_depth", "recovered",
     "half_recovery_depth", "half_recovered", "next_token_kl", "kl_mass_clean", "kl_mass_style", "clean_top1_rank",
@@ -119,7 +118,7 @@ class Sources:
 
 @dataclass
 class Sums:
-    """Everything that is kept of a run: sums by cluster, no rows but CKA's."""
+    """Everything that is kept of a run: the measures of every row, by layer, and no states."""
 
     own: dict[tuple[str, Key], Any] = field(default_factory=dict)
     against_split: dict[tuple[str, Key], Any] = field(default_factory=dict)
@@ -291,7 +290,7 @@ def collect(sources: Sources, items: Any) -> Sums:
 def _add_own(sources: Sources, sums: Sums, style: str, rows: list[int], values: dict[Key, np.ndarray]) -> None:
     templates = [sources.run.template(row) for row in rows]
     for key, numbers in values.items():
-        _cluster_sums(sums.own, style, key).add(numbers, templates)
+        _values_of(sums.own, style, key, numbers).add(numbers, templates)
         if key[0] == "":
             _count(sums, style, key[1], numbers, sources)
 
@@ -315,14 +314,15 @@ def _add_against(
         if key in control_values:
             other = control_values[key][theirs]
             both = np.where(np.isnan(numbers[mine]), np.nan, other)
-            _cluster_sums(sums.split, style, key).add(both, templates)
-            _cluster_sums(sums.against_split, style, key).add(numbers[mine] - other, templates)
+            _values_of(sums.split, style, key, both).add(both, templates)
+            change = numbers[mine] - other
+            _values_of(sums.against_split, style, key, change).add(change, templates)
 
 
-def _cluster_sums(where: dict[tuple[str, Key], Any], style: str, key: Key) -> Any:
-    from paired_stats import ClusterSums
+def _values_of(where: dict[tuple[str, Key], Any], style: str, key: Key, numbers: np.ndarray) -> Any:
+    from paired_stats import RowValues
 
-    return where.setdefault((style, key), ClusterSums(max_clusters=MAX_CLUSTERS))
+    return where.setdefault((style, key), RowValues(numbers.shape[1:]))
 
 
 def _beyond(sources: Sources, style: str, measure: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from command_line import UserError
 from logger import get_logger
 from paired_rows import original_indices
-from run_store import BATCH_AXIS, Run
+from run_store import BATCH_AXIS, Run, row_indices
 from token_spans import MATCHED, matched_style
 
 if TYPE_CHECKING:
@@ -314,6 +313,9 @@ def blocks(indices: Sequence[int], size: int = CLEAN_BLOCK) -> Iterator[list[int
         yield list(indices[start : start + size])
 
 
-def half_of(label: str, seed: int) -> int:
-    """0 or 1: the half of the data in which a cluster lies, the same in every run and at every size."""
-    return zlib.crc32(f"{seed}/{label}".encode("utf-8", "backslashreplace")) & 1
+def templates_of(run: Run) -> set[str]:
+    """Clusters of all rows that the run has in its clean form: what `deal` cuts into halves or groups.
+
+    Of the whole run, so that the halves do not depend on the style, the script or --max_samples.
+    """
+    return {run.template(index) for index in row_indices(run, run.clean_style or next(iter(run.styles)))}

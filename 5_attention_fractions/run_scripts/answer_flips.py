@@ -9,7 +9,7 @@ freedom, mostly zero; clustered or not; 200 runs each).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from head_overlap import GroupSums
 
 BLOCK_ROWS = 1024  # changes are ranked within blocks of so many rows, so that memory stays flat
 BLOCK_CELLS = 512  # cells that are ranked at once
-GROUPS = 256  # clusters above this are pooled, so that memory stays flat
+GROUPS = 256  # more clusters than this are dealt into so many groups of whole ones: five moments of each are kept
 MIN_FLIPS = 5  # fewer flips (or fewer kept answers) say nothing about a correlation
 
 
@@ -72,9 +72,9 @@ class Association:
 class FlipMoments:
     """Running moments of change and flip, cell by cell, in at most GROUPS groups of whole clusters."""
 
-    def __init__(self) -> None:
-        self._groups = GroupSums(GROUPS)  # of [5, *cells]: n, flips, change, change squared, change x flip
-        self._ranks = RankTest()
+    def __init__(self, templates: Iterable[str]) -> None:
+        self._groups = GroupSums(templates, GROUPS)  # of [5, *cells]: n, flips, change, change squared, change x flip
+        self._ranks = RankTest(templates)
 
     def add(self, change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> None:
         """Add changes [b, *cells] and flips [b]; NaN in either is left out."""
@@ -120,8 +120,8 @@ class RankTest:
     the permutations: changes may be mostly ties, and then the clusters' own spread says too little).
     """
 
-    def __init__(self) -> None:
-        self._shares = GroupSums(GROUPS)
+    def __init__(self, templates: Iterable[str]) -> None:
+        self._shares = GroupSums(templates, GROUPS)
         self._moments: np.ndarray | None = None  # [2, *cells]: variance and third moment over all orders, summed
         self._changes: list[np.ndarray] = []
         self._flips: list[float] = []

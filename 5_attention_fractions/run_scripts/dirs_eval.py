@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from paired_rows import Batch, Extract
-    from paired_stats import ClusterSums
+    from paired_stats import RowValues
     from run_store import Run
 
 QUERIES = ("last", "mean")
@@ -57,8 +57,6 @@ _ALL_CELLS = list(itertools.product(QUERIES, FIRST_TOKEN, REGIONS, MEASURES))
 CELLS = [cell for cell in _ALL_CELLS if cell[1:3] != ("excluded", "first")]  # the last axis of `fraction_cells`
 OLD_NAMES = {"instruction": "frac_prompt", "task": "frac_task"}
 MIN_OFF_FIRST = 0.01  # below this the float16 mass off the first token is mostly rounding
-MAX_CLUSTERS = 256  # clusters above this are pooled, so that memory stays flat
-BINS = 10_000  # of the box plots' running histograms
 
 
 # --- values of one file
@@ -122,76 +120,49 @@ def all_levels(values: np.ndarray) -> np.ndarray:
 # --- one style
 
 
-def _row_means() -> ClusterSums:
-    """Running means over rows, of which no error is asked."""
-    from paired_stats import ClusterSums
-
-    return ClusterSums(max_clusters=2)
-
-
 @dataclass
 class StyleSums:
-    """Running sums of one style; cells are [L*H + L + 1, K], see `all_levels`."""
+    """The rows of one style; cells are [L*H + L + 1, K], see `all_levels`."""
 
     style: str
-    estimate: ClusterSums
-    difference: ClusterSums
-    histogram: FractionHistogram
+    estimate: RowValues | None = None
+    difference: RowValues | None = None
     heads: int = 0
     layers: list[int] = field(default_factory=list)
     identical: int = 0
     unpaired: int = 0
     rows: int = 0
-    baseline: ClusterSums = field(default_factory=_row_means)  # share of the visible tokens [L,Q,2,R]
-    density_baseline: ClusterSums = field(default_factory=_row_means)  # that of the rows that have a density
-    tokens: ClusterSums = field(default_factory=_row_means)  # [R]
+    baseline: list[np.ndarray] = field(default_factory=list)  # share of the visible tokens [b,L,Q,2,R]
+    tokens: list[np.ndarray] = field(default_factory=list)  # [b,R]
+    boxes: list[np.ndarray] = field(default_factory=list)  # [b,L+1,2] of what the box plots show
 
     def add(self, batch: Batch, clusters: list[str], boxes: list[int]) -> np.ndarray:
         """Add the rows of a file; returns their cells [B,L,H,K]."""
         import numpy as np
+        from paired_stats import RowValues
 
         cells = fraction_cells(batch)
         levels = all_levels(cells)
-        self.estimate.add(levels, clusters)
-        self.difference.set_cells(levels.shape[1:])
+        if self.estimate is None or self.difference is None:
+            self.estimate, self.difference = (RowValues(levels.shape[1:]) for _ in range(2))
+        self.estimate.add(levels.astype(np.float32), clusters)
         self.heads = cells.shape[2]
         self.rows += len(levels)
-        baseline = baseline_of(batch)
-        self.baseline.add(baseline)
-        self.density_baseline.add(np.where(baseline > 0, baseline, np.nan))
+        self.baseline.append(baseline_of(batch).astype(np.float32))
         tokens = batch["tokens"].astype(float)
         tokens[_no_edit(batch), REGIONS.index("edited")] = float("nan")
-        self.tokens.add(tokens)
-        self.histogram.add(levels[:, cells.shape[1] * cells.shape[2] :, boxes])
+        self.tokens.append(tokens)
+        self.boxes.append(levels[:, cells.shape[1] * cells.shape[2] :, boxes])
         return cells
 
 
-class FractionHistogram:
-    """Running histogram of fractions in 0..1 for any number of cells: quantiles to 0.0001 in flat memory."""
+def box_of(values: np.ndarray) -> dict[str, Any]:
+    """matplotlib `bxp` statistics of values [n]: quartiles, whiskers at 5 % and 95 %; NaN is left out."""
+    import numpy as np
 
-    def __init__(self) -> None:
-        self._counts: Any = None
-
-    def add(self, values: np.ndarray) -> None:
-        """Add values [b, *cells]; NaN is left out."""
-        import numpy as np
-
-        flat = values.reshape(len(values), -1)
-        width = flat.shape[1]
-        bins = np.clip(np.nan_to_num(flat) * BINS, 0, BINS - 1).astype(np.int64) + np.arange(width) * BINS
-        counts = np.bincount(bins[~np.isnan(flat)], minlength=width * BINS).reshape(*values.shape[1:], BINS)
-        self._counts = counts if self._counts is None else self._counts + counts
-
-    def boxes(self, *cell: Any) -> list[dict[str, Any]]:
-        """matplotlib `bxp` statistics for each of the chosen cells: quartiles, whiskers at 5 % and 95 %."""
-        import numpy as np
-
-        found: list[dict[str, Any]] = []
-        for counts in self._counts[cell].reshape(-1, BINS):
-            share = counts.cumsum() / max(1, counts.sum())
-            at = [float((np.searchsorted(share, q) + 0.5) / BINS) for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
-            found.append({**dict(zip(("whislo", "q1", "med", "q3", "whishi"), at, strict=True)), "fliers": []})
-        return found
+    known = values[~np.isnan(values)]
+    at = np.quantile(known, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist() if len(known) else [float("nan")] * 5
+    return {**dict(zip(("whislo", "q1", "med", "q3", "whishi"), at, strict=True)), "fliers": []}
 
 
 @dataclass(frozen=True)
@@ -202,25 +173,33 @@ class StyleReport:
     rows: int
     layers: list[int]
     baseline: np.ndarray
-    histogram: FractionHistogram
+    tokens: np.ndarray  # [R]: mean number of tokens in each region
+    boxes: np.ndarray  # [n,L+1,2]: fractions on the instruction and the task of each row, by layer and of the model
     table: pd.DataFrame
+
+    def baseline_of(self, args: argparse.Namespace, region: str) -> np.ndarray:
+        """Share of the visible tokens [L] that a region has, as the plots show it."""
+        return _of_cell(self.baseline, args.query, args.first_token, region)
 
 
 def style_report(run: Run, style: str, args: argparse.Namespace) -> StyleReport | None:
     """The table and box plots' numbers of one style; None where it has no rows."""
+    import numpy as np
+
     sums = style_sums(run, style, args)
     if not sums.rows:
         return None
-    return StyleReport(style, sums.rows, sums.layers, sums.baseline.finish().mean, sums.histogram, style_table(sums))
+    baseline, tokens = (_mean_rows(np.concatenate(parts)) for parts in (sums.baseline, sums.tokens))
+    boxes = np.concatenate(sums.boxes)
+    return StyleReport(style, sums.rows, sums.layers, baseline, tokens, boxes, style_table(sums))
 
 
 def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
     """Read a style, and the clean run beside it, once. Raises UserError where a file holds no attention."""
     from paired_rows import paired_batches, read_rows
-    from paired_stats import ClusterSums
 
     clean = run.clean_style
-    result = StyleSums(style, ClusterSums(MAX_CLUSTERS), ClusterSums(MAX_CLUSTERS), FractionHistogram())
+    result = StyleSums(style)
     boxes = [CELLS.index((args.query, args.first_token, region, "fraction")) for region in OLD_NAMES]
     rows = read_rows(run, style, _extractor(run, style, None, args, result), args.max_samples)
     if style == clean or clean is None:
@@ -233,10 +212,10 @@ def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
         cells = result.add(pair.rows, labels, boxes)
         result.identical += pair.identical
         result.unpaired += pair.unpaired
-        if len(pair.paired):
+        if len(pair.paired) and result.difference is not None:
             _check_same_heads(cells, pair.clean["mass"], style)
             change = cells[pair.paired] - fraction_cells(pair.clean)
-            result.difference.add(all_levels(change), [labels[i] for i in pair.paired])
+            result.difference.add(all_levels(change).astype("float32"), [labels[i] for i in pair.paired])
     return result
 
 
@@ -272,15 +251,17 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
     """Every cell of a style: one row per level, layer, head, query, first_token, region, measure; no empty ones."""
     import numpy as np
 
+    assert sums.estimate is not None
+    assert sums.difference is not None
     estimate, difference = sums.estimate.finish(), sums.difference.finish()
     places = _level_rows(sums.layers, sums.heads)
     frame = places.loc[places.index.repeat(len(CELLS))].reset_index(drop=True)
     frame.insert(0, "style", sums.style)
     for name, column in zip(("query", "first_token", "region", "measure"), zip(*CELLS, strict=True), strict=True):
         frame[name] = np.tile(np.array(column, dtype=object), len(places))
-    tokens = sums.tokens.finish().mean
+    tokens, baseline = _mean_rows(np.concatenate(sums.tokens)), np.concatenate(sums.baseline)
     frame["tokens"] = np.tile([tokens[REGIONS.index(cell[2])] for cell in CELLS], len(places))
-    means = {"fraction": sums.baseline.finish().mean, "density": sums.density_baseline.finish().mean}
+    means = {"fraction": _mean_rows(baseline), "density": _mean_rows(np.where(baseline > 0, baseline, np.nan))}
     by_layer = np.stack([_of_cell(means[cell[3]], *cell[:3]) for cell in CELLS], axis=-1)  # [L,K]
     levels = [by_layer.repeat(sums.heads, axis=0), by_layer, by_layer.mean(axis=0, keepdims=True)]
     frame["baseline"] = np.concatenate(levels).ravel()
@@ -295,6 +276,15 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
         frame[name] = values if isinstance(values, int) else values.ravel()
     partly = (frame["level"] == "model") & (frame["measure"] == "density") & frame["baseline"].isna()
     return frame[(frame["n"] > 0) & ~partly].reset_index(drop=True)
+
+
+def _mean_rows(values: np.ndarray) -> np.ndarray:
+    """Mean over the rows [n, ...] that have a value; NaN if none has."""
+    import numpy as np
+
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(axis=0, dtype=np.float64) / known.sum(axis=0)
 
 
 def _of_cell(baseline: np.ndarray, query: str, first_token: str, region: str) -> np.ndarray:
@@ -375,19 +365,24 @@ def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Names
     paths = []
     note = {"last": "last token", "mean": "mean query"}[args.query] + f", first token {args.first_token}"
     for column, (region, name) in enumerate(OLD_NAMES.items()):
-        boxes = [result.histogram.boxes(-1, column)[0] for result in results]
-        labels = [f"{result.style}\nn={result.rows}" for result in results]
-        base = [float(_of_cell(result.baseline, args.query, args.first_token, region).mean()) for result in results]
-        path = folder / f"boxplot_{name}.png"
-        _save_boxes(path, boxes, labels, base, f"Attention on the {region} ({note})", "style", region)
-        paths.append(path)
-    for result in results:
-        count = len(result.layers)
-        boxes = result.histogram.boxes(slice(0, count), 0)
-        base = _of_cell(result.baseline, args.query, args.first_token, "instruction").tolist()
-        path = folder / f"boxplot_perlayer_frac_prompt_{file_word(result.style)}.png"
-        title = f"Attention on the instruction by layer: {result.style} ({note}, n = {result.rows} prompts)"
-        _save_boxes(path, boxes, [str(layer) for layer in result.layers], base, title, "layer", "instruction")
+        having = [one for one in results if one.tokens[REGIONS.index(region)] > 0]
+        if not having:  # no prompt has the region: its fraction is 0 by definition
+            (folder / f"boxplot_{name}.png").unlink(missing_ok=True)
+            continue
+        boxes = [box_of(one.boxes[:, -1, column]) for one in having]
+        labels = [f"{one.style}\nn={one.rows}" for one in having]
+        base = [float(one.baseline_of(args, region).mean()) for one in having]
+        paths.append(folder / f"boxplot_{name}.png")
+        _save_boxes(paths[-1], boxes, labels, base, f"Attention on the {region} ({note})", "style", region)
+    for one in results:
+        path = folder / f"boxplot_perlayer_frac_prompt_{file_word(one.style)}.png"
+        if not one.tokens[REGIONS.index("instruction")] > 0:
+            path.unlink(missing_ok=True)
+            continue
+        boxes = [box_of(one.boxes[:, layer, 0]) for layer in range(len(one.layers))]
+        title = f"Attention on the instruction by layer: {one.style} ({note}, n = {one.rows} prompts)"
+        base = one.baseline_of(args, "instruction").tolist()
+        _save_boxes(path, boxes, [str(layer) for layer in one.layers], base, title, "layer", "instruction")
         paths.append(path)
     return paths
 

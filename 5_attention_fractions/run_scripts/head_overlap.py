@@ -7,12 +7,12 @@ is shared. A style with itself, so compared, is its split-half reliability.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from paired_stats import deal
 
 GROUPS = 32
 SPLITS = 24
@@ -21,10 +21,14 @@ TOP_SHARE = 0.05
 
 
 class GroupSums:
-    """Sums of values over rows in a few groups of whole clusters: enough to split and leave out, in flat memory."""
+    """Sums of values over rows in a few groups of whole clusters: enough to split and leave out, in flat memory.
 
-    def __init__(self, groups: int = GROUPS) -> None:
+    templates: all clusters that may come; they are dealt evenly, and alike for every style (`deal`).
+    """
+
+    def __init__(self, templates: Iterable[str], groups: int = GROUPS) -> None:
         self.groups = groups
+        self._codes = deal(templates, groups)
         self.sums: Any = None  # [G, *cells]
         self.counts: Any = None
 
@@ -32,7 +36,7 @@ class GroupSums:
         """Add values [b, *cells], NaN left out, and their b cluster labels."""
         if self.sums is None:
             self.sums, self.counts = np.zeros((2, self.groups, *values.shape[1:]))
-        codes = [zlib.crc32(str(label).encode("utf-8", "backslashreplace")) % self.groups for label in clusters]
+        codes = [self._codes.setdefault(label, len(self._codes) % self.groups) for label in clusters]
         order = np.argsort(codes, kind="stable")
         present, starts, rows = np.unique(np.array(codes)[order], return_index=True, return_counts=True)
         ordered = values[order]

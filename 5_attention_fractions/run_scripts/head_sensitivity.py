@@ -54,7 +54,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from answer_flips import Answers, FlipMoments
     from head_overlap import GroupSums
     from paired_rows import Batch, Extract
-    from paired_stats import ClusterSums
+    from paired_stats import RowValues
     from run_store import Run
 
 MEASURES = (
@@ -82,7 +82,6 @@ DISTANCES = ("jsd_last", "jsd_mean")
 PANELS = ("edited_log2_mass_last", "edited_mass_last", "task_fraction_last", "entropy_last", "first_mass_last")
 LEAST_MASS = 1e-5  # the logarithm of less is that of this; float16 masses are known to 6e-8
 CLEAN, CONTROL = "clean form", "control"
-MAX_CLUSTERS = 256  # clusters above this are pooled, so that memory stays flat
 ALPHA = 0.05
 
 
@@ -131,14 +130,14 @@ def with_layers(values: np.ndarray) -> np.ndarray:
 
 @dataclass
 class StyleEffect:
-    """Running sums over the pairs of one style; cells are [L*H + L, M], the heads and then the layers."""
+    """The pairs of one style; cells are [L*H + L, M], the heads and then the layers."""
 
     style: str
     layers: list[int]
     heads: int
     measures: tuple[str, ...]
-    difference: ClusterSums
-    variant: ClusterSums
+    difference: RowValues
+    variant: RowValues
     groups: GroupSums
     flips: FlipMoments | None = None
     pairs: int = 0
@@ -146,6 +145,7 @@ class StyleEffect:
     unpaired: int = 0
     squares: Any = field(default=0.0)
     control: str | None = None  # what the differences are to, where not to the clean form; distances may be below 0
+    tables: tuple[pd.DataFrame, pd.DataFrame] | None = None
 
     @property
     def to_clean(self) -> bool:
@@ -154,19 +154,22 @@ class StyleEffect:
 
     @classmethod
     def empty(
-        cls, style: str, layers: list[int], heads: int, measures: tuple[str, ...], with_flips: bool = False
+        cls,
+        style: str,
+        layers: list[int],
+        heads: int,
+        measures: tuple[str, ...],
+        templates: Collection[str],
+        with_flips: bool = False,
     ) -> StyleEffect:
-        """No pairs yet."""
+        """No pairs yet; `templates`: all clusters of the run."""
         from answer_flips import FlipMoments
         from head_overlap import GroupSums
-        from paired_stats import ClusterSums
+        from paired_stats import RowValues
 
-        flips = FlipMoments() if with_flips else None
-        sums = ClusterSums(MAX_CLUSTERS), ClusterSums(MAX_CLUSTERS)
-        effect = cls(style, layers, heads, measures, *sums, GroupSums(), flips)
-        for one in sums:
-            one.set_cells((len(layers) * (heads + 1), len(measures)))
-        return effect
+        flips = FlipMoments(templates) if with_flips else None
+        difference, variant = (RowValues((len(layers) * (heads + 1), len(measures))) for _ in range(2))
+        return cls(style, layers, heads, measures, difference, variant, GroupSums(templates), flips)
 
     def add(
         self, variant: np.ndarray, clean: np.ndarray, clusters: list[str], flipped: np.ndarray | None = None
@@ -176,12 +179,18 @@ class StyleEffect:
 
         change = with_layers(variant.astype(np.float64) - clean)
         self.pairs += len(change)
-        self.difference.add(change, clusters)
-        self.variant.add(np.where(np.isnan(change), np.nan, with_layers(variant)), clusters)
+        self.difference.add(change.astype(np.float32), clusters)
+        self.variant.add(np.where(np.isnan(change), np.nan, with_layers(variant)).astype(np.float32), clusters)
         self.groups.add(change[:, : len(self.layers) * self.heads], clusters)
         self.squares = self.squares + np.nansum(change**2, axis=0)
         if self.flips is not None and flipped is not None:
             self.flips.add(change, flipped, clusters)
+
+    def finish(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+        """Fill `tables` and let the rows go, which are most of the memory; returns the tables of flips, if any."""
+        flips, self.tables = flip_tables(self), sensitivity_tables(self)
+        self.difference = self.variant = self.flips = None  # type: ignore[assignment]
+        return flips
 
 
 def style_effect(
@@ -199,7 +208,7 @@ def style_effect(
     baseline: the clean form, or a control; then only rows in which both edit the same words count, and with
     split_tokens only those in which these differ by at most so many tokens (in none, for `split@<style>`).
     """
-    from activation_rows import same_words, token_limit
+    from activation_rows import same_words, templates_of, token_limit
     from paired_rows import RowWindow, paired_batches, read_rows, take_rows
 
     info: dict[str, Any] = {}
@@ -210,6 +219,7 @@ def style_effect(
     if not to_clean and run.clean_style is not None:
         cleans = RowWindow(read_rows(run, run.clean_style, _map_extractor(run, style, tokenizer), max_samples))
     effect: StyleEffect | None = None
+    templates = templates_of(run)
     identical = unpaired = 0
     for pair in paired_batches(variants, others):
         identical, unpaired = identical + pair.identical, unpaired + pair.unpaired
@@ -226,7 +236,8 @@ def style_effect(
         clean_maps = None if cleans is None else cleans.take(indices)
         values, measures = _pair_values(variant, other, style, info["layers"], without_first, clean_maps)
         if effect is None:
-            effect = StyleEffect.empty(style, info["layers"], values[0].shape[2], measures, answers is not None)
+            shape = info["layers"], values[0].shape[2], measures
+            effect = StyleEffect.empty(style, *shape, templates, answers is not None)
             effect.control = None if to_clean else baseline
         if measures != effect.measures:
             rows = f"rows {indices[0]} to {indices[-1]}"
@@ -666,9 +677,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             against = style_effect(run, style, control, args.max_samples, answers, args.tokenizer, without_first, limit)
             controls[style] = control, against
         for one in (effect, against):
-            if one is not None and (found := flip_tables(one)) is not None:
+            if one is not None and (found := one.finish()) is not None:
                 flips.append(found)
-                one.flips = None  # the largest part of what a style holds
     if not effects:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     tell_undefined(effects)
@@ -707,12 +717,13 @@ def write_results(
     names = ("head_sensitivity", "layer_sensitivity")
     tables = {}
     for position, name in enumerate(names):
-        tables[name] = pd.concat([sensitivity_tables(effect)[position] for effect in effects], ignore_index=True)
-        own = {style: sensitivity_tables(effect)[position] for style, (_, effect) in controls.items() if effect}
+        tables[name] = pd.concat([effect.tables[position] for effect in effects if effect.tables], ignore_index=True)
+        known = {style: effect.tables for style, (_, effect) in controls.items() if effect}
+        own = {style: both[position] for style, both in known.items() if both}
         tables[name] = with_controls(tables[name], own, {style: control for style, (control, _) in controls.items()})
-    known = [(control, effect) for control, effect in controls.values() if effect]
-    equal = [effect for control, effect in known if matched_style(control)]
-    against = equal or [effect for _, effect in known]  # as in the picture
+    matched = [(control, effect) for control, effect in controls.values() if effect]
+    equal = [effect for control, effect in matched if matched_style(control)]
+    against = equal or [effect for _, effect in matched]  # as in the picture
     parts = [(effects, CLEAN), (against, CONTROL)]
     tables["head_overlap"] = pd.concat(
         [overlap_table(some, args.seed, baseline) for some, baseline in parts if some], ignore_index=True

@@ -1,4 +1,4 @@
-"""Linear CKA between two sets of states of the same items, in flat memory and with a clustered interval.
+"""Linear CKA between two sets of states of the same items, with a clustered interval.
 
 Debiased linear CKA: HSIC by the unbiased estimator of Song et al. (2012), since with fewer items than dimensions the
 plain one is near 1 for unrelated states. Over minibatches of items it is averaged before the ratio is taken (Nguyen,
@@ -9,7 +9,6 @@ The interval is the delta method on the items' contributions to the three HSICs,
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,38 +21,30 @@ MIN_ITEMS = 4  # the unbiased estimator needs four items
 
 
 class CkaSums:
-    """Running CKA of every layer. `add` minibatches of states, then `finish`.
+    """Running CKA of every layer. `add` minibatches of states, then `finish`."""
 
-    Clusters are pooled by a hash of their label into `max_clusters` groups, so that memory is flat.
-    """
-
-    def __init__(self, max_clusters: int = 1000) -> None:
-        self._groups = max_clusters
-        self._sums: np.ndarray | None = None  # [groups, 3, layers]: contributions to HSIC(X,Y), (X,X), (Y,Y)
-        self._counts = np.zeros(max_clusters)
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []  # [b, 3, layers]: contributions to HSIC(X,Y), (X,X), (Y,Y)
+        self._labels: list[str] = []
 
     def add(self, first: torch.Tensor, second: torch.Tensor, clusters: Sequence[str]) -> None:
         """Add states [layers, b, D] of the same b items; those not finite are left out, fewer than four too."""
         known = (first.isfinite().all(-1) & second.isfinite().all(-1)).all(0)
         if int(known.sum()) < MIN_ITEMS:
             return
-        labels = [label for label, use in zip(clusters, known.tolist(), strict=True) if use]
-        slots = np.array([zlib.crc32(label.encode("utf-8", "backslashreplace")) % self._groups for label in labels])
-        parts = item_contributions(first[:, known], second[:, known])
-        if self._sums is None:
-            self._sums = np.zeros((self._groups, *parts.shape[1:]))
-        np.add.at(self._sums, slots, parts)
-        np.add.at(self._counts, slots, 1)
+        self._labels += [label for label, use in zip(clusters, known.tolist(), strict=True) if use]
+        self._parts.append(item_contributions(first[:, known], second[:, known]))
 
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int] | None:
         """(CKA, low, high of the 95 % interval, each [layers]; items; clusters), or None where there were none."""
         from scipy import stats
 
-        if self._sums is None:
+        if not self._parts:
             return None
-        used = self._counts > 0
-        sums, counts = self._sums[used], self._counts[used]
-        n, groups = int(counts.sum()), len(counts)
+        parts, (names, slots) = np.concatenate(self._parts), np.unique(self._labels, return_inverse=True)
+        n, groups = len(parts), len(names)
+        sums = np.zeros((groups, *parts.shape[1:]))
+        np.add.at(sums, slots, parts)
         cross, own_first, own_second = sums.sum(0) / n
         with np.errstate(invalid="ignore", divide="ignore"):
             scale = np.sqrt(own_first * own_second)

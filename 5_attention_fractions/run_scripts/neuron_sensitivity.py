@@ -51,10 +51,10 @@ from activation_rows import (
     changed_rows,
     clean_and_styles,
     control_of,
-    half_of,
     is_control,
     like_control,
     tell_controls,
+    templates_of,
     twin_region,
 )
 from command_line import UserError, make_parser, run_main
@@ -68,7 +68,6 @@ if TYPE_CHECKING:
 NEURON, HEAD = "neuron", "head"
 FIELDS = {NEURON: "mlp_pooled", HEAD: "attention_entropy"}
 BLOCK_NUMBERS = 20_000_000  # rows x units handled at once: 80 MB an array
-MAX_CLUSTERS = 1000
 ALPHA = 0.05
 NO_SPREAD = 1e-6  # a spread below this share of the mean is rounding
 FIND, CONFIRM = 0, 1
@@ -84,6 +83,7 @@ class Study:
     clean: StyleRows
     styles: dict[str, StyleRows]
     regions: list[str]
+    halves: dict[str, int]  # of each template, see `deal`
     seed: int = 0
     without_first: bool = True  # rows whose edited words hold the first token, an attention sink, count in nothing
     score: str = DELTA
@@ -176,7 +176,7 @@ def sum_halves(study: Study, style: str) -> HalfSums:
     sums = HalfSums()
     for rows, style_values, clean_values, split_values in triples(study, style):
         labels = [study.run.template(row) for row in rows]
-        halves = np.array([half_of(label, study.seed) for label in labels])
+        halves = np.array([study.halves[label] for label in labels])
         for label, half in zip(labels, halves.tolist(), strict=True):
             sums.templates[half].add(label)
         weights = np.stack([halves == FIND, halves == CONFIRM]).astype(np.float64)
@@ -224,14 +224,12 @@ def confirm(study: Study, style: str, found: np.ndarray) -> tuple[Any, Any]:
     The last axis: against clean, against split (NaN without the control). The set's excess is, row by row, the mean
     change of its units less the mean change of all other units of the same layers, weighted by layer as the set is.
     """
-    from paired_stats import ClusterSums
+    from paired_stats import RowValues
 
-    units, sets = ClusterSums(MAX_CLUSTERS), ClusterSums(MAX_CLUSTERS)
-    units.set_cells((len(found), 2))
-    sets.set_cells((2,))
+    units, sets = RowValues((len(found), 2)), RowValues((2,))
     for rows, style_values, clean_values, split_values in triples(study, style):
         labels = [study.run.template(row) for row in rows]
-        half = np.array([half_of(label, study.seed) == CONFIRM for label in labels])
+        half = np.array([study.halves[label] == CONFIRM for label in labels])
         if not half.any():
             continue
         chosen = [label for label, use in zip(labels, half, strict=True) if use]
@@ -405,6 +403,9 @@ def open_studies(run: Run, args: argparse.Namespace) -> list[tuple[Study, float]
     tell_controls(run, styles)
     clean = StyleRows(run, clean_style, args.max_samples)
     tables = {style: StyleRows(run, style, args.max_samples) for style in styles}
+    from paired_stats import deal
+
+    halves = deal(templates_of(run), 2, args.seed)
     studies = []
     for unit, regions, share in (
         (NEURON, list(args.neuron_regions), args.neuron_share),
@@ -414,7 +415,7 @@ def open_studies(run: Run, args: argparse.Namespace) -> list[tuple[Study, float]
             raise UserError(f"--{unit}_share {share}: give a share between 0 and 1")
         if all(table.has(FIELDS[unit]) for table in (clean, *tables.values())):
             first = args.first_token == "excluded"
-            studies.append((Study(run, unit, clean, tables, regions, args.seed, first, args.score), share))
+            studies.append((Study(run, unit, clean, tables, regions, halves, args.seed, first, args.score), share))
         else:
             get_logger().info(f"the run holds no {FIELDS[unit]}: without {unit}s")
     if not studies:

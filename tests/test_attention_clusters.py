@@ -1,0 +1,67 @@
+"""Templates are clusters: their true number is in every table of a run, and halves are the same in all of them."""
+
+import activation_diffs
+import dirs_eval
+import evaluate_predictions
+import head_sensitivity
+import neuron_sensitivity
+import pytest
+from activation_rows import templates_of
+from file_output import read_csv
+from paired_stats import deal
+from run_store import open_run
+from synthetic_run import prompt_rows, write_run
+
+ROWS, TEMPLATES = 300, 257
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Every table of a run of 300 rows in 257 templates with the names of maths.json."""
+    folder = tmp_path_factory.mktemp("clusters")
+    rows = prompt_rows(ROWS, ["swap"])
+    for index, row in enumerate(rows):
+        row["_template"] = f"{('addition', 'division')[index % TEMPLATES % 2]}_{index % TEMPLATES // 2}"
+    assert len({row["_template"] for row in rows}) == TEMPLATES
+    run = write_run(folder / "run", rows, rows_per_file=64, layers=1, heads=2, hidden=4, neurons=4, raw_layers=())
+    command = ["--run_dir", str(run), "--results_dir", str(folder / "out")]
+    for script in (evaluate_predictions, dirs_eval, head_sensitivity, activation_diffs):
+        assert script.main(command) == 0
+    assert neuron_sensitivity.main([*command, "--neuron_regions", "last"]) == 0
+    return {path.name: read_csv(path) for path in (folder / "out").glob("*.csv")}, run
+
+
+def test_every_table_has_the_true_number_of_clusters(tables):
+    found = {}
+    for name, table in tables[0].items():
+        if "n_clusters" in table.columns and not name.startswith(("neuron", "typo_heads", "maths_by")):
+            whole = table[(table["n"] == ROWS) & (table["style"] == "swap")]
+            if len(whole):
+                found[name] = set(whole["n_clusters"])
+    assert len(found) >= 7
+    assert found == {name: {TEMPLATES} for name in found}
+
+
+def test_the_halves_of_a_run_are_exact(tables):
+    halves = deal(templates_of(open_run(tables[1])), 2, 0)
+    assert sorted([*halves.values()].count(half) for half in (0, 1)) == [TEMPLATES // 2, TEMPLATES // 2 + 1]
+    summary = tables[0]["neuron_sensitivity_summary.csv"].iloc[0]
+    assert summary["n_find"] + summary["n"] == ROWS
+    assert summary["n_clusters"] == [*halves.values()].count(1)
+
+
+def test_halves_do_not_depend_on_the_rows_that_an_analysis_reads(tables):
+    run = open_run(tables[1])
+    [few] = [study for study, _ in neuron_sensitivity.open_studies(run, _args(run, "--max_samples", "10"))][:1]
+    assert few.halves == deal(templates_of(run), 2, 0)
+
+
+def _args(run, *more):
+    return neuron_sensitivity.parse_args(["--run_dir", str(run.path), *more])
+
+
+def test_a_null_template_is_none(tmp_path):
+    rows = prompt_rows(4)
+    rows[0]["_template"], rows[1]["_template"], rows[2]["_template"] = None, None, 7
+    run = open_run(write_run(tmp_path / "run", rows))
+    assert [run.template(index) for index in range(4)] == ["row 0", "row 1", "7", "row 3"]
