@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from attention_fields import ENTROPY_QUERIES, QUERIES, REGIONS, attention_fields
-from dirs_eval import CELLS, FIRST_TOKEN, all_levels, baseline_of, box_of, fraction_cells, main
+from dirs_eval import CELLS, SINK, all_levels, baseline_of, box_of, fraction_cells, main
 from reference_format import TokenRegions, decoded_offsets
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
-from synthetic_run import Size, file_content, prompt_rows, tokens_of, with_first_word_typo, write_run
+from synthetic_run import NOUNS, Size, file_content, prompt_rows, tokens_of, with_first_word_typo, write_run
 from token_spans import task_span
 
 FEW_SHOT = "Add the two numbers: 1 + 1 = 2\n"
@@ -83,14 +83,14 @@ def test_what_stands_in_pads_does_not_count(value: float) -> None:
     np.testing.assert_allclose(dirty["entropy"], clean["entropy"], atol=1e-6)
 
 
-@pytest.mark.parametrize("first_token", FIRST_TOKEN)
+@pytest.mark.parametrize("sink", SINK)
 @pytest.mark.parametrize("query", QUERIES)
-def test_disjoint_regions_sum_to_one(query: str, first_token: str) -> None:
+def test_disjoint_regions_sum_to_one(query: str, sink: str) -> None:
     fields = fields_of(content_of([0, 1, 2]))
     cells = fraction_cells(fields)
-    columns = [CELLS.index((query, first_token, REGIONS[region], "fraction")) for region in DISJOINT]
+    columns = [CELLS.index((query, sink, REGIONS[region], "fraction")) for region in DISJOINT]
     np.testing.assert_allclose(cells[..., columns].sum(-1), 1, atol=3e-3)
-    base = baseline_of(fields)[:, :, QUERIES.index(query), FIRST_TOKEN.index(first_token)][..., DISJOINT]
+    base = baseline_of(fields)[:, :, QUERIES.index(query), SINK.index(sink)][..., DISJOINT]
     np.testing.assert_allclose(base.sum(-1), 1, atol=1e-9)
 
 
@@ -136,9 +136,40 @@ def test_an_edited_word_on_the_first_token_is_in_no_edited_fraction(tmp_path: Pa
         inside = content["region_mask"][..., content["regions"].index("edited")].sum(1)
         counts += list(zip(inside.tolist(), content["attention_mask"].sum(1).tolist(), strict=True))
     tokens, length = np.array([count for row, count in enumerate(counts) if row not in (1, 5)]).T
-    shown = edited.query("query == 'last' and first_token == 'included' and measure == 'fraction'")
+    shown = edited.query("query == 'last' and sink == 'included' and measure == 'fraction'")
     np.testing.assert_allclose(shown["baseline"], (tokens / length).mean())
     np.testing.assert_allclose(edited["tokens"], tokens.mean())
+    assert main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--first_token", "included"]) == 0
+    kept = pd.read_csv(tmp_path / "attention_fractions.csv").query("style == 'swap' and region == 'edited'")
+    assert set(kept["n_paired"]) == {12}
+
+
+@pytest.mark.parametrize("from_maps", [False, True])
+def test_a_sink_in_the_softmax_takes_its_part_of_the_whole(from_maps: bool) -> None:
+    """Keys of a model with such a sink get 1 minus what it takes; shares without the first token still sum to 1."""
+    plain, taken = content_of([0, 1, 2]), content_of([0, 1, 2])
+    taken["span_mass"] = taken["span_mass"] * 0.25
+    for attention in taken["attentions"].values():
+        attention *= 0.25
+    if from_maps:
+        plain, taken = (without(content, "span_mass", "attention_entropy") for content in (plain, taken))
+    ours, theirs = fields_of(taken), fields_of(plain)
+    np.testing.assert_allclose(ours["whole"], 0.25, atol=1e-3)
+    cells, whole = fraction_cells(ours), fraction_cells(theirs)
+    for column, cell in enumerate(CELLS):
+        factor = 0.25 if cell[1] == "included" else 1
+        np.testing.assert_allclose(cells[..., column], factor * whole[..., column], rtol=2e-2, atol=2e-3)
+    np.testing.assert_allclose(ours["entropy"], theirs["entropy"], atol=1e-5)
+
+
+def test_a_region_that_no_prompt_has_is_in_no_plot(tmp_path: Path) -> None:
+    rows = [{"normal": f"Why do {word} fall?", "swap": f"Why do {word} flal?"} for word in NOUNS[:6]]
+    run = write_run(tmp_path / "run", rows, layers=2, heads=2)
+    (tmp_path / "boxplot_frac_prompt.png").write_bytes(b"of an earlier run")
+    assert main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["boxplot_frac_task.png"]
+    table = pd.read_csv(tmp_path / "prompt_task_fraction_aggregate.csv")
+    assert (table["frac_prompt"] == 0).all()
 
 
 def test_a_framing_is_instruction_in_prompts_with_and_without_a_colon(tmp_path: Path) -> None:
@@ -153,7 +184,7 @@ def test_a_framing_is_instruction_in_prompts_with_and_without_a_colon(tmp_path: 
     assert table["n"].tolist() == [6, 6]
     assert table["frac_prompt_density_n"].to_dict() == {"normal": 3, "polite": 6}
     assert table["frac_task_density_n"].tolist() == [6, 6]
-    table = pd.read_csv(tmp_path / "attention_fractions.csv").query("query == 'last' and first_token == 'included'")
+    table = pd.read_csv(tmp_path / "attention_fractions.csv").query("query == 'last' and sink == 'included'")
     shown = table.query("style == 'normal' and region == 'instruction' and level == 'model'").set_index("measure")
     with_colon = [tokens_of(row["normal"]) for row in rows[::2]]
     shares = [len(tokens_of(row["normal"].partition(":")[0])) + 1 for row in rows[::2]]  # and the colon
@@ -232,7 +263,7 @@ def test_a_head_s_row_is_the_paired_mean(results: SimpleNamespace) -> None:
     table = results.table
     chosen = table[
         (table["style"] == "swap") & (table["layer"] == 1) & (table["head"] == 2) & (table["query"] == "last")
-        & (table["region"] == "task") & (table["measure"] == "fraction") & (table["first_token"] == "included")
+        & (table["region"] == "task") & (table["measure"] == "fraction") & (table["sink"] == "included")
     ]  # fmt: skip
     (line,) = [row for _, row in chosen.iterrows()]
     assert (line["n"], line["n_paired"], line["n_identical"], line["n_unpaired"]) == (13, 12, 1, 0)
@@ -253,7 +284,7 @@ def test_old_names_keep_their_columns(results: SimpleNamespace) -> None:
 
 
 def test_corrections_go_over_styles_layers_and_heads(results: SimpleNamespace) -> None:
-    keys = ["query", "first_token", "region", "measure"]
+    keys = ["query", "sink", "region", "measure"]
     for level, by in (("layer", ["style"]), ("head", ["style"])):
         for _, rows in results.table[results.table["level"] == level].groupby([*keys, *by]):
             if rows["p"].notna().all():

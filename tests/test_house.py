@@ -168,6 +168,14 @@ def test_every_analysis_says_if_the_run_is_not_finished(path):
     assert "warn_unfinished(" in path.read_text(encoding="utf-8")
 
 
+def test_a_flag_of_stage_5_has_one_meaning():
+    """Flags of one name have one default, and `--first_token` one help text, in every script of the stage."""
+    shown = [help_of(path)[2].partition("options:")[2] for path in SCRIPTS if path.parents[1].name[0] == "5"]
+    told = [re.search(r"--first_token (.*?)(?=\n  --|\n\n)", text, re.DOTALL) for text in shown]
+    assert len({" ".join(found[1].split()) for found in told if found}) == 1
+    assert sum(found is not None for found in told) == 4
+
+
 # --- safety and portability
 
 

@@ -62,6 +62,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 import numpy as np
 from activation_rows import (
     StyleRows,
+    add_first_token,
     blocks,
     changed_rows,
     clean_and_styles,
@@ -480,9 +481,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     measures.add_argument(
         "--reference_words", type=int, default=128, help="other words for the recovery depth, at most"
     )
-    measures.add_argument(
-        "--first_token", choices=("excluded", "included"), default="excluded", help="rows whose region holds it"
-    )
+    add_first_token(measures)
     measures.add_argument(
         "--split_tokens", type=int, default=1, help="most tokens by which a typo and `split` may differ; -1: any"
     )

@@ -41,7 +41,8 @@ def attention_fields(
     """Arrays with the B rows of a file on their first axis.
 
     edited: the file's name for the edited region (`edited`, or `edited:<style>` in the clean run), None for none.
-    mass [B,L,H,Q,R] float32, uniform [B,L,Q,R] (NaN in layers of which it is not known what a query sees), tokens
+    mass [B,L,H,Q,R] float32, whole [B,L,H,Q] (of all tokens: 1, or less if a sink in the softmax takes a part),
+    uniform [B,L,Q,R] (NaN in layers of which it is not known what a query sees), tokens
     [B,R], holds_first [B,R] (0 or 1: the region holds the first token), entropy [B,L,H,3] (normalised, of the last
     token, the mean query and the edited words; NaN where unknown).
     Raises UserError where the file holds no attention, or no regions and no tokenizer to find them with.
@@ -59,10 +60,14 @@ def attention_fields(
     fields["uniform"] = np.stack([uniform[window] for window in windows], axis=1)
     if "span_mass" in content:
         fields["mass"] = _select_mass(content["span_mass"], names, edited)
+        queries = [names.index(SPAN_NAMES.get(query, query)) for query in QUERIES]
+        fields["whole"] = content["span_mass"][:, :, :, queries, names.index("all")].float().numpy().swapaxes(0, 1)
         fields["entropy"] = _select_entropy(content, names, edited)
     else:
-        fields["mass"], fields["entropy"] = _from_maps(content["attentions"], keys, real, windows)
-    for key in ("mass", "entropy"):  # what overflowed is missing, not infinite
+        keys = np.concatenate([keys, real[..., None]], axis=-1)
+        mass, fields["entropy"] = _from_maps(content["attentions"], keys, real, windows)
+        fields["mass"], fields["whole"] = mass[..., :-1], mass[..., -1]
+    for key in ("mass", "whole", "entropy"):  # what overflowed is missing, not infinite
         fields[key][np.isinf(fields[key])] = np.nan
     no_edit = tokens[:, REGIONS.index("edited")] == 0
     fields["mass"][no_edit, ..., REGIONS.index("edited")] = np.nan
@@ -186,8 +191,8 @@ def map_mass(attention: np.ndarray, keys: np.ndarray, real: np.ndarray) -> np.nd
 def map_entropy(attention: np.ndarray, edited: np.ndarray, real: np.ndarray, window: int = 0) -> np.ndarray:
     """Normalised entropy [B,H,3] of one layer's maps [B,H,S,S] for the last token, the mean query, the edited words.
 
-    Mean over the queries of H(attention) / log(number of keys that the query may see); a query that sees one key
-    only is left out. window: see `uniform_mass`.
+    Mean over the queries of H(attention, as shares of its sum) / log(number of keys that the query may see); a query
+    that sees one key only is left out. window: see `uniform_mass`.
     """
     from scipy.special import entr
 
@@ -196,7 +201,10 @@ def map_entropy(attention: np.ndarray, edited: np.ndarray, real: np.ndarray, win
     seen = _seen(real, window)
     counted = real & (seen > 1)
     allowed = real[:, None, None, :] & counted[:, None, :, None]
-    entropy = np.where(allowed, entr(attention), 0.0).sum(axis=-1)  # [B,H,S]
+    attention = np.where(allowed, attention, 0.0)
+    # Shares of what reaches the keys: a sink in the softmax takes the rest.
+    shares = attention / np.maximum(attention.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    entropy = entr(shares).sum(axis=-1)  # [B,H,S]
     entropy = entropy / np.log(np.maximum(seen, 2))[:, None]
     last = _last_token(real)
     chosen = np.stack([last & counted, counted, edited.astype(bool) & counted], axis=-1).astype(np.float32)

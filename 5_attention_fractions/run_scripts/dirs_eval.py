@@ -7,7 +7,7 @@ Writes  attention_fractions.csv                every region, query and measure; 
 
     python 5_attention_fractions/run_scripts/dirs_eval.py --run_dir outputs/demo/maths --results_dir results/demo/maths
 
-fraction  attention mass on a region, 0 to 1; context, instruction and task are disjoint and sum to 1
+fraction  attention mass on a region, 0 to 1; context, instruction and task are disjoint, and sum to 1
 baseline  the fraction if each query spread its attention evenly over the tokens it may see: the share of tokens. In a
           layer with a sliding window, of those in the window; files that do not tell it are taken to have none. A
           layer that sees in another way has no baseline and no density, and the model has none then
@@ -15,12 +15,15 @@ density   fraction / baseline per row: 1 is even attention, 2 is twice the mass 
           empty or out of the window's reach (then the fraction is 0; the density has an n of its own, and beside it
           in attention_fractions.csv the baseline of those rows)
 query     `last`, the last prompt token, or `mean`, the mean over all prompt tokens
-first_token  `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
-          (mass(R) - mass(first, where it lies in R)) / (1 - mass(first)); missing where under 1 % is left. A framing
-          that is put before a prompt takes the sink with it: on SmolLM2 the task's fraction falls by 0.29 from `normal`
-          to `polite` with the first token, and by 0.17 without it (the last token's, 210 prompts of instructions.json)
+sink      `excluded`: the first token, a usual attention sink, is taken out of the region and of the whole,
+          (mass(R) - mass(first, where it lies in R)) / (mass(all) - mass(first)); missing where under 1 % is left. A
+          framing that is put before a prompt takes the sink with it: on SmolLM2 the task's fraction falls by 0.29 from
+          `normal` to `polite` with the first token, and by 0.17 without it (the last token's, 210 prompts of
+          instructions.json)
 
-An `edited` word that holds the first token is missing from `edited`: its attention would be the sink's.
+If a model has a sink of its own in the softmax (gpt-oss), its keys get 1 minus what that takes: `included` fractions
+sum to that, and even attention to the keys has that density; `excluded` fractions sum to 1. A row whose edited words
+hold the first token is missing from `edited`, for their attention would be the sink's (`--first_token`).
 
 A style's difference is to the clean form on the same rows, rows whose text equals the clean one left out
 (n_identical); `edited` is compared with the same words in the clean form. Intervals and p values are clustered by
@@ -39,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
+from activation_rows import add_first_token
 from command_line import UserError, make_parser, run_main
 
 if TYPE_CHECKING:
@@ -50,10 +54,10 @@ if TYPE_CHECKING:
     from run_store import Run
 
 QUERIES = ("last", "mean")
-FIRST_TOKEN = ("included", "excluded")
+SINK = ("included", "excluded")
 REGIONS = ("context", "instruction", "task", "edited", "first")
 MEASURES = ("fraction", "density")
-_ALL_CELLS = list(itertools.product(QUERIES, FIRST_TOKEN, REGIONS, MEASURES))
+_ALL_CELLS = list(itertools.product(QUERIES, SINK, REGIONS, MEASURES))
 CELLS = [cell for cell in _ALL_CELLS if cell[1:3] != ("excluded", "first")]  # the last axis of `fraction_cells`
 OLD_NAMES = {"instruction": "frac_prompt", "task": "frac_task"}
 MIN_OFF_FIRST = 0.01  # below this the float16 mass off the first token is mostly rounding
@@ -67,7 +71,7 @@ def fraction_cells(fields: Batch) -> np.ndarray:
     import numpy as np
 
     holds = fields["holds_first"]
-    fraction = _with_and_without_first(fields["mass"], holds[:, None, None, None])  # [B,L,H,Q,2,R]
+    fraction = _with_and_without_first(fields["mass"], holds[:, None, None, None], fields["whole"])  # [B,L,H,Q,2,R]
     baseline = baseline_of(fields)[:, :, None]
     fraction[..., REGIONS.index("edited")][_no_edit(fields)] = np.nan
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -86,18 +90,19 @@ def baseline_of(fields: Batch) -> np.ndarray:
 
 
 def _no_edit(fields: Batch) -> np.ndarray:
-    """Rows [B] without an edited word, or whose edited words hold the first token: see the top."""
+    """Rows [B] without an edited word, or (unless they are kept) whose edited words hold the first token."""
     column = REGIONS.index("edited")
-    return (fields["tokens"][:, column] == 0) | (fields["holds_first"][:, column] > 0)
+    on_first = (fields["holds_first"][:, column] > 0) & ("first_token_kept" not in fields)
+    return (fields["tokens"][:, column] == 0) | on_first
 
 
-def _with_and_without_first(mass: np.ndarray, holds_first: np.ndarray) -> np.ndarray:
-    """Mass [...,Q,R] with and without the first token, [...,Q,2,R]."""
+def _with_and_without_first(mass: np.ndarray, holds_first: np.ndarray, whole: np.ndarray | float = 1.0) -> np.ndarray:
+    """Mass [...,Q,R] with and without the first token, [...,Q,2,R]; whole [...,Q]: the mass of all tokens."""
     import numpy as np
 
     column = REGIONS.index("first")
     first = mass[..., column : column + 1]
-    left = 1 - first
+    left = np.asarray(whole)[..., None] - first
     with np.errstate(divide="ignore", invalid="ignore"):
         without = np.where(left >= MIN_OFF_FIRST, (mass - holds_first * first) / left, np.nan)
     without[..., column] = np.nan
@@ -179,7 +184,7 @@ class StyleReport:
 
     def baseline_of(self, args: argparse.Namespace, region: str) -> np.ndarray:
         """Share of the visible tokens [L] that a region has, as the plots show it."""
-        return _of_cell(self.baseline, args.query, args.first_token, region)
+        return _of_cell(self.baseline, args.query, args.sink, region)
 
 
 def style_report(run: Run, style: str, args: argparse.Namespace) -> StyleReport | None:
@@ -200,7 +205,7 @@ def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
 
     clean = run.clean_style
     result = StyleSums(style)
-    boxes = [CELLS.index((args.query, args.first_token, region, "fraction")) for region in OLD_NAMES]
+    boxes = [CELLS.index((args.query, args.sink, region, "fraction")) for region in OLD_NAMES]
     rows = read_rows(run, style, _extractor(run, style, None, args, result), args.max_samples)
     if style == clean or clean is None:
         for batch in rows:
@@ -231,7 +236,9 @@ def _extractor(
     def extract(content: dict[str, Any], path: Path) -> Batch:
         if result is not None:
             result.layers = layers_of(content, path, result.layers)
-        return attention_fields(content, path, edited, reference)
+        fields = attention_fields(content, path, edited, reference)
+        kept = {"first_token_kept": fields["tokens"][:, 0]} if args.first_token == "included" else {}
+        return fields | kept
 
     return extract
 
@@ -248,7 +255,7 @@ def _check_same_heads(variant: np.ndarray, clean: np.ndarray, style: str) -> Non
 
 
 def style_table(sums: StyleSums) -> pd.DataFrame:
-    """Every cell of a style: one row per level, layer, head, query, first_token, region, measure; no empty ones."""
+    """Every cell of a style: one row per level, layer, head, query, sink, region, measure; no empty ones."""
     import numpy as np
 
     assert sums.estimate is not None
@@ -257,7 +264,7 @@ def style_table(sums: StyleSums) -> pd.DataFrame:
     places = _level_rows(sums.layers, sums.heads)
     frame = places.loc[places.index.repeat(len(CELLS))].reset_index(drop=True)
     frame.insert(0, "style", sums.style)
-    for name, column in zip(("query", "first_token", "region", "measure"), zip(*CELLS, strict=True), strict=True):
+    for name, column in zip(("query", "sink", "region", "measure"), zip(*CELLS, strict=True), strict=True):
         frame[name] = np.tile(np.array(column, dtype=object), len(places))
     tokens, baseline = _mean_rows(np.concatenate(sums.tokens)), np.concatenate(sums.baseline)
     frame["tokens"] = np.tile([tokens[REGIONS.index(cell[2])] for cell in CELLS], len(places))
@@ -287,9 +294,9 @@ def _mean_rows(values: np.ndarray) -> np.ndarray:
         return np.where(known, values, 0).sum(axis=0, dtype=np.float64) / known.sum(axis=0)
 
 
-def _of_cell(baseline: np.ndarray, query: str, first_token: str, region: str) -> np.ndarray:
+def _of_cell(baseline: np.ndarray, query: str, sink: str, region: str) -> np.ndarray:
     """The baseline [L] of one kind of fraction."""
-    return baseline[:, QUERIES.index(query), FIRST_TOKEN.index(first_token), REGIONS.index(region)]
+    return baseline[:, QUERIES.index(query), SINK.index(sink), REGIONS.index(region)]
 
 
 def adjusted_by_level(p: np.ndarray, heads: int) -> np.ndarray:
@@ -312,24 +319,24 @@ def holm_over_styles(table: pd.DataFrame) -> pd.DataFrame:
 
     gc.freeze()  # statsmodels collects garbage at each Holm: a quarter of a second with all libraries loaded
     model = table[table["level"] == "model"]
-    for _, rows in model.groupby(["query", "first_token", "region", "measure"], sort=False):
+    for _, rows in model.groupby(["query", "sink", "region", "measure"], sort=False):
         table.loc[rows.index, "p_adjusted"] = holm(rows["p"].to_numpy())
     return table
 
 
-def old_table(table: pd.DataFrame, level: str, query: str, first_token: str) -> pd.DataFrame:
+def old_table(table: pd.DataFrame, level: str, query: str, sink: str) -> pd.DataFrame:
     """One row per style (and layer, and head) with frac_prompt, frac_task and what belongs to them.
 
     frac_prompt is the fraction on `instruction`, frac_task on `task`; each with its interval, baseline, density and
     paired difference. frac_context, frac_edited and frac_first are means alone.
     """
     keys = ["style", *{"model": [], "layer": ["layer"], "head": ["layer", "head"]}[level]]
-    chosen = table[(table["level"] == level) & (table["query"] == query) & (table["first_token"] == first_token)]
+    chosen = table[(table["level"] == level) & (table["query"] == query) & (table["sink"] == sink)]
     cells = {pair: rows.set_index(keys) for pair, rows in chosen.groupby(["region", "measure"], sort=False)}
     if ("task", "fraction") not in cells:
         raise UserError("no row has a finite attention on the task; run stage 2 with another --dtype")
     task = cells["task", "fraction"]
-    out = task[["query", "first_token", "n", "n_paired", "n_identical", "n_clusters"]].copy()
+    out = task[["query", "sink", "n", "n_paired", "n_identical", "n_clusters"]].copy()
     for region, name in OLD_NAMES.items():
         rows = cells[region, "fraction"]
         out[name] = rows["estimate"]
@@ -363,7 +370,7 @@ def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Names
     from heatmaps import file_word
 
     paths = []
-    note = {"last": "last token", "mean": "mean query"}[args.query] + f", first token {args.first_token}"
+    note = {"last": "last token", "mean": "mean query"}[args.query] + f", first token {args.sink}"
     for column, (region, name) in enumerate(OLD_NAMES.items()):
         having = [one for one in results if one.tokens[REGIONS.index(region)] > 0]
         if not having:  # no prompt has the region: its fraction is 0 by definition
@@ -427,9 +434,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
     data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
     data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
+    add_first_token(data)
     shown = parser.add_argument_group("what the prompt_task_fraction_* files and the box plots show")
     shown.add_argument("--query", choices=QUERIES, default="last", help="whose attention")
-    shown.add_argument("--first_token", choices=FIRST_TOKEN, default="included", help="the first token, often a sink")
+    shown.add_argument("--sink", choices=SINK, default="included", help="with or without the first token's mass")
     return parser.parse_args(argv)
 
 
@@ -466,7 +474,7 @@ def write_tables(results: list[StyleReport], folder: Path, args: argparse.Namesp
     write_csv(paths[0], table)
     for level, word in (("model", "aggregate"), ("layer", "perlayer"), ("head", "perhead")):
         paths.append(folder / f"prompt_task_fraction_{word}.csv")
-        write_csv(paths[-1], old_table(table, level, args.query, args.first_token))
+        write_csv(paths[-1], old_table(table, level, args.query, args.sink))
     return paths
 
 

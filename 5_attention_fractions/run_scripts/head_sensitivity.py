@@ -61,6 +61,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
+from activation_rows import add_first_token
 from command_line import UserError, make_parser, run_main
 from token_spans import matched_style
 
@@ -640,9 +641,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
     data.add_argument("--maths_items", type=Path, help="for the flips; default: maths_items.csv in results_dir")
     data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
-    data.add_argument(
-        "--first_token", choices=("excluded", "included"), default="excluded", help="rows whose edited words hold it"
-    )
+    add_first_token(data)
     data.add_argument(
         "--split_tokens", type=int, default=1, help="most tokens by which a typo and `split` may differ; -1: any"
     )

@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 import numpy as np
 from activation_rows import (
     StyleRows,
+    add_first_token,
     blocks,
     changed_rows,
     clean_and_styles,
@@ -355,9 +356,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     score.add_argument("--neuron_regions", nargs="+", default=["edited", "last"], help="pooled regions of the score")
     score.add_argument("--head_region", default="all", help="query region of the heads' score")
-    score.add_argument(
-        "--first_token", choices=("excluded", "included"), default="excluded", help="rows whose edited words hold it"
-    )
+    add_first_token(score)
     score.add_argument("--neuron_share", type=float, default=0.005, help="share of the neurons that is taken")
     score.add_argument("--head_share", type=float, default=0.015, help="share of the heads that is taken")
     score.add_argument("--random_sets", type=int, default=1000, help="random sets to compare with")
