@@ -8,11 +8,12 @@ import probe_layers as pl
 import pytest
 import torch
 from command_line import UserError
+from file_output import read_csv
 from grouped_auc import cross_validation_factor, fold_auc, macro_auc
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
-from synthetic_run import prompt_rows, write_run
+from synthetic_run import prompt_rows, with_controls, write_run
 
 ROWS, TEMPLATES, WIDTH = 60, 20, 24
 
@@ -393,3 +394,31 @@ def test_user_errors_are_one_line(tmp_path):
     few = probe_run(tmp_path / "few", noise_states, rows=3)
     with pytest.raises(UserError, match="too few"):
         pl.main(["--run_dir", str(few), "--results_dir", str(tmp_path)])
+
+
+def test_a_style_with_its_own_control_is_a_typo_style(tmp_path, capsys):
+    """A user's style `t1` has a `split@t1`: it is probed against it; `t2` has none, and is no typo style."""
+    cut = lambda index, word, typo: f"{word[:2]}\u00ad{word[2:]}"  # noqa: E731
+    rows = with_controls(prompt_rows(24, ["t1", "t2"]), "t1", cut)
+    run = write_run(tmp_path / "run", rows, layers=2, hidden=16, raw_layers=())
+    command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--layers", "2", "--regions", "last"]
+    assert pl.main([*command, "--targets", "typo", "typo_vs_split"]) == 0
+    table = read_csv(tmp_path / "probe_layers.csv").set_index(["target", "style"])
+    assert table.loc[("typo_vs_split", "all_typos"), "n_positive"] > 0
+    assert table.loc[("typo", "all_typos"), "n_positive"] == 24
+    assert {"t1", "t2", "split@t1"} <= set(table.loc["typo"].index)
+    assert "not probed" not in capsys.readouterr().err
+    assert pl.main([*command, "--targets", "typo", "--typo_styles", "t2"]) == 0
+    assert read_csv(tmp_path / "probe_layers.csv").set_index("style").loc["all_typos", "n_positive"] == 24
+
+
+def test_what_is_not_probed_is_one_line_for_each_reason(tmp_path, capsys):
+    run = write_run(tmp_path / "run", prompt_rows(24, ["swap"]), layers=2, hidden=16, raw_layers=())
+    items = [(style, i, True) for style in ("normal", "swap") for i in range(24)]
+    pd.DataFrame(items, columns=["style", "original_index", "correct"]).to_csv(tmp_path / "maths_items.csv")
+    assert pl.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--layers", "1"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "not probed" in line]
+    assert len(told) == 3
+    assert "typo_vs_split at edited; typo_vs_split at last: no typo style has a control" in told[0]
+    assert "style at edited; style at last: there is one style only" in told[1]
+    assert "wrong at last (normal, swap); flipped at last (swap): the answers are all right, or all wrong" in told[2]

@@ -261,6 +261,6 @@ def test_a_control_is_counted_by_what_was_planned(tmp_path):
     """The prompt file has no `split@swap`: how many rows it has is in run.json."""
     folder = write_run(tmp_path / "split@swap", "split@swap", rows(10), [((0, 1), 1060.0)], failed=(3,))
     assert run_status.read_style(folder).missing == 0
-    begin_run(folder, run_status.read_json_file(folder / "run.json")["settings"], None, planned=8)
+    begin_run(folder, run_status.read_json_file(folder / "run.json")["settings"], {}, planned=8)
     status = run_status.read_style(folder)
     assert (status.done, status.failed, status.missing) == (2, 1, 5)

@@ -405,6 +405,27 @@ def summary_table(sums: Sums) -> pd.DataFrame:
     return table[front + [column for column in table.columns if column not in (*front, "layer")]]
 
 
+def recovery_lines(summary: pd.DataFrame) -> list[str]:
+    """The result in words: from which layer on a mistyped word is recovered, against its control if it has one.
+
+    Where some styles have a control of as many tokens (`split@<style>`), only these.
+    """
+    rows = summary[summary["measure"] == "recovery_depth"] if len(summary) else summary
+    rows = rows[~rows["style"].map(is_control)] if len(rows) else rows
+    if not len(rows):
+        return ["recovery depth: not known for any style"]
+    matched = rows[rows["control"].map(matched_style, na_action="ignore").notna() & (rows["n_with_split"] > 0)]
+    lines = []
+    for row in (matched if len(matched) else rows).itertuples():
+        line = f"{row.style}: words recovered from layer {row.estimate:.1f} on [{row.ci_low:.1f}, {row.ci_high:.1f}]"
+        line += f", n = {row.n}"
+        if row.n_with_split:
+            line += f"; {row.difference_to_split:+.1f} layers to {row.control} "
+            line += f"[{row.difference_ci_low:+.1f}, {row.difference_ci_high:+.1f}], n = {row.n_with_split}"
+        lines.append(line)
+    return lines
+
+
 def in_run_order(table: pd.DataFrame, sources: Sources) -> pd.DataFrame:
     """The table with its styles in the order of the run (the controls were read first), and their controls named."""
     place = {style: number for number, style in enumerate(sources.styles)}
@@ -508,10 +529,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "activation_diffs.csv", curves)
     write_csv(folder / "activation_diffs_summary.csv", summary)
     if told := [f"{style} {count}" for style, count in sums.identical.items() if count and not is_control(style)]:
-        log.info(f"left out, equal to the clean text: {', '.join(told)}")
+        log.debug(f"left out, equal to the clean text: {', '.join(told)}")
     if told := [f"{' '.join(place)} {count}" for place, count in sums.on_first.items() if count]:
-        log.info(f"left out, on the first token (else --first_token included): {', '.join(told)}")
+        log.debug(f"left out, on the first token (else --first_token included): {', '.join(told)}")
     _plot(curves, summary, folder)
+    for line in recovery_lines(summary):
+        log.info(line)
     log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and .png, and typo_recovery.png")
     return 0
 
@@ -550,7 +573,7 @@ def open_sources(args: argparse.Namespace) -> Sources:
     if args.model_name:
         _open_lens(sources, args)
     else:
-        get_logger().info("no --model_name: without logit lens")
+        get_logger().debug("no --model_name: without logit lens")
     return sources
 
 
@@ -569,7 +592,7 @@ def _regions(clean: StyleRows, wanted: Sequence[str] | None) -> list[str]:
     for region in regions:
         if region in have and len(layers := clean.state_layers(region)) < clean.layer_count():
             told = " ".join(map(str, layers))
-            get_logger().info(f"{region}: not pooled, so that its states are known in the raw layers {told} alone")
+            get_logger().debug(f"{region}: not pooled, so that its states are known in the raw layers {told} alone")
     return regions
 
 
@@ -587,11 +610,11 @@ def _centre(
 def _tell_missing(sources: Sources) -> None:
     log = get_logger()
     tell_controls(sources.run, list(sources.styles))
-    for style, references in sources.references.items():
-        if references is None and "edited" in sources.regions:
-            log.warning(f"{style}: fewer than two different edited words with clean states: no recovery depth")
+    without = [style for style, found in sources.references.items() if found is None]
+    if without and "edited" in sources.regions:
+        log.warning(f"no recovery depth of {', '.join(without)}: they edit fewer than two words of the clean prompts")
     counts = [f"{style} {len(found.rows)}" for style, found in sources.references.items() if found]
-    log.info(f"other words to compare with: {', '.join(counts) or 'none'}")
+    log.debug(f"other words to compare with: {', '.join(counts) or 'none'}")
 
 
 def _open_lens(sources: Sources, args: argparse.Namespace) -> None:

@@ -279,11 +279,11 @@ def tell_controls(run: Run, styles: Sequence[str]) -> None:
     controls = {style: control_of(run, style) for style in styles if not is_control(style)}
     if alone := [style for style, control in controls.items() if control is None]:
         get_logger().warning(
-            f"without a control, so that nothing tells a typo from more tokens: {' '.join(alone)}; run stage 2 with "
-            f"--prompt_keys {MATCHED}<style> too"
+            f"without a control: {' '.join(alone)}; their differences may come from the number of tokens alone. "
+            f"Stage 2 makes controls with --prompt_keys {MATCHED}<style>"
         )
     if by_split := [style for style, control in controls.items() if control == SPLIT_STYLE]:
-        get_logger().info(
+        get_logger().debug(
             f"compared with `split`, cut by an invisible character that is a token, too: {' '.join(by_split)}; "
             f"{MATCHED}<style> among stage 2's --prompt_keys is the better control"
         )

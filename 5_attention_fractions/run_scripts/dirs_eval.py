@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 from activation_rows import add_first_token
 from command_line import UserError, make_parser, run_main
+from logger import get_logger
 
 if TYPE_CHECKING:
     import numpy as np
@@ -452,8 +453,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [found for style in chosen_styles(run, args.styles) if (found := style_report(run, style, args))]
     if not results:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
-    for path in write_tables(results, folder, args) + save_boxplots(results, folder, args):
-        print(path)
+    tables, pictures = write_tables(results, folder, args), save_boxplots(results, folder, args)
+    get_logger().info(f"wrote {tables[0]}, {len(tables) - 1} tables prompt_task_fraction_*, {len(pictures)} box plots")
     return 0
 
 

@@ -63,6 +63,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 from activation_rows import add_first_token
 from command_line import UserError, make_parser, run_main
+from logger import get_logger
 from token_spans import matched_style
 
 if TYPE_CHECKING:
@@ -652,7 +653,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the tables and the pictures."""
+    """Write the tables and the pictures; tell the heads that react most."""
     args = parse_args(argv)
     from activation_rows import clean_and_styles, control_of
     from answer_flips import open_answers
@@ -681,15 +682,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not effects:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     tell_undefined(effects)
-    for path in write_results(effects, controls, flips, folder, args):
-        print(path)
+    paths, heads = write_results(effects, controls, flips, folder, args)
+    for line in top_lines(heads, args.measure or _first_panel(heads)):
+        get_logger().info(line)
+    pictures = sum(path.suffix == ".png" for path in paths)
+    more = f"{len(paths) - pictures - 1} more tables and {pictures} pictures"
+    get_logger().info(f"wrote {folder}/head_sensitivity.csv, {more}")
+    for path in paths:
+        get_logger().debug(str(path))
     return 0
+
+
+def top_lines(heads: pd.DataFrame, measure: str) -> list[str]:
+    """The result in words: the five heads of each style whose `measure` differs most, to the control if it has one.
+
+    Where some styles have a control of as many tokens (`split@<style>`), only these.
+    """
+    rows = heads[heads["measure"] == measure]
+    against = _with_equal_tokens(rows[rows["difference_vs_split"].notna()])
+    end = "_vs_split" if len(against) else ""
+    lines = [f"heads (layer.head) in which {measure} differs most; * adjusted p < {ALPHA}"]
+    for style, part in (against if end else rows).groupby("style", sort=False):
+        told = [
+            f"{row['layer']}.{row['head']} {row[f'difference{end}']:+.2g} [{row[f'difference_ci_low{end}']:.2g}, "
+            f"{row[f'difference_ci_high{end}']:.2g}]" + ("*" if row[f"p_adjusted{end}"] < ALPHA else "")
+            for _, row in part.nsmallest(5, f"rank{end}").iterrows()
+        ]
+        other = part["control"].iloc[0] if end else CLEAN
+        lines.append(f"{style} minus {other} (n = {part[f'n{end}'].max():.0f}): {', '.join(told)}")
+    return lines
 
 
 def tell_undefined(effects: Sequence[StyleEffect]) -> None:
     """Say in the log of which styles no pair has a divergence, though there are raw maps."""
-    from logger import get_logger
-
     without = []
     for effect in effects:
         counts = [_rows_used(effect, measure) for measure in effect.measures if measure in DISTANCES]
@@ -708,8 +733,9 @@ def write_results(
     flips: list[tuple[pd.DataFrame, pd.DataFrame]],
     folder: Path,
     args: argparse.Namespace,
-) -> list[Path]:
-    """Write the CSVs and pictures; returns their paths. controls: a style's control and its differences to that."""
+) -> tuple[list[Path], pd.DataFrame]:
+    """Write the CSVs and pictures; returns (their paths, the table of heads). controls: a style's control and its
+    differences to that."""
     import pandas as pd
     from file_output import write_csv
 
@@ -736,7 +762,7 @@ def write_results(
     paths += save_pictures(effects, tables["head_sensitivity"], tables["head_overlap"], folder, measure)
     if flips:
         paths += save_flip_pictures(effects, tables["head_answer_flips"], folder, measure)
-    return paths
+    return paths, tables["head_sensitivity"]
 
 
 def _first_panel(heads: pd.DataFrame) -> str:

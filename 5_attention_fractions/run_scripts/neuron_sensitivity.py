@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 NEURON, HEAD = "neuron", "head"
 FIELDS = {NEURON: "mlp_pooled", HEAD: "attention_entropy"}
+FLAGS = {NEURON: "--neurons", HEAD: "--entropy"}
 BLOCK_NUMBERS = 20_000_000  # rows x units handled at once: 80 MB an array
 ALPHA = 0.05
 NO_SPREAD = 1e-6  # a spread below this share of the mean is rounding
@@ -269,8 +270,8 @@ def study_style(study: Study, style: str, share: float, draws: int) -> tuple[pd.
     sums = sum_halves(study, style)
     if min(len(templates) for templates in sums.templates) < 2:
         get_logger().warning(
-            f"{style}, {study.unit}s: fewer than two templates in a half of its rows "
-            "(where the run has a control, only those that it matches count); left out"
+            f"no {study.unit}s for {style}: a half of its rows has fewer than two templates (if the run has a control, "
+            "only the rows that it matches count)"
         )
         return None
     with_split = study.control(style) is not None
@@ -416,7 +417,7 @@ def open_studies(run: Run, args: argparse.Namespace) -> list[tuple[Study, float]
             first = args.first_token == "excluded"
             studies.append((Study(run, unit, clean, tables, regions, halves, args.seed, first, args.score), share))
         else:
-            get_logger().info(f"the run holds no {FIELDS[unit]}: without {unit}s")
+            get_logger().warning(f"no {unit}s: the run holds no {FIELDS[unit]} (stage 2 with {FLAGS[unit]})")
     if not studies:
         raise UserError(f"{run.path}: neither mlp_pooled nor attention_entropy; run stage 2 again with --neurons")
     return studies

@@ -4,7 +4,8 @@ A probe is scikit-learn's logistic regression (L2, `--C`) on the mean state of a
 keep a template's rows together, and with them every style of a row (StratifiedGroupKFold), so nothing can be known
 from a twin. Targets:
 
-    typo            the clean form against one style; and against all `--typo_styles` at once (style `all_typos`)
+    typo            the clean form against one style; and against all typo styles at once (style `all_typos`): those of
+                    `--typo_styles`, by default a built-in list and every style that has a `split@<style>`
     typo_vs_split   all typo styles against their controls, the clean words only cut into other tokens: more than
                     fragmentation? The control of a style is `split@<style>`, cut into as many tokens, or else `split`
                     where it edits the same words (not at `edited`, where its invisible character would be read)
@@ -60,13 +61,13 @@ from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
 from run_store import Run, open_run, warn_unfinished
-from token_spans import matched_style
+from token_spans import MATCHED, matched_style
 
 if TYPE_CHECKING:
     import pandas as pd
     from grouped_auc import Auc
 
-TYPO_STYLES = ["main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym"]
+TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
 TARGETS = ["typo", "typo_vs_split", "style", "wrong", "flipped"]
 ALL_TYPOS, ALL_STYLES = "all_typos", "all_styles"
 ANSWER_REGION = "last"
@@ -222,7 +223,7 @@ def _pooled(states: States, *sources: Source) -> bool:
 def all_items(states: States, args: argparse.Namespace, answers: Answers | None) -> Iterator[Items]:
     """The items of every probe that was asked for."""
     styles = [style for style in states.tables if style != states.clean]
-    typos = [style for style in styles if style in args.typo_styles]
+    typos = [style for style in styles if _is_typo(states.run, style, args.typo_styles)]
     for region in args.regions:
         if "typo" in args.targets:
             yield from (typo_items(states, [style], region, style) for style in styles)
@@ -235,6 +236,11 @@ def all_items(states: States, args: argparse.Namespace, answers: Answers | None)
         yield from (wrong_items(states, style, answers) for style in (states.clean, *styles) if not is_control(style))
     if answers is not None and "flipped" in args.targets:
         yield from (flipped_items(states, style, answers) for style in styles if not is_control(style))
+
+
+def _is_typo(run: Run, style: str, chosen: Sequence[str] | None) -> bool:
+    """Whether a style is a typo: one of those chosen, else one of TYPO_STYLES or one that has its own control."""
+    return style in (chosen or TYPO_STYLES) or (chosen is None and f"{MATCHED}{style}" in run.styles)
 
 
 # --- probing
@@ -252,14 +258,30 @@ class Probe:
     baseline: Auc | None = None
 
 
+def why_not(items: Items, states: States) -> str:
+    """Why these items cannot be probed, in a few words; "" if they can."""
+    labels, templates = np.array(items.labels), np.array([states.run.template(row) for row in items.rows])
+    if not items.labels:
+        return {
+            "typo": "no row whose clean form and style both have states of the region",
+            "typo_vs_split": "no typo style has a control here; run stage 2 with --prompt_keys split@<style>",
+            "style": "no style has states of the region",
+        }.get(items.target, "no answer of the style is in maths_items.csv, or its states are not there")
+    if (classes := len(np.unique(labels))) < 2:
+        return "there is one style only" if items.target == "style" else "the answers are all right, or all wrong"
+    if min(len(np.unique(templates[labels == kind])) for kind in np.unique(labels)) < MIN_CLUSTERS:
+        return f"fewer than {MIN_CLUSTERS} templates in one of the {classes} classes"
+    return ""
+
+
 def plan_probe(items: Items, states: States, folds: int, seed: int) -> Probe | None:
-    """Cut the items into folds; None where a class has too few templates (grouped folds would say nothing)."""
+    """Cut the items into folds; None for items that cannot be probed (`why_not`)."""
     from sklearn.model_selection import StratifiedGroupKFold
 
+    if why_not(items, states):
+        return None
     kinds, labels = np.unique(items.labels, return_inverse=True)
     _, clusters = np.unique([states.run.template(row) for row in items.rows], return_inverse=True)
-    if len(kinds) < 2 or min(len(np.unique(clusters[labels == kind])) for kind in range(len(kinds))) < MIN_CLUSTERS:
-        return None
     _, twins = np.unique(items.twins, return_inverse=True)
     count = min(folds, *(len(np.unique(clusters[labels == kind])) for kind in range(len(kinds))))
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
@@ -353,7 +375,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--maths_items", type=Path, help="maths_items.csv of stage 3, for the targets wrong and flipped")
     probes = parser.add_argument_group("probes")
     probes.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="what to probe for")
-    probes.add_argument("--typo_styles", nargs="+", default=TYPO_STYLES, help="styles that count as typos")
+    probes.add_argument("--typo_styles", nargs="+", metavar="STYLE", help="styles that count as typos; default: "
+                        f"{' '.join(TYPO_STYLES)} and all with a split@<style>")  # fmt: skip
     probes.add_argument("--regions", nargs="+", default=["edited", "last"], help="pooled regions to probe")
     probes.add_argument("--layers", nargs="+", type=int, help="layers, 0 = embeddings; default: all")
     probes.add_argument("--folds", type=int, default=5, help="folds of the cross-validation")
@@ -369,11 +392,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     log, run = get_logger(), open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
     states = open_states(run, args)
-    items = [one for one in all_items(states, args, _answers(args, folder)) if one.labels]
-    probes = [(one, plan_probe(one, states, args.folds, args.seed)) for one in items]
-    if few := [f"{one.target} {one.style} {one.region}" for one, probe in probes if probe is None]:
-        log.warning(f"fewer than {MIN_CLUSTERS} templates in a class, no probe: {', '.join(few)}")
-    planned = [probe for _, probe in probes if probe is not None]
+    items = list(all_items(states, args, _answers(args, folder)))
+    planned = [probe for one in items if (probe := plan_probe(one, states, args.folds, args.seed)) is not None]
+    for line in not_probed(items, states):
+        log.warning(line)
     if not planned:
         raise UserError(f"{run.path}: too few rows or templates for any probe; run stage 2 on more prompts")
     table = fit_all(planned, states, args)
@@ -385,6 +407,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     plot_probes(table, folder / "probe_layers.png")
     log.info(f"wrote {folder}/probe_layers.csv and .png")
     return 0
+
+
+def not_probed(items: list[Items], states: States) -> list[str]:
+    """One line for each reason why something is not probed: what, and why."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for one in items:
+        if reason := why_not(one, states):
+            reasons.setdefault(reason, {}).setdefault(f"{one.target} at {one.region}", []).append(one.style)
+    pooled = (ALL_TYPOS, ALL_STYLES)
+    named = {
+        reason: [f"{what} ({', '.join(styles)})" if {*styles} - {*pooled} else what for what, styles in places.items()]
+        for reason, places in reasons.items()
+    }
+    return [f"not probed: {'; '.join(places)}: {reason}" for reason, places in named.items()]
 
 
 def fit_all(probes: list[Probe], states: States, args: argparse.Namespace) -> pd.DataFrame:
@@ -401,7 +437,7 @@ def fit_all(probes: list[Probe], states: States, args: argparse.Namespace) -> pd
     table = pd.DataFrame(lines)
     adjusted = table.groupby("target")["p"].transform(benjamini_hochberg)
     table.insert(int(table.columns.get_indexer(["p"])[0]) + 1, "p_adjusted", adjusted)
-    get_logger().info(f"{len(lines)} probes with their controls in {time.monotonic() - started:.0f} s")
+    get_logger().debug(f"{len(lines)} probes with their controls in {time.monotonic() - started:.0f} s")
     return table
 
 
