@@ -29,6 +29,7 @@ _VULGAR = {
     "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
 }  # fmt: skip
 _TRANSLATION |= {ord(sign): f" {text}" for sign, text in _VULGAR.items()}  # 2½ is 2 1/2, not 21/2
+_OVERSTRUCK = re.compile("(?:\\S[\u0335\u0336])+")
 _RAISED = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
 _OTHER_DIGITS = re.compile(rf"(?P<raised>[{_RAISED}]+)|(?![0-9])\d")  # every digit of Unicode: ٣ ۳ ३ ３ 𝟑
 
@@ -44,6 +45,8 @@ _TEXT = "text|textbf|textit|textrm|mathrm|mathbf|mbox|bf|bold|boldsymbol|operato
 _BRACED = r"\{ ?(-? ?[\d.,]{1,40}) ?\}"
 _LATEX: list[tuple[re.Pattern[str], str]] = [
     (re.compile(r"\\! ?"), ""),
+    (re.compile(r"\{\{([^{}]{1,40})\}\}"), r"{\1}"),
+    (re.compile(r"\{([^{}]{1,40}?) ?\\over ?([^{}]{1,40})\}"), r"\\frac{\1}{\2}"),
     (re.compile(r"\{,\}(?=\d{3})"), ","),
     (
         re.compile(r"\\begin ?\{(?P<kind>[pbvBV]?matrix|cases|array)\}.{0,2000}?\\end ?\{(?P=kind)\}", re.DOTALL),
@@ -59,7 +62,7 @@ _LATEX: list[tuple[re.Pattern[str], str]] = [
     (re.compile(rf"\\(?:{_TEXT}) ?\{{"), " {"),
     (re.compile(r"(\d) ?\^ ?\{? ?\\circ ?\}?"), r"\1°"),
 ]
-_FRACTION = re.compile(rf"\\[dtc]?frac ?(?:{_BRACED}|(\d)) ?(?:{_BRACED}|(\d))")
+_FRACTION = re.compile(rf"\\(?:[dtc]|nice)?s?frac ?(?:{_BRACED}|(\d)) ?(?:{_BRACED}|(\d))")
 _OTHER_FRACTION = re.compile(r"\\[dtc]?frac ?\{([^{}]{1,60})\} ?\{([^{}]{1,60})\}")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _POWER = re.compile(r"\^ ?[{(] ?(-? ?\d{1,6}) ?[)}]")
@@ -74,7 +77,7 @@ _PLAIN_DECIMAL = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
 def plain_text(text: str) -> str:
     """`text` with typographic signs, LaTeX and markdown written as plain characters; \\boxed{…} stays."""
     if not text.isascii():
-        text = _OTHER_DIGITS.sub(_plain_digit, text).translate(_TRANSLATION)
+        text = _OVERSTRUCK.sub("", _OTHER_DIGITS.sub(_plain_digit, text)).translate(_TRANSLATION)
     elif "\t" in text or "\r" in text:
         text = text.translate(_TRANSLATION)
     if "\\" in text or "{," in text:
@@ -144,27 +147,31 @@ _DIGITS = (
     r"|(?!0)\d{1,3}(?:[ ]\d{3})+(?![\d/])(?:\.\d+|,\d{1,2}(?!\d))?(?![,\d/]?\d|-[a-z])"  # 12 000,50
     r"|\d{1,3}(?:\.\d{3}){2,}(?!\d)(?:,\d+)?"  # 1.234.567
     r"|\d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)"  # 1.234,50
-    r"|(?P<grouped>\d{1,3}\.\d{3})(?=[ ]?(?:€|EUR\b|zł|₫|₽|руб|TL\b|kr\b))"  # 12.000 €
+    r"|(?P<grouped>\d{1,3}\.\d{3})(?=[ ]?(?:€|EUR\b|[Ee]uros?\b|zł|₫|₽|руб|TL\b|kr\b))"  # 12.000 €
     r"|(?<![,(\[{])(?<![,(\[{]-)\d+,(?:\d{1,2}|\d{4,9})(?![\d,]|[.]\d)"  # 45,50
     r"|\d+(?:\.\d+)?|\.\d+"
 )
 _DIGIT = re.compile(r"[0-9]")
 # Most numbers are a few digits with nothing after them that could belong to the number.
 _SHORT = re.compile(
-    r"\d{1,15}(?:(?=[;:!?)\]}\n\"=+])(?!:\d)|\Z|(?=[ ](?![ \dxX×*·%pPmMbBtThH.…^lcdio]))|(?=[.,](?![\d.(€])))", re.ASCII
+    r"\d{1,15}(?:(?=[;:!?)\]}\n\"=+])(?!:\d)|\Z|(?=[ ](?![ \dxX×*·%pPmMbBtThHlLcCdD.…^io-]|and[ ]\d))"
+    r"|(?=[.,](?![\d.(€])))",
+    re.ASCII,
 )
 _SCALES = {
-    "dozen": 12, "score": 20, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7,
-    "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15,
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7,
+    "billion": 10**9, "trillion": 10**12, "lac": 10**5, "cr": 10**7, "mn": 10**6, "mln": 10**6, "mio": 10**6,
+    "bn": 10**9, "mld": 10**9,
 }  # fmt: skip
-_SCALE_WORDS = "|".join(f"{word}s?" if word in ("lakh", "crore") else word for word in _SCALES if word != "score")
-_SUFFIXES = {"k": 10**3, "m": 10**6, "mn": 10**6, "mln": 10**6, "b": 10**9, "bn": 10**9, "t": 10**12}
+_SCALE_WORDS = "|".join(f"{word}s?" if word in ("lakh", "lac", "crore", "dozen") else word for word in _SCALES)
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_SUFFIXES |= dict.fromkeys("千천", 10**3) | dict.fromkeys("万萬만", 10**4) | dict.fromkeys("亿億억", 10**8)
 _NUMBER = re.compile(
     rf"""
     (?:
         (?P<whole>\d{{1,40}})[ ]{{1,2}}(?:and[ ])?(?P<over>\d{{1,40}})/(?P<under>\d{{1,40}})(?![\d/])(?!\.\d)
       | (?P<top>\d{{1,40}})/(?P<bottom>\d{{1,40}})(?![\d/])(?!\.\d)
-      | (?P<odds>\d{{1,6}})[ ]{{1,2}}(?:in|out[ ]of)[ ]{{1,2}}(?P<chances>(?!(?:19|20)\d\d\b)\d{{1,6}})
+      | (?P<odds>\d{{1,6}})[ -]{{1,2}}(?:in|out[ ]of)[ -]{{1,2}}(?P<chances>(?!(?:19|20)\d\d\b)\d{{1,6}})
         (?=[ ]?(?:[.;!)\n$*"}}]|\Z))(?!\.\d)
       | (?P<base>\d{{1,40}}(?:\.\d{{1,9}})?)[ ]?\^[ ]?(?P<power>[-+]?\d{{1,6}})
       | (?P<period>\d{{1,20}}\.\d{{0,20}}\(\d{{1,20}}\))
@@ -173,7 +180,7 @@ _NUMBER = re.compile(
           |[ ]{{0,2}}[x×*·][ ]{{0,2}}10[ ]?\^[ ]?(?P<ten>[-+]?\d{{1,9}}))?
         (?P<ellipsis>\.\.\.|…)?
         (?:[ ]{{0,2}}(?P<scale>(?i:{_SCALE_WORDS}))\b
-          |(?P<suffix>[kKMB]|bn|mn|mln|[mbT](?=[ ]?[.,;!)$*"}}]|[ ]?\Z))(?!\w))?
+          |(?P<suffix>[kKMB](?!\w)|[千천万萬만亿億억]|[mbT](?!\w)(?=[ ]?[.,;!)$*"}}]|[ ]?\Z)))?
     )
     (?P<percent>[ ]?(?:%|per[ ]?cent\b))?
     """,
@@ -258,7 +265,10 @@ def _read(match: re.Match[str]) -> tuple[Fraction, int | None, int, tuple[int, i
     significant = len((before + after).lstrip("0"))
     if exponent or match["suffix"] or match["scale"]:
         scale = _SUFFIXES[match["suffix"].lower()] if match["suffix"] else 1
-        scale = _SCALES.get((match["scale"] or "").lower().removesuffix("s"), scale)
+        word = (match["scale"] or "").lower()
+        quotient = match.string[max(0, match.start() - 4) : match.start()].rstrip(" $").endswith("=")
+        if not (word == "dozens" and after) and not (word.startswith("dozen") and quotient):  # 28 / 12 = 2.33 dozens
+            scale = _SCALES.get(word.removesuffix("s"), scale)
         return value * scale * Fraction(10) ** exponent, None, significant, None
     return value, len(after), significant, None
 
@@ -285,7 +295,7 @@ _CURRENCY_SIGNS = frozenset("$€£¥₹₽₩₫₺")
 _CURRENCY = re.compile(r"(?:(?:\b(?:US|AU|A|CA|C|HK|NZ|R))?[$€£¥₹₽₩₫₺]|\b(?:USD|EUR|GBP|Rs\.?|INR)) ?\Z")
 _SIGN_WORD = re.compile(r"\b(?:negative|minus) \Z", re.IGNORECASE)
 _ENDS_IN_VALUE = re.compile(r"[\d)\]}%]\s*\Z")
-_AFTER_EQUALS = re.compile(r"[=(≈]\s*\Z")
+_AFTER_EQUALS = re.compile(r"(?:[=(≈{$]|\b(?:is|was|equals))\s*\Z")
 _BARE = re.compile(r"\s*(?:[.,;!)\n]|\Z)")
 
 
@@ -344,7 +354,7 @@ _ONE_WORDS = (
 _TEN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _ONES = {word: value for value, word in enumerate(_ONE_WORDS.split())}
 _TENS = {word: 10 * (value + 2) for value, word in enumerate(_TEN_WORDS.split())}
-_BIG = {word: size for word, size in _SCALES.items() if word != "score"}
+_BIG = {word: size for word, size in _SCALES.items() if len(word) > 4 or word == "lakh"}
 _PARTS = {
     "half": 2,
     "halve": 2,
@@ -367,13 +377,15 @@ NUMBER_WORDS = (
 )
 _ALL_WORDS = re.compile(rf"\b(?:{NUMBER_WORDS})", re.IGNORECASE)
 _STRONG_WORDS = re.compile(
-    rf"(?P<cue>\A[\s:*_\"'(]{{0,9}}|\b(?:answer|result)\s?(?:is|:)\s{{0,2}}|=\s?|boxed\{{)(?P<words>{NUMBER_WORDS})",
+    rf"(?P<cue>\A[\s:*_\"'(]{{0,9}}|\b(?:answer|result)\s?(?:is|:)\s{{0,2}}|=\s?|boxed\{{[ ]?)"
+    rf"(?P<words>{NUMBER_WORDS})",
     re.IGNORECASE,
 )
+_AND_A_HALF = re.compile(r"(?<=\d)[ ]{1,2}and a half\b")
 _LETTERS = re.compile(r"[a-z]+")
 _COUNTING_WORDS = frozenset([*_ONES, *_TENS, *_BIG, "half", "quarter"])
 _WEAK_WORDS = ("one", "half", "a half", "quarter", "a quarter", "one half", "one quarter")
-_ALONE = re.compile(r"\s*(?:[.!,;)}]|\n|$)")
+_ALONE = re.compile(rf"\s*(?:[.!,;)}}]|\n|$)|[ ](?:in|out[ ]of)[ ](?:\d|(?:{_WORD})\b)")
 
 
 @lru_cache(maxsize=8)
@@ -383,8 +395,9 @@ def words_of(text: str) -> frozenset[str]:
 
 
 _CHINESE_DIGITS = {c: value for value, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
-_CHINESE_SIZES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
-_CHINESE_NUMERAL = "[零〇一二两三四五六七八九十百千万亿]"
+_CHINESE_DIGITS |= {c: value for value, c in enumerate("壹贰叁肆伍陆柒捌玖", start=1)}
+_CHINESE_SIZES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8, "拾": 10, "佰": 100, "仟": 1000}
+_CHINESE_NUMERAL = f"[{''.join([*_CHINESE_DIGITS, *_CHINESE_SIZES])}]"
 _CHINESE = re.compile(
     rf"(?P<cue>\A[ $*]{{0,4}}|(?:答案|答|结果|等于|是|为|は)[是为:= ]{{0,3}}|=[ ]?|boxed\{{)(?P<minus>负?)"
     rf"(?P<whole>{_CHINESE_NUMERAL}{{1,20}})(?:分之(?P<top>{_CHINESE_NUMERAL}{{1,20}})"
@@ -423,6 +436,7 @@ def digits_for_words(text: str) -> str:
         text = _CHINESE.sub(_chinese_as_digits, text)
     if _COUNTING_WORDS.isdisjoint(words_of(text)):
         return text
+    text = _AND_A_HALF.sub(" 1/2", text)
     has_digits = _DIGIT.search(text) is not None
     text = _STRONG_WORDS.sub(lambda match: match["cue"] + _as_digits(match, match["words"]), text)
     if has_digits:

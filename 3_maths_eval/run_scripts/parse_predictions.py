@@ -312,7 +312,9 @@ _EQUALS_TAIL = re.compile(
     re.IGNORECASE,
 )
 _EQUALS_HEAD = re.compile(rf"[\s$)}}\]]{{0,4}}{_UNITS}[\s$)}}\]]{{0,4}}(?:=|≈)")
-_HANGING_OPERATOR = re.compile(r"\s{0,3}(?:[-*×÷·+/^]|x(?![A-Za-z]))\s{0,3}(?:\Z|[=?])|\s{0,3}[*×÷·+^]\s{0,3}[A-Za-z(]")
+_HANGING_OPERATOR = re.compile(
+    r"\s{0,3}(?:[-*×÷·+/^]|x(?![A-Za-z]))\s{0,3}(?:\Z|[=?])|\s{0,3}[*×÷·+^]\s{0,3}[A-Za-z(√π\\]"
+)
 _LEFT_OPERATOR = re.compile(r"[A-Za-z)\]?]\s{0,2}[*×÷·+/^]\s{0,2}[$(]?$|(?:sqrt ?\{?|√ ?)$")
 _LABEL = re.compile(
     r"\b(?:step|question|problem|example|exercise|equation|figure|table|chapter|option|method|case|page)s?\s?#?\Z|(?<!#)#\Z",
@@ -328,11 +330,11 @@ _FUNCTIONS = (
 _TERM_AFTER = re.compile(
     rf"[ ]?(?:[π√∞±∪∩]|{_FUNCTIONS})|(?:[abceinpqrtuvwyzYZ]|ab|xy|xyz)(?!\w)|[xX](?!\w|[ ]?\d)|[ ]?\*?[ ]?(?:pi|sqrt)\b"
     r"|\s?[<>≤≥≠][ ]?=?[ ]?(?:[-+]?\d|[A-Za-z]\b(?!>))|[ ]:[ ]?\d|\)?[ ]?\^|\((?=[^()\n]{0,20}[A-Za-z+*/^-])|\}[ ]?\{"
-    r"|![ ]?[-+*/=$})]|[ ]?,[ ]?[-+]?∞"
+    r"|![ ]?[-+*/=$})]|[ ]?,[ ]?[-+]?∞|[ ](?:remainder|R)[ ]?\d"
 )
 _TERM_BEFORE = re.compile(
     rf"(?:[√π±∪∩≤≥≠][ ]?[({{]?|{_FUNCTIONS}(?:_\{{?\w{{1,4}}\}}?)?[ ]?[({{]?"
-    r"|\b(?:log|ln|sin|cos|tan|sqrt|pi)[ ]?[(*]?|\}[ ]?\{|∞[ ]?,[ ]?"
+    r"|\b(?:log|ln|sin|cos|tan|sqrt|pi)[ ]?[(*]?|\}[ ]?\{|∞[ ]?,[ ]?|\d[ ](?:remainder|R)[ ]"
     r"|(?:(?<![<A-Za-z/|])[A-Za-z]|\d|\))[ ]?[<>]=?[ ]?|\d[ ]:[ ]?|[\^_][{(])[-+]?\Z"
 )
 _TUPLE_OPENS = re.compile(r"[(\[{][ $]?[-+]?\Z")
@@ -371,7 +373,7 @@ def _is_term(text: str, mark: Mark, previous: Mark | None) -> bool:
 
 _EQUALS_SIGNS = re.compile(r"[=≈≅→⇒]|->")
 _EQUALS_WORDS = _word_set("equal equals give gives yield yields make makes result results become becomes comes")
-_OPERATOR_SIGNS = re.compile(r"[-+*/×÷·^√?]")
+_OPERATOR_SIGNS = re.compile(r"[-+*/×÷·^√?%]")
 _PAIR_WORDS = (
     "sum total add adding put putting combine combining product multiply multiplying difference quotient divide "
     "dividing division subtract subtracting between sqrt"
@@ -393,7 +395,7 @@ def _marks(text: str, open_prompt: bool = False) -> list[Mark]:
         start, end = mark.number.start, mark.number.end
         before, after = text[max(begin, start - 60) : start], text[end : end + 60]
         if operators:
-            if previous is not None and (joined := _joins(text, begin, start, previous.number.start)):
+            if previous is not None and (joined := _joins(text, previous.number, start)):
                 mark.joined = joined
                 mark.operand = previous.operand = True
             if _HANGING_OPERATOR.match(after) or _LEFT_OPERATOR.search(before[-12:]):
@@ -408,17 +410,20 @@ def _marks(text: str, open_prompt: bool = False) -> list[Mark]:
     return marks
 
 
-def _joins(text: str, begin: int, start: int, previous_start: int) -> str:
+def _joins(text: str, previous: Number, start: int) -> str:
     """The operator between two numbers: + - * /, or ? for one that is not calculated; '' for none."""
+    begin = previous.end
     if start - begin > 60:
         return ""
     gap = text[begin:start]
+    if (previous.percent or previous.fraction) and gap.strip(" $") in ("of", "of the"):
+        return "*"
     operator = _OPERATOR.fullmatch(gap)
     if operator:
         bracket = "(" in gap or ")" in gap
         word = operator["sign"] or operator["times"] or operator["word"]
         return "?" if bracket else _OPERATORS[word.lower()]
-    if _PAIR_GAP.fullmatch(gap) and (verb := _PAIR_VERB.search(text[max(0, previous_start - 60) : previous_start])):
+    if _PAIR_GAP.fullmatch(gap) and (verb := _PAIR_VERB.search(text[max(0, previous.start - 60) : previous.start])):
         return _PAIR_SIGNS.get(verb.lastgroup or "", "?")
     return ""
 
@@ -480,11 +485,11 @@ def _similar_head(text: str, prompt: str, least: float = 90.0) -> int:
     return end if score >= least else 0
 
 
-_THOUGHT = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think|antthinking)"
+_THOUGHT = r"[\w:]{0,16}(?:think|thought|reason|reflection|scratchpad|analysis|monologue|cot)\w{0,12}"
 _THINKING_TAG = re.compile(
     rf"(?P<close></{_THOUGHT}>|\[/think(?:ing)?\]|<\|/think\|>|<\|end_(?:of_)?think(?:ing)?\|>|<\|end_of_thought\|>"
-    rf"|◁/think▷|<channel\|>)|<{_THOUGHT}(?: [^<>]{{0,40}})?>|\[think(?:ing)?\]|<\|think\|>"
-    r"|<\|(?:start|begin)_(?:of_)?think(?:ing)?\|>|<\|begin_of_thought\|>|◁think▷|<\|channel>",
+    rf"|◁/think▷|<channel\|>|<unused95>)|<{_THOUGHT}(?: [^<>]{{0,40}})?>|\[think(?:ing)?\]|<\|think\|>"
+    r"|<\|(?:start|begin)_(?:of_)?think(?:ing)?\|>|<\|begin_of_thought\|>|◁think▷|<\|channel>|<unused94>",
     re.IGNORECASE,
 )
 _FINAL_CHANNEL = re.compile(r"<\|channel\|>final\b[^<>]{0,40}<\|message\|>|(?<=[^\w\s])assistantfinal(?=\S)")
@@ -631,7 +636,27 @@ def _last_marked(reading: _Reading) -> ParsedAnswer | None:
     last = found[-1]
     if finals and last[2].rule == "answer_is" and not _CORRECTION.search(reading.text, finals[-1][0], last[0]):
         last = finals[-1]
-    return last[2]
+    return _corrected(reading, last[0]) or last[2]
+
+
+_TAKES_BACK = re.compile(
+    r"\b(?:wait|oops|hold on|scratch that|correction|no)[,:!]| no wait|\bI (?:made|forgot|missed|meant)\b"
+    r"|\bmy mistake\b|[.!?\n]\s{0,3}(?:actually|wait|oops|hold on)\b",
+    re.IGNORECASE,
+)
+_SAYS = re.compile(r"(?:\b(?:is|be|been|it's|meant|to|get|no)|[:=])[\s$*]{0,4}\Z", re.IGNORECASE)
+
+
+def _corrected(reading: _Reading, start: int) -> ParsedAnswer | None:
+    """The value that takes an answer back (`… is 12. Wait, it is 13.`); unreadable if it is not clear which."""
+    place = _TAKES_BACK.search(reading.text, start)
+    behind = [mark for mark in reading.marks if place and mark.number.start > place.start() and mark.free]
+    said = [mark for mark in behind if mark.right_side] or [
+        mark for mark in behind if _SAYS.search(reading.text[max(0, mark.number.start - 16) : mark.number.start])
+    ]
+    if said:
+        return _found(reading.text, said[-1].number, "answer_is")
+    return _unreadable("answer_is", reading.text[behind[0].number.start :]) if behind else None
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox) ?")
@@ -682,7 +707,7 @@ def _phrase(text: str, prompt: str) -> ParsedAnswer | None:
     if right:
         several = len({mark.number.value for mark in right}) > 1 and bool(_SEVERAL.search(text))
         left = _CALL.sub("", text[: right[-1].number.start])
-        several |= bool(re.search(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])", left) and re.search(r"\d|[-+*/^]", left))
+        several |= bool(re.search(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])", left) and re.search(r"\d|[-+*/^|]", left))
         chosen = right[-1] if right[-1] is marks[-1] and not several else None
     else:
         whole = len(free) == len(marks) and len({mark.number.value for mark in free}) == 1
@@ -733,7 +758,9 @@ _UNIT_END = re.compile(
     r"(?:[ ]?(?:[^\W\d_]|[°%/'€-]){1,20})(?:[ ](?:[^\W\d_]|[°%/'-]){1,20}){0,3}[ ]?(?P<stop>[.!;,]|\n|\Z)"
 )
 _STILL_TO_COME = re.compile(r"=|answer|therefore|\bso\b|####", re.IGNORECASE)
-_LIST_GAP = re.compile(r"[ ]?[,;][ ]?(?:or[ ]|and[ ])?|(?:[ ][A-Za-z]{1,15})?[ ](?:or|and|to|&)[ ]")
+_LIST_GAP = re.compile(
+    r"(?:[ ]?[,;][ ]?(?:or[ ]|and[ ])?|(?:[ ][A-Za-z]{1,15})?[ ](?:or|and|to|&)[ ])(?:[a-z][ ]?=[ ]?)?"
+)
 
 
 def _completion(reading: _Reading) -> ParsedAnswer | None:
@@ -816,7 +843,7 @@ _OTHER_IS = (
     r"|[:=→—]|是|为|為|は|은|는|คือ"
 )
 _CUE = re.compile(
-    r"(?P<final>\bfinal )?(?:\b(?:answer|result|solution)\b"
+    r"(?P<final>\bfinal )?(?:\b(?:answers?|result|solutions?)\b"
     rf"|(?P<other>\b(?:{_OTHER_CUES})\b|(?:{_JOINED_CUES}))"
     r"|(?:\A|\n)[*#_ ]{0,4}(?P<label>A|Ans|(?P<weak>Output|Total))(?=[*_ ]{0,3}:))",
     re.IGNORECASE,
@@ -824,7 +851,8 @@ _CUE = re.compile(
 _IS = re.compile(r"\b(?:is|was|are|be|equals|becomes)\b|[:=→]|comes to", re.IGNORECASE)
 _IS_ELSEWHERE = re.compile(_OTHER_IS, re.IGNORECASE)
 _INSTRUCTION = re.compile(
-    r"\b(?:express|giv|writ|round|check|verify|simplify|submit|stat|report|format|enter|provid|convert)(?:e|es|ing)?"
+    r"\b(?:express|giv|writ|round|check|verify|simplify|submit|stat|report|format|enter|provid|convert"
+    r"|find|comput|calculat|determin|obtain|solv)(?:e|es|ing)?"
     r" (?:(?:the|your|our|my|this|that) )?\Z",
     re.IGNORECASE,
 )
@@ -834,11 +862,14 @@ _IS_THE_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _CUE_WORDS = _word_set(
-    "answer result solution a ans output total respuesta resultado resposta risposta risultato antwort ergebnis "
-    "antwoord svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
+    "answer answers result solution solutions a ans output total respuesta resultado resposta risposta risultato antwort "
+    "ergebnis antwoord svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
 )
 _NEGATION = re.compile(r"\b(?:not|never|no longer|isn't|wasn't)\b", re.IGNORECASE)
 CUE_WINDOW = 200
+
+
+_GROUPED = re.compile(r"\D*[1-9]\d{0,2}\.\d{3}")
 
 
 def _announcements(reading: _Reading) -> Iterator[_Marked]:
@@ -854,7 +885,10 @@ def _announcements(reading: _Reading) -> Iterator[_Marked]:
         if announced is not None:
             number = announced.number
             answer = _unreadable("answer_is", text[announced.start : announced.start + 80])
-            answer = answer if number is None else _found(text, number, "answer_is")
+            if number is not None:
+                answer = _found(text, number, "answer_is")
+                if cue["other"] and number.decimals == 3 and _GROUPED.fullmatch(answer.text):  # 1.250 is not 1 1/4
+                    answer = answer._replace(value=number.value * 1000, decimals=0)
             entry = (announced.start, cue["final"] is not None, answer)
             if cue["weak"]:
                 weak = entry
@@ -889,7 +923,7 @@ def _after_cue(reading: _Reading, cue: re.Match[str], stop: int) -> _Announced |
 _PLAIN_WORDS = re.compile(r"[^\d\n.!?;=]{0,60}\Z")
 _DETOUR = re.compile(
     r"\A to |\b(?:less|more|greater|smaller|fewer|higher|lower|than|because|since|between|reasonable|correct|rounded"
-    r"|nearest|multiple|divisible|within|least|most|form|sense|consistent|closer?|step|if|when|for|cannot)\b",
+    r"|nearest|multiple|divisible|within|least|most|form|sense|consistent|closer?|step|first|if|when|for|cannot)\b",
     re.IGNORECASE,
 )
 _SYMBOLIC = re.compile(
@@ -899,6 +933,12 @@ _NO_NUMBER = re.compile(
     r"[\s*_:$\"'\[{]{0,9}(?:none|undefined|impossible|unknown|infinit[ey]|infinity|indeterminate|DNE"
     r"|no\b(?! more| less)|yes\b|cannot|can't)(?![^.\n]{0,60}\d)",
     re.IGNORECASE,
+)
+_VARIABLE = re.compile(r"\d[a-z]\b ?[-+*/=]")
+_BOUND = re.compile(
+    r"[\s*$]{0,4}(?:(?<![-=])[<>≤≥]|(?:between|at (?:least|most)"
+    r"|(?:less|more|greater|fewer|higher|lower|smaller) than)\b)"
+    r"[^\d\n.]{0,12}\d"
 )
 _DIRECT_DIGIT = re.compile(r"[\s*_:$(\"'`~≈=\[{>+-]{0,12}\d")
 
@@ -919,6 +959,8 @@ def _announced(reading: _Reading, start: int, stop: int) -> _Announced | None:
     """The value that begins at `start`: a number, or what the expression there is said to equal."""
     marks = reading.marks
     position = _first_from(marks, start)
+    if _BOUND.match(reading.text, start, stop):
+        return _Announced(start, None)
     if _SYMBOLIC.match(reading.text, start, stop) or _NO_NUMBER.match(reading.text, start, stop):
         return _Announced(start, _end_of_equation(reading, position, stop))
     begins = _DIRECT_DIGIT.match(reading.text, start, stop)
@@ -933,6 +975,8 @@ def _announced(reading: _Reading, start: int, stop: int) -> _Announced | None:
         return None
     if first.aside or (not direct and _others_in_sentence(reading, position)):
         return None
+    if _listed(reading, position):
+        return _Announced(first.number.start, None)
     last = position
     while last + 1 < len(marks) and marks[last + 1].joined:
         last += 1
@@ -943,7 +987,7 @@ def _announced(reading: _Reading, start: int, stop: int) -> _Announced | None:
     chosen = marks[last]
     if chosen.operand and not first.operand:
         chosen = first  # 12 = 7 + 5
-    if chosen.term or (chosen is first and _listed(reading, position)):
+    if chosen.term or _VARIABLE.search(reading.text, first.number.start, chosen.number.start):
         return _Announced(first.number.start, None)
     if not chosen.free or _mark_restates(reading, chosen):
         return None
