@@ -828,9 +828,6 @@ def _own_sum(reading: _Reading) -> ParsedAnswer | None:
     return None if _restates(last.number, reading.prompt) else _found(reading.text, last.number, "completion")
 
 
-_SYMBOLS = r"[\s:*_$(\"'`~≈=\[{>]"
-_FILLER_WORDS = "about|approximately|exactly|roughly|just|only|simply|therefore|thus|actually|indeed|the|number|then"
-_FILLER = rf"(?:{_SYMBOLS}|\b(?:{_FILLER_WORDS}|equal to|around)\b)"
 # "answer" in other languages; the second group is written without spaces around it
 _OTHER_CUES = (
     "réponse|reponse|résultat|respuesta|resultado|resposta|risposta|risultato|antwort|lösung|ergebnis|antwoord|svar|svaret"
@@ -862,8 +859,8 @@ _IS_THE_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _CUE_WORDS = _word_set(
-    "answer answers result solution solutions a ans output total respuesta resultado resposta risposta risultato antwort "
-    "ergebnis antwoord svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
+    "answer answers result solution solutions a ans output total respuesta resultado resposta risposta risultato "
+    "antwort ergebnis antwoord svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
 )
 _NEGATION = re.compile(r"\b(?:not|never|no longer|isn't|wasn't)\b", re.IGNORECASE)
 CUE_WINDOW = 200
