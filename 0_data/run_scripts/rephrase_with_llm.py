@@ -249,19 +249,19 @@ def _beside(output_file: Path, ending: str) -> Path:
 
 
 def _tell(log: list[dict[str, Any]], rows: Sequence[Any], styles: Sequence[str], output: Path) -> int:
-    """Say per style what was accepted and why the rest was not; the number of failed requests."""
-    logger = get_logger("rephrase")
+    """Say per style how many were accepted (--verbose: why the rest was not); the number of failed requests."""
+    logger, counts = get_logger("rephrase"), []
     for style in styles:
         lines = [line for line in log if line["style"] == style]
         accepted = sum(line["accepted"] for line in lines)
-        logger.info(f"{style:12s} {accepted} accepted of {len({line['original_index'] for line in lines})} prompts")
+        counts.append(f"{style} {accepted} of {len({line['original_index'] for line in lines})}")
         kinds = Counter(line["reason"].partition(":")[0] for line in lines if not line["accepted"])
         for kind, count in kinds.most_common():
-            logger.info(f"    {count} answers rejected: {kind}")
+            logger.debug(f"{style}: {count} answers rejected: {kind}")
     for index, row in enumerate(rows):
         if reason := bad_row(row):
             logger.warning(f"row {index + 1} {reason}; it was copied as it is")
-    logger.info(f"wrote {output}")
+    logger.info(f"prompts with an accepted variant: {', '.join(counts)}; wrote {output}")
     return sum(line["reason"].startswith("request failed") for line in log)
 
 

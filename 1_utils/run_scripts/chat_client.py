@@ -408,11 +408,11 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 # How a refusal names what it refuses. A limit of tokens that does not fit this one prompt is no refusal of the limit.
 _NAMED = {
     "response_format": re.compile(
-        r"response.?format|json.?(schema|mode|object)|\bschemas?\b|structured|grammar|guided|additional.?properties",
+        r"response.?format|\bjson|\bschemas?\b|\bstrict\b|structured|grammar|guided|additional.?properties",
         re.I,
     ),
     "max_tokens": re.compile(r"max\w*[ .-]?tokens|maxtokens|num_predict|max_length", re.I),
-    "temperature": re.compile(r"temperature", re.I),
+    "temperature": re.compile(r"temperature|\bsampling\b", re.I),
     "seed": re.compile(r"(\b|_)seed\b", re.I),
     "system": re.compile(
         r"\broles?\b|\bsystem\b(?! (error|failure|fault|is (busy|over)))|developer.(role|message|prompt|instruction)"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
@@ -19,6 +20,9 @@ from command_line import UserError
 from load_json import CLEAN_KEYS
 from read_predictions import Prediction, iter_predictions
 from run_store import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,11 @@ def aligned_rows(run: Run, styles: Sequence[str], max_samples: int | None = None
             {style: predictions[0].prompt for style, predictions in found.items()},
             {style: [_composed(one.response) for one in predictions] for style, predictions in found.items()},
         )
+
+
+def by_style(table: pd.DataFrame, form: str = ".3f") -> str:
+    """`swap 0.912 (n = 40), main …`: the estimates of a summary in one line, in its order."""
+    return ", ".join(f"{row.style} {row.estimate:{form}} (n = {row.n})" for row in table.itertuples())
 
 
 def _composed(text: str | None) -> str | None:

@@ -40,7 +40,7 @@ import regex
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from aligned_responses import AlignedRow, aligned_rows, chosen_styles
+from aligned_responses import AlignedRow, aligned_rows, by_style, chosen_styles
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
@@ -129,7 +129,9 @@ def default_embedding_model() -> str:
 def load_embedder(name: str | None = None, device: str | None = None, batch_size: int = 32) -> Embedder:
     """Load a sentence-transformers model (folder or hub name). Raises UserError where it cannot be had."""
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a small model is loaded at once
     chosen = name or default_embedding_model()
     try:
         return Embedder(SentenceTransformer(chosen, device=device), chosen, batch_size)
@@ -272,7 +274,7 @@ def _write_items(items: Iterator[dict[str, Any]], path: Path) -> pd.DataFrame:
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for item in tqdm(items, desc="compare", unit="response"):
+        for item in tqdm(items, desc="compare", unit="response", disable=None):
             writer.writerow({name: _cell(value) for name, value in item.items()})
             for name, values in kept.items():
                 values.append(item[name])
@@ -294,16 +296,17 @@ def _plot(items: pd.DataFrame, table: pd.DataFrame, run: Run, folder: Path, embe
 def _tell(items: pd.DataFrame, table: pd.DataFrame, folder: Path) -> int:
     wide = table.pivot(index="style", columns="measure", values="estimate").reindex(table["style"].unique())
     wide.insert(0, "n", table[table["measure"] == "empty"].set_index("style")["n"])
-    print(wide[["n", *MEASURES]].to_string(float_format=lambda x: f"{x:.3f}"))
+    get_logger().debug(wide[["n", *MEASURES]].to_string(float_format=lambda x: f"{x:.3f}"))
     lost, cut = items[items["note"] != ""], int(items["cut_for_embedding"].sum())
     undefined = items["similarity"].isna() & items["edit_distance"].notna()
     if undefined.any():
-        get_logger().warning("%d similarities are undefined: one of the two responses is empty", undefined.sum())
+        get_logger().warning("%d similarities are missing: one of the two responses is empty", undefined.sum())
     for reason, count in lost["note"].value_counts().items():
         get_logger().warning("%d responses are not compared: %s", count, reason)
     if cut:
-        get_logger().warning("%d responses are longer than the embedding model reads; it saw their start alone", cut)
-    print(folder / "similarity_summary.csv")
+        get_logger().warning("%d responses are longer than the embedding model reads; it saw only their start", cut)
+    similar = table[(table["measure"] == "similarity") & table["estimate"].notna()]
+    print(f"similarity to the normal answers: {by_style(similar) or 'none'}; wrote {folder / 'similarity_summary.csv'}")
     return 1 if len(lost) else 0
 
 

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from aligned_responses import AlignedRow, aligned_rows, chosen_styles
+from aligned_responses import AlignedRow, aligned_rows, by_style, chosen_styles
 from chat_client import ChatClient, ChatReply, ChatRequest, add_server_flags
 from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
@@ -402,7 +402,7 @@ def _write_items(lines: Iterator[dict[str, Any]], path: Path, columns: Sequence[
     ):
         writer = csv.DictWriter(handle, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        for line in tqdm(lines, desc="judge", unit="row"):
+        for line in tqdm(lines, desc="judge", unit="row", disable=None):
             writer.writerow(line)
             for name, values in kept.items():
                 values.append(line.get(name))
@@ -424,10 +424,11 @@ def _plot(items: pd.DataFrame, table: pd.DataFrame, folder: Path, mode: Mode, ju
 def _tell(items: pd.DataFrame, table: pd.DataFrame, folder: Path, mode: Mode) -> int:
     extra = ["wins", "ties", "losses", "order_agreement", "first_preferred"] if mode.value == "preference" else []
     columns = ["style", "n", "n_missing", "estimate", "ci_low", "ci_high", "difference", "p_adjusted", *extra]
-    print(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     for note, count in items.loc[items[mode.value].isna(), "note"].value_counts().items():
         get_logger().warning("%d unscored: %s", count, note)
-    print(folder / f"{mode.file}_summary.csv")
+    what = "preference (0.5: as good as the normal answer)" if mode.value == "preference" else "rating (1 to 10)"
+    print(f"{what}: {by_style(table)}; wrote {folder / f'{mode.file}_summary.csv'}")
     return 1 if items["failed"].any() else 0
 
 

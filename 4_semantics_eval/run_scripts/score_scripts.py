@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from aligned_responses import clean_prompt
+from aligned_responses import by_style, clean_prompt
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, write_csv, write_json, write_text
 from logger import get_logger
@@ -264,7 +264,7 @@ def _device(device: int | str | torch.device) -> torch.device:
     backends = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (wanted.index or 0) < backends.get(wanted.type, 0):
         return wanted
-    get_logger().warning("no device %s here: the reward model runs on the CPU", wanted)
+    get_logger().info("no device %s here: the reward model runs on the CPU", wanted)
     return torch.device("cpu")
 
 
@@ -582,7 +582,7 @@ def _score_style(args: argparse.Namespace, style: str, rm: RewardModel, folder: 
     names = ("style", "original_index", "reward_score", "truncated", "identical", "score_against")
     tally, kept = _Tally(), []
     items = _scored(args.run_dir, rm, args.score_against, [style], args.batch_size, args.max_samples)
-    for item in tqdm(_write_scores(items, folder / f"{style}_scores.csv"), desc=style, unit="response"):
+    for item in tqdm(_write_scores(items, folder / f"{style}_scores.csv"), desc=style, unit="response", disable=None):
         tally.add(item)
         kept.append(tuple(item[name] for name in names))
     _write_aggregates(folder / f"{style}_aggregates", tally, rm, args.score_against)
@@ -591,10 +591,10 @@ def _score_style(args: argparse.Namespace, style: str, rm: RewardModel, folder: 
 
 def _tell(table: pd.DataFrame, unscored: int, folder: Path) -> None:
     columns = ["style", "n", "estimate", "ci_low", "ci_high", "difference", "p_adjusted", "n_truncated"]
-    print(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     if unscored:
         get_logger().warning("%d responses are unscored; the column note says why", unscored)
-    print(folder / "rewards_summary.csv")
+    print(f"reward (raw logit): {by_style(table)}; wrote {folder / 'rewards_summary.csv'}")
 
 
 if __name__ == "__main__":
