@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from answer_flips import Answers, FlipMoments, RankTest
+from command_line import UserError
 from file_output import read_csv
 from head_overlap import GroupSums, cross_half
 from head_sensitivity import StyleEffect, main, overlap_table, sensitivity_tables
@@ -306,3 +307,14 @@ def test_a_style_may_have_any_name(tmp_path: Path, style: str) -> None:
     assert main(command) == 0
     for name in ("head_sensitivity", "head_answer_flips"):
         assert set(read_csv(tmp_path / f"{name}.csv")["style"]) == {style}
+
+
+def test_a_verdict_that_is_neither_right_nor_wrong_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text("style,original_index,correct\nnormal,0, TRUE \nnormal,1,0\nnormal,2,\n")
+    answers = Answers(path)
+    assert [answers.right("normal", index) for index in (0, 1)] == [1, 0]
+    assert math.isnan(answers.right("normal", 2))
+    path.write_text("style,original_index,correct\nnormal,0,yes\nnormal,1,True\nnormal,2,no\n")
+    with pytest.raises(UserError, match="correct is 'yes' in 2 lines; write True, False, or nothing"):
+        Answers(path)

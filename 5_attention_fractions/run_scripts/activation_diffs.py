@@ -291,7 +291,7 @@ def collect(sources: Sources, items: Any) -> Sums:
 def _add_own(sources: Sources, sums: Sums, style: str, rows: list[int], values: dict[Key, np.ndarray]) -> None:
     templates = [sources.run.template(row) for row in rows]
     for key, numbers in values.items():
-        _values_of(sums.own, style, key, numbers).add(numbers, templates)
+        _add_rows(sums.own, style, key, numbers, templates)
         if key[0] == "":
             _count(sums, style, key[1], numbers, sources)
 
@@ -315,15 +315,17 @@ def _add_against(
         if key in control_values:
             other = control_values[key][theirs]
             both = np.where(np.isnan(numbers[mine]), np.nan, other)
-            _values_of(sums.split, style, key, both).add(both, templates)
-            change = numbers[mine] - other
-            _values_of(sums.against_split, style, key, change).add(change, templates)
+            _add_rows(sums.split, style, key, both, templates)
+            _add_rows(sums.against_split, style, key, numbers[mine] - other, templates)
 
 
-def _values_of(where: dict[tuple[str, Key], Any], style: str, key: Key, numbers: np.ndarray) -> Any:
+def _add_rows(
+    where: dict[tuple[str, Key], Any], style: str, key: Key, numbers: np.ndarray, templates: list[str]
+) -> None:
     from paired_stats import RowValues
 
-    return where.setdefault((style, key), RowValues(numbers.shape[1:]))
+    kept = numbers.astype(np.float32) if key[0] else numbers  # by layer they are most of the memory
+    where.setdefault((style, key), RowValues(numbers.shape[1:])).add(kept, templates)
 
 
 def _beyond(sources: Sources, style: str, measure: str) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from command_line import UserError
 from file_output import read_csv
 from head_overlap import GroupSums
 
@@ -24,13 +25,19 @@ MIN_FLIPS = 5  # fewer flips (or fewer kept answers) say nothing about a correla
 
 
 class Answers:
-    """Which answers are right, from the maths_items.csv of stage 3; of several samples, at least half must be."""
+    """Which answers are right, from the maths_items.csv of stage 3; of several samples, at least half must be.
+
+    `correct` is True or False (1 or 0), empty for an answer that was not evaluated. UserError for anything else.
+    """
 
     def __init__(self, path: Path) -> None:
         columns = ["style", "original_index", "correct"]
         table = read_csv(path, columns, "run stage 3 (evaluate_predictions.py) first")
         words = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
-        table["correct"] = table["correct"].astype(str).str.lower().map(words)
+        known = table["correct"].astype(str).str.strip().str.lower().map(words)
+        if len(odd := table.loc[table["correct"].notna() & known.isna(), "correct"]):
+            raise UserError(f"{path}: correct is {odd.iloc[0]!r} in {len(odd)} lines; write True, False, or nothing")
+        table["correct"] = known
         share = table.dropna(subset=["correct"]).groupby(["style", "original_index"])["correct"].mean()
         self._right = {(str(style), int(row)): float(value >= 0.5) for (style, row), value in share.items()}
 
