@@ -8,9 +8,10 @@ import neuron_sensitivity
 import pytest
 from activation_rows import templates_of
 from file_output import read_csv
+from logger import set_verbose
 from paired_stats import deal
 from run_store import open_run
-from synthetic_run import prompt_rows, write_run
+from synthetic_run import prompt_rows, with_controls, write_run
 
 ROWS, TEMPLATES = 300, 257
 
@@ -65,3 +66,59 @@ def test_a_null_template_is_none(tmp_path):
     rows[0]["_template"], rows[1]["_template"], rows[2]["_template"] = None, None, 7
     run = open_run(write_run(tmp_path / "run", rows))
     assert [run.template(index) for index in range(4)] == ["row 0", "row 1", "7", "row 3"]
+
+
+# --- what a user sees
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory):
+    """A run in which head 1.1 looks at the words that `swap` mistypes, more than at those of its control."""
+
+    def look(scores, style, index, regions):
+        if style == "swap":
+            scores[1, 1][:, regions["edited"]] += 2
+
+    folder = tmp_path_factory.mktemp("controlled")
+    cut = lambda index, word, typo: f"{word[:3]}\u00ad{word[3:]}"  # noqa: E731
+    rows = with_controls(prompt_rows(40, ["swap", "main"]), "swap", cut)
+    return write_run(folder / "run", rows, layers=3, heads=3, scores=look)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_closing_lines_of_head_sensitivity_are_its_result(controlled, tmp_path, capsys, verbose):
+    flags = ["--run_dir", str(controlled), "--results_dir", str(tmp_path), *["--verbose"][: int(verbose)]]
+    try:
+        assert head_sensitivity.main(flags) == 0
+    finally:
+        set_verbose(False)
+    told = capsys.readouterr()
+    lines = (told.out + told.err).splitlines()
+    table = read_csv(tmp_path / "head_sensitivity.csv")
+    rows = table[(table["measure"] == "edited_log2_mass_last") & (table["style"] == "swap")].set_index("rank_vs_split")
+    first = rows.loc[1]
+    assert (first["layer"], first["head"]) == (1, 1)
+    [line] = [line for line in lines if line.startswith("swap minus split@swap")]
+    ends = f"[{first['difference_ci_low_vs_split']:.2g}, {first['difference_ci_high_vs_split']:.2g}]"
+    assert f"(n = {first['n_vs_split']:.0f}): 1.1 {first['difference_vs_split']:+.2g} {ends}*, " in line
+    assert line.count("[") == 5
+    assert not any(line.startswith("main") for line in lines)  # its control is none of as many tokens
+    assert any(line.endswith("head_overlap.csv") for line in lines) == verbose
+    assert len(lines) < 6 or verbose
+
+
+def test_the_closing_lines_of_activation_diffs_are_its_result(controlled, tmp_path, capsys):
+    assert activation_diffs.main(["--run_dir", str(controlled), "--results_dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    summary = read_csv(tmp_path / "activation_diffs_summary.csv").set_index(["style", "measure"])
+    row = summary.loc[("swap", "recovery_depth")]
+    [line] = [line for line in lines if line.startswith("swap: ")]
+    assert (
+        f"from layer {row['estimate']:.1f} on [{row['ci_low']:.1f}, {row['ci_high']:.1f}], n = {row['n']:.0f}" in line
+    )
+    assert f"{row['difference_to_split']:+.1f} layers to split@swap [{row['difference_ci_low']:+.1f}, " in line
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: without a control: main; their differences may come from the number of tokens alone. "
+        "Stage 2 makes controls with --prompt_keys split@<style>"
+    ]
+    assert len(lines) == 3
