@@ -125,6 +125,16 @@ def test_a_model_of_an_unusual_kind_is_captured_or_refused_before_anything_is_ru
     assert re.search(expected, found)
 
 
+@pytest.mark.parametrize("family", ["blt", "mamba", "qwen3_next", "zamba"])
+def test_a_model_without_attention_in_every_layer_is_refused_by_its_config(tmp_path, family):
+    AutoConfig.for_model(family).save_pretrained(tmp_path / "model")  # no weights
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "p.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
+    with pytest.raises(UserError, match="not all its layers have attention, so it cannot be captured"):
+        main(["--model_name", str(tmp_path / "model"), "--prompt_file", str(tmp_path / "p.json"), "--output_dir",
+              str(tmp_path / "out")])  # fmt: skip
+
+
 def batches(folder) -> str:
     return json.loads((folder / "out" / "run.json").read_text())["environments"][0]["batches"]
 

@@ -283,12 +283,14 @@ class _Pass:
             whole[:, block], probs = self._eager(
                 delegate, module, q[:, :, block], k[:, :, visible], wide[:, :, visible], seen, **kwargs
             )
-            sink = kwargs.get("s_aux", kwargs.get("sinks")) is not None
-            shares = _shares(probs) if sink else probs.float()
+            shares = probs
+            if kwargs.get("s_aux", kwargs.get("sinks")) is not None:
+                shares = _shares(probs)  # some eager functions take out the sink's share after the softmax
+                probs = shares * whole[:, block, :, -1:].transpose(1, 2)
             if entropy is not None:
-                entropy[:, :, block] = self._relative_entropy(shares, seen)
-            if kept is not None:  # some eager functions take out the sink's share after the softmax
-                kept[:, :, block, visible] = shares * whole[:, block, :, -1:].transpose(1, 2) if sink else probs
+                entropy[:, :, block] = self._relative_entropy(shares.float(), seen)
+            if kept is not None:
+                kept[:, :, block, visible] = probs
         if entropy is not None:
             weights = self.on(self.queries, q)[:, None]  # [B, 1, Q, S]
             self.entropy[module.layer_idx] = (weights @ entropy[..., None])[..., 0]

@@ -99,7 +99,7 @@ class _Trial:
         self.options = replace(options, topk_positions="last")
         self.names = [*PREFIX_REGIONS, *(f"token {i}" for i in range(LONG))]
         self.exact = model.dtype in (torch.float32, torch.float64)
-        self.tolerance = 5e-3 if self.exact else 0.15
+        self.tolerance = 5e-3 if self.exact else 0.1  # bfloat16 itself: 0.01 on SmolLM2
 
     def capture(self, pieces: list[list[int]], how: Batching) -> Result:
         """What is captured of the last piece."""
