@@ -194,6 +194,17 @@ OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 32}},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+# Refused in one line: layers without attention, or attention and states of another kind.
+REFUSED_FAMILIES = """
+axk2 bailing_hybrid bamba big_bird bloom camembert codegen cpmant data2vec-text deepseek_v32 deepseek_v4
+diffllama dots3_note_text falcon falcon_h1 falcon_mamba gemma3n_text git glm_moe_dsa gpt_neo gpt_neox_japanese
+gptj granitemoehybrid hrm_text hy_v4 inkling2_text inkling_text jamba kimi_linear lfm2_moe lfm3 longcat_flash
+mamba mamba2 megatron-bert minimax mpt mvp nemotron_h olmo_hybrid openai-gpt prophetnet qwen3_5 qwen3_5_moe
+qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma reformer rembert roberta
+roberta-prelayernorm roformer rwkv trocr xglm xlm xlm-roberta xlm-roberta-xl xlnet xlstm xmod zamba zamba2
+zaya
+"""
+REFUSED = set(REFUSED_FAMILIES.split())
 # What the tokens alone do not run, or what cannot be made from a config.
 NOT_ALONE = {
     "blt": "patches of bytes by a second model",
