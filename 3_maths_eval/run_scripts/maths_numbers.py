@@ -223,8 +223,7 @@ def _number(match: re.Match[str], text: str, before: str) -> Number | None:
         digits = match.group()
         whole = int(digits)
         return Number(begin, end, Fraction(-whole if negative else whole), 0, len(digits.lstrip("0")))
-    currency = any(c in _CURRENCY_SIGNS for c in text[begin:start])
-    if match["suffix"] in ("m", "b", "T") and not currency:  # metres, not millions
+    if match["suffix"] in ("m", "b", "T") and _CURRENCY_SIGNS.isdisjoint(text[begin:start]):  # metres, not millions
         end = match.start("suffix")
         match = _NUMBER.match(text, match.start(), end) or match
     read = _read(match)

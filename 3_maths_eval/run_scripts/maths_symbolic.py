@@ -13,6 +13,7 @@ import re
 from functools import lru_cache
 from multiprocessing.pool import Pool
 
+from command_line import UserError
 from maths_numbers import plain_text
 from parse_predictions import answer_phrase, gold_text
 
@@ -115,14 +116,18 @@ _pool: Pool | None = None
 def _ask(gold: str, answer: str | None) -> bool:
     """Whether Math-Verify reads `gold` (answer None), or takes both for the same."""
     global _pool
-    if _pool is None:
-        _pool = multiprocessing.get_context("spawn").Pool(1, initializer=_limit)
-        _pool.apply_async(_compare, ("1", "1")).get(START_SECONDS)
-        atexit.register(_end)
     try:
+        if _pool is None:
+            _pool = multiprocessing.get_context("spawn").Pool(1, initializer=_limit)
+            atexit.register(_end)
+            _pool.apply_async(_compare, ("1", "1")).get(START_SECONDS)
         return _pool.apply_async(_compare, (_latex(gold), None if answer is None else _latex(answer))).get(SECONDS)
     except multiprocessing.TimeoutError:
         _end()
+    except ImportError as error:
+        raise UserError(
+            f"{error}: gold answers that are expressions need it; pip install -r requirements.txt"
+        ) from None
     return False
 
 
@@ -134,12 +139,15 @@ def _end() -> None:
 
 
 def _limit() -> None:
-    """Runs in the process: little memory, and Ctrl-C is the parent's."""
-    import resource
+    """Runs in the process: limited memory, where the system can limit it; Ctrl-C is the parent's."""
+    import contextlib
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _compare(gold: str, answer: str | None) -> bool:

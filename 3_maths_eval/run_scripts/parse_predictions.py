@@ -8,12 +8,12 @@ Writes  nothing; as a script it prints what it read as one line of JSON
 Thinking text (`<think>…</think>`, `[THINK]`, channel marks) is removed first. Thinking that never ends gives no value.
 What follows an answer is cut at the first new turn (`Q:`, `Problem 2:`, a chat marker, the prompt again). Then:
 
-    completion  the prompt breaks off (`8 + 6 =`) and the response opens with the value: `14 ⏎⏎ The answer is 12` is 14
     boxed       \\boxed{…}          The last marked answer decides. If it is not a number (a radical, an interval, a
     marker      #### …             list, a time, an expression), the response has no value.
     answer_is   `the answer is …`, `Answer: …`, `A: …`, `… is the answer`, `答案是…`, `Ответ: …`; a `final answer` is
                 overruled by a plain one only after a correction (`wait`, `sorry`, `I made a mistake`)
-    completion  the response opens with the value, without a marked answer after it
+    completion  the response opens with the value: `97.`, `8 apples`, or the prompt's own sum carried out. If the prompt
+                breaks off (`8 + 6 =`), this rule comes before answer_is: `14 ⏎⏎ The answer is 12` is 14
     conclusion  a closing sentence with So, Therefore, Thus … and one number, behind the last equation
     equals      right of the last finished `=` (also `equals`, `gives`)
     sole        the only number that is left
