@@ -15,7 +15,15 @@ import maths_symbolic
 import pytest
 from maths_numbers import find_numbers, plain_text, words_value
 from maths_symbolic import answer_expression, expression_of_gold, is_expression, same_expression
-from parse_predictions import arithmetic_value, gold_value, main, matches_gold, parse_prediction_text
+from parse_predictions import (
+    arithmetic_value,
+    gold_value,
+    judge,
+    main,
+    matches_gold,
+    parse_prediction_text,
+    read_gold,
+)
 
 CASES_FILE = Path(__file__).parent / "data" / "maths_answers.tsv"
 SCRIPT = Path(__file__).parents[1] / "3_maths_eval" / "run_scripts" / "parse_predictions.py"
@@ -330,12 +338,40 @@ def test_arithmetic_of_a_clean_prompt(prompt, value):
         ("y=2x+3", "\\boxed{2x+3}", True),
         ("3:2", "The answer is 3:2.", True),
         ("-\\frac{\\sqrt{3}}{2}", "The answer is $-\\frac{\\sqrt{3}}{2}$.", True),
+        ("[0,1]", "\\boxed{0 \\le x \\le 1}", True),
+        ("7x", "The answer is 7x dollars.", True),
+        ("2\\sqrt{3}", "The answer is 3.46.", False),
+        ("x+1", "The answer is $x+1$, because so.", True),
+        ("11\\sqrt{2}", "<think>\\boxed{11\\sqrt{3}}</think>\n\n**Answer:** $11\\sqrt{2}$", True),
+        ("2:3", "The ratio is 2 to 3. The answer is 2:3.", True),
     ],
 )
 def test_expressions_are_compared_symbolically(gold, response, right):
     assert expression_of_gold(gold) == gold
     answer = answer_expression(response)
     assert (answer is not None and same_expression(gold, answer)) is right
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "right"),
+    [
+        ("120", "\\boxed{5!}", True),
+        ("4", "\\boxed{\\sqrt{16}}", True),
+        ("5", "\\boxed{2x+3y=5}", False),
+        ("5", "\\boxed{x=5}", True),
+        ("3", "\\boxed{x > 3}", False),
+        ("2", "\\boxed{\\pm 2}", False),
+        ("8", "\\boxed{8 \\text{ or } 9}", False),
+        ("1.5", "The answer is 3:2.", False),
+        ("70,110", "\\boxed{70, 110}", True),
+        ("3,75", "The answer is 3.75.", True),
+        ("5", "The answer is at least 5.", False),
+        ("12", "", False),
+        ("2:30", "The answer is 2:30.", None),
+    ],
+)
+def test_verdicts(gold, response, right):
+    assert judge(response, None, read_gold(gold))[1] is right
 
 
 def test_an_expression_of_the_prompt_is_no_answer():

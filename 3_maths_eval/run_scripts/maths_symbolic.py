@@ -47,6 +47,8 @@ _NO_EXPRESSION = re.compile(
     re.IGNORECASE,
 )
 _SEGMENT = re.compile(r"\$([^$\n]{1,200})\$")
+_EQUATION = re.compile(r"\d ?[a-z]\b|(?<![A-Za-z\\])[A-Za-z] ?[-+*/^|]|[-+*/^|] ?[A-Za-z]\b")
+_UNIT = re.compile(r"(?: (?!and\b|or\b)[A-Za-z]{2,15}){1,3}\Z")
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf) ?\{([^{}]*)\}")
 _SYMBOLS = {
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
@@ -71,6 +73,7 @@ def is_expression(text: str) -> bool:
 def answer_expression(response: str | None, prompt: str | None = None) -> str | None:
     """The expression that a response answers, as written; None if there is none or the prompt has the same one."""
     phrase = answer_phrase(response or "", prompt or "")
+    phrase = _UNIT.sub("", phrase)
     if not is_expression(phrase) and (segments := _SEGMENT.findall(phrase)):
         phrase = segments[-1]  # $9\pi$ square cm
     if not phrase or not is_expression(phrase) or (prompt and _squeezed(phrase) in _squeezed(prompt)):
@@ -86,7 +89,12 @@ def expression_of_gold(answer: object) -> str | None:
 
 def same_expression(gold: str, answer: str) -> bool:
     """True if both are the same by Math-Verify. False too if the comparison takes longer than SECONDS."""
-    return _squeezed(gold) == _squeezed(answer) or bool(_ask(gold, answer))
+    if _squeezed(gold) == _squeezed(answer):
+        return True
+    left, equals, _ = answer.rpartition("=")
+    if (equals and "=" not in gold and _EQUATION.search(left)) or (":" in answer and ":" not in gold):
+        return False  # 2x + 3y = 5 is not 5, 3:2 is not 1.5
+    return _ask(gold, answer)
 
 
 def _squeezed(text: str) -> str:
@@ -163,6 +171,8 @@ def _compare(gold: str, answer: str | None) -> bool:
             for text in (gold, answer)
             if text is not None
         ]
-        return bool(read[0]) and (answer is None or (bool(read[1]) and bool(verify(read[0], read[1]))))
+        return bool(read[0]) and (
+            answer is None or (bool(read[1]) and bool(verify(read[0], read[1], allow_set_relation_comp=True)))
+        )
     except (Exception, MemoryError):
         return False
