@@ -870,6 +870,37 @@ def test_a_stop_string_may_be_or_hold_a_control_token(tmp_path, kind, stop, kept
     assert row["response_ids"].tolist() == ids[0, prompt.shape[1] :].tolist()
 
 
+# --- the progress bar
+
+
+@pytest.mark.parametrize("more", [[], ["--stop_strings", "e", "a"], ["--num_samples", "2", "--temperature", "1"]])
+def test_the_time_left_is_right_within_a_factor_of_two(model_dir, prompt_file, tmp_path, monkeypatch, more, capsys):
+    import progress
+
+    forward, told = decoding.Generator._forward, []
+    monkeypatch.setattr(progress, "REFRESH", 0.0)
+
+    def slow(generator, ids, mask, cache, keep=1):
+        time.sleep(0.02 + 0.0005 * ids.numel())
+        return forward(generator, ids, mask, cache, keep)
+
+    def estimate(self):
+        told.append((time.monotonic(), left := whole(self), self.done))
+        return left
+
+    whole = progress.Progress.seconds_left
+    monkeypatch.setattr(progress.Progress, "seconds_left", estimate)
+    monkeypatch.setattr(decoding.Generator, "_forward", slow)
+    flags = ["--batch_size", "4", "--max_new_tokens", "30", "--raw_layers", "none", *more]
+    assert run(model_dir, prompt_file, tmp_path / "run", *flags) == 0
+    begin, end = told[0][0], told[-1][0]
+    late = [(at, left) for at, left, done in told if begin + 0.2 * (end - begin) < at < end - 0.1 * (end - begin)]
+    right = [(end - at) / 2 <= left <= (end - at) * 2 for at, left in late]
+    assert len(late) > 20
+    assert sum(right) >= 0.9 * len(right)
+    assert "41 of 41 prompts: 100%" in capsys.readouterr().err
+
+
 # --- what is copied while the model goes on
 
 

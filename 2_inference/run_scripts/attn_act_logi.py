@@ -47,6 +47,7 @@ from token_spans import MATCHED, matched_style
 if TYPE_CHECKING:
     from batching import RowCost
     from model_check import Batching
+    from progress import Progress
     from prompt_reader import PromptReader, StylePrompts
 
 DEFAULT_RAW_LAYERS = ("0", "5", "10", "15")
@@ -441,7 +442,7 @@ class Stop:
 
 
 def run_style(
-    job: StyleJob, reader: PromptReader, generator: Any, writer: Any, bar: Any, stop: Stop, forced: Any
+    job: StyleJob, reader: PromptReader, generator: Any, writer: Any, progress: Progress, stop: Stop, forced: Any
 ) -> None:
     """Run what is missing of one style and hand its files to the writer."""
     positions_of = {job.style.texts[p][0]: p for positions in job.files for p in positions}
@@ -461,7 +462,7 @@ def run_style(
         else:
             failed[result.prompt.key] = (reader.file.element_index(result.prompt.key), result.error)
             done[positions][position] = {}
-        bar.update(1)
+        progress.finished([response.finish_reason for response in result.responses])
         if len(done[positions]) == len(positions):
             write_file(job, positions, done.pop(positions), reader, writer)
     for positions, rows in done.items():  # only after a stop: what is there of unfinished files
@@ -585,7 +586,7 @@ def run_jobs(
     from batching import batch_limit
     from capture import Recorder
     from decoding import Generator
-    from tqdm import tqdm
+    from progress import Progress
 
     recorder = Recorder(model, capture_options(args))
     batch_size = "1" if batching.rows == "alone" else args.batch_size
@@ -599,10 +600,14 @@ def run_jobs(
     forced = normal_responses(clean, reader, generator) if args.response_logprobs and clean else None
     try:
         generator.set_prefix(reader.shared_prefix() if batching.prefix else [])
-        with tqdm(total=sum(job.missing for job in jobs), unit="prompt", dynamic_ncols=True) as bar:
+        prefix = len(generator.prefix.ids) if generator.prefix else 0
+        lengths = [job.style.lengths[p] - prefix for job in jobs for one in job.files for p in one if p not in job.kept]
+        progress = Progress(len(lengths), sum(lengths), args.num_samples, args.max_new_tokens)
+        generator.progress = progress
+        with progress.bar:
             for job in jobs:
-                bar.set_description(job.style.style)
-                run_style(job, reader, generator, writer, bar, stop, forced if job is not clean else None)
+                progress.style = job.style.style
+                run_style(job, reader, generator, writer, progress, stop, forced if job is not clean else None)
                 if stop.asked:
                     break
     finally:

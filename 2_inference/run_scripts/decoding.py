@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import inspect
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -281,6 +282,7 @@ class Generator:
         self.prefix: _Prefix | None = None
         self.prefill_tokens = self.prompt_tokens = 0
         self.crowded = False  # one prompt more did not fit beside those that are decoded
+        self.progress: Any = None  # told what is read and decoded (see `Progress`)
         self.stop: Any = None  # an object whose `asked` turns true when nothing new is to be begun
 
     def twin(self, names: list[str], pooled: list[str]) -> Generator:
@@ -330,14 +332,22 @@ class Generator:
             if not waiting and active is None:
                 return
             running = active.running if active else 0
+            began, read_before = time.perf_counter(), self.prefill_tokens
             try:
                 self.crowded = self.crowded and running > 0
                 if waiting and not self.crowded and self.limit.may_join(running, len(waiting)):
                     started = self._start(waiting, running, under_way)
                     with _memory_errors():
                         active = self._joined(active, started)
+                    if self.progress and (tokens := self.prefill_tokens - read_before):
+                        begun = len(started.responses) if started else 0
+                        self.progress.read(tokens, begun, time.perf_counter() - began)
                 elif active:
+                    under = [response for response in active.responses if not response.finish_reason]
                     active = self._step(active)
+                    if self.progress:
+                        lengths = [len(one.ids) for one in under if not one.finish_reason]
+                        self.progress.stepped(len(under), lengths, time.perf_counter() - began)
             except _OutOfMemory as error:
                 active = None
                 yield from self._retreat(waiting, under_way, error)
