@@ -13,7 +13,7 @@ import load_json
 import pandas as pd
 import pytest
 from command_line import UserError
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 FORMATS = ("gsm8k", "quora", "paws", "csv", "tsv", "jsonl")
@@ -80,6 +80,66 @@ def test_a_bad_line_is_named_and_the_rest_goes_on(tmp_path: Path, line: str, rea
     assert len(bad) == 1
     assert bad[0][0] == "2"
     assert bad[0][1].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("gold", "kept"),
+    [
+        ("+7", "+7"),
+        (".5", ".5"),
+        ("25%", "25%"),
+        ("€5", "€5"),
+        ("5 apples", "5 apples"),
+        ("12.", "12."),
+        ("3/4", "3/4"),
+        ("$1,234", "1234"),
+        ("-2.50", "-2.50"),
+        ("$ 12,000.5", "12000.5"),
+        ("3 1/2 cups", "3 1/2 cups"),
+        ("\\frac{3}{4}", "\\frac{3}{4}"),
+        ("2π", "2π"),
+    ],
+)
+def test_a_gold_that_a_reader_of_numbers_may_know_is_kept(tmp_path: Path, gold: str, kept: str) -> None:
+    code, rows, _ = adapt(tmp_path, "gsm8k", gsm8k_line("How many?", f"So it is.\n#### {gold}"))
+    assert (code, rows[0]["answer"]) == (0, kept)
+
+
+NO_ANSWERS = ["None", "none", "N/A", "n/a.", "NA", "null", "NaN", "nil", "-", "no answer", "Not available"]
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS)
+@pytest.mark.parametrize("name", ["csv", "jsonl", "gsm8k"])
+def test_an_answer_that_says_there_is_none_is_named(tmp_path: Path, name: str, answer: str) -> None:
+    if name == "csv":
+        content = f"prompt,answer\nWhich?,{answer}\nWho?,None of them\n"
+    elif name == "jsonl":
+        content = "\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in (("Which?", answer), ("Who?", "Nancy")))
+    else:
+        content = gsm8k_line("Which?", f"#### {answer}") + "\n" + gsm8k_line("Who?", "#### 7")
+    flags = ("--answer_column", "answer") if name != "gsm8k" else ()
+    code, rows, bad = adapt(tmp_path, name, content, *flags)
+    assert (code, [row["normal"] for row in rows]) == (1, ["Who?"])
+    assert bad == [["2" if name == "csv" else "1", f"the answer is {answer!r}: there is no gold"]]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_a_json_list_is_read_as_json_lines_are(tmp_path: Path, indent: int | None) -> None:
+    records = [{"question": "How many?", "answer": "#### 7"}, 5, {"question": "[Which?]", "answer": "#### 0.50"}]
+    text = "\n" + json.dumps(records, indent=indent)
+    code, rows, bad = adapt(tmp_path, "gsm8k", text)
+    assert code == 1
+    assert [(row["element_index"], row["normal"], row["answer"]) for row in rows] == [
+        (1, "How many?", "7"), (3, "[Which?]", "0.50")
+    ]  # fmt: skip
+    assert bad == [["2", "not a JSON object"]]
+
+
+def test_a_broken_json_list_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"begins as a JSON list and is not JSON: .* one object a line"):
+        adapt(tmp_path, "gsm8k", '[\n  {"question": "How many?",\n')
+    good = gsm8k_line("How many?", "#### 7")
+    assert adapt(tmp_path, "gsm8k", f"[1, 2]\n{good}")[2] == [["1", "not a JSON object"]]
 
 
 def test_bytes_that_are_no_utf8_spoil_their_line_alone(tmp_path: Path) -> None:
@@ -201,6 +261,13 @@ def test_paws_byte_literals_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_placeholders_of_paws_are_bad_lines(tmp_path: Path) -> None:
+    lines = ["id\tsentence1\tsentence2\tlabel", "1\tA road .\tNS\t1", "2\tNS\tNS\t0", "3\tNS is it .\tIt is NS .\t1"]
+    _, rows, bad = adapt(tmp_path, "paws", "\n".join(lines))
+    assert [row["_id"] for row in rows] == ["3"]
+    assert bad == [["2", "a text is the placeholder NS"], ["3", "a text is the placeholder NS"]]
+
+
 # --- tables of the user's own
 
 FIELD = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('",\n\t '), min_size=1, max_size=20)
@@ -218,11 +285,40 @@ def test_whatever_pandas_writes_is_read_back(tmp_path: Path, pairs: list[tuple[s
     table = pd.DataFrame(pairs, columns=["question", "gold"])
     text = table.to_csv(sep="\t" if name == "tsv" else ",", index=False, lineterminator="\n")
     flags = ("--prompt_column", "question", "--answer_column", "gold", "--template_column", "gold")
+    assume(not any(adapt_dataset._NO_ANSWER.fullmatch(gold.strip().rstrip(".")) for _, gold in pairs))
     code, rows, bad = adapt(tmp_path, name, text, *flags)
     assert (code, bad) == (0, [])
     assert [(row["normal"], row["answer"], row["_template"]) for row in rows] == [
         (question.strip(), gold.strip(), gold.strip()) for question, gold in pairs
     ]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "prompt,answer\nWhat is 2+2?,4,\nWhat is 1+1?,2,",
+        "prompt,answer,,\nWhat is 2+2?,4,,\n,,,\nWhat is 1+1?,2,,",
+        'prompt,answer\n"What is\n2+2?",4,,\nWhat is 1+1?,2',
+        'prompt,answer,\n"What is 2+2?",4\nWhat is 1+1?,2, ',
+    ],
+)
+def test_surplus_commas_of_a_spreadsheet_cost_nothing(tmp_path: Path, table: str) -> None:
+    code, rows, bad = adapt(tmp_path, "csv", table, "--answer_column", "answer")
+    assert (code, bad) == (0, [])
+    assert [" ".join(row["normal"].split()) for row in rows] == ["What is 2+2?", "What is 1+1?"]
+    assert [row["answer"] for row in rows] == ["4", "2"]
+
+
+def test_a_surplus_field_with_text_is_a_bad_line(tmp_path: Path) -> None:
+    _, rows, bad = adapt(tmp_path, "csv", "prompt,answer\na,1,x\nb,2\nc\n", "--answer_column", "answer")
+    assert [row["normal"] for row in rows] == ["b"]
+    assert bad == [["2", "3 fields where the header has 2"], ["4", "1 fields where the header has 2"]]
+
+
+def test_a_needed_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the column 'prompt' .* rename"):
+        adapt(tmp_path, "csv", "prompt,answer,prompt\na,1,b\n")
+    assert adapt(tmp_path, "csv", "prompt,note,note\na,1,b\n")[0] == 0
 
 
 def test_a_quote_without_end_costs_its_own_line_alone(tmp_path: Path) -> None:

@@ -87,14 +87,25 @@ FAULTS = [
     (set_key(0, "mine", PROMPTS[0].replace("of 12 and 7", "of 12 x 7")), "changed_numbers", "mine", True),
     (set_key(0, "grammar", PROMPTS[0].replace("sum", "difference")), "changed_protected", "grammar", True),
     (set_key(0, "task", "12 + 8"), "task_not_in_prompt", "normal", False),
-    (set_key(2, "main", None), "wrong_type", "main", True),
+    (set_key(2, "main", None), "missing_style", "main", False),
     (set_key(2, "main", ["a"]), "wrong_type", "main", True),
     (set_key(2, "main", "  "), "empty_prompt", "main", True),
     (set_key(2, "main", "a\ud800"), "surrogate", "main", True),
     (set_key(2, "answer", float("nan")), "wrong_type", "answer", False),
     (set_key(2, "answer", {"a": 1}), "wrong_type", "answer", False),
     (set_key(2, "task", 3), "wrong_type", "task", False),
-    (set_key(2, "element_index", "two"), "wrong_type", "element_index", False),
+    (set_key(2, "element_index", 2.5), "wrong_type", "element_index", False),
+    (set_key(2, "element_index", " "), "wrong_type", "element_index", False),
+    (set_key(2, "element_index", "two"), "mixed_ids", "element_index", False),
+    (set_key(2, "element_index", "2"), "duplicate_id", "element_index", False),
+    (lambda rows: [row.update(element_index="q") for row in rows], "duplicate_id", "element_index", False),
+    (lambda rows: [row.update({"typo/1": row["main"] + "!"}) for row in rows], "bad_key", "typo/1", False),
+    (
+        lambda rows: [row.update({"t1": row["main"] + "!", "T1": row["main"] + "?"}) for row in rows],
+        "bad_key",
+        "T1",
+        False,
+    ),
     (set_key(2, "element_index", 1), "duplicate_id", "element_index", False),
     (set_key(2, "normal", 7), "wrong_type", "normal", True),
     (lambda rows: rows[2].pop("normal"), "no_clean_prompt", "", True),
@@ -119,6 +130,7 @@ def test_a_fault_put_in_is_found_and_mended_where_that_is_safe(break_it, kind, k
     fixed, _ = fix_rows(rows)
     assert ((kind, key) not in kinds(fixed)) == mendable
     errors = {f.kind for f in check_rows(fixed) if f.severity == "error"}
+    kind = "" if kind in check_prompts.WARNINGS else kind
     assert errors <= ({kind} if not mendable else set())
 
 
@@ -186,6 +198,84 @@ def test_missing_styles_are_told_with_their_number():
     assert ("missing_style", "other") in kinds(rows, styles=["other"])
 
 
+@pytest.mark.parametrize("key", ["mine", "main"])
+def test_a_variant_that_differs_in_normalisation_alone_is_a_warning(key):
+    (finding,) = check_rows([{"normal": "Café menus please", key: "Cafe\u0301 menus please"}])
+    assert (finding.kind, finding.style, finding.severity) == ("no_op_unicode", key, "warning")
+    assert check_rows([{"normal": "Café menus please", "mine": "Cafe menus please"}]) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["3", "17", "2.5%"], "numbers"),
+        ([5, 6, 7.5], "numbers"),
+        (["2024-03-09", "2024-03-10", "1/2/2020"], "numbers"),
+        (["https://a.org/x?y=1", "http://b.com", "www.c.de"], "addresses"),
+        (["gsm8k-17", "gsm8k-18", "q_3"], "ids"),
+        (["550e8400-e29b-41d4-a716-446655440000", "a1b2c3", "ff00aa11"], "ids"),
+        (["positive", "negative"] * 10, "a few labels"),
+        (["very good"] * 9, "a few labels"),
+    ],
+)
+def test_a_column_of_data_is_told_and_not_checked_as_prompts(values, kind):
+    rows = [{"normal": f"Please explain thing number {i}", "mine": value} for i, value in enumerate(values)]
+    (finding,) = check_rows(rows)
+    assert (finding.kind, finding.style, finding.severity) == ("looks_like_data", "mine", "warning")
+    assert finding.detail.startswith(f"holds {kind}, not prompts")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["Say it now", "Tell it now", "Show it now"] * 5,
+        ["12 + 7 =", "3 * 4", "5 - 2 ="],
+        ["Explain https://a.org", "See http://b.com now"],
+        ["Is it 5?", "Is it 6?"],
+        ["yes", "no", "perhaps"],
+    ],
+)
+def test_short_prompts_are_no_data(values):
+    rows = [{"normal": f"Please say it: {text}", "mine": f"{text} {i}"} for i, text in enumerate(values)]
+    assert "looks_like_data" not in {f.kind for f in check_rows(rows)}
+
+
+def test_styles_that_are_not_run_are_not_checked(tmp_path, capsys):
+    rows = sound_rows()
+    rows[0]["main"] = rows[0]["normal"]
+    rows[1]["typo/1"] = rows[1]["main"]
+    rows[2]["url"] = "https://a.org"
+    rows[3]["homynom"] = rows[3].pop("homonym")
+    source = write(tmp_path / "p.json", json.dumps(rows))
+    for styles, found in (
+        (["normal", "swap", "split@swap"], set()),
+        (["swap", "main"], {("no_op", "main")}),
+        (["homonym"], {("misspelled_key", "homynom"), ("missing_style", "homonym")}),
+        (
+            ["all"],
+            {("no_op", "main"), ("bad_key", "typo/1"), ("looks_like_data", "url"), ("misspelled_key", "homynom")},
+        ),
+    ):
+        expected = {kind for kind, _ in found if kind not in check_prompts.WARNINGS}
+        assert main(["--prompt_file", source, "--styles", *styles]) == bool(expected)
+        assert found <= kinds(rows, styles=styles)
+        told = capsys.readouterr().out
+        assert ("no finding" in told) == (not found)
+        assert all(kind in told for kind, _ in found)
+
+
+def test_json_lines_are_checked_too(tmp_path, capsys):
+    rows = sound_rows()
+    rows[1]["main"] = None
+    source = write(tmp_path / "p.jsonl", "\n".join([*map(json.dumps, rows), '{"normal": ']))
+    assert main(["--prompt_file", source]) == 1
+    told = capsys.readouterr().out
+    assert "not_json" in told
+    assert "1 of 4 rows lack it" in told
+    assert main(["--prompt_file", source, "--fix", str(tmp_path / "new.json")]) == 0
+    assert len(json.loads((tmp_path / "new.json").read_text())) == 4
+
+
 def test_random_damage_to_digits_never_passes():
     rng = random.Random(5)
     rows = sound_rows()
@@ -243,10 +333,10 @@ def test_a_key_given_twice_is_found_and_the_ambiguous_one_goes(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", "not JSON"),
+        ("", "the file is empty"),
         ("[{]", "not JSON"),
-        ("{}", "expected a JSON list"),
-        ("[]", "expected a JSON list"),
+        ("5", "expected a list of objects"),
+        ("[]", "the list is empty"),
         (b"\xff\xfe[", "not UTF-8 (byte 0)"),
         ("[" * 100_000, "nested"),
         ("[" * 60 + "]" * 60, "nested deeper than 50"),
@@ -267,7 +357,7 @@ def test_the_given_file_is_not_overwritten_and_options_are_checked(tmp_path):
         main(["--prompt_file", source, "--output_csv", source])
     with pytest.raises(UserError, match="--intensity"):
         main(["--prompt_file", source, "--intensity", "0"])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         main(["--prompt_file", str(tmp_path / "none.json")])
 
 

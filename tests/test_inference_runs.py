@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import json
 import multiprocessing
@@ -17,11 +18,14 @@ from types import SimpleNamespace
 import attn_act_logi
 import cpu_speed
 import decoding
+import evaluate_predictions
 import numpy as np
 import pytest
+import run_status
 import tiny_models
 import torch
 from command_line import UserError
+from read_predictions import iter_predictions
 from run_store import load_pt, open_run, pt_files, read_failures, unpack_rows
 from transformers import AutoModelForCausalLM
 
@@ -783,6 +787,32 @@ def test_shards_of_an_array():
     assert shard_of(None, {"SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_ID": "5"}) == (0, 1)
     with pytest.raises(UserError, match="has gaps"):
         shard_of(None, {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_ID": "5"})
+
+
+def test_json_lines_with_texts_as_ids_run_through_every_reader(model_dir, tmp_path):
+    path = tmp_path / "p.jsonl"
+    rows = [
+        {"element_index": f"gsm8k-{i:03d}", "normal": f"add: {i} + 1 =", "swap": f"dad: {i} + 1 =", "answer": i + 1}
+        for i in range(5)
+    ]
+    rows[1]["swap"] = None
+    rows[2]["swap"] = "  "
+    path.write_text("\n".join([*map(json.dumps, rows), '{"normal": ']), encoding="utf-8")
+    path.with_suffix(".txt").write_text("")
+    for _ in range(2):  # the second goes on and finds all done but the failures
+        assert run(model_dir, path, tmp_path / "run") == 1
+    opened = open_run(tmp_path / "run")
+    assert list(opened.styles) == ["normal", "swap"]
+    assert opened.row(0)["element_index"] == "gsm8k-000"
+    content = load_pt(pt_files(tmp_path / "run" / "swap")[0])
+    assert content["element_index"] == ["gsm8k-000", "gsm8k-003", "gsm8k-004"]
+    assert [line[2] for line in read_failures(tmp_path / "run" / "swap").values()] == ["gsm8k-002", "6"]
+    ids = {(one.style, one.original_index): one.element_index for one in iter_predictions(opened)}
+    assert ids["normal", 4] == ids["swap", 4] == "gsm8k-004"
+    assert evaluate_predictions.main(["--run_dir", str(tmp_path / "run"), "--results_dir", str(tmp_path / "res")]) == 0
+    with open(tmp_path / "res" / "maths_items.csv", encoding="utf-8", newline="") as table:
+        assert {line["element_index"] for line in csv.DictReader(table)} == {row["element_index"] for row in rows}
+    assert run_status.main([str(tmp_path / "run")]) in (0, 1)
 
 
 @pytest.mark.parametrize("key", ["../out", ".hidden", "a/b", "nul\0"])

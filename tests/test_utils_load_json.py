@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from command_line import UserError
-from load_json import load_json_prompts, read_prompt_file, styles_of
+from load_json import load_json_prompts, read_prompt_file, style_problem, styles_of
 
 
 def write(tmp_path, content) -> str:
@@ -44,8 +45,10 @@ def test_instruction_is_a_clean_form_too(tmp_path):
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"[" * 100_000, "nested too deeply|not JSON"),
         (b"[" + b"9" * 5000 + b"]", "not usable JSON|no row holds a prompt"),
-        ({"normal": "a"}, "holds a JSON object; expected a list"),
+        ({"answer": "a"}, "no row holds a prompt"),
         ("text", "holds a JSON string; expected a list"),
+        (b'{"normal": "a",\n', r"not JSON: .* at line 2, column 1"),
+        (b"normal\nswap\n", "not JSON"),
         ([], "the list is empty"),
         ([1, 2], "no row holds a prompt"),
         ([{"answer": "4"}], "no row holds a prompt"),
@@ -58,14 +61,92 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, content, message):
     assert "prompts.json" in str(caught.value)
 
 
-def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such file; give the path of a prompt file"):
-        read_prompt_file(tmp_path / "none.json")
+def refuse(path):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_what_cannot_be_read_is_told_by_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "utf16.json").write_text("[]", encoding="utf-16")
+    for name, reason in (
+        ("none.json", "no such file; give the path of a prompt file"),
+        ("utf16.json/p.json", "cannot be read: Not a directory"),
+        (".", "is a folder; give the path of a prompt file"),
+        ("utf16.json", r"not UTF-8 \(byte 0\); save the file as UTF-8"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            read_prompt_file(tmp_path / name)
+        assert "Errno" not in str(caught.value)
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    with pytest.raises(UserError, match="no permission to read it; change its rights"):
+        read_prompt_file(tmp_path / "utf16.json")
+
+
+ROWS = [
+    {"element_index": "gsm8k-17", "normal": "a\u2028b", "swap": None},
+    {"element_index": 5, "normal": "c", "swap": "d"},
+]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=2),
+        "\n".join(json.dumps(row) for row in ROWS),
+        "\ufeff\r\n" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n",
+    ],
+)
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl"])
+def test_a_list_and_json_lines_are_read_alike_under_any_name(tmp_path, content, name):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    found = read_prompt_file(path)
+    assert found.problems == []
+    assert found.prompts("normal") == [(0, "a\u2028b"), (1, "c")]
+    assert found.prompts("swap") == [(1, "d")], "null: the row lacks the style"
+    assert [found.element_index(0), found.element_index(1)] == ["gsm8k-17", 5]
+    assert found.style_counts == {"normal": 2, "swap": 1}
+
+
+def test_one_object_alone_is_one_row(tmp_path):
+    assert load_json_prompts(write(tmp_path, {"normal": "a"}), "normal") == [(0, "a")]
+
+
+def test_a_line_that_is_no_json_is_a_bad_row(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('junk\n{"normal": "a"}\n\n[1]\n{"normal": "b"\n{"normal": "c"}', encoding="utf-8")
+    found = read_prompt_file(path)
+    assert found.prompts("normal") == [(1, "a"), (4, "c")]
+    told = [str(problem) for problem in found.problems]
+    assert [line.split(":")[0] for line in told] == ["row 1", "row 3", "row 4"]
+    assert told[0].startswith("row 1: is not JSON: Expecting value")
+    assert told[1].startswith("row 3: is a JSON list")
+
+
+def test_null_is_a_key_that_is_not_there(tmp_path):
+    rows = [{"element_index": None, "normal": None, "instruction": "a", "answer": None, "swap": None, "task": None}]
+    found = read_prompt_file(write(tmp_path, rows))
+    assert found.rows == [{"instruction": "a"}]
+    assert (found.problems, found.element_index(0), found.clean_key) == ([], 1, "instruction")
+
+
+@pytest.mark.parametrize("key", ["typo/1", "a\\b", ".hidden", "..", "", "  ", "nul\0", "line\nend", "split@swap", "all",
+                                 "prompts.json", "Run.json", "half \ud800", "x" * 300, " edge"])  # fmt: skip
+def test_a_key_that_cannot_name_a_folder_is_no_style(key):
+    assert style_problem(key)
+
+
+@pytest.mark.parametrize("key", ["normal", "typo_1", "typo 1", "None", "wörter", "t1", "a.b", "homo,nym", "x" * 200])
+def test_any_other_key_can_be_a_style(tmp_path, key):
+    assert style_problem(key) is None
+    (tmp_path / key).mkdir()
 
 
 def test_a_key_nobody_has_names_those_there_with_counts(tmp_path):
     path = write(tmp_path, [{"normal": "a", "swap": "b"}, {"normal": "c"}])
-    with pytest.raises(UserError, match=r"no row has the key 'spwa'; prompt keys there: normal \(2\), swap \(1\)"):
+    with pytest.raises(UserError, match=r"no row has the key 'spwa'; did you mean swap\?; prompt keys there: normal \(2\), swap \(1\)"):
         load_json_prompts(path, "spwa")
 
 
@@ -74,7 +155,7 @@ def test_bad_rows_are_told_by_number_and_the_rest_is_read(tmp_path):
         {"normal": "good"},
         "no object",
         {"normal": 7, "swap": "fine"},
-        {"element_index": "x", "normal": "bad id"},
+        {"element_index": " ", "normal": "bad id"},
         {"element_index": True, "normal": "bad id"},
         {"normal": "   "},
         {"normal": "half \ud800 pair"},

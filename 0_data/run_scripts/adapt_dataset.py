@@ -1,7 +1,7 @@
 """Turn an existing dataset into a prompt file, line by line; a bad line is counted and named, never fatal.
 
 --format   reads                                                    makes
-  gsm8k    JSONL: question, answer with the gold after ####         normal, answer
+  gsm8k    JSONL: question, answer with the gold after ####         normal, answer (text such as 3/4 or 25% as it is)
   quora    TSV: id qid1 qid2 question1 question2 is_duplicate       normal, other or negative, _template, _id, _label
   paws     TSV: id sentence1 sentence2 label                        normal, other or negative, _id, _label
   csv, tsv, jsonl   the columns named by the flags below            normal, answer, _template
@@ -10,9 +10,10 @@ A pair that is no paraphrase is a negative control: its second text stands under
 that no stage takes it for a rewording. PAWS sentences follow --instruction, whose colon makes them the task. Quora
 pairs that share a question, directly or through other pairs, share a `_template`: one cluster in the statistics.
 
-Writes the prompt file and, where lines were bad, <name>_bad_lines.csv (line, reason) beside it; element_index is
-the number of the record in the dataset, bad ones included. Memory does not grow with the dataset, but for quora
-by some 200 bytes a question (ids alone). Exit code 1: done, but some lines were bad.
+A file of JSON lines may be a JSON list too; it is then read whole. A row whose answer says that there is none (None,
+N/A …) is a bad line. Writes the prompt file and, if lines were bad, <name>_bad_lines.csv (line, reason) beside it;
+element_index is the number of the record in the dataset, bad ones included. Memory does not grow with the dataset, but
+for quora by some 200 bytes a question (ids alone). Exit code 1: done, but some lines were bad.
 
     python 0_data/run_scripts/adapt_dataset.py --format gsm8k --input_file gsm8k.jsonl --output_file outputs/gsm8k.json
 """
@@ -82,20 +83,40 @@ def _skip_line(file: TextIO) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Record | BadLine]]:
-    """The object on each line; numbers keep their digits as they are written."""
-    for number, line in read_lines(path):
+    """The object on each line; numbers keep their digits as they are written. A JSON list gives its items, numbered."""
+    lines = read_lines(path)
+    first = next(((number, line) for number, line in lines if isinstance(line, BadLine) or line.strip()), None)
+    opening = first[1] if first and isinstance(first[1], str) else ""
+    if opening.lstrip().startswith("[") and (items := _list_items(path, opening)) is not None:
+        yield from enumerate(items, start=1)
+        return
+    for number, line in itertools.chain([first] if first else [], lines):
         if isinstance(line, BadLine):
             yield number, line
         elif line.strip():
-            yield number, _parse_json(line)
+            yield number, _as_record(_parse_json(line))
 
 
-def _parse_json(line: str) -> Record | BadLine:
+def _list_items(path: Path, first_line: str) -> list[Record | BadLine] | None:
+    """The items of a file that is one JSON list; None if its lines are JSON one by one."""
+    value = _parse_json(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    if isinstance(value, list):
+        return [_as_record(item) for item in value]
+    if isinstance(_parse_json(first_line), BadLine):
+        raise UserError(f"{path}: begins as a JSON list and is {value}; correct it, or write one object a line")
+    return None
+
+
+def _parse_json(text: str) -> Any:
+    """The value, or the BadLine that says what is wrong."""
     try:
-        value = json.loads(line, parse_float=Decimal, parse_constant=_refuse_constant)
+        return json.loads(text, parse_float=Decimal, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, ArithmeticError) as error:
         return BadLine(f"not JSON: {one_line(str(error), 80)}")
-    return value if isinstance(value, dict) else BadLine("not a JSON object")
+
+
+def _as_record(value: Any) -> Record | BadLine:
+    return value if isinstance(value, dict | BadLine) else BadLine("not a JSON object")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -122,10 +143,17 @@ def read_table(
         fields = _read_fields(line, lines, delimiter, len(header)) if quoting else line.split(delimiter)
         if fields is None:
             yield number, BadLine("quotation marks that do not match")
-        elif len(fields) == len(header):
-            yield number, dict(zip(header, fields, strict=True))
+        elif not any(field.strip() for field in fields):
+            continue  # a row of a spreadsheet with nothing in it
+        elif _fits(fields, len(header)):
+            yield number, dict(zip(header, fields, strict=False))
         else:
             yield number, BadLine(f"{len(fields)} fields where the header has {len(header)}")
+
+
+def _fits(fields: list[str], width: int) -> bool:
+    """True for as many fields as the header has; surplus ones may be empty, as spreadsheets write them."""
+    return len(fields) >= width and not any(field.strip() for field in fields[width:])
 
 
 class _Pushback:
@@ -148,10 +176,14 @@ class _Pushback:
 def _header(path: Path, lines: _Pushback, delimiter: str, needed: Sequence[str]) -> list[str]:
     _, line = next(lines, (0, ""))
     header = [] if isinstance(line, BadLine) else _parse_quoted(line, delimiter) or line.split(delimiter)
+    while header and not header[-1].strip():
+        header.pop()
     missing = [name for name in needed if name not in header]
     if missing:
         have = one_line(", ".join(header), 200) or "none"
         raise UserError(f"{path}: no column {missing[0]!r} in the header ({have}); check --format and the column names")
+    if twice := [name for name in needed if header.count(name) > 1]:
+        raise UserError(f"{path}: the header has the column {twice[0]!r} more than once; rename the others")
     return header
 
 
@@ -173,7 +205,7 @@ def _read_fields(line: str, lines: _Pushback, delimiter: str, width: int) -> lis
             break
         line += "\n" + following[1]
         fields = _parse_quoted(line, delimiter) if '"' in following[1] else None
-        if fields is not None and len(fields) == width:
+        if fields is not None and _fits(fields, width):
             return fields
     lines.put_back(taken)
     return bare
@@ -205,14 +237,28 @@ def _text(record: Record, column: str) -> str:
 
 
 def gsm8k_row(record: Record) -> Row:
-    """Question and gold answer; the gold's thousands separators and currency signs go."""
+    """Question and gold answer: a plain number without thousands separators and dollar sign, else the text as it is."""
     _, mark, gold = _text(record, "answer").rpartition("####")
-    gold = gold.strip().replace("$", "").replace(",", "")
     if not mark:
         raise BadLine("no #### in the answer")
-    if not re.fullmatch(r"-?\d+(\.\d+)?", gold, re.ASCII):
+    gold = _gold(gold.strip())
+    plain = gold.replace("$", "").replace(",", "").strip()
+    if not re.search(r"\d|\\[a-zA-Z]|[π√∞]", gold):
         raise BadLine("what follows #### is not a number")
-    return {"normal": _text(record, "question"), "answer": gold}
+    return {"normal": _text(record, "question"), "answer": plain if _PLAIN_NUMBER.fullmatch(plain) else gold}
+
+
+_PLAIN_NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
+_NO_ANSWER = re.compile(
+    r"none|null|nil|nan|n\.?/?a\.?|no answer|not (?:available|applicable)|tbd|[-–—]+", re.IGNORECASE
+)
+
+
+def _gold(text: str) -> str:
+    """The gold answer; BadLine for a text that says there is none."""
+    if text and _NO_ANSWER.fullmatch(text.rstrip(".")):
+        raise BadLine(f"the answer is {text!r}: there is no gold")
+    return text
 
 
 def quora_row(record: Record) -> Row:
@@ -250,6 +296,8 @@ def _pair(record: Record, first: str, second: str, label_column: str) -> Row:
     if label not in ("0", "1"):
         raise BadLine(f"{label_column} is neither 0 nor 1")
     one, two = _text(record, first), _text(record, second)
+    if "NS" in (one, two):  # PAWS-X has it for a sentence that was not translated
+        raise BadLine("a text is the placeholder NS")
     if one == two:
         raise BadLine("both texts are the same")
     return {"normal": one, ("other" if label == "1" else "negative"): two, "_label": int(label)}
@@ -262,7 +310,8 @@ def table_row(record: Record, prompt_column: str, answer_column: str | None, tem
         if column:
             value = record.get(column)
             number = isinstance(value, int | Decimal) and not isinstance(value, bool)
-            row[key] = str(value) if number else _text(record, column)
+            text = str(value) if number else _text(record, column)
+            row[key] = _gold(text) if key == "answer" else text
     return row
 
 

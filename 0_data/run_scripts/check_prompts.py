@@ -1,8 +1,8 @@
 """Find what would bias a comparison of styles in a prompt file, from wherever it comes.
 
-Reads a prompt file. Prints a table of findings, one line a kind; with --output_csv writes them all (style,
-original_index, element_index, severity, kind, detail, fix); with --fix writes a new prompt file without what can be
-dropped or renamed safely. Exit code 1 where an error was found (with --fix: where one is left), 0 where none was.
+Reads a prompt file (a JSON list or JSON Lines). Prints a table of findings, one line a kind; with --output_csv writes
+them all (style, original_index, element_index, severity, kind, detail, fix); with --fix writes a new prompt file
+without what can be dropped or renamed safely. Exit code 1 if an error was found (with --fix: is left), 0 if none was.
 
     python 0_data/run_scripts/check_prompts.py --prompt_file 0_data/maths.json
 
@@ -13,18 +13,22 @@ Errors, which bias a comparison:
   changed_numbers, changed_protected   digits or operators differ; other protected text differs (typo_rules.py)
   edit_count, wrong_edit        more, fewer or other edits than the style's name says
   accidental_real_word, false_homophone   a typo that is a word of Zipf >= 3; a homonym that sounds different
-  wrong_type, empty_prompt, no_clean_prompt, task_not_in_prompt, surrogate   a row or value that cannot be used
+  wrong_type, empty_prompt, no_clean_prompt, task_not_in_prompt, surrogate, not_json   a row or value of no use
+  bad_key                       a key that cannot be a style's folder (`typo/1`), or differs from another in case alone
 Warnings:
   missing_style                 rows that lack a style which others have (allowed: they are left out of its pairs)
+  no_op_unicode                 a variant that differs from the clean prompt in Unicode normalisation alone
+  looks_like_data               numbers, ids, addresses or labels under a key that would be run as a style
+  mixed_ids                     some rows have numbers as element_index, others texts
   request_changed, task_split   a polite or urgent form that rewords the request or moves the first colon
   control_character             an invisible control character in a prompt
-Styles of your own and `other` are held to less: no_op and duplicates, and the former to changed_numbers too.
+Styles of your own and `other` are held to less: no_op and duplicates, and the former to changed_numbers too. With
+--styles, the other styles of the file are not looked at.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -39,11 +43,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 import typo_rules as rules
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
-from load_json import CLEAN_KEYS, RESERVED_KEYS, is_style_key
+from load_json import (
+    CLEAN_KEYS,
+    RESERVED_KEYS,
+    UnreadLine,
+    id_problem,
+    is_style_key,
+    parse_rows,
+    read_text,
+    style_problem,
+)
 from logger import get_logger
+from token_spans import matched_style
 
 KNOWN_STYLES = (*CLEAN_KEYS, *rules.STYLES, "other")
-WARNINGS = frozenset({"missing_style", "request_changed", "task_split", "control_character"})
+WARNINGS = frozenset(
+    {
+        "missing_style",
+        "no_op_unicode",
+        "looks_like_data",
+        "mixed_ids",
+        "request_changed",
+        "task_split",
+        "control_character",
+    }
+)
+FEWEST_FOR_LABELS = 8  # rows: fewer may share a text by chance
 DEEPEST = 50  # levels of lists and objects; a prompt file needs three
 FINDING_COLUMNS = ("style", "original_index", "element_index", "severity", "kind", "detail", "fix")
 
@@ -89,23 +114,10 @@ def _same(a: Any, b: Any) -> bool:
 def read_rows(prompt_file: str | Path) -> list[Any]:
     """The rows of a prompt file, whatever is wrong inside them. UserError where it is no JSON list at all."""
     path = Path(prompt_file)
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=JsonObject)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of a prompt file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except ValueError as error:  # a number of more digits than Python converts
-        raise UserError(f"{path}: not usable JSON: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply; expected a flat list of objects") from None
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{path}: expected a JSON list of objects, one a row, with at least one of them")
-    if _is_deeper(value, DEEPEST):
+    rows = parse_rows(read_text(path, "a prompt file"), path, JsonObject)
+    if _is_deeper(rows, DEEPEST):
         raise UserError(f"{path}: nested deeper than {DEEPEST} levels; expected a flat list of objects")
-    return value
+    return rows
 
 
 def _is_deeper(value: Any, limit: int) -> bool:
@@ -124,24 +136,97 @@ def _is_deeper(value: Any, limit: int) -> bool:
 def check_rows(rows: list[Any], intensity: int = 1, styles: Sequence[str] = ()) -> list[Finding]:
     """Everything that is wrong with the rows of a prompt file, in row order, then the file as a whole.
 
-    `intensity` is the number of edits that the styles were made with, `styles` those that every row should have
-    (default: all that any row has).
+    `intensity` is the number of edits that the styles were made with. `styles` are those that will be run, which
+    every row should have; the file's others are not looked at (default, or `all`: all that any row has).
     """
+    wanted = [matched_style(style) or style for style in styles if "all" not in styles]
     meant = _meant_keys(rows)
+    rows = [_considered(row, wanted, meant) for row in rows]
+    bad_keys, data = _bad_keys(rows, meant), _data_columns(rows, meant)
     has_clean = any(key in row for row in rows if isinstance(row, dict) for key in CLEAN_KEYS)
     findings = [] if has_clean else [Finding("no_clean_prompt", "no row has `normal` or `instruction` to compare with")]
     for index, row in enumerate(rows):
         if isinstance(row, dict):
-            findings += [*_check_keys(index, row, meant), *_check_values(index, row, meant)]
+            findings += [*_check_keys(index, row, meant), *_check_values(index, row, {*meant, *data})]
             if has_clean:
-                findings += _check_variants(index, row, meant, intensity)
+                findings += _check_variants(index, row, {*meant, *data}, intensity)
+        elif isinstance(row, UnreadLine):
+            findings.append(Finding("not_json", f"the line is not JSON: {row.reason}", index, fix="drop row"))
         else:
             findings.append(
                 Finding("wrong_type", f"the row is {_json_type(row)}, not an object", index, fix="drop row")
             )
-    findings += _duplicates(rows)
+    findings += _duplicates(rows, data)
     findings.sort(key=lambda finding: finding.original_index or 0)
-    return findings + list(_missing_styles(rows, styles, meant))
+    findings += [Finding("bad_key", reason, style=key) for key, reason in bad_keys.items()]
+    findings += [Finding("looks_like_data", reason, style=key) for key, reason in data.items()]
+    return findings + list(_missing_styles(rows, wanted, {*meant, *data})) + list(_mixed_ids(rows))
+
+
+def _considered(row: Any, wanted: Sequence[str], meant: dict[str, str]) -> Any:
+    """The row without what is null, and without the styles that are not wanted (none named: all are)."""
+    if not isinstance(row, dict):
+        return row
+    kept = JsonObject([])
+    for key, value in row.items():
+        chosen = not wanted or not _is_variant(key) or key in wanted or meant.get(key) in (*wanted, *RESERVED_KEYS)
+        if chosen and value is not None:
+            kept[key] = value
+    kept.repeated = {key: same for key, same in getattr(row, "repeated", {}).items() if key in kept}
+    return kept
+
+
+def _bad_keys(rows: list[Any], meant: dict[str, str]) -> dict[str, str]:
+    """Style key -> why it can have no folder of its own."""
+    keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row if is_style_key(key))
+    found, first = {}, dict[str, str]()
+    for key in keys:
+        other = first.setdefault(key.casefold(), key)
+        if key not in meant and (reason := style_problem(key)):
+            found[key] = f"{_shown(key)} cannot name a folder: {reason}; rename it, or begin it with _ if it is data"
+        elif key not in meant and other != key:
+            found[key] = f"differs from {_shown(other)} in case alone: one folder on macOS and Windows; rename it"
+    return found
+
+
+_DATA_KINDS = {
+    "numbers": re.compile(r"[-+−]?[$€£¥]?\d[\d.,:]*\s?[%€$£¥]?|\d{1,4}([-/.])\d{1,2}\1\d{1,4}"),
+    "addresses": re.compile(r"(?:https?|ftp|file)://\S+|www\.\S+|\S+@\S+\.\w+"),
+    "ids": re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[\w.:/#-]+"),
+}
+
+
+def _data_columns(rows: list[Any], meant: dict[str, str]) -> dict[str, str]:
+    """Key of the user's own -> what its texts seem to be instead of prompts."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        for key, value in row.items() if isinstance(row, dict) else ():
+            own = is_style_key(key) and key not in KNOWN_STYLES and key not in meant
+            if own and isinstance(value, str | int | float) and not isinstance(value, bool):
+                texts.setdefault(key, []).append(str(value).strip())
+    told = {}
+    clean = [str(row[key]) for row in rows if isinstance(row, dict) and (key := _clean_key(row))]
+    for key, values in texts.items():
+        kind = _data_kind(values)
+        if kind and kind != _data_kind(clean):  # prompts may be as short
+            told[key] = f"holds {kind}, not prompts; begin its name with _ to keep it as data"
+    return told
+
+
+def _data_kind(values: list[str]) -> str | None:
+    for kind, pattern in _DATA_KINDS.items():
+        if sum(pattern.fullmatch(value) is not None for value in values) >= 0.9 * len(values):
+            return kind
+    distinct = set(values)
+    few = len(values) >= FEWEST_FOR_LABELS and len(distinct) <= max(2, len(values) // 10)
+    return "a few labels" if few and max(len(value.split()) for value in distinct) <= 3 else None
+
+
+def _mixed_ids(rows: list[Any]) -> Iterator[Finding]:
+    ids = [_id_of(row, index) for index, row in enumerate(rows) if isinstance(row, dict)]
+    texts = sum(isinstance(own_id, str) for own_id in ids)
+    if 0 < texts < len(ids):
+        yield Finding("mixed_ids", f"{texts} of {len(ids)} ids are texts, the others numbers", style="element_index")
 
 
 def _meant_keys(rows: list[Any]) -> dict[str, str]:
@@ -191,12 +276,12 @@ def _check_keys(index: int, row: dict[str, Any], meant: dict[str, str]) -> Itera
             yield Finding("misspelled_key", detail, index, _id_of(row, index), key, fix)
 
 
-def _check_values(index: int, row: dict[str, Any], meant: dict[str, str]) -> Iterator[Finding]:
-    for kind, detail, key, fix in _type_problems({key: row[key] for key in row if key not in meant}):
+def _check_values(index: int, row: dict[str, Any], skipped: set[str]) -> Iterator[Finding]:
+    for kind, detail, key, fix in _type_problems({key: row[key] for key in row if key not in skipped}):
         yield Finding(kind, detail, index, _id_of(row, index), key, fix)
 
 
-def _check_variants(index: int, row: dict[str, Any], meant: dict[str, str], intensity: int) -> Iterator[Finding]:
+def _check_variants(index: int, row: dict[str, Any], skipped: set[str], intensity: int) -> Iterator[Finding]:
     own_id = _id_of(row, index)
     clean_key = _clean_key(row)
     if clean_key is None:
@@ -208,7 +293,7 @@ def _check_variants(index: int, row: dict[str, Any], meant: dict[str, str], inte
     for kind, detail, key, fix in _task_problems(row, clean_key):
         yield Finding(kind, detail, index, own_id, key, fix)
     for style, text in row.items():
-        if _is_variant(style) and _is_prompt(text) and style not in meant:
+        if _is_variant(style) and _is_prompt(text) and style not in skipped:
             for fault in rules.verify_variant(clean, text, style, row, intensity):
                 fix = "" if fault.kind in WARNINGS else "drop variant"
                 yield Finding(fault.kind, fault.detail, index, own_id, style, fix)
@@ -220,7 +305,7 @@ def _clean_key(row: dict[str, Any]) -> str | None:
 
 def _id_of(row: dict[str, Any], index: int) -> Any:
     own_id = row.get("element_index", index + 1)
-    return own_id if isinstance(own_id, int) else _shown(own_id)
+    return own_id if id_problem(own_id) is None else _shown(own_id)
 
 
 def _is_variant(key: str) -> bool:
@@ -235,9 +320,8 @@ Problem = tuple[str, str, str, str]  # kind, detail, key, fix
 
 
 def _type_problems(row: dict[str, Any]) -> Iterator[Problem]:
-    own_id = row.get("element_index", 0)
-    if isinstance(own_id, bool) or not isinstance(own_id, int) or abs(own_id) >= 2**63:
-        yield "wrong_type", f"element_index is {_json_type(own_id)}, not a whole number of 64 bits", "element_index", ""
+    if reason := id_problem(row.get("element_index", 0)):
+        yield "wrong_type", f"element_index {reason}", "element_index", ""
     if "answer" in row and not _is_answer(row["answer"]):
         yield "wrong_type", f"answer is {_json_type(row['answer'])}, not a string or a finite number", "answer", ""
     if "task" in row and not isinstance(row["task"], str):
@@ -281,21 +365,21 @@ def _task_problems(row: dict[str, Any], clean_key: str) -> Iterator[Problem]:
             yield "task_not_in_prompt", "the row's task does not stand in it word for word", key, fix
 
 
-def _duplicates(rows: list[Any]) -> Iterator[Finding]:
-    ids: dict[Any, int] = {}
+def _duplicates(rows: list[Any], data: dict[str, str]) -> Iterator[Finding]:
+    ids: dict[str, int] = {}
     prompts: dict[str, int] = {}
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             continue
         own_id = _id_of(row, index)
-        if (first := ids.setdefault(own_id, index)) != index:
+        if (first := ids.setdefault(str(own_id), index)) != index:  # 5 and "5" are one in a table
             yield Finding("duplicate_id", f"row {first + 1} has this id too", index, own_id, "element_index")
         clean_key = _clean_key(row)
         if clean_key and _is_prompt(row[clean_key]) and (first := prompts.setdefault(row[clean_key], index)) != index:
             fix = "drop row" if _same_row(rows[first], row) else ""
             detail = f"row {first + 1} has the same clean prompt"
             yield Finding("duplicate_prompt", detail, index, own_id, clean_key, fix)
-        yield from _duplicate_variants(index, row)
+        yield from _duplicate_variants(index, {key: text for key, text in row.items() if key not in data})
 
 
 def _same_row(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -310,9 +394,9 @@ def _duplicate_variants(index: int, row: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("duplicate_variant", detail, index, _id_of(row, index), style, "drop variant")
 
 
-def _missing_styles(rows: list[Any], styles: Sequence[str], meant: dict[str, str]) -> Iterator[Finding]:
+def _missing_styles(rows: list[Any], styles: Sequence[str], skipped: set[str]) -> Iterator[Finding]:
     objects = [row for row in rows if isinstance(row, dict)]
-    counts = Counter(key for row in objects for key in row if is_style_key(key) and key not in meant)
+    counts = Counter(key for row in objects for key in row if is_style_key(key) and key not in skipped)
     for style in styles or [key for key in counts if key not in CLEAN_KEYS]:
         if counts[style] < len(objects):
             detail = f"{len(objects) - counts[style]} of {len(objects)} rows lack it"
@@ -337,7 +421,7 @@ def fix_rows(rows: list[Any], intensity: int = 1) -> tuple[list[Any], Counter[st
     A renamed key is checked under its new name, so the rounds go on until nothing is left to fix. Rows that had no id
     of their own keep their old position + 1 as `element_index`, so that a dropped row renumbers nobody.
     """
-    fixed: list[Any] = list(rows)
+    fixed = [_considered(row, (), {}) for row in rows]
     done: Counter[str] = Counter()
     while fixes := [finding for finding in check_rows(fixed, intensity) if finding.fix]:
         fixed = _fix_once(fixed, fixes, done)
@@ -389,7 +473,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files.add_argument("--fix", metavar="NEW_FILE", help="prompt file to write, with what is safe dropped or renamed")
     checks = parser.add_argument_group("what to expect")
     checks.add_argument(
-        "--styles", nargs="+", default=[], help="styles that every row should have (default: any row's)"
+        "--styles", nargs="+", default=[], help="styles that will be run; the others are not checked (default: all)"
     )
     checks.add_argument("--intensity", type=int, default=1, metavar="K", help="edits a variant, as it was made")
     return parser.parse_args(argv)

@@ -30,8 +30,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 import typo_rules as rules
-from command_line import UserError, make_parser, run_main
+from command_line import make_parser, run_main
 from file_output import write_json
+from load_json import read_text
 from logger import get_logger
 
 LOWEST_ZIPF = 2.5
@@ -55,17 +56,10 @@ LEFT_OUT = rules.word_set(
 def read_pronunciations(path: str | Path) -> dict[str, list[str]]:
     """Word -> its pronunciations (ARPAbet with stress digits), the first-listed first."""
     found: dict[str, list[str]] = defaultdict(list)
-    for line in _read(path).splitlines():
+    for line in read_text(path, "a pronouncing dictionary").splitlines():
         word, _, phonemes = line.partition("#")[0].strip().partition(" ")
         found[re.sub(r"\(\d+\)$", "", word)].append(phonemes.strip())
     return dict(found)
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def is_heteronym(pronunciations: list[str]) -> bool:
@@ -124,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build the table and write it with its sources and licence."""
     args = parse_args(argv)
     pronunciations = read_pronunciations(args.cmudict_file)
-    american = set(_read(args.word_file).split())
+    american = set(read_text(args.word_file, "a word list").split())
     sure, sometimes = homophone_tables(pronunciations, usable_words(pronunciations, american))
     source = (
         "Derived by 0_data/run_scripts/make_homophones.py from the CMU Pronouncing Dictionary (pronunciations), with "
@@ -132,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     tables = {"homophones": sure, "sometimes": sometimes}
     joined = {name: {word: " ".join(others) for word, others in table.items()} for name, table in tables.items()}
-    write_json(args.output_file, {"source": source, "licence": _read(args.cmudict_licence).splitlines(), **joined})
+    licence = read_text(args.cmudict_licence, "the dictionary's licence").splitlines()
+    write_json(args.output_file, {"source": source, "licence": licence, **joined})
     get_logger("make_homophones").info(f"wrote {args.output_file}: {len(sure)} words, {len(sometimes)} sometimes")
     return 0
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import itertools
 import operator
 import random
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
+from load_json import read_text
 from logger import get_logger
 from make_variants import edit_log_path, log_table, make_variants
 from typo_rules import STYLES, shuffled
@@ -103,11 +105,11 @@ FEW_SHOT = frozenset(
 
 def read_wordings(path: Path) -> list[Wording]:
     """Read and check the wordings; raises UserError with the line that is wrong."""
+    lines = io.StringIO(read_text(path, "a CSV file of wordings"), newline="")
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [Wording(*row) for row in itertools.islice(csv.reader(file), 1, None)]
-    except (OSError, UnicodeDecodeError, TypeError, csv.Error) as error:
-        raise UserError(f"cannot read the wordings {path}: {error}; four columns are needed") from error
+        rows = [Wording(*row) for row in itertools.islice(csv.reader(lines), 1, None)]
+    except (TypeError, csv.Error) as error:
+        raise UserError(f"{path}: {error}; each line needs template, operation, results, wording") from None
     for line, row in enumerate(rows, start=2):
         known = row.operation in (*OPERATIONS, "any") and row.results in ("whole", "any")
         if not known or not re.fullmatch(r"\w*\d\d", row.template) or not _WORDING.fullmatch(row.text):

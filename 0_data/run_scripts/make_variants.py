@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 import typo_rules as rules
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
-from load_json import CLEAN_KEYS, read_prompt_file
+from load_json import CLEAN_KEYS, UnreadLine, id_problem, read_prompt_file
 from logger import get_logger
 from typo_rules import STYLES, Span, Word
 
@@ -186,11 +186,13 @@ def _check_settings(styles: Sequence[str], intensity: int, keyboard: str) -> Non
 
 def clean_text(row: dict[str, Any]) -> Any:
     """The row's clean prompt: under `normal`, else under `instruction`, else None."""
-    return next((row[key] for key in CLEAN_KEYS if key in row), None)
+    return next((row[key] for key in CLEAN_KEYS if row.get(key) is not None), None)
 
 
 def bad_row(row: Any) -> str | None:
     """Why no variant can be made of a row; None for a good one."""
+    if isinstance(row, UnreadLine):
+        return f"is not JSON: {row.reason}"
     if not isinstance(row, dict):
         return "is not an object"
     text = clean_text(row)
@@ -200,14 +202,12 @@ def bad_row(row: Any) -> str | None:
         return "has an empty clean prompt"
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "has half of a surrogate pair in its clean prompt"
-    own_id = row.get("element_index", 0)
-    if isinstance(own_id, bool) or not isinstance(own_id, int):
-        return "has an element_index that is not a whole number"
-    return None
+    reason = id_problem(row["element_index"]) if row.get("element_index") is not None else None
+    return f"has an element_index that {reason}" if reason else None
 
 
 def _row_id(row: dict[str, Any]) -> str:
-    if "element_index" in row:
+    if row.get("element_index") is not None:
         return str(row["element_index"])
     return hashlib.sha256(clean_text(row).encode()).hexdigest()
 
@@ -413,6 +413,7 @@ _PAST = {
     "recommend": "recommended", "complete": "completed", "convert": "converted", "simplify": "simplified",
     "brainstorm": "brainstormed", "pick": "picked", "select": "selected", "mention": "mentioned", "decide": "decided",
 }  # fmt: skip
+_CAN_SLIP = {*_AGREEMENT, *_PAST, *_DOUBLED}
 _REQUESTS = {*_PAST, *rules.INSTRUCTION_VERBS, "please"}
 
 
@@ -425,12 +426,13 @@ def _grammar_slips(prompt: Prompt) -> dict[str, list[Edit]]:
     slips: dict[str, list[Edit]] = {}
     pieces = prompt.text.split()
     has_b = any(piece.strip("().,:;?!") in ("b", "B") for piece in pieces)  # then `a` is an option or a variable
+    ends = [rules.ends_sentence(piece) for piece in pieces]
     for word in prompt.words:
-        if has_b and word.lower == "a":
+        if word.lower not in _CAN_SLIP or (has_b and word.lower == "a"):
             continue
         unmarked = pieces[word.index].endswith(word.text) and word.index + 1 < len(pieces)
         after = pieces[word.index + 1] if unmarked else ""
-        sentence = _sentence_around(pieces, word.index)
+        sentence = _sentence_around(pieces, ends, word.index)
         for operation, changed in _slips_of(word, *sentence, after):
             slip = Edit(word.start, word.end, _in_case_of(word.text, changed), operation, word)
             slips.setdefault(operation, []).append(slip)
@@ -440,17 +442,14 @@ def _grammar_slips(prompt: Prompt) -> dict[str, list[Edit]]:
 LONGEST_SENTENCE = 40  # words on each side that are looked at
 
 
-def _sentence_around(pieces: list[str], index: int) -> tuple[list[str], list[str]]:
+def _sentence_around(pieces: list[str], ends: list[bool], index: int) -> tuple[list[str], list[str]]:
     """The words before and after a word in its sentence, in lower case and without the marks around them."""
-    before: list[str] = []
-    for piece in reversed(pieces[max(0, index - LONGEST_SENTENCE) : index]):
-        if rules.ends_sentence(piece) or piece[-1] == ":":
-            break
-        before.insert(0, piece)
-    end = index
-    while end < min(len(pieces) - 1, index + LONGEST_SENTENCE) and not rules.ends_sentence(pieces[end]):
+    start = end = index
+    while start > max(0, index - LONGEST_SENTENCE) and not ends[start - 1] and pieces[start - 1][-1] != ":":
+        start -= 1
+    while end < min(len(pieces) - 1, index + LONGEST_SENTENCE) and not ends[end]:
         end += 1
-    return _bare(before), _bare(pieces[index + 1 : end + 1])
+    return _bare(pieces[start:index]), _bare(pieces[index + 1 : end + 1])
 
 
 def _bare(pieces: list[str]) -> list[str]:

@@ -297,12 +297,12 @@ _PATTERNS = {
         re.DOTALL | re.MULTILINE,
     ),
     "element": re.compile(
-        r"<(q|blockquote|code|pre|kbd|samp|tt|var|script|style|math|svg)\b[^<>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE
+        r"<(q|blockquote|code|pre|kbd|samp|tt|var|math|svg)\b[^<>]*>.{0,5000}?</\1\s*>", re.DOTALL | re.IGNORECASE
     ),
     # The rule of Pandoc: no space inside the dollar signs, no digit after the second, so $5 and $6 are no formula.
     "formula": re.compile(
-        r"\$\$.+?\$\$|(?<![\w$\\])\$(?=[^\s$])[^$\n]*?(?<=[^\s$\\])\$(?![\w$])|\\\(.+?\\\)|\\\[.+?\\\]|"
-        r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}",
+        r"\$\$.+?\$\$|(?<![\w$\\])\$(?=[^\s$])[^$\n]*?(?<=[^\s$\\])\$(?![\w$])|\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]|"
+        r"\\begin\{(\w+\*?)\}.{0,5000}?\\end\{\1\}",
         re.DOTALL,
     ),
     # One pattern for all marks, since the closing mark of one language is the opening mark of another.

@@ -263,7 +263,7 @@ class Example:
     """A clean and a typo prompt with their answers, each cut into equal and different pieces."""
 
     style: str
-    element_index: int
+    element_index: int | str
     why: str
     clean_prompt: Segments
     style_prompt: Segments

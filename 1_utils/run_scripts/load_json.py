@@ -1,8 +1,9 @@
-"""Read prompt files: a JSON list of objects whose text values are prompts, one style a key.
+"""Read prompt files: objects whose text values are prompts, one style a key.
 
-Reserved keys hold no prompt: `element_index`, `answer`, `task` and every key that starts with `_`. The clean form
-of a row stands under `normal` (or `instruction`). Files come from many hands: a bad row or value never stops a
-run, it comes back in `PromptFile.problems`, by its row number, for the caller to count and tell.
+The file is a JSON list of the objects, or JSON Lines: one object a line. What it holds decides, not its name. A value
+null means that the row lacks the key. Reserved keys hold no prompt: `element_index`, `answer`, `task` and every key
+that starts with `_`. The clean form of a row stands under `normal` (or `instruction`). Files come from many hands: a
+bad row or value never stops a run, it comes back in `PromptFile.problems`, by its row number, for the caller to tell.
 """
 
 from __future__ import annotations
@@ -10,14 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from command_line import UserError, did_you_mean
+from command_line import UserError, did_you_mean, one_line
+from token_spans import MATCHED
 
 CLEAN_KEYS = ("normal", "instruction")
 RESERVED_KEYS = frozenset({"element_index", "answer", "task"})
+RUN_NAMES = frozenset({"all", "prompts.json", "run.json", "failures.csv"})  # taken in a run folder and its flags
+LONGEST_STYLE = 200  # bytes: a folder's name has at most 255
+RowId = int | str
+
+
+class UnreadLine(str):
+    """A line of a JSON Lines file that is no JSON, as it is there; `reason` says what is wrong."""
+
+    reason = ""
 
 
 @dataclass(frozen=True)
@@ -49,9 +61,10 @@ class PromptFile:
         """The key of the clean form: `normal`, else `instruction`, else None."""
         return next((key for key in CLEAN_KEYS if key in self.style_counts), None)
 
-    def element_index(self, original_index: int) -> int:
-        """The row's own id; its position + 1 where it names none."""
-        return int(self.rows[original_index].get("element_index", original_index + 1))
+    def element_index(self, original_index: int) -> RowId:
+        """The row's own id, a whole number or a text; its position + 1 if it names none."""
+        own_id: RowId = self.rows[original_index].get("element_index", original_index + 1)
+        return own_id
 
     def prompts(self, style: str, max_samples: int | None = None) -> list[tuple[int, str]]:
         """(original index, text) of every good prompt of `style` among the first `max_samples` rows.
@@ -81,10 +94,92 @@ def is_style_key(key: str) -> bool:
     return key not in RESERVED_KEYS and not key.startswith("_")
 
 
+def style_problem(style: str) -> str | None:
+    """Why a key cannot be a style, which has a folder of its name; None if it can."""
+    if not style.strip() or style != style.strip():
+        return "it is blank or begins or ends with a blank"
+    if Path(style).name != style or "\\" in style:
+        return "it holds a slash"
+    if style.startswith("."):
+        return "it begins with a dot"
+    if style.startswith(MATCHED):
+        return f"{MATCHED} begins the names of controls"
+    if style.lower() in RUN_NAMES:
+        return "the pipeline uses this name itself"
+    if not style.isprintable():
+        return "it holds a character that cannot be shown"
+    return f"it is longer than {LONGEST_STYLE} bytes" if len(style.encode()) > LONGEST_STYLE else None
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Text of a UTF-8 file without its byte order mark; `what` names the kind of file in the error, "a prompt file"."""
+    return read_content(path, what)[1]
+
+
+def read_content(path: str | Path, what: str) -> tuple[bytes, str]:
+    """(bytes, text) of a UTF-8 file. UserError: no such file, a folder, no permission, or another encoding."""
+    try:
+        content = Path(path).read_bytes()
+        return content, content.decode("utf-8-sig")
+    except FileNotFoundError:
+        reason = f"no such file; give the path of {what}"
+    except IsADirectoryError:
+        reason = f"is a folder; give the path of {what}"
+    except PermissionError:
+        reason = "no permission to read it; change its rights or give another file"
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 (byte {error.start}); save the file as UTF-8"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    raise UserError(f"{path}: {reason}")
+
+
+def parse_rows(text: str, path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> list[Any]:
+    """The rows of a prompt file's text, whatever is wrong inside them; a line that is no JSON is an `UnreadLine`.
+
+    pairs_hook: as in json.loads; without it, values null are left out. Raises UserError for a file without rows.
+    """
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty; expected a JSON list of objects, or one object a line")
+    try:
+        value = json.loads(text, object_pairs_hook=pairs_hook)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; expected a flat list of objects") from None
+    except json.JSONDecodeError as error:
+        value = [] if text.lstrip().startswith("[") else _parse_lines(text, pairs_hook)
+        if not any(isinstance(row, dict) for row in value):
+            raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:  # a number of more digits than Python converts
+        raise UserError(f"{path}: not usable JSON: {error}") from None
+    rows = [value] if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: holds a JSON {_json_type(rows)}; expected a list of objects, or one object a line")
+    if not rows:
+        raise UserError(f"{path}: the list is empty; expected at least one object with a prompt")
+    return rows if pairs_hook else [without_nulls(row) for row in rows]
+
+
+def without_nulls(row: Any) -> Any:
+    """The row without the keys whose value is null; anything else than an object as it is."""
+    if not isinstance(row, dict) or None not in row.values():
+        return row
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def id_problem(own_id: Any) -> str | None:
+    """Why a value cannot be a row's id; None for a whole number of 64 bits or a text."""
+    if isinstance(own_id, int) and not isinstance(own_id, bool):
+        return None if abs(own_id) < 2**63 else "is a number of more than 64 bits"
+    if isinstance(own_id, str):
+        return None if _text_problem(own_id) is None else "is a text that is empty or no valid Unicode"
+    return f"is a JSON {_json_type(own_id)}, not a whole number or a text"
+
+
 def read_prompt_file(file_path: str | Path) -> PromptFile:
     """Read and check a prompt file. Raises UserError (one line) where the file as a whole cannot be used."""
     path = Path(file_path)
-    content, rows = _read_list(path)
+    content, text = read_content(path, "a prompt file")
+    rows = parse_rows(text, path)
     counts = _style_counts(rows)
     if not counts:
         raise UserError(f'{path}: no row holds a prompt; expected objects such as {{"normal": "2 + 2 ="}}')
@@ -105,30 +200,16 @@ def styles_of(file_path: str | Path) -> dict[str, int]:
 # ---
 
 
-def _read_list(path: Path) -> tuple[bytes, list[Any]]:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of a prompt file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not content.strip():
-        raise UserError(f"{path}: the file is empty; expected a JSON list of objects")
-    try:
-        value = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply; expected a flat JSON list of objects") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except ValueError as error:  # a number of more digits than Python converts
-        raise UserError(f"{path}: not usable JSON: {error}") from None
-    if not isinstance(value, list):
-        raise UserError(f"{path}: holds a JSON {_json_type(value)}; expected a list of objects, one a row")
-    if not value:
-        raise UserError(f"{path}: the list is empty; expected at least one object with a prompt")
-    return content, value
+def _parse_lines(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None) -> list[Any]:
+    rows: list[Any] = []
+    for line in text.split("\n"):
+        if line.strip():
+            try:
+                rows.append(json.loads(line, object_pairs_hook=pairs_hook))
+            except (ValueError, RecursionError) as error:
+                rows.append(UnreadLine(line))
+                rows[-1].reason = one_line(str(error), 80)
+    return rows
 
 
 def _style_counts(rows: list[Any]) -> dict[str, int]:
@@ -141,17 +222,12 @@ def _style_counts(rows: list[Any]) -> dict[str, int]:
 
 
 def _row_problems(index: int, row: Any, styles: dict[str, int]) -> list[Problem]:
+    if isinstance(row, UnreadLine):
+        return [Problem(index, None, f"is not JSON: {row.reason}; correct or remove the line")]
     if not isinstance(row, dict):
         return [Problem(index, None, f'is a JSON {_json_type(row)}, not an object; make it {{"normal": …}}')]
-    own_id = row.get("element_index", index + 1)
-    if isinstance(own_id, bool) or not isinstance(own_id, int) or abs(own_id) >= 2**63:
-        return [
-            Problem(
-                index,
-                None,
-                f"element_index is {_json_type(own_id)}, not a whole number; correct or remove it",
-            )
-        ]
+    if reason := id_problem(row.get("element_index", index + 1)):
+        return [Problem(index, None, f"element_index {reason}; correct or remove it")]
     found = [Problem(index, key, reason) for key in styles if key in row and (reason := _text_problem(row[key]))]
     if not any(key in row for key in styles):
         found.append(Problem(index, None, "holds no prompt under any of the file's keys; add one or remove the row"))
@@ -172,4 +248,4 @@ def _json_type(value: Any) -> str:
     if value is None:
         return "null"
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
-    return names[type(value)]
+    return next(name for kind, name in names.items() if isinstance(value, kind))  # a boolean is an int, too

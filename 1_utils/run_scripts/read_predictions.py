@@ -30,7 +30,7 @@ class Prediction:
 
     style: str
     original_index: int
-    element_index: int
+    element_index: int | str
     sample: int
     prompt: str | None
     response: str | None
@@ -57,7 +57,7 @@ def predictions_of(content: dict[str, Any], style: str, run: Run | None = None) 
         row = run.row(index) if run else {}
         prompt = _item(content, "prompts", position, row.get(style))
         final = str(_item(content, "final_predictions", position, ""))
-        element = int(_item(content, "element_index", position, row.get("element_index", index + 1)))
+        element = _item(content, "element_index", position, row.get("element_index", index + 1))
         responses = _item(content, "response_samples", position, None)
         if responses is None:
             responses = [_item(content, "responses", position, _response_within(final, prompt))]

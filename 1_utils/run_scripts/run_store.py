@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from command_line import UserError, one_line
 from file_output import atomic_path, make_folder, remove_leftovers, write_json
-from load_json import CLEAN_KEYS, read_prompt_file
+from load_json import CLEAN_KEYS, RowId, parse_rows, read_prompt_file, read_text
 from logger import get_logger
 from token_spans import matched_style
 
@@ -84,8 +84,7 @@ class Run:
         """The rows of the prompt file, by original index; empty where the run keeps no copy (reference format)."""
         for folder in (self.path, self.path.parent):
             if (copy := folder / "prompts.json").is_file():
-                rows = json.loads(copy.read_text(encoding="utf-8-sig"))
-                return rows if isinstance(rows, list) else []
+                return parse_rows(read_text(copy, "the run's copy of its prompt file"), copy)
         return []
 
     def row(self, original_index: int) -> dict[str, Any]:
@@ -148,8 +147,7 @@ def sort_styles(styles: Iterable[str], run_path: Path) -> list[str]:
     order = {key: position - len(CLEAN_KEYS) for position, key in enumerate(CLEAN_KEYS)}
     copy = run_path / "prompts.json"
     if copy.is_file():
-        rows = json.loads(copy.read_text(encoding="utf-8-sig"))
-        for row in rows if isinstance(rows, list) else []:
+        for row in parse_rows(read_text(copy, "the run's copy of its prompt file"), copy):
             for key in row if isinstance(row, dict) else ():
                 order.setdefault(key, len(order))
     names = {style: matched_style(style) or style for style in styles}  # a control follows its style
@@ -417,7 +415,7 @@ def save_pt(path: Path, content: dict[str, Any]) -> None:
             raise OSError(0, one_line(str(error), 120)) from error
 
 
-def record_failures(folder: Path, style: str, tried: Iterable[int], failed: dict[int, tuple[int, str]]) -> int:
+def record_failures(folder: Path, style: str, tried: Iterable[int], failed: dict[int, tuple[RowId, str]]) -> int:
     """Bring failures.csv up to date for the rows `tried`; `failed`: original index → (element_index, reason).
 
     Rows that were not tried keep their line; the file goes when none is left. Returns the number of lines now there.

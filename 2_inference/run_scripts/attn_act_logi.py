@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, gigabytes, remove_leftovers
-from load_json import PromptFile, read_prompt_file
+from load_json import PromptFile, read_prompt_file, style_problem
 from logger import get_logger
 from run_store import (
     SCHEMA_VERSION,
@@ -209,8 +209,8 @@ def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
             prompts.prompts(typo or key, 0)  # raises for a key nobody has
     styles = [style for style in available if style in keys or "all" in keys]
     for style in styles:
-        if Path(style).name != style or style.startswith((".", MATCHED)) or "\0" in style:
-            raise UserError(f"{prompts.path}: the key {style!r} cannot name a folder; rename it")
+        if reason := style_problem(style):
+            raise UserError(f"{prompts.path}: the key {style!r} cannot name a folder; rename it ({reason})")
     return styles + [f"{MATCHED}{style}" for style in available if f"{MATCHED}{style}" in keys]
 
 
@@ -451,7 +451,7 @@ def run_style(
     tried: list[int] = []
     for position in job.kept:
         done[file_of[position]][position] = None  # read when its file is completed
-    failed: dict[int, tuple[int, str]] = {}
+    failed: dict[int, tuple[int | str, str]] = {}
     generator.set_regions(job.style.names, job.style.pooled)
     for result in generator.run(prompt_windows(job, reader, stop, forced)):
         position = positions_of[result.prompt.key]

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 from command_line import UserError
 from decoding import Prompt
-from load_json import Problem, PromptFile
+from load_json import Problem, PromptFile, read_text
 from matched_split import CUT, TokenisedText, WordCutter, new_cuts
 from token_spans import (
     BASE_REGIONS,
@@ -51,7 +51,7 @@ class StylePrompts:
     pooled: list[str]
     texts: list[tuple[int, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    failures: dict[int, tuple[int, str]] = field(default_factory=dict)
+    failures: dict[int, tuple[int | str, str]] = field(default_factory=dict)
     unmatched: int = 0  # of a control: prompts that are not in it, for their words cannot be cut like the typo
     controls: dict[int, dict[str, bool]] = field(default_factory=dict)  # by row: see `_ReadPrompt`
 
@@ -227,7 +227,7 @@ class PromptReader:
                 read.ids[at : at + 1], read.offsets[at : at + 1] = map(list, zip(*pieces, strict=True))
         return read
 
-    def _element(self, index: int) -> int:
+    def _element(self, index: int) -> int | str:
         try:
             return self.file.element_index(index)
         except (AttributeError, TypeError, ValueError):
@@ -252,10 +252,7 @@ def read_few_shot(path: Path | None) -> str:
     """Text of a few-shot file, as it is. Raises UserError where it cannot be read."""
     if path is None:
         return ""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--few_shot_file {path}: cannot be read as UTF-8 text ({error})") from None
+    return read_text(path, "a text file after --few_shot_file")
 
 
 def longest_prompt(config: Any, max_new_tokens: int) -> int:

@@ -30,7 +30,7 @@ class AlignedRow:
     """One row of the prompt file: per style its prompt and its responses (one a sample; in Unicode's form NFC)."""
 
     original_index: int
-    element_index: int
+    element_index: int | str
     clean_prompt: str | None
     prompts: dict[str, str | None]
     responses: dict[str, list[str | None]]
