@@ -146,7 +146,7 @@ def test_any_other_key_can_be_a_style(tmp_path, key):
 
 def test_a_key_nobody_has_names_those_there_with_counts(tmp_path):
     path = write(tmp_path, [{"normal": "a", "swap": "b"}, {"normal": "c"}])
-    with pytest.raises(UserError, match=r"no row has the key 'spwa'; did you mean swap\?; prompt keys there: normal \(2\), swap \(1\)"):
+    with pytest.raises(UserError, match=r"'spwa'; did you mean swap\?; prompt keys there: normal \(2\), swap \(1\)"):
         load_json_prompts(path, "spwa")
 
 
