@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
@@ -123,6 +123,7 @@ class _NoTokenizer:
     """Stands in where no text is needed: token ids in, nothing decoded."""
 
     pad_token_id = 0
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}  # no control tokens
 
     def decode(self, *_: Any, **__: Any) -> str:
         """No text."""
