@@ -667,6 +667,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped = False
     if todo:
         stopped = load_and_run(args, jobs, reader)
+        if not stopped:
+            count = sum(job.missing for job in todo)
+            log.info(
+                f"{args.output_dir}: {count} prompts run, in the styles {' '.join(job.style.style for job in todo)}"
+            )
     else:
         begin_all(args, jobs, None, prompts)
         log.info(f"{args.output_dir}: nothing to do, all prompts that can be run are done")
