@@ -179,7 +179,7 @@ _NUMBER = re.compile(
         (?:[eE](?P<e>[-+]?\d{{1,9}})(?![\w])
           |[ ]{{0,2}}[x×*·][ ]{{0,2}}10[ ]?\^[ ]?(?P<ten>[-+]?\d{{1,9}}))?
         (?P<ellipsis>\.\.\.|…)?
-        (?:[ ]{{0,2}}(?P<scale>(?i:{_SCALE_WORDS}))\b
+        (?:[ ]{{0,2}}(?P<scale>(?i:{_SCALE_WORDS}))\b(?:[ ](?P<more>thousand|million|billion)\b)?
           |(?P<suffix>[kKMB](?!\w)|[千천万萬만亿億억]|[mbT](?!\w)(?=[ ]?[.,;!)$*"}}]|[ ]?\Z)))?
     )
     (?P<percent>[ ]?(?:%|per[ ]?cent\b))?
@@ -267,7 +267,7 @@ def _read(match: re.Match[str]) -> tuple[Fraction, int | None, int, tuple[int, i
         word = (match["scale"] or "").lower()
         quotient = match.string[max(0, match.start() - 4) : match.start()].rstrip(" $").endswith("=")
         if not (word == "dozens" and after) and not (word.startswith("dozen") and quotient):  # 28 / 12 = 2.33 dozens
-            scale = _SCALES.get(word.removesuffix("s"), scale)
+            scale = _SCALES.get(word.removesuffix("s"), scale) * _SCALES.get(match["more"], 1)
         return value * scale * Fraction(10) ** exponent, None, significant, None
     return value, len(after), significant, None
 
@@ -398,7 +398,7 @@ _CHINESE_DIGITS |= {c: value for value, c in enumerate("壹贰叁肆伍陆柒捌
 _CHINESE_SIZES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8, "拾": 10, "佰": 100, "仟": 1000}
 _CHINESE_NUMERAL = f"[{''.join([*_CHINESE_DIGITS, *_CHINESE_SIZES])}]"
 _CHINESE = re.compile(
-    rf"(?P<cue>\A[ $*]{{0,4}}|(?:答案|答|结果|等于|是|为|は)[是为:= ]{{0,3}}|=[ ]?|boxed\{{)(?P<minus>负?)"
+    rf"(?P<cue>\A[ $*]{{0,4}}|(?:\bis |答案|答|结果|等于|是|为|は)[是为:= ]{{0,3}}|=[ ]?|boxed\{{)(?P<minus>负?)"
     rf"(?P<whole>{_CHINESE_NUMERAL}{{1,20}})(?:分之(?P<top>{_CHINESE_NUMERAL}{{1,20}})"
     rf"|点(?P<decimals>{_CHINESE_NUMERAL}{{1,20}}))?(?![起样定些般])"
 )

@@ -330,7 +330,7 @@ _FUNCTIONS = (
 _TERM_AFTER = re.compile(
     rf"[ ]?(?:[π√∞±∪∩]|{_FUNCTIONS})|(?:[abceinpqrtuvwyzYZ]|ab|xy|xyz)(?!\w)|[xX](?!\w|[ ]?\d)|[ ]?\*?[ ]?(?:pi|sqrt)\b"
     r"|\s?[<>≤≥≠][ ]?=?[ ]?(?:[-+]?\d|[A-Za-z]\b(?!>))|[ ]:[ ]?\d|\)?[ ]?\^|\((?=[^()\n]{0,20}[A-Za-z+*/^-])|\}[ ]?\{"
-    r"|![ ]?[-+*/=$})]|[ ]?,[ ]?[-+]?∞|[ ](?:remainder|R)[ ]?\d"
+    r"|![ ]?[-+*/=$})]|[ ]?,[ ]?[-+]?∞|[ ](?:remainder|R|out[ ]of|to[ ]the[ ]power[ ]of)[ ]?\d"
 )
 _TERM_BEFORE = re.compile(
     rf"(?:[√π±∪∩≤≥≠][ ]?[({{]?|{_FUNCTIONS}(?:_\{{?\w{{1,4}}\}}?)?[ ]?[({{]?"
@@ -492,7 +492,7 @@ _THINKING_TAG = re.compile(
     r"|<\|(?:start|begin)_(?:of_)?think(?:ing)?\|>|<\|begin_of_thought\|>|◁think▷|<\|channel>|<unused94>",
     re.IGNORECASE,
 )
-_FINAL_CHANNEL = re.compile(r"<\|channel\|>final\b[^<>]{0,40}<\|message\|>|(?<=[^\w\s])assistantfinal(?=\S)")
+_FINAL_CHANNEL = re.compile(r"<\|channel\|>final\b[^<>]{0,40}<\|message\|>|(?:\A|(?<=[^\w\s]))assistantfinal(?=\S)")
 _ANALYSIS = re.compile(r"\s*(?:(?:<\|start\|>)?assistant)?(?:<\|channel\|>(?:analysis|commentary)|analysis(?=[A-Z]))")
 _ANSWER_TAG = re.compile(r"<answer>|\[ANSWER\]")
 
@@ -970,10 +970,10 @@ def _announced(reading: _Reading, start: int, stop: int) -> _Announced | None:
     direct = not gap.strip(" \n*_$:(\"'`~≈=[{>")
     if not direct and (not _PLAIN_WORDS.match(gap) or _NEGATION.search(gap) or _DETOUR.search(gap)):
         return None
+    if not first.aside and _listed(reading, position):
+        return _Announced(first.number.start, None)
     if first.aside or (not direct and _others_in_sentence(reading, position)):
         return None
-    if _listed(reading, position):
-        return _Announced(first.number.start, None)
     last = position
     while last + 1 < len(marks) and marks[last + 1].joined:
         last += 1
