@@ -1,4 +1,4 @@
-"""Run stages 0 to 5 on one or more prompt files and write the report: each script as a user would call it, echoed.
+"""Run stages 0 to 5 on one or more prompt files and write the report: each script as a user would call it.
 
 Reads   prompt files (0_data/*.json)
 Writes  outputs/<run_name>/<file>/    .pt files of stage 2, for each prompt file
@@ -8,23 +8,27 @@ Writes  outputs/<run_name>/<file>/    .pt files of stage 2, for each prompt file
     python 1_utils/run_scripts/run_pipeline.py --model_name google/gemma-2-9b-it --prompt_file 0_data/maths.json \\
         --styles normal swap three --max_samples 200 --run_name gemma
 
-A step that fails stops the run with its own message and exit code. The same command again goes on from there: stage 2
-keeps what it has, and a step whose arguments, inputs and code are the same as when it last succeeded is not run again.
-Flags after `--` go to stage 2 as they are: `-- --apply_chat_template --neurons`. A second call with the same run_name
-and another prompt file (and other flags, where it needs them) adds that file to the report.
+A step that fails stops the run with its exit code (with --keep_going: the other steps and prompt files still run). The
+same command again goes on from there: stage 2 keeps what it has, and a step whose arguments, inputs and code have not
+changed since it last succeeded is not run again. Flags after `--` go to stage 2: `-- --apply_chat_template --neurons`.
+A second call with the same run_name and another prompt file adds that file to the report. Answers in words are not
+scored here: score them yourself (a CSV with style, original_index, correct) and give the file as --maths_items.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
+import re
 import shlex
+import site
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +36,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from build_report import headline_rows, headline_table
-from command_line import UserError, make_parser, run_main
-from file_output import write_json
+from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, make_parser, run_main
+from file_output import write_json, write_text
 from load_json import PromptFile, read_prompt_file
 from run_store import open_run, row_indices
+from token_spans import matched_style
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK_SCRIPT = "0_data/run_scripts/check_prompts.py"
+CAPTURE_SCRIPT = "2_inference/run_scripts/attn_act_logi.py"
+ACCURACY_SCRIPT = "3_maths_eval/run_scripts/evaluate_predictions.py"
 STAMP = ".pipeline.json"
 EXIT_SOME_FAILED = 1
+EXIT_STOPPED = 75  # of stage 2, told to stop by a signal
+FROM_PIPELINE = {  # what stage 2 gets from this script, and the flag that decides it here
+    "--model_name": "--model_name", "--prompt_file": "--prompt_file", "--prompt_keys": "--styles",
+    "--max_samples": "--max_samples", "--few_shot_file": "--few_shot_file", "--output_dir": "--output_dir",
+}  # fmt: skip
+BAR = re.compile(r"\[\d+:\d\d[<,]")  # what a line of a progress bar has
+SECONDS_BETWEEN_BARS = 60  # in a log
 DEFAULT_MODEL = "google/gemma-2-9b-it"
 REWARD_EXAMPLE = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
@@ -79,50 +93,65 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     names = [file.path.stem for file in files]
     if len(set(names)) < len(names):
         raise UserError(f"--prompt_file: two of {', '.join(names)} have one name; rename a file, or run them apart")
+    for file in files:
+        script_module(CAPTURE_SCRIPT).chosen_styles(file, args.styles)
+    if args.maths_items is not None and len(files) > 1:
+        raise UserError("--maths_items holds the scores of one prompt file; run the files one by one")
+    if args.maths_items is not None and not args.maths_items.is_file():
+        raise UserError(
+            f"--maths_items {args.maths_items}: no such file; give a CSV with style, original_index, correct"
+        )
     output, results = args.output_dir / args.run_name, args.results_dir / args.run_name
     return [Job(file, output / name, results / name) for file, name in zip(files, names, strict=True)]
+
+
+def script_module(script: str) -> Any:
+    """A stage's script as a module, so that its own parser and checks can be asked before it is run."""
+    site.addsitedir(str((ROOT / script).parent))
+    return importlib.import_module(Path(script).stem)
 
 
 def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
     """The steps for one prompt file, in order."""
     folders = ("--run_dir", str(job.output), "--results_dir", str(job.results))
-    items = job.results / "maths_items.csv"
-    scored = ("--maths_items", str(items)) if has_answers(job.prompts) else ()
+    items = job.results / "maths_items.csv"  # heads and probes read it from there, where it is
     stage_4, stage_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
-    calls: list[tuple[str, str, tuple[str, ...]]] = []
-    if scored:
-        calls.append(("accuracy", "3_maths_eval/run_scripts/evaluate_predictions.py", ()))
+    calls: list[tuple[str, str, tuple[str, ...], tuple[Path, ...]]] = []
+    if args.maths_items is not None:
+        calls.append(("accuracy", ACCURACY_SCRIPT, ("--maths_items", str(args.maths_items)), (args.maths_items,)))
+    elif has_gold(job.prompts, args.max_samples):
+        calls.append(("accuracy", ACCURACY_SCRIPT, (), ()))
     embedding = ("--embedding_model", args.embedding_model) if args.embedding_model else ()
-    calls.append(("similarity", f"{stage_4}/compare_responses.py", embedding))
+    calls.append(("similarity", f"{stage_4}/compare_responses.py", embedding, ()))
     if args.reward_model:
-        calls.append(("reward scores", f"{stage_4}/score_scripts.py", ("--rm_name", args.reward_model)))
-    calls.append(("attention fractions", f"{stage_5}/dirs_eval.py", ()))
-    calls.append(("heads", f"{stage_5}/head_sensitivity.py", scored))
+        calls.append(("reward scores", f"{stage_4}/score_scripts.py", ("--rm_name", args.reward_model), ()))
+    calls.append(("attention fractions", f"{stage_5}/dirs_eval.py", (), ()))
+    calls.append(("heads", f"{stage_5}/head_sensitivity.py", (), (items,)))
     lens = ("--model_name", args.model_name, "--lens_rows", str(args.lens_rows)) if args.lens_rows else ()
-    calls.append(("layers", f"{stage_5}/activation_diffs.py", lens))
-    if "--neurons" in args.stage2_flags:
-        calls.append(("neurons", f"{stage_5}/neuron_sensitivity.py", ()))
+    calls.append(("layers", f"{stage_5}/activation_diffs.py", lens, ()))
+    if args.stage2.neurons:
+        calls.append(("neurons", f"{stage_5}/neuron_sensitivity.py", (), ()))
     layers = ("--layers", *map(str, args.probe_layers)) if args.probe_layers else ()
-    calls.append(("probes", f"{stage_5}/probe_layers.py", (*scored, *layers)))
+    calls.append(("probes", f"{stage_5}/probe_layers.py", layers, (items,)))
     steps = [
-        Step(
-            name, script, (*folders, *extra), (job.output, items) if str(items) in extra else (job.output,), job.results
-        )
-        for name, script, extra in calls
+        Step(name, script, (*folders, *extra), (job.output, *reads), job.results)
+        for name, script, extra, reads in calls
     ]
     return [capture_step(job, args), *steps]
 
 
-def has_answers(prompts: PromptFile) -> bool:
-    """True where a row of the file holds a gold answer."""
-    return any(isinstance(row, dict) and "answer" in row for row in prompts.rows)
+def has_gold(prompts: PromptFile, max_samples: int | None) -> bool:
+    """Whether stage 3 can score any row: a gold answer is a number or an expression."""
+    return bool(script_module(ACCURACY_SCRIPT).has_gold(prompts.rows[:max_samples]))
 
 
-def check_step(job: Job) -> Step:
-    """Stage 0: tell what in the prompt file would bias a comparison. It warns, it does not stop."""
+def check_step(job: Job, args: argparse.Namespace) -> Step:
+    """Stage 0: report what in the prompt file would bias a comparison. It warns, it does not stop."""
     findings = job.results / "prompt_findings.csv"
-    arguments = ("--prompt_file", str(job.prompts.path), "--output_csv", str(findings))
-    return Step("prompts", CHECK_SCRIPT, arguments, (job.prompts.path,), job.results)
+    arguments = ["--prompt_file", str(job.prompts.path), "--output_csv", str(findings)]
+    if "all" not in args.styles and (styles := [style for style in args.styles if not matched_style(style)]):
+        arguments += ["--styles", *styles]
+    return Step("prompts", CHECK_SCRIPT, tuple(arguments), (job.prompts.path,), job.results)
 
 
 def capture_step(job: Job, args: argparse.Namespace) -> Step:
@@ -132,9 +161,9 @@ def capture_step(job: Job, args: argparse.Namespace) -> Step:
     arguments += ["--max_samples", str(args.max_samples)] if args.max_samples is not None else []
     if args.few_shot_file is not None:
         arguments += ["--few_shot_file", str(args.few_shot_file)]
-        if "--stop_strings" not in args.stage2_flags:
+        if not args.stage2.stop_strings:
             arguments += ["--stop_strings", "\\n"]  # an answer to a few-shot prompt ends with its line
-    return Step("capture", "2_inference/run_scripts/attn_act_logi.py", (*arguments, *args.stage2_flags))
+    return Step("capture", CAPTURE_SCRIPT, (*arguments, *args.stage2_flags))
 
 
 def report_step(jobs: Sequence[Job], args: argparse.Namespace) -> Step:
@@ -157,40 +186,119 @@ def runs_in(folder: Path) -> list[Path]:
 # --- doing it
 
 
-def run_step(step: Step, number: str) -> int:
-    """Run a step unless it is done; returns its exit code. Its output goes where this script's goes."""
+def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, int]]:
+    """Run the steps that are not done; returns those that failed with their exit codes.
+
+    The first failure ends it, unless args.keep_going: then a job without captured prompts loses its other steps.
+    """
+    chains = [[check_step(job, args), *steps_of(job, args)] for job in jobs]
+    total, number = sum(map(len, chains)) + 1, 0
+    failed: list[tuple[Step, int]] = []
+    for job, chain in zip(jobs, chains, strict=True):
+        say(f"{job.prompts.path}: captured into {job.output}, results in {job.results}")
+        if not any(step.script == ACCURACY_SCRIPT for step in chain):
+            say("accuracy is left out: no gold answer is a number or an expression (your own scores: --maths_items)")
+        for place, step in enumerate(chain, start=1):
+            code = run_step(step, f"{number + place}/{total}", args.verbose)
+            if code == 0 or (code == EXIT_SOME_FAILED and step.script == CHECK_SCRIPT):
+                continue
+            failed.append((step, code))
+            if not args.keep_going or code in (EXIT_STOPPED, EXIT_INTERRUPTED):
+                return failed
+            if step.script == CAPTURE_SCRIPT and not any(job.output.glob("**/activations_*.pt")):
+                say(f"    no prompt of {job.prompts.path} was captured: its other steps are left out")
+                break
+        number += len(chain)
+    if any(job.output.is_dir() for job in jobs):
+        report = report_step(jobs, args)
+        code = run_step(report, f"{total}/{total}", args.verbose)
+        failed += [(report, code)] if code else []
+    return failed
+
+
+def run_step(step: Step, number: str, verbose: bool = False) -> int:
+    """Run a step unless it is done; returns its exit code. One line says what it wrote, further ones what is doubtful.
+
+    verbose: the command and all that it prints.
+    """
     state = None if step.results is None else state_of(step)
     if step.results is not None and is_done(step, state):
         say(f"[{number}] {step.name}: done before")
         return 0
-    say(f"[{number}] {step.name}\n    $ {printable(step)}")
-    before = {} if step.results is None else files_in(step.results)
+    place = step.results or Path(step.arguments[step.arguments.index("--output_dir") + 1])
+    before = files_in(place)
     start, used = time.monotonic(), core_seconds()
-    code = subprocess.run(step.command).returncode
+    code, lines = run_command(step, f"[{number}] {step.name}", verbose)
+    wrote = {name: mark for name, mark in files_in(place).items() if before.get(name) != mark}
     if code == 0 and step.results is not None:
-        after = files_in(step.results)
-        wrote = {name: mark for name, mark in after.items() if before.get(name) != mark}
         remember(step, {"state": state, "wrote": wrote})
-    if code == 0:
-        say(f"    {time.monotonic() - start:.0f} s, {core_seconds() - used:.0f} s of a core")
+    if code in (0, EXIT_SOME_FAILED) and step.script == CAPTURE_SCRIPT:
+        write_text(place / f".done.{Path(step.script).stem}", "".join(f"{word}\n" for word in step.arguments))
+    times = f"{time.monotonic() - start:.0f} s" + (f", {core_seconds() - used:.0f} s of a core" if verbose else "")
+    said = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: "))]
+    if step.script == CHECK_SCRIPT and lines and code in (0, EXIT_SOME_FAILED):
+        told = f"{lines[-1]}, prompt_findings.csv"
+    else:
+        told = files_told(wrote) if code == 0 else f"failed with exit code {code}"
+        said = said if code in (0, EXIT_USER_ERROR) or not lines else lines[-40:]
+    say(f": {told} ({times})" if not verbose else f"    {told} ({times})")
+    for line in said:
+        say(f"    {line}")
+    if code not in (0, EXIT_USER_ERROR) and not verbose and step.script != CHECK_SCRIPT:
+        say(f"    the command was: {printable(step)}")
     return code
+
+
+def run_command(step: Step, title: str, verbose: bool) -> tuple[int, list[str]]:
+    """(exit code, lines that the step printed); its progress bar is shown as it moves, or each minute in a log."""
+    if verbose:
+        say(f"{title}\n    $ {printable(step)}")
+        return subprocess.run([*step.command, "--verbose"]).returncode, []
+    print(title, end="", flush=True)
+    lines, shown, broken = [], time.monotonic(), False
+    with subprocess.Popen(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            for text, whole in pieces_of(process):
+                if whole and text.strip() and not BAR.search(text):
+                    lines.append(text)
+                elif BAR.search(text) and sys.stdout.isatty():
+                    print(f"\r\033[K{title}: {text}", end="", flush=True)
+                elif BAR.search(text) and time.monotonic() - shown > SECONDS_BETWEEN_BARS:
+                    say(("" if broken else "\n") + f"    {text}")
+                    shown, broken = time.monotonic(), True
+        except KeyboardInterrupt:
+            process.wait()  # it has the same signal, and keeps what it has
+            raise
+    print(title if broken else f"\r\033[K{title}" if sys.stdout.isatty() else "", end="", flush=True)
+    return process.returncode, lines
+
+
+def pieces_of(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, bool]]:
+    """What a process prints, piece by piece: (text, whether its line is over; else a bar that will be overwritten)."""
+    assert process.stdout is not None
+    rest = b""
+    while chunk := os.read(process.stdout.fileno(), 1 << 16):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace"), True
+        if bar := rest.rpartition(b"\r")[2]:
+            yield bar.decode(errors="replace"), False
+    yield rest.rpartition(b"\r")[2].decode(errors="replace"), True
+
+
+def files_told(names: Sequence[str] | dict[str, Any]) -> str:
+    """`a.csv, b.csv and 5 more`; of .pt files their number."""
+    if captured := sum(name.endswith(".pt") for name in names):
+        return f"{captured} .pt files"
+    ordered = sorted(names, key=lambda name: not name.endswith(".csv"))
+    more = f" and {len(ordered) - 2} more" if len(ordered) > 2 else ""
+    return ", ".join(ordered[:2]) + more if ordered else "nothing new"
 
 
 def core_seconds() -> float:
     """Seconds of a core that the steps so far have used."""
     times = os.times()
     return times.children_user + times.children_system
-
-
-def tolerable(step: Step, code: int, keep_going: bool) -> bool:
-    """True where the next step makes sense although this one found fault; says so."""
-    if code == EXIT_SOME_FAILED and step.script == CHECK_SCRIPT:
-        say("    findings above; going on, for stage 2 leaves out what it cannot use")
-        return True
-    if code == EXIT_SOME_FAILED and step.results is None and keep_going:
-        say("    some prompts failed (see failures.csv); going on without them")
-        return True
-    return False
 
 
 def printable(step: Step) -> str:
@@ -263,7 +371,11 @@ def print_headline(args: argparse.Namespace) -> None:
     """A table for each prompt file: accuracy, difference, similarity, attention, each with its interval."""
     results = args.results_dir / args.run_name
     for output in runs_in(args.output_dir / args.run_name):
-        run = open_run(output)
+        try:
+            run = open_run(output)
+        except UserError as error:
+            say(f"\n{output.name}: no table ({error})")
+            continue
         counts = {style: sum(1 for _ in row_indices(run, style)) for style in run.styles}
         columns, lines = headline_table(headline_rows(counts, results / output.name))
         widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
@@ -281,7 +393,7 @@ def print_headline(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The command line. `stage2`: what stage 2's own parser makes of the flags after `--`."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = make_parser(__doc__)
@@ -290,6 +402,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--styles", nargs="+", default=["all"], help="styles to run (the clean form among them)")
     data.add_argument("--max_samples", type=int, help="first rows of each file; default: all")
     data.add_argument("--few_shot_file", type=Path, help="text before every prompt; answers then end with their line")
+    data.add_argument("--maths_items", type=Path, help="your own scores of the answers, in place of stage 3's: a CSV "
+                      "with style, original_index, correct (and element_index, sample, response)")  # fmt: skip
     models = parser.add_argument_group("models (hub ids or local folders)")
     models.add_argument("--model_name", default=DEFAULT_MODEL, help="the causal language model to study")
     models.add_argument("--embedding_model", help="for similarity; default: all-MiniLM-L6-v2, here or on the hub")
@@ -301,26 +415,65 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     places.add_argument("--run_name", required=True, help="name of the folders below")
     places.add_argument("--output_dir", type=Path, default=Path("outputs"), help="where .pt files go")
     places.add_argument("--results_dir", type=Path, default=Path("results"), help="where CSVs, plots and report go")
-    parser.add_argument("--keep_going", action="store_true", help="go on where some prompts failed in stage 2")
-    args = parser.parse_args(words[:cut])
+    parser.add_argument("--keep_going", action="store_true", help="run the other steps and files although one failed")
+    try:
+        args = parser.parse_args(words[:cut])
+    except UnknownFlag as error:
+        if is_flag_of_stage_2(error.flag):
+            raise UserError(
+                f"{error.flag}: is a flag of stage 2; give it behind all others: … -- {error.flag} …"
+            ) from None
+        raise
     args.stage2_flags = words[cut + 1 :]
+    args.stage2 = parse_stage_2(args.stage2_flags)
     return args
+
+
+def parse_stage_2(flags: Sequence[str]) -> argparse.Namespace:
+    """The flags after `--` as stage 2's own parser reads them. Raises UserError for one that it refuses."""
+    for flag in (word.partition("=")[0] for word in flags):
+        if flag in FROM_PIPELINE:
+            raise UserError(f"{flag} after --: give {FROM_PIPELINE[flag]} before it, for the other stages need it too")
+    needed = ("--model_name", "m", "--prompt_file", "f", "--output_dir", "d", "--prompt_keys", "all")
+    program, sys.argv[0] = sys.argv[0], CAPTURE_SCRIPT  # what its messages name
+    try:
+        parsed: argparse.Namespace = script_module(CAPTURE_SCRIPT).parse_args([*needed, *flags])
+    except UnknownFlag as error:
+        raise UnknownFlag(error.flag, f"after --: {error}") from None
+    except UserError as error:
+        raise UserError(f"after --: {error}") from None
+    finally:
+        sys.argv[0] = program
+    return parsed
+
+
+def is_flag_of_stage_2(flag: str) -> bool:
+    """Whether stage 2 has this flag."""
+    try:
+        parse_stage_2([flag])
+    except UnknownFlag:
+        return False
+    except UserError:  # a value is missing
+        pass
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps that are not done; print the closing table."""
     args = parse_args(argv)
     jobs = jobs_of(args)
-    steps = [*(step for job in jobs for step in (check_step(job), *steps_of(job, args))), report_step(jobs, args)]
     start = time.monotonic()
-    for number, step in enumerate(steps, start=1):
-        code = run_step(step, f"{number}/{len(steps)}")
-        if code != 0 and not tolerable(step, code, args.keep_going):
-            say(f"stopped: {step.script} ended with exit code {code} (its message is above); the same command goes on")
-            return code if code > 0 else 128 - code  # killed by a signal: as a shell tells it
+    failed = run_all(jobs, args)
+    if failed and (not args.keep_going or failed[-1][1] in (EXIT_STOPPED, EXIT_INTERRUPTED)):
+        step, code = failed[-1]
+        again = "" if code == EXIT_USER_ERROR else "; the same command goes on from here"
+        say(f"stopped: {step.name} failed{again}")
+        return code if code > 0 else 128 - code  # killed by a signal: as a shell tells it
     print_headline(args)
-    say(f"{len(steps)} steps in {time.monotonic() - start:.0f} s")
-    return 0
+    say(f"finished in {time.monotonic() - start:.0f} s")
+    for step, code in failed:
+        say(f"failed: {printable(step)} (exit code {code})")
+    return EXIT_SOME_FAILED if failed else 0
 
 
 if __name__ == "__main__":
