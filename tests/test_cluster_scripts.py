@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tiny_models
 
 ROOT = Path(__file__).resolve().parents[1]
 SLURM_FILES = sorted(ROOT.glob("*/hpc/*.slurm"))
@@ -149,8 +150,8 @@ def submit(checkout, cwd, stand_ins, *words, **environment):
 
 
 def planned(out):
-    """Commands of a dry run as lists of words, by job name; the first word is the name that others wait for."""
-    lines = re.findall(r"^would submit (JOB\d+): sbatch (.*)", out, re.M)
+    """Commands of a verbose dry run as lists of words, by job name; the first word is the name that others wait for."""
+    lines = re.findall(r"^    (JOB\d+): sbatch (.*)", out, re.M)
     words = [[number, *shlex.split(line)] for number, line in lines]
     return {next(word.partition("=")[2] for word in line if word.startswith("--job-name=")): line for line in words}
 
@@ -175,7 +176,17 @@ def test_a_dry_run_prints_the_chain_and_does_nothing(checkout, tmp_path, stand_i
     fill_in(checkout, GPU_PARTITION="big", PARTITION="small", CAPTURE_GRES="gpu:a100:2", GPU_OPTIONS="(--time=2:00:00)")
     prompts = tmp_path / "my prompts.json"
     write_prompts(prompts, answer=1)
-    words = ["--dry-run", "--shards", "3", "--stages", "0,2,3,5,report", "--", "--prompt_file", str(prompts)]
+    words = [
+        "--dry-run",
+        "--verbose",
+        "--shards",
+        "3",
+        "--stages",
+        "0,2,3,5,report",
+        "--",
+        "--prompt_file",
+        str(prompts),
+    ]
     words += ["--model_name", "some/model", "--run_name", "run 1", "--", "--neurons", "--stop_strings", "a b"]
     code, out, err = submit(checkout, tmp_path / "w d", stand_ins, *words)
     assert (code, err) == (0, "")
@@ -193,11 +204,80 @@ def test_a_dry_run_prints_the_chain_and_does_nothing(checkout, tmp_path, stand_i
     assert waits["attn_act_logi"] == {order["check_prompts"]}
     assert waits["dirs_eval"] == {order["attn_act_logi"]}
     assert waits["head_sensitivity"] == {order["attn_act_logi"], order["evaluate_predictions"]}
+    # What stage 0 and 3 would add, the others can do without: a stage that fails there cancels nothing.
+    capture, accuracy = order["attn_act_logi"], order["evaluate_predictions"]
+    assert f"--dependency=afterany:{order['check_prompts']}" in jobs["attn_act_logi"]
+    assert f"--dependency=afterok:{capture},afterany:{accuracy}" in jobs["head_sensitivity"]
+    assert any(word.startswith(f"--dependency=afterok:{capture},afterany:") for word in jobs["build_report"])
+    findings = jobs["check_prompts"][jobs["check_prompts"].index("--output_csv") + 1]
+    assert findings == "results/run 1/my prompts/prompt_findings.csv"
     assert waits["build_report"] == set(order.values()) - {order["build_report"]}
     assert "neuron_sensitivity" in jobs
     assert all("--kill-on-invalid-dep=yes" in words for words in jobs.values())
     assert list((tmp_path / "w d").iterdir()) == []
     assert calls(tmp_path, "sbatch") == []
+
+
+def table_of(out):
+    """Rows of a dry run's table by script, as the words of each line."""
+    lines = [line.split() for line in out.splitlines() if line.startswith("JOB")]
+    return {words[1]: words for words in lines}
+
+
+def test_a_dry_run_is_a_table_that_one_can_read(checkout, tmp_path, stand_ins):
+    fill_in(checkout, STAGE_TIME='([2]="1-12:00:00" [5]="90")', STAGE_MEM='([2]="96G")', CAPTURE_GRES="gpu:a100:2")
+    write_prompts(tmp_path / "p.json", answer=1)
+    words = ("--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", "nobody/nothing")
+    code, out, err = submit(checkout, tmp_path / "w", stand_ins, "--dry-run", "--shards", "3", "--", *words)
+    assert (code, err) == (0, "")
+    table = table_of(out)
+    assert table["attn_act_logi"][2:6] == ["3", "1-12:00:00", "96G", "216.0"]  # 3 tasks of 2 GPUs for 36 hours
+    assert table["dirs_eval"][2:6] == ["1", "90", "16G", "-"]
+    assert "at most 218 GPU-hours" in out
+    assert "sbatch" not in out
+
+
+def test_a_dry_run_names_the_disk_that_stage_2_needs_if_its_model_is_here(checkout, tmp_path, stand_ins):
+    tiny_models.save(tmp_path / "tiny")
+    write_prompts(tmp_path / "p.json")
+    words = ("--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", str(tmp_path / "tiny"))
+    code, out, err = submit(checkout, tmp_path / "w", stand_ins, "--dry-run", "--stages", "2", "--", *words)
+    assert (code, err) == (0, "")
+    assert re.search(r"^JOB1 +attn_act_logi .* [\d.]+ MB  -$", out, re.M), out
+
+
+@pytest.mark.parametrize("setting", [{"MODULES": '"python/3.11 cuda"'}, {"CONTAINER": '"/no/image.sif"'}])
+def test_a_dry_run_works_where_the_modules_and_the_image_are_not(checkout, tmp_path, stand_ins, setting):
+    fill_in(checkout, **setting)
+    write_prompts(tmp_path / "p.json")
+    words = ("--stages", "3,5", "--", "--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", "m")
+    code, out, err = submit(checkout, tmp_path / "w", stand_ins, "--dry-run", *words)
+    assert (code, err) == (0, "")
+    assert set(table_of(out)) == {"dirs_eval", "head_sensitivity", "activation_diffs", "probe_layers"}  # no `answer`
+    assert submit(checkout, tmp_path / "w", stand_ins, *words)[0] == 2
+
+
+def test_a_site_may_ask_for_gpus_by_an_option_of_its_own(checkout, tmp_path, stand_ins):
+    fill_in(checkout, GPU_GRES='"--gpus-per-node=a100:2"')
+    write_prompts(tmp_path / "p.json")
+    words = ("--", "--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", "nobody/nothing")
+    code, out, _ = submit(checkout, tmp_path / "w", stand_ins, "--dry-run", "--verbose", *words)
+    assert code == 0
+    for name in ("attn_act_logi", "compare_responses"):
+        assert {"--gres=none", "--gpus-per-node=a100:2"} <= set(planned(out)[name])
+    assert "--gres=none" not in planned(out)["dirs_eval"]
+    assert table_of(out)["attn_act_logi"][5] == "16.0"
+
+
+def test_a_chain_that_keeps_going_waits_for_ends_and_not_for_success(checkout, tmp_path, stand_ins):
+    write_prompts(tmp_path / "p.json", answer=1)
+    words = ("--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", "m", "--keep_going")
+    code, out, _ = submit(
+        checkout, tmp_path / "w", stand_ins, "--dry-run", "--verbose", "--stages", "2,3,5,report", "--", *words
+    )
+    assert code == 0
+    assert "afterany:" in out
+    assert "afterok" not in out
 
 
 def test_what_is_in_the_queue_is_waited_for_and_not_submitted_again(checkout, tmp_path, stand_ins):
@@ -207,7 +287,7 @@ def test_what_is_in_the_queue_is_waited_for_and_not_submitted_again(checkout, tm
     words = ("--", "--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", "m")
     for stages in ("2,5", "5"):
         code, out, _ = submit(
-            checkout, tmp_path / "w d", stand_ins, "--dry-run", "--stages", stages, *words, QUEUE=queue
+            checkout, tmp_path / "w d", stand_ins, "--dry-run", "--verbose", "--stages", stages, *words, QUEUE=queue
         )
         jobs = planned(out)
         assert (code, set(jobs)) == (0, {"dirs_eval", "head_sensitivity", "activation_diffs", "probe_layers"})
@@ -242,7 +322,8 @@ def test_a_misspelled_flag_of_stage_2_is_told_before_anything_is_submitted(check
     words = ("--", "--prompt_file", "p.json", "--run_name", "r", "--", "--max_new_tokns", "8")
     code, _, err = submit(checkout, tmp_path / "w", stand_ins, *words)
     assert code == 2
-    assert "unrecognized arguments: --max_new_tokns 8" in err
+    assert err.startswith("error: after --: --max_new_tokns: there is no such flag; did you mean --max_new_tokens?")
+    assert err.count("\n") == 1
     assert calls(tmp_path, "sbatch") == []
 
 
@@ -417,14 +498,15 @@ def test_the_model_cache_of_site_env_is_made_and_used(checkout, tmp_path, stand_
     assert (tmp_path / "scratch" / "hf cache").is_dir()
 
 
-def test_a_container_runs_the_script_with_the_gpu_flag_and_the_folders_it_needs(checkout, tmp_path, stand_ins):
+@pytest.mark.parametrize("runtime", ["apptainer", "singularity"])
+def test_a_container_runs_the_script_with_the_gpu_flag_and_the_folders_it_needs(checkout, tmp_path, stand_ins, runtime):
     image = tmp_path / "my image.sif"
     image.touch()
-    (stand_ins / "apptainer").write_text(
+    (stand_ins / runtime).write_text(
         f"#!/bin/bash\nprintf '%s\\n' \"$@\" >{shlex.quote(str(tmp_path / 'apptainer words'))}\n"
         'while [[ "$1" != *.sif ]]; do shift; done\nshift\nexec "$@"\n'
     )
-    (stand_ins / "apptainer").chmod(0o755)
+    (stand_ins / runtime).chmod(0o755)
     fill_in(checkout, CONTAINER=f'"{image}"', CONTAINER_OPTIONS="(--bind /data)")
     code, said, err = talk(checkout, tmp_path / "w d", stand_ins, "5", "a b")
     assert (code, err, said[0]) == (5, "", ["5", "a b"])

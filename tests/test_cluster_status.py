@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import time
+from pathlib import Path
 
 import cluster_plan
 import pytest
+import run_pipeline
 import run_status
 import torch
 from command_line import UserError
@@ -222,7 +224,9 @@ def test_a_stage_that_is_left_out_is_named_so_that_it_can_be_waited_for(chain):
     states = {item.stem: item.state for item in planned}
     assert states["attn_act_logi"] == states["evaluate_predictions"] == states["build_report"] == "left out"
     heads = next(item for item in planned if item.stem == "head_sensitivity")
-    assert {planned[number].stem for number in heads.after} == {"attn_act_logi"}
+    assert {planned[number].stem for number in (*heads.after, *heads.after_any)} == {
+        "attn_act_logi", "evaluate_predictions",
+    }  # fmt: skip
 
 
 def test_failed_prompts_are_tried_again_unless_told_to_keep_going(chain, tmp_path):
@@ -237,14 +241,42 @@ def test_failed_prompts_are_tried_again_unless_told_to_keep_going(chain, tmp_pat
     assert missing(chain("--keep_going")) == []
 
 
-def test_without_stage_3_heads_are_not_given_a_file_that_nobody_makes(chain, tmp_path):
-    items = tmp_path / "results" / "r" / "p" / "maths_items.csv"
-    assert not items.exists()
-    words = {item.stem: item.step.arguments for item in chain(stages=("2", "5"))}
-    assert "--maths_items" not in words["head_sensitivity"]
-    items.write_text("x")
-    words = {item.stem: item.step.arguments for item in chain(stages=("2", "5"))}
-    assert "--maths_items" in words["head_sensitivity"]
+def test_a_check_that_found_nothing_is_done_and_keeps_its_findings(chain, tmp_path):
+    (check,) = [item for item in chain(stages=("0",)) if item.chosen]
+    assert check.state == "missing"
+    assert "results/r/p/prompt_findings.csv" in check.step.arguments
+    note = cluster_plan.note_of(check.step)
+    assert note == Path("results/r/p/.done.check_prompts")
+    note.write_text("".join(f"{word}\n" for word in check.step.arguments))
+    assert missing(chain(stages=("0",))) == []
+
+
+def test_what_the_pipeline_has_finished_is_not_planned_again(chain, tmp_path):
+    notes = [cluster_plan.note_of(item.step) for item in chain() if item.chosen]
+    for note in notes:  # as if no job had ever run
+        note.unlink()
+        note.with_name(note.name.replace(".done.", ".wrote.")).unlink()
+    assert missing(chain()) == [item.stem for item in chain() if item.chosen]
+    for item in chain():  # what run_pipeline.py leaves
+        if item.stem == "attn_act_logi":
+            notes[0].write_text("".join(f"{word}\n" for word in item.step.arguments))
+        elif item.chosen:
+            run_pipeline.remember(item.step, {"state": run_pipeline.state_of(item.step), "wrote": {}})
+    assert missing(chain()) == []
+    next((tmp_path / "outputs" / "r" / "p" / "swap").glob("*.pt")).touch()
+    assert "dirs_eval" in missing(chain())
+
+
+@pytest.mark.parametrize(("answer", "planned"), [("5", True), ("three", True), ("Paris", False), ("", False)])
+def test_stage_3_is_planned_if_an_answer_can_be_scored(tmp_path, answer, planned):
+    (tmp_path / "p.json").write_text(json.dumps(rows(2, answer=answer) + rows(1)))
+    words = ["--prompt_file", str(tmp_path / "p.json"), *STAGE_2_WORDS]
+    items = cluster_plan.plan(cluster_plan.parse_pipeline_args(words), ("2", "3", "5"))
+    assert ("evaluate_predictions" in [item.stem for item in items]) == planned
+    (tmp_path / "scores.csv").write_text("style,original_index,correct\n")
+    own = cluster_plan.parse_pipeline_args([*words, "--maths_items", str(tmp_path / "scores.csv")])
+    (accuracy,) = [i.step for i in cluster_plan.plan(own, ("3",)) if i.stem == "evaluate_predictions"]
+    assert accuracy.arguments[-2:] == ("--maths_items", str(tmp_path / "scores.csv"))
 
 
 def test_the_models_that_are_fetched_are_those_that_will_be_loaded(chain):

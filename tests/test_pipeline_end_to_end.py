@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 from command_line import UserError
 from fetch_models import MODELS_DIR
 from run_pipeline import (
     STAMP,
     Step,
+    check_step,
     jobs_of,
     main,
     parse_args,
@@ -59,6 +61,39 @@ def test_the_steps_of_a_maths_file(tmp_path, prompt_file):
     assert all((ROOT / step.script).is_file() for step in [*steps, report_step([job], args)])
     heads = next(step for step in steps if step.script.endswith("head_sensitivity.py"))
     assert heads.reads == (job.output, job.results / "maths_items.csv")
+    check = check_step(job, args)
+    assert check.arguments[-2:] == ("--output_csv", str(job.results / "prompt_findings.csv"))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--", "--neuron"], "after --: --neuron: there is no such flag; did you mean --neurons"),
+        (["--", "--max_new_tokens", "-1"], "after --: --max_new_tokens -1"),
+        (["--batch_size", "4"], "--batch_size: is a flag of stage 2; these come last, after --: … -- --batch_size …"),
+        (["--neurons"], "--neurons: is a flag of stage 2"),
+        (["--keep_goin"], "--keep_goin: there is no such flag; did you mean --keep_going"),
+        (["--", "--output_dir", "x"], "--output_dir after --: give --output_dir before it"),
+        (["--", "--prompt_keys=all"], "--prompt_keys after --: give --styles before it"),
+        (["--styles", "normal", "swp"], "no row has the key 'swp'; .*did you mean swap"),
+        (["--maths_items", "nowhere.csv"], "--maths_items nowhere.csv: no such file"),
+    ],
+)
+def test_a_wrong_flag_is_told_before_anything_is_run(tmp_path, prompt_file, capsys, words, told):
+    with pytest.raises(UserError, match=told.replace("(", r"\(")) as caught:
+        main(arguments(tmp_path, prompt_file, extra=words))
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sums.json"]
+
+
+def test_stage_2_itself_says_what_its_flags_mean(tmp_path, prompt_file):
+    few = tmp_path / "few.txt"
+    extra = ["--few_shot_file", str(few), "--", "--stop_strings=END", "--neurons"]
+    args = parse_args(arguments(tmp_path, prompt_file, extra=extra))
+    steps = steps_of(jobs_of(args)[0], args)
+    assert "\\n" not in steps[0].arguments
+    assert "neurons" in [step.name for step in steps]
 
 
 def test_a_file_without_answers_has_no_accuracy(tmp_path):
@@ -162,10 +197,35 @@ def test_a_failing_stage_stops_the_run_with_its_message(tmp_path, prompt_file):
     command = [sys.executable, str(SCRIPT), *arguments(tmp_path, prompt_file)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=offline)
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: m: .*\n", done.stderr)
-    assert "stopped: 2_inference/run_scripts/attn_act_logi.py ended with exit code 2" in done.stdout
-    assert "evaluate_predictions" not in done.stdout
+    assert (done.returncode, done.stderr) == (2, "")
+    assert re.search(
+        r"^\[2/9\] capture: failed with exit code 2 \(\d+ s\)\n    error: m: .*\nstopped: ", done.stdout, re.M
+    )
+    assert "goes on" not in done.stdout  # the same command would fail again
+    assert "accuracy" not in done.stdout
+
+
+def test_with_keep_going_a_failed_file_does_not_stop_the_next_one(tmp_path):
+    """The first file's prompts are too long for the model; the second one's answers are words, so stage 3 is left out."""
+    tiny_models.save(tmp_path / "tiny")
+    (tmp_path / "long.json").write_text(json.dumps([{"normal": "too long " * 400}, {"normal": "far too long " * 400}]))
+    capitals = [{"normal": f"Please name the capital of land {i}", "answer": "Paris"} for i in range(4)]
+    (tmp_path / "capitals.json").write_text(
+        json.dumps([row | {"swap": f"Plesae {row['normal'][7:]}"} for row in capitals])
+    )
+    words = arguments(tmp_path, tmp_path / "long.json", tmp_path / "capitals.json", extra=["--keep_going"])
+    words[words.index("m")] = str(tmp_path / "tiny")
+    command = [sys.executable, str(SCRIPT), *words, "--lens_rows", "0", "--", "--max_new_tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stderr) == (1, ""), done.stdout + done.stderr
+    assert re.search(r"^\[2/\d+\] capture: failed with exit code 1 ", done.stdout, re.M)
+    assert "long.json was captured: its other steps are left out" in done.stdout
+    assert "accuracy is left out: no `answer` is a number or an expression" in done.stdout
+    results = tmp_path / "results" / "r"
+    assert {path.name for path in (results / "capitals").iterdir()} >= {"similarity_summary.csv", "probe_layers.csv"}
+    assert not (results / "capitals" / "maths_items.csv").exists()
+    assert "capitals" in (results / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"^failed: python 2_inference/run_scripts/attn_act_logi.py .*long.json", done.stdout, re.M)
 
 
 def test_a_bad_prompt_file_is_one_line(tmp_path, capsys):
@@ -240,7 +300,70 @@ def test_a_second_call_finds_all_done(demo):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0
     steps = re.findall(r"^\[\d+/\d+\] .*", done.stdout, re.MULTILINE)
-    assert [step for step in steps if not step.endswith("done before")] == ["[2/9] capture"]
+    assert [step for step in steps if not step.endswith("done before")] == [
+        next(step for step in steps if step.startswith("[2/9] capture: nothing new"))
+    ]
     assert {path: path.stat().st_mtime_ns for path in written} == written
     table = first[first.index("\nmaths\n") : first.index("\nreport:")]
     assert table in done.stdout
+
+
+def test_a_user_sees_one_line_per_step_and_details_if_asked(demo):
+    folder, output, command = demo
+    steps = output[: output.index("\nmaths\n")].splitlines()
+    assert steps[0].startswith(f"{ROOT}/0_data/maths.json: captured into outputs/demo/maths, results in ")
+    for number, (line, name) in enumerate(
+        zip(
+            [line for line in steps[1:] if not line.startswith("    warning: ")],
+            [
+                "prompts",
+                "capture",
+                "accuracy",
+                "similarity",
+                "attention fractions",
+                "heads",
+                "layers",
+                "probes",
+                "report",
+            ],
+            strict=True,
+        ),
+        start=1,
+    ):
+        assert re.fullmatch(rf"\[{number}/9\] {name}: .+ \(\d+ s\)", line), line
+    assert "[2/9] capture: 4 .pt files (" in output
+    assert "maths_breakdown.csv, maths_flips.csv and " in output
+    cut = command.index("--")
+    more = subprocess.run([*command[:cut], "--verbose", *command[cut:]], capture_output=True, text=True, cwd=folder)
+    assert "    $ python 2_inference/run_scripts/attn_act_logi.py --model_name" in more.stdout
+
+
+def test_own_scores_take_the_place_of_stage_3(demo):
+    folder, _, command = demo
+    reader = ROOT / "1_utils" / "run_scripts" / "read_predictions.py"
+    subprocess.run(
+        [sys.executable, reader, "--run_dir", "outputs/demo/maths", "--csv", "s.csv"], cwd=folder, check=True
+    )
+    with open(folder / "s.csv", newline="", encoding="utf-8") as handle:
+        lines = list(csv.DictReader(handle))
+    right = {"normal": 5, "swap": 2}
+    with open(folder / "s.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, [*lines[0], "correct"])
+        writer.writeheader()
+        kept = [line for line in lines if line["style"] in right]
+        writer.writerows(line | {"correct": int(int(line["original_index"]) < right[line["style"]])} for line in kept)
+    cut = command.index("--")
+    own = [*command[:cut], "--maths_items", "s.csv", *command[cut:]]
+    done = subprocess.run(own, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = {
+        line.partition(":")[0].partition("] ")[2] for line in done.stdout.splitlines() if "done before" not in line
+    }
+    assert {"accuracy", "heads", "probes", "report"} <= again
+    assert not {"similarity", "attention fractions", "layers"} & again
+    table = done.stdout[done.stdout.index("\nmaths\n") :]
+    assert re.search(r"^normal +6 +83\.3 ", table, re.M)
+    assert re.search(r"^swap +6 +33\.3 .* −50\.0 ", table, re.M)
+    assert re.search(r"^polite +6 +– ", table, re.M)
+    report = (folder / "results" / "demo" / "report.html").read_text(encoding="utf-8")
+    assert "<td>33.3 [" in report

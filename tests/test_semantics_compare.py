@@ -297,7 +297,7 @@ def test_errors_are_one_line(tmp_path: Path):
     with pytest.raises(UserError, match="no responses to the clean prompts"):
         main(["--run_dir", str(folder)])
     whole = write_run(tmp_path / "whole", prompt_rows(2))
-    with pytest.raises(UserError, match="has no style 'swp'; it has normal, swap"):
+    with pytest.raises(UserError, match="has no style 'swp'; it has normal, swap; did you mean swap"):
         main(["--run_dir", str(whole), "--styles", "swp"])
     with pytest.raises(UserError, match=r"embedding model .* cannot be loaded") as told:
         main(["--run_dir", str(whole), "--embedding_model", str(tmp_path / "nowhere")])

@@ -23,6 +23,7 @@ from run_store import (
     save_pt,
     unpack_rows,
 )
+from synthetic_run import prompt_rows, write_run
 
 SHARED = {"style": "normal", "regions": ["all", "last"], "pooled_regions": ["last"], "topk_positions": "all"}
 
@@ -220,6 +221,22 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     with pytest.raises(UserError, match="not in the local cache, and the hub cannot be reached") as caught:
         load_model("nobody/no-such-model-here")
     assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_run_folder_is_told_with_the_right_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "outputs" / "demo" / "maths", prompt_rows(2))
+    for wrong, told in (
+        ("outputs/demo", "outputs/demo: is no run but a folder of runs; give outputs/demo/maths"),
+        ("outputs", "outputs: is no run but a folder of runs; give outputs/demo/maths"),
+        ("outputs/demo/math", "no such run folder; did you mean outputs/demo/maths"),
+        ("nowhere/at/all", "nowhere/at/all: no such run folder; give"),
+    ):
+        with pytest.raises(UserError) as caught:
+            open_run(wrong)
+        assert told in str(caught.value)
+    with pytest.raises(UserError, match="did you mean swap"):
+        open_run("outputs/demo/maths").chosen(["swpa"])
 
 
 NAMES = ["None", "NA", "null", "nan", "NaN", "N/A", "#N/A", "-nan", "007", "True", "1e3"]

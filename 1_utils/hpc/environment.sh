@@ -3,6 +3,7 @@
 #
 #   repository         this checkout
 #   read_site NAME …   read site.env; refuse it where one of these values still is a placeholder
+#   leave_out_what_is_not_here    for a plan on another machine: ignore modules, image or environment that it lacks
 #   use_environment    load modules, choose the caches, and set the array `python`: the command that runs a script
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -25,17 +26,27 @@ read_site() {
     done
 }
 
+leave_out_what_is_not_here() {
+    if ! find_module; then MODULES=""; fi
+    if ! { [ -e "$CONTAINER" ] && find_runtime; }; then CONTAINER=""; fi
+    if ! [ -x "$VENV/bin/python" ]; then VENV=""; fi
+}
+
+find_runtime() { # sets `runtime`
+    runtime=$(command -v apptainer || command -v singularity)
+}
+
 # shellcheck disable=SC2034 # `python` is for those who source this
 use_environment() {
     load_modules
     choose_caches
     if [ -n "$CONTAINER" ]; then
         [ -e "$CONTAINER" ] || fail "CONTAINER=$CONTAINER in site.env: no such image"
-        command -v apptainer >/dev/null || fail "CONTAINER is set in site.env, but there is no apptainer on $(hostname)"
+        find_runtime || fail "CONTAINER is set in site.env, but neither apptainer nor singularity is on $(hostname)"
         local binds=(--bind "$repository" --bind "$PWD")
         if [ -n "${HF_HOME:-}" ]; then binds+=(--bind "$HF_HOME"); fi
         if [ -n "${STAGE_NOTES:-}" ]; then binds+=(--bind "$STAGE_NOTES"); fi
-        python=(apptainer exec --nv "${binds[@]}" "${CONTAINER_OPTIONS[@]}" "$CONTAINER" python3)
+        python=("$runtime" exec --nv "${binds[@]}" "${CONTAINER_OPTIONS[@]}" "$CONTAINER" python3)
         return
     fi
     local folder="$VENV"
@@ -48,8 +59,7 @@ use_environment() {
     python=("$(command -v python3)")
 }
 
-load_modules() {
-    [ -n "$MODULES" ] || return 0
+find_module() { # is there a `module` command?
     local file
     for file in /etc/profile.d/{modules,lmod,z00_lmod,00-modulepath}.sh; do
         if ! declare -F module >/dev/null && [ -r "$file" ]; then
@@ -57,7 +67,12 @@ load_modules() {
             set +eu && source "$file" && set -eu
         fi
     done
-    declare -F module >/dev/null || fail "MODULES is set in site.env, but there is no \`module\` command on $(hostname)"
+    declare -F module >/dev/null
+}
+
+load_modules() {
+    [ -n "$MODULES" ] || return 0
+    find_module || fail "MODULES is set in site.env, but there is no \`module\` command on $(hostname)"
     set +u # module's own code reads unset variables
     # shellcheck disable=SC2086 # several names
     module load $MODULES || fail "module load $MODULES failed; \`module avail\` lists what there is"

@@ -8,8 +8,8 @@
 # So does one whose process was killed (a node short of memory), three times at most. With --process-per-gpu, several
 # GPUs on the node get one process each by `accelerate launch`, unless the arguments say --device_map.
 #
-# It leaves small files in the folder that the script writes to (--output_dir or --results_dir), which run_status.py
-# and submit.sh read: .job.<script>.<task> (what happened last, and the log) and, where all was tried, .done.<script> (its
+# It leaves small files in the folder that the script writes to (--output_dir, --results_dir or that of --output_csv),
+# which run_status.py and submit.sh read: .job.<script>.<task> (what happened last, and the log) and, where all was tried, .done.<script> (its
 # arguments) with .wrote.<script> (the files that came into the folder meanwhile).
 # shellcheck disable=SC2317 # the functions that traps call look unreachable
 set -euo pipefail
@@ -61,6 +61,10 @@ value_of() { # the word after a flag among the script's arguments
 
 place=$(value_of --output_dir "$@")
 place=${place:-$(value_of --results_dir "$@")}
+if [ -z "$place" ]; then # check_prompts.py names its one file
+    place=$(value_of --output_csv "$@")
+    place=${place:+$(dirname "$place")}
+fi
 
 record() { # what happened to this task, for run_status.py
     [ -n "$place" ] && mkdir -p "$place" || return 0
@@ -220,7 +224,7 @@ elif [ "$code" = "$KILLED" ]; then
     record "killed"
     if may_restart "$KILLED_MOST"; then put_back "killed and put back"; fi
 else
-    say "$name ended with exit code $code, the reason is above; jobs that depend on this one are cancelled"
+    say "$name ended with exit code $code, the reason is above; jobs that need its success are cancelled"
     # 1: all was tried and some prompts failed; submit.sh counts them.
     if [ "$code" = 1 ] && [ -n "$resumes" ]; then note_end "$@"; fi
     record "exit code $code"

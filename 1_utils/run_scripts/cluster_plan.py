@@ -1,29 +1,33 @@
 """What submit.sh has to submit: the steps of run_pipeline.py for the same arguments, and which of them are done.
 
-Reads   prompt files, run folders, and the notes that jobs leave there (.done.<script>)
+Reads   prompt files, run folders, and the notes that jobs and run_pipeline.py leave there (.done.*, .pipeline.json)
 Writes  nothing; prints a table, or with --fields what submit.sh reads (fields that end in a NUL byte)
 
     python 1_utils/run_scripts/cluster_plan.py --stages 2,3,4,5,report -- --model_name google/gemma-2-9b-it \\
         --prompt_file 0_data/maths.json --run_name gemma
 
-A step is done when a job of it ended with exit code 0, with the same arguments, after everything that it reads and the
-code that it runs were last changed, and the steps that it waits for are done. Stage 2 is done when a job of it with the
-same arguments has ended and no prompt is missing or failed (with --keep_going: none is missing).
+A step is done when a job or run_pipeline.py ran it with success and the same arguments, after everything that it reads
+and the code that it runs were last changed, and the steps that it waits for are done. Stage 2 is done when it has ended
+with the same arguments and no prompt is missing or failed (with --keep_going: none is missing).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError, make_parser, run_main
-from run_pipeline import Job, Step, jobs_of, report_step, steps_of
+from logger import get_logger
+from run_pipeline import Job, Step, check_step, jobs_of, report_step, script_module, state_of, steps_of
+from run_pipeline import is_done as is_stamped
 from run_pipeline import parse_args as parse_pipeline_args
+from run_status import gigabytes, read_styles
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("0", "2", "3", "4", "5", "report")
@@ -33,13 +37,15 @@ CAPTURE, ACCURACY, CHECK = "attn_act_logi", "evaluate_predictions", "check_promp
 
 @dataclass(frozen=True)
 class Planned:
-    """A step, the numbers of the steps whose success it waits for, and what becomes of it.
+    """A step, the numbers of the steps that it waits for, and what becomes of it.
 
-    `done` is False for a step that is to be submitted; one that is not `chosen` is waited for where it is in the queue.
+    `after` must end well, `after_any` must end: the step takes what they have left. `done` is False for a step that is
+    to be submitted; one that is not `chosen` is waited for if it is in the queue.
     """
 
     step: Step
     after: tuple[int, ...]
+    after_any: tuple[int, ...]
     done: bool
     chosen: bool
 
@@ -51,7 +57,7 @@ class Planned:
     @property
     def stem(self) -> str:
         """Name of the script, of its .slurm file and of the job."""
-        return Path(self.step.script).stem
+        return stem_of(self.step)
 
     @property
     def slurm_file(self) -> Path:
@@ -64,6 +70,11 @@ class Planned:
         return place_of(self.step).resolve()
 
 
+def stem_of(step: Step) -> str:
+    """Name of the step's script."""
+    return Path(step.script).stem
+
+
 # --- the chain
 
 
@@ -71,38 +82,34 @@ def plan(args: argparse.Namespace, stages: Sequence[str]) -> list[Planned]:
     """All steps in order, each after the steps that make what it reads."""
     jobs = jobs_of(args)
     planned: list[Planned] = []
+    captures: list[int] = []
     for job in jobs:
         first = len(planned)
-        chain = [fitted(step, stages) for step in (check_step(job), *steps_of(job, args))]
+        chain = [check_step(job, args), *steps_of(job, args)]
         for step in chain:
-            after = tuple(first + i for i, earlier in enumerate(chain) if feeds(earlier, step, job))
-            done = is_done(step, job, args.keep_going) and not any_missing(planned, after)
-            planned.append(Planned(step, after, done, stage_of(step) in stages))
-    report, after = report_step(jobs, args), tuple(range(len(planned)))
-    done = has_ended_well(report) and not any_missing(planned, after)
-    return [*planned, Planned(report, after, done, "report" in stages)]
+            numbers = [first + i for i, earlier in enumerate(chain) if feeds(earlier, step, job)]
+            # Without its stage 2 a step has nothing to read; what a check or stage 3 would add, it can do without.
+            needed = [n for n in numbers if n in captures and not args.keep_going]
+            done = is_done(step, job, args.keep_going) and not any_missing(planned, numbers)
+            if stem_of(step) == CAPTURE:
+                captures.append(len(planned))
+            planned.append(planned_step(step, needed, numbers, done, stages))
+    report, everything = report_step(jobs, args), range(len(planned))
+    done = has_ended_well(report) and not any_missing(planned, everything)
+    return [*planned, planned_step(report, [] if args.keep_going else captures, everything, done, stages)]
+
+
+def planned_step(
+    step: Step, needed: Sequence[int], numbers: Sequence[int], done: bool, stages: Sequence[str]
+) -> Planned:
+    """A step that waits for the steps `numbers`, of which the `needed` ones must end well."""
+    rest = tuple(number for number in numbers if number not in needed)
+    return Planned(step, tuple(needed), rest, done, stage_of(step) in stages)
 
 
 def any_missing(planned: Sequence[Planned], numbers: Sequence[int]) -> bool:
     """Whether one of these steps is to be submitted."""
     return any(planned[number].state == "missing" for number in numbers)
-
-
-def check_step(job: Job) -> Step:
-    """Stage 0 of a chain: the prompt file is checked."""
-    return Step("check prompts", "0_data/run_scripts/check_prompts.py", ("--prompt_file", str(job.prompts.path)))
-
-
-def fitted(step: Step, stages: Sequence[str]) -> Step:
-    """The step without `--maths_items`, where stage 3 is left out and has left no such file earlier."""
-    if "--maths_items" not in step.arguments or "3" in stages:
-        return step
-    place = step.arguments.index("--maths_items")
-    items = Path(step.arguments[place + 1])
-    if items.is_file():
-        return step
-    arguments = (*step.arguments[:place], *step.arguments[place + 2 :])
-    return replace(step, arguments=arguments, reads=tuple(path for path in step.reads if path != items))
 
 
 def stage_of(step: Step) -> str:
@@ -114,7 +121,7 @@ def feeds(earlier: Step, later: Step, job: Job) -> bool:
     """Whether `later` needs what `earlier` of the same prompt file makes."""
     if later is earlier:
         return False
-    stem, waiting = Path(earlier.script).stem, Path(later.script).stem
+    stem, waiting = stem_of(earlier), stem_of(later)
     if waiting == CHECK:
         return False
     if waiting == CAPTURE:
@@ -129,17 +136,13 @@ def feeds(earlier: Step, later: Step, job: Job) -> bool:
 
 def is_done(step: Step, job: Job, keep_going: bool) -> bool:
     """Whether a step need not be submitted."""
-    if Path(step.script).stem == CHECK:
-        return False
-    if Path(step.script).stem != CAPTURE:
+    if stem_of(step) != CAPTURE:
         return has_ended_well(step)
     return note_is_of(step) and is_complete(job.output, keep_going)
 
 
 def is_complete(output: Path, failed_too: bool) -> bool:
     """Whether every prompt of a run folder is done (`failed_too`: or has failed)."""
-    from run_status import read_styles
-
     try:
         styles = read_styles(output)
     except UserError:
@@ -148,8 +151,10 @@ def is_complete(output: Path, failed_too: bool) -> bool:
 
 
 def has_ended_well(step: Step) -> bool:
-    """Whether the step's note has these arguments, is newer than all that the step reads and runs, and its files are
-    there."""
+    """Whether a job or the pipeline ran the step with these arguments, after all that it reads and runs was last
+    changed, and its files are there."""
+    if step.results is not None and is_stamped(step, state_of(step)):
+        return True
     if not note_is_of(step) or not all(path.is_file() for path in files_of(step)):
         return False
     written = note_of(step).stat().st_mtime_ns
@@ -160,7 +165,7 @@ def has_ended_well(step: Step) -> bool:
 
 def files_of(step: Step) -> list[Path]:
     """The files that came into the step's folder while it ran, and the report."""
-    note = note_of(step).with_name(f".wrote.{Path(step.script).stem}")
+    note = note_of(step).with_name(f".wrote.{stem_of(step)}")
     names = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
     report = step.arguments[step.arguments.index("--report") + 1 :][:1] if "--report" in step.arguments else ()
     return [*(place_of(step) / name for name in names), *map(Path, report)]
@@ -179,16 +184,16 @@ def note_is_of(step: Step) -> bool:
 
 
 def note_of(step: Step) -> Path:
-    """The file that stage.sh writes when a job has ended."""
-    return place_of(step) / f".done.{Path(step.script).stem}"
+    """The file that stage.sh writes when a job has ended; for stage 2 run_pipeline.py writes it, too."""
+    return place_of(step) / f".done.{stem_of(step)}"
 
 
 def place_of(step: Step) -> Path:
-    """Where stage.sh leaves its notes: --output_dir, else the (first) --results_dir; where there is none, the file."""
+    """Where stage.sh leaves its notes: --output_dir, the (first) --results_dir, or the folder of --output_csv."""
     for flag in ("--output_dir", "--results_dir"):
         if flag in step.arguments:
             return Path(step.arguments[step.arguments.index(flag) + 1])
-    return Path(step.arguments[step.arguments.index("--prompt_file") + 1])
+    return Path(step.arguments[step.arguments.index("--output_csv") + 1]).parent
 
 
 def newest(path: Path, pattern: str) -> int:
@@ -203,8 +208,7 @@ def newest(path: Path, pattern: str) -> int:
 
 def models_of(planned: Sequence[Planned], args: argparse.Namespace) -> list[tuple[str, str]]:
     """(model, revision or "") that the steps that are not done will load."""
-    flags = list(args.stage2_flags)
-    revision = flags[flags.index("--revision") + 1] if "--revision" in flags[:-1] else ""
+    revision = args.stage2.revision or ""
     needed = {CAPTURE: (args.model_name, revision), "activation_diffs": (args.model_name, revision)}
     needed |= {"compare_responses": (embedding_model(args.embedding_model), "")}
     needed |= {"score_scripts": (args.reward_model or "", "")}
@@ -218,26 +222,54 @@ def embedding_model(name: str | None) -> str:
     return name or (str(local) if local.is_dir() else "sentence-transformers/all-MiniLM-L6-v2")
 
 
+# --- disk
+
+
+def bytes_to_write(planned: Sequence[Planned]) -> dict[int, int]:
+    """Bytes that each stage 2 has still to write, by its number; without those whose model is not on this machine."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan does not wait for a hub
+    get_logger().setLevel("ERROR")  # the job says all this when it runs
+    found = {}
+    for number, item in enumerate(planned):
+        if item.stem == CAPTURE and item.state == "missing":
+            stage2 = script_module(item.step.script)
+            own = stage2.parse_args(item.step.arguments)
+            own.force = True
+            try:
+                prompts = stage2.read_prompt_file(own.prompt_file)
+                jobs, _ = stage2.plan_jobs(own, prompts, stage2.chosen_styles(prompts, own.prompt_keys))
+                found[number] = stage2.preflight([job for job in jobs if job.files], own.output_dir, True)
+            except (UserError, ImportError):
+                continue
+    return found
+
+
 # --- script
 
 
 def print_table(planned: Sequence[Planned]) -> None:
     """One line a step."""
     for number, item in enumerate(planned):
-        after = f"after {' '.join(map(str, item.after))}" if item.after else ""
+        waits = [*item.after, *item.after_any]
+        after = f"after {' '.join(map(str, sorted(waits)))}" if waits else ""
         print(f"{number:>3}  {item.state:8} {item.stem:22} {item.folder}  {after}")
 
 
-def print_fields(planned: Sequence[Planned], models: Sequence[tuple[str, str]]) -> None:
-    """For each model: `model`, name, revision. For each step: `step`, stem, .slurm file, folder, state,
-    numbers of the steps to wait for, number of arguments, the arguments. Each field ends in a NUL byte."""
+def print_fields(planned: Sequence[Planned], models: Sequence[tuple[str, str]], sizes: dict[int, int]) -> None:
+    """Print what submit.sh reads; each field ends in a NUL byte.
+
+    For each model: `model`, name, revision. For each step: `step`, stem, .slurm file, folder, state, what it will write
+    (may be empty), numbers of the steps that must end well before, of those that must end, number of its arguments, and
+    these.
+    """
     fields: list[str] = []
     for name, revision in models:
         fields += ["model", name, revision]
-    for item in planned:
-        after = " ".join(map(str, item.after))
+    for number, item in enumerate(planned):
+        size = gigabytes(sizes[number]) if number in sizes else ""
+        after, after_any = (" ".join(map(str, numbers)) for numbers in (item.after, item.after_any))
         arguments = item.step.arguments
-        fields += ["step", item.stem, str(item.slurm_file), str(item.folder), item.state, after]
+        fields += ["step", item.stem, str(item.slurm_file), str(item.folder), item.state, size, after, after_any]
         fields += [str(len(arguments)), *arguments]
     sys.stdout.write("".join(f"{field}\0" for field in fields))
 
@@ -260,6 +292,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--stages", default=DEFAULT_STAGES, help=f"of {','.join(STAGES)}")
     parser.add_argument("--fields", action="store_true", help="for submit.sh")
+    parser.add_argument("--sizes", action="store_true", help="with what stage 2 will write, if its model is here")
     args = parser.parse_args(words[:cut])
     args.pipeline = words[cut + 1 :]
     return args
@@ -272,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipeline = parse_pipeline_args(args.pipeline)
     planned = plan(pipeline, stages)
     if args.fields:
-        print_fields(planned, models_of(planned, pipeline))
+        print_fields(planned, models_of(planned, pipeline), bytes_to_write(planned) if args.sizes else {})
     else:
         print_table(planned)
     return 0

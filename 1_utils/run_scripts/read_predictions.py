@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
-from command_line import UserError, make_parser, run_main
+from command_line import make_parser, run_main
 from file_output import atomic_path
 from run_store import Run, open_run, row_count
 
@@ -43,9 +43,8 @@ def iter_predictions(run: Run | str | Path, styles: Sequence[str] | None = None)
     Raises UserError for a style the run does not have, and for a damaged file.
     """
     run = run if isinstance(run, Run) else open_run(run)
+    run.chosen(styles)  # raises for one that it does not have
     for style in styles or run.styles:
-        if style not in run.styles:
-            raise UserError(f"{run.path}: has no style {style!r}; it has {', '.join(run.styles)}")
         for _, content in run.batches(style):
             yield from predictions_of(content, style, run)
 

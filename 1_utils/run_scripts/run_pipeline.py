@@ -141,8 +141,9 @@ def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
 
 
 def has_gold(prompts: PromptFile, max_samples: int | None) -> bool:
-    """Whether stage 3 can score any row: a gold answer is a number or an expression."""
-    return bool(script_module(ACCURACY_SCRIPT).has_gold(prompts.rows[:max_samples]))
+    """Whether stage 3 can score any row: its `answer` is a number or an expression."""
+    rows = [row for row in prompts.rows[:max_samples] if isinstance(row, dict) and row.get("answer") not in (None, "")]
+    return bool(rows) and bool(script_module(ACCURACY_SCRIPT).has_gold(rows))
 
 
 def check_step(job: Job, args: argparse.Namespace) -> Step:
@@ -197,7 +198,7 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
     for job, chain in zip(jobs, chains, strict=True):
         say(f"{job.prompts.path}: captured into {job.output}, results in {job.results}")
         if not any(step.script == ACCURACY_SCRIPT for step in chain):
-            say("accuracy is left out: no gold answer is a number or an expression (your own scores: --maths_items)")
+            say("accuracy is left out: no `answer` is a number or an expression (your own scores: --maths_items)")
         for place, step in enumerate(chain, start=1):
             code = run_step(step, f"{number + place}/{total}", args.verbose)
             if code == 0 or (code == EXIT_SOME_FAILED and step.script == CHECK_SCRIPT):
@@ -421,7 +422,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except UnknownFlag as error:
         if is_flag_of_stage_2(error.flag):
             raise UserError(
-                f"{error.flag}: is a flag of stage 2; give it behind all others: … -- {error.flag} …"
+                f"{error.flag}: is a flag of stage 2; these come last, after --: … -- {error.flag} …"
             ) from None
         raise
     args.stage2_flags = words[cut + 1 :]

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import UserError, one_line
+from command_line import UserError, did_you_mean, one_line
 from file_output import atomic_path, make_folder, remove_leftovers, write_json
 from load_json import CLEAN_KEYS, RowId, parse_rows, read_prompt_file, read_text
 from logger import get_logger
@@ -73,6 +73,14 @@ class Run:
     styles: dict[str, Path]
     only_file: Path | None = None
     _sizes: dict[str, tuple[int, Path]] = field(default_factory=dict, compare=False, repr=False)
+
+    def chosen(self, styles: Sequence[str] | None = None) -> list[str]:
+        """The clean form and the styles asked for (default: all), in the run's order. UserError for one it lacks."""
+        for style in styles or ():
+            if style not in self.styles:
+                near = did_you_mean(style, self.styles)
+                raise UserError(f"{self.path}: has no style {style!r}; it has {', '.join(self.styles)}{near}")
+        return [name for name in self.styles if not styles or name in styles or name == self.clean_style]
 
     @property
     def clean_style(self) -> str | None:
@@ -131,15 +139,26 @@ def open_run(path: str | Path) -> Run:
     if path.is_file():
         return Run(path.parent, path.parent.name, {_style_of(path.parent): path.parent}, only_file=path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such run folder; give the --output_dir of stage 2")
-    path = path.resolve()
+        raise UserError(f"{path}: no such run folder{near_folder(path)}; give the --output_dir of stage 2")
+    given, path = path, path.resolve()
     if pt_files(path) or (path / "run.json").is_file():
         return Run(path, path.name, {_style_of(path): path})
     folders = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
     found = {_style_of(child): child for child in folders if pt_files(child)}
     if not found:
-        raise UserError(f"{path}: holds no activations_*.pt, nor do its folders; run stage 2 with this --output_dir")
+        deeper = {
+            file.parent.parent for levels in ("*/*", "*/*/*") for file in given.glob(f"{levels}/activations_*.pt")
+        }
+        if deeper:
+            raise UserError(f"{given}: is no run but a folder of runs; give {' or '.join(map(str, sorted(deeper)))}")
+        raise UserError(f"{given}: holds no activations_*.pt, nor do its folders; run stage 2 with this --output_dir")
     return Run(path, path.name, {style: found[style] for style in sort_styles(found, path)})
+
+
+def near_folder(path: Path) -> str:
+    """`; did you mean <a folder beside it>?` for a folder that is not there, where one has nearly this name."""
+    beside = [str(folder) for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
+    return did_you_mean(str(path), beside)
 
 
 def sort_styles(styles: Iterable[str], run_path: Path) -> list[str]:

@@ -206,7 +206,7 @@ def score_items(
     columns: dict[str, list[Any]] = {name: [] for name in ITEM_COLUMNS}
     facts: dict[int, _Row] = {}
     clean_tokens: dict[int, int] = {}
-    for style in _chosen(run, styles):
+    for style in run.chosen(styles):
         is_clean = style == run.clean_style
         for prediction, tokens, cut_off in _responses(run, style):
             index = prediction.original_index
@@ -242,14 +242,6 @@ def _check_golds(facts: dict[int, _Row], run: Run) -> None:
         without = len(facts) - readable - len(words)
         reason += f"{', ' if words else ''}{without} have none" if without else ""
         get_logger("evaluate_predictions").warning(f"{readable} of {len(facts)} rows are scored: {reason}")
-
-
-def _chosen(run: Run, styles: Sequence[str] | None) -> list[str]:
-    """The styles to score; the clean one always first, since the others are compared with it."""
-    if unknown := [style for style in styles or () if style not in run.styles]:
-        raise UserError(f"{run.path}: has no style {unknown[0]!r}; it has {', '.join(run.styles)}")
-    rest = [s for s in run.styles if s != run.clean_style and (not styles or s in styles)]
-    return [run.clean_style, *rest] if run.clean_style else rest
 
 
 def _responses(run: Run, style: str) -> Iterator[tuple[Prediction, int | None, bool | None]]:

@@ -53,9 +53,7 @@ def chosen_styles(run: Run, styles: Sequence[str] | None) -> list[str]:
             f"{run.path}: has no responses to the clean prompts to compare with (it has {', '.join(run.styles)}); "
             "give the run folder that holds normal too"
         )
-    if unknown := [style for style in styles or () if style not in run.styles]:
-        raise UserError(f"{run.path}: has no style {unknown[0]!r}; it has {', '.join(run.styles)}")
-    return [run.clean_style, *(s for s in run.styles if s != run.clean_style and (not styles or s in styles))]
+    return run.chosen(styles)
 
 
 def aligned_rows(run: Run, styles: Sequence[str], max_samples: int | None = None) -> Iterator[AlignedRow]:

@@ -236,8 +236,7 @@ def clean_and_styles(run: Run, styles: Sequence[str] | None, with_controls: bool
     if clean is None:
         have = ", ".join(run.styles)
         raise UserError(f"{run.path}: no clean form (`normal` or `instruction`) among its styles {have}; run it too")
-    if missing := [style for style in styles or [] if style not in run.styles]:
-        raise UserError(f"{run.path}: has no style {missing[0]!r}; it has {', '.join(run.styles)}")
+    run.chosen(styles)
     chosen = [style for style in (styles or run.styles) if style != clean]
     for style in list(chosen) if with_controls else ():
         if (control := control_of(run, style)) and control not in chosen:

@@ -450,19 +450,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
     warn_unfinished(run, args.styles, args.max_samples)
-    results = [found for style in chosen_styles(run, args.styles) if (found := style_report(run, style, args))]
+    results = [found for style in run.chosen(args.styles) if (found := style_report(run, style, args))]
     if not results:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
     tables, pictures = write_tables(results, folder, args), save_boxplots(results, folder, args)
     get_logger().info(f"wrote {tables[0]}, {len(tables) - 1} tables prompt_task_fraction_*, {len(pictures)} box plots")
     return 0
-
-
-def chosen_styles(run: Run, styles: Sequence[str] | None) -> list[str]:
-    """The styles asked for, the clean form always among them and first. UserError for one the run does not have."""
-    if missing := [style for style in styles or () if style not in run.styles]:
-        raise UserError(f"{run.path}: has no style {missing[0]!r}; it has {', '.join(run.styles)}")
-    return [style for style in run.styles if styles is None or style in styles or style == run.clean_style]
 
 
 def write_tables(results: list[StyleReport], folder: Path, args: argparse.Namespace) -> list[Path]:

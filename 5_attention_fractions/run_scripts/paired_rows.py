@@ -41,8 +41,7 @@ def read_rows(run: Run, style: str, extract: Extract, max_samples: int | None = 
     max_samples counts rows of the prompt file, so that every style keeps the same rows. Raises UserError for an
     unknown style.
     """
-    if style not in run.styles:
-        raise UserError(f"{run.path}: has no style {style!r}; it has {', '.join(run.styles)}")
+    run.chosen([style])
     for path, content in run.batches(style):
         indices = original_indices(content, path)
         if max_samples is not None and indices.min(initial=max_samples) >= max_samples:
