@@ -133,6 +133,33 @@ def test_a_single_style_in_one_folder(tmp_path):
     assert (status.style, status.done, status.missing) == ("normal", 2, 0)
 
 
+def test_the_flag_and_the_bare_folder_are_the_same(tmp_path, capsys):
+    write_run(tmp_path / "outputs" / "r" / "normal", "normal", rows(2), [((0, 1), 1060.0)])
+    shown = []
+    for words in (["--run_dir", str(tmp_path / "outputs" / "r")], [str(tmp_path / "outputs" / "r")]):
+        assert run_status.main(words) == 0
+        shown.append(capsys.readouterr().out.splitlines()[:3])
+    assert shown[0] == shown[1]
+    with pytest.raises(UserError, match="--run_dir: give the run folder"):
+        run_status.main([])
+    with pytest.raises(UserError, match=r"no such folder; did you mean .*outputs/r"):
+        run_status.main(["--run_dir", str(tmp_path / "outputs" / "R_")])
+
+
+def test_analyses_from_before_the_newest_file_are_told(tmp_path, capsys):
+    now = time.time()
+    write_run(tmp_path / "outputs" / "r" / "p" / "normal", "normal", rows(2), [((0, 1), now)], started=now - 5)
+    results = tmp_path / "results" / "r" / "p"
+    results.mkdir(parents=True)
+    (results / "maths_items.csv").write_text("x")
+    os.utime(results / "maths_items.csv", (now + 5, now + 5))
+    run_status.main(["--run_dir", str(tmp_path / "outputs" / "r")])
+    assert "older" not in capsys.readouterr().out
+    os.utime(results / "maths_items.csv", (now - 5, now - 5))
+    run_status.main(["--run_dir", str(tmp_path / "outputs" / "r")])
+    assert "analyses are older than the run: 1 of 1 tables (maths_items.csv) in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("make", "told"), [(False, "no such folder"), (True, "no run has begun there")])
 def test_where_there_is_no_run_it_says_so(tmp_path, make, told):
     if make:

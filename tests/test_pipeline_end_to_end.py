@@ -206,7 +206,7 @@ def test_a_failing_stage_stops_the_run_with_its_message(tmp_path, prompt_file):
 
 
 def test_with_keep_going_a_failed_file_does_not_stop_the_next_one(tmp_path):
-    """The first file's prompts are too long for the model; the second one's answers are words, so stage 3 is left out."""
+    """The first file's prompts are too long for the model; the second one's answers are words: no stage 3."""
     tiny_models.save(tmp_path / "tiny")
     (tmp_path / "long.json").write_text(json.dumps([{"normal": "too long " * 400}, {"normal": "far too long " * 400}]))
     capitals = [{"normal": f"Please name the capital of land {i}", "answer": "Paris"} for i in range(4)]

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -157,6 +158,50 @@ def test_a_run_without_results_still_gives_a_report(made, tmp_path, capsys):
     text = (tmp_path / "empty" / "report.html").read_text(encoding="utf-8")
     assert path.endswith("report.html")
     assert text.count('<article class="pair">') == 3
+
+
+def test_a_results_folder_that_is_not_there_is_an_error(made, tmp_path):
+    run, _ = made
+    (tmp_path / "results").mkdir()
+    with pytest.raises(UserError, match=r"reslts: no such results folder; did you mean .*/results\?"):
+        main(["--run_dir", str(run.path), "--results_dir", str(tmp_path / "reslts")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]
+
+
+def test_results_are_found_where_the_pipeline_writes_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "outputs" / "demo" / "maths", prompt_rows(4))
+    (tmp_path / "results" / "demo" / "maths").mkdir(parents=True)
+    assert main(["--run_dir", "outputs/demo/maths"]) == 0
+    assert (tmp_path / "results" / "demo" / "maths" / "report.html").is_file()
+
+
+def test_a_run_without_files_is_left_out_of_a_report_on_several(made, tmp_path, capsys):
+    run, results = made
+    (tmp_path / "empty").mkdir()
+    words = ["--run_dir", str(run.path), str(tmp_path / "empty"), "--results_dir", str(results), str(tmp_path / "none")]
+    assert main([*words, "--report", str(tmp_path / "r.html"), "--examples", "0"]) == 0
+    assert "empty: holds no activations_*.pt" in capsys.readouterr().err
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").count("<section") == 1
+    with pytest.raises(UserError, match="empty: holds no activations"):
+        main(["--run_dir", str(tmp_path / "empty"), "--results_dir", str(tmp_path)])
+
+
+def test_analyses_that_are_older_than_the_run_are_told(tmp_path, capsys):
+    run = open_run(write_run(tmp_path / "run", prompt_rows(4)))
+    results = tmp_path / "results"
+    results.mkdir()
+    for name in ("similarity_items.csv", "rewards_summary.csv", "prompt_findings.csv"):
+        (results / name).write_text("style,n\nnormal,4\n")
+    words = ["--run_dir", str(run.path), "--results_dir", str(results)]
+    assert main(words) == 0
+    assert "older" not in capsys.readouterr().err + (results / "report.html").read_text(encoding="utf-8")
+    os.utime(results / "similarity_items.csv", (1000, 1000))
+    os.utime(results / "prompt_findings.csv", (1000, 1000))  # of the prompt file, not of the run
+    assert main(words) == 0
+    told = "1 of 2 tables (similarity_items.csv)"
+    assert f"{told} are older than the run" in capsys.readouterr().err
+    assert f"{told} were written before its newest .pt file" in (results / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_damaged_table_is_one_line(made, tmp_path):

@@ -27,9 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 
 from command_line import UserError, make_parser, run_main
 from file_output import read_csv, write_text
+from logger import get_logger
 from read_predictions import Prediction, iter_predictions
 from report_sections import SECTIONS, TableOf
-from run_store import Run, open_run, read_failures, row_indices, warn_unfinished
+from run_store import (
+    Run, near_folder, open_run, outdated, read_failures, results_of, row_indices, warn_unfinished,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -386,6 +389,7 @@ def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, 
         "prompts": sum(len(numbers) for numbers in indices.values()),
         "failures": sum(len(read_failures(folder)) for folder in run.styles.values()),
         "unfinished": warn_unfinished(run),
+        "outdated": outdated(run, results),
         "clean": clean,
         "made_with": made_with(run),
         "captured": captured_on(run),
@@ -553,7 +557,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--run_dir", type=Path, nargs="+", required=True, help="run folders of stage 2")
-    parser.add_argument("--results_dir", type=Path, nargs="+", help="their results; default: results/<run name>")
+    parser.add_argument("--results_dir", type=Path, nargs="+", help="their results; default: results/<run>")
     parser.add_argument("--report", type=Path, help="default: report.html in the (first) results folder")
     parser.add_argument("--examples", type=int, default=10, help="pairs of prompts shown side by side, for each run")
     parser.add_argument("--seed", type=int, default=0, help="which pairs are drawn")
@@ -563,15 +567,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and print its path."""
     args = parse_args(argv)
-    runs = [open_run(path) for path in args.run_dir]
-    folders = args.results_dir or [Path("results") / run.name for run in runs]
-    if len(folders) != len(runs):
-        raise UserError(f"{len(runs)} run folders but {len(folders)} results folders; give one for each run")
     if args.examples < 0:
         raise UserError(f"--examples {args.examples}: must be at least 0")
-    report = args.report or folders[0] / "report.html"
-    print(build_report(list(zip(runs, folders, strict=True)), report, args.examples, args.seed))
+    runs = runs_with_results(args.run_dir, args.results_dir)
+    report = args.report or runs[0][1] / "report.html"
+    for run, results in runs:
+        if old := outdated(run, results):
+            get_logger().warning(f"{results}: {old} are older than the run: run stages 3 to 5 again")
+    print(build_report(runs, report, args.examples, args.seed))
     return 0
+
+
+def runs_with_results(paths: Sequence[Path], folders: Sequence[Path] | None) -> list[tuple[Run, Path]]:
+    """Each run with its results folder. Among several, a run that has no .pt file is left out with a warning."""
+    if folders and len(folders) != len(paths):
+        raise UserError(f"{len(paths)} run folders but {len(folders)} results folders; give one for each run")
+    found = []
+    for number, path in enumerate(paths):
+        try:
+            run = open_run(path)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            get_logger().warning(f"{error}; left out of the report")
+            continue
+        results = folders[number] if folders else results_of(run)
+        if not results.is_dir():
+            raise UserError(
+                f"{results}: no such results folder{near_folder(results)}; give the --results_dir of stages 3 to 5"
+            )
+        found.append((run, results))
+    if not found:
+        raise UserError("no run holds a .pt file; run stage 2 first")
+    return found
 
 
 if __name__ == "__main__":

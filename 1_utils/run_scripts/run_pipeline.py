@@ -39,7 +39,7 @@ from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, make_parser, run_main
 from file_output import write_json, write_text
 from load_json import PromptFile, read_prompt_file
-from run_store import open_run, row_indices
+from run_store import open_run, outdated, row_indices, unfinished
 from token_spans import matched_style
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,12 +195,13 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
     chains = [[check_step(job, args), *steps_of(job, args)] for job in jobs]
     total, number = sum(map(len, chains)) + 1, 0
     failed: list[tuple[Step, int]] = []
+    known: set[str] = set()
     for job, chain in zip(jobs, chains, strict=True):
         say(f"{job.prompts.path}: captured into {job.output}, results in {job.results}")
         if not any(step.script == ACCURACY_SCRIPT for step in chain):
             say("accuracy is left out: no `answer` is a number or an expression (your own scores: --maths_items)")
         for place, step in enumerate(chain, start=1):
-            code = run_step(step, f"{number + place}/{total}", args.verbose)
+            code = run_step(step, f"{number + place}/{total}", args.verbose, known)
             if code == 0 or (code == EXIT_SOME_FAILED and step.script == CHECK_SCRIPT):
                 continue
             failed.append((step, code))
@@ -212,16 +213,17 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
         number += len(chain)
     if any(job.output.is_dir() for job in jobs):
         report = report_step(jobs, args)
-        code = run_step(report, f"{total}/{total}", args.verbose)
+        code = run_step(report, f"{total}/{total}", args.verbose, known)
         failed += [(report, code)] if code else []
     return failed
 
 
-def run_step(step: Step, number: str, verbose: bool = False) -> int:
+def run_step(step: Step, number: str, verbose: bool = False, known: set[str] | None = None) -> int:
     """Run a step unless it is done; returns its exit code. One line says what it wrote, further ones what is doubtful.
 
-    verbose: the command and all that it prints.
+    verbose: the command and all that it prints. known: warnings that have been shown, this step's are added.
     """
+    known = set() if known is None else known
     state = None if step.results is None else state_of(step)
     if step.results is not None and is_done(step, state):
         say(f"[{number}] {step.name}: done before")
@@ -236,7 +238,8 @@ def run_step(step: Step, number: str, verbose: bool = False) -> int:
     if code in (0, EXIT_SOME_FAILED) and step.script == CAPTURE_SCRIPT:
         write_text(place / f".done.{Path(step.script).stem}", "".join(f"{word}\n" for word in step.arguments))
     times = f"{time.monotonic() - start:.0f} s" + (f", {core_seconds() - used:.0f} s of a core" if verbose else "")
-    said = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: "))]
+    said = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: ")) and line not in known]
+    known.update(said)
     if step.script == CHECK_SCRIPT and lines and code in (0, EXIT_SOME_FAILED):
         told = f"{lines[-1]}, prompt_findings.csv"
     else:
@@ -384,6 +387,8 @@ def print_headline(args: argparse.Namespace) -> None:
         for line in [columns, *lines]:
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+        if old := outdated(run, results / output.name):
+            say(f"warning: analyses are older than the run: {old}; run stages 3 to 5 again")
     say("\n[…]: 95 % intervals; difference: to the clean form, paired by row and clustered by template")
     if not args.reward_model:
         say(f"reward scoring was skipped: add --reward_model {REWARD_EXAMPLE} (fetched from the hub) or a local folder")

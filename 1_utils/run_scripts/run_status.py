@@ -4,7 +4,7 @@ Reads   outputs/<run>/ with one or several prompt files' folders: run.json, prom
         the notes that cluster jobs leave there (.job.<script>.<task>)
 Writes  nothing; prints a table, or JSON with --json
 
-    python 1_utils/run_scripts/run_status.py outputs/demo
+    python 1_utils/run_scripts/run_status.py --run_dir outputs/demo
 
 The rate counts the prompts written since the run was last started, in its last hour at most; the time left is at that
 rate. Exit code: 0 everything is done, 1 prompts are missing or failed, 2 there is no such run.
@@ -29,7 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_sc
 from command_line import UserError, make_parser, run_main
 from file_output import gigabytes
 from load_json import PromptFile, read_prompt_file
-from run_store import load_pt, planned_prompts, pt_files, read_failures, read_json_file, sort_styles
+from run_store import (
+    load_pt, near_folder, open_run, outdated, planned_prompts, pt_files, read_failures, read_json_file, results_of,
+    sort_styles,
+)  # fmt: skip
 from token_spans import matched_style
 
 RATE_SPAN = 3600.0  # seconds
@@ -83,7 +86,7 @@ class Progress:
 def read_styles(run_dir: Path) -> list[StyleStatus]:
     """Every style under a run folder, a style folder, or a folder of several runs. Raises UserError where none is."""
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such folder; give the --output_dir of stage 2")
+        raise UserError(f"{run_dir}: no such folder{near_folder(run_dir)}; give the --output_dir of stage 2")
     found = sorted(path.parent for depth in ("", "*/", "*/*/") for path in run_dir.glob(f"{depth}run.json"))
     if not found:
         raise UserError(f"{run_dir}: no run has begun there (no run.json); is it the --output_dir of stage 2?")
@@ -182,6 +185,17 @@ def slurm_state(task: str) -> str | None:
     return asked.stdout.split()[0].lower() if asked.stdout.split() else ""
 
 
+def outdated_analyses(styles: Sequence[StyleStatus]) -> list[str]:
+    """One line for each run whose analyses were made before its newest .pt file came."""
+    lines = []
+    folders = [Path(style.folder) for style in styles if style.done]
+    for path in dict.fromkeys(f if (f / "prompts.json").is_file() else f.parent for f in folders):
+        results = results_of(run := open_run(path))
+        if old := outdated(run, results):
+            lines.append(f"analyses are older than the run: {old} in {results}; run stages 3 to 5 again")
+    return lines
+
+
 # --- sums
 
 
@@ -278,9 +292,14 @@ def span(seconds: float) -> str:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("run_dir", type=Path, help="run folder of stage 2, or a folder of several")
+    parser.add_argument("--run_dir", type=Path, help="run folder of stage 2, or a folder of several")
+    parser.add_argument("folder", nargs="?", type=Path, help="the same, without the flag")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.run_dir = args.run_dir or args.folder
+    if args.run_dir is None:
+        raise UserError("--run_dir: give the run folder of stage 2, or a folder of several")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,12 +312,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not notes:
             raise
         raise UserError(f"{error}; {'; '.join(note_lines(notes)) or 'its jobs are done'}") from None
-    progress = progress_of(styles, args.run_dir)
+    progress, old = progress_of(styles, args.run_dir), outdated_analyses(styles)
     if args.json:
-        lists = {"styles": [asdict(style) for style in styles], "jobs": [asdict(note) for note in notes]}
+        lists = {
+            "styles": [asdict(style) for style in styles],
+            "jobs": [asdict(note) for note in notes],
+            "outdated": old,
+        }
         print(json.dumps(asdict(progress) | lists, ensure_ascii=False, indent=2))
     else:
-        print("\n".join(status_lines(styles, notes, args.run_dir, time.time())))
+        print("\n".join([*status_lines(styles, notes, args.run_dir, time.time()), *old]))
     return int(progress.missing + progress.failed > 0)
 
 

@@ -161,6 +161,25 @@ def near_folder(path: Path) -> str:
     return did_you_mean(str(path), beside)
 
 
+def results_of(run: Run) -> Path:
+    """Where the results of a run are: in `results` beside its `outputs`, as the pipeline has it, or results/<run name>."""
+    parts = run.path.parts
+    if "outputs" in parts:
+        at = len(parts) - 1 - parts[::-1].index("outputs")
+        if (twin := Path(*parts[:at], "results", *parts[at + 1 :])).is_dir():
+            return twin
+    return Path("results") / run.name
+
+
+def outdated(run: Run, results: Path) -> str:
+    """Which tables were written before the newest .pt file of the run: "3 of 12 tables (a.csv, …)"; "" if none was."""
+    newest = max((path.stat().st_mtime for style in run.styles for path in run.files(style)), default=0.0)
+    tables = [path for path in sorted(results.glob("*.csv")) if path.name != "prompt_findings.csv"]
+    old = [path.name for path in tables if path.stat().st_mtime < newest]
+    more = ", …" if len(old) > 3 else ""
+    return f"{len(old)} of {len(tables)} tables ({', '.join(old[:3])}{more})" if old else ""
+
+
 def sort_styles(styles: Iterable[str], run_path: Path) -> list[str]:
     """Clean form first, then the order of the prompt file where known, then by name."""
     order = {key: position - len(CLEAN_KEYS) for position, key in enumerate(CLEAN_KEYS)}
