@@ -162,7 +162,7 @@ def near_folder(path: Path) -> str:
 
 
 def results_of(run: Run) -> Path:
-    """Where the results of a run are: in `results` beside its `outputs`, as the pipeline has it, or results/<run name>."""
+    """Where the results of a run are: in `results` beside its `outputs` (as the pipeline has it), or results/<run>."""
     parts = run.path.parts
     if "outputs" in parts:
         at = len(parts) - 1 - parts[::-1].index("outputs")
