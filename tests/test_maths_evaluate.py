@@ -389,9 +389,50 @@ def test_numbers_alone_never_start_the_symbolic_reader(tmp_path):
 def test_power_is_told_before_any_p_value(run, tmp_path, capsys):
     assert script.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
     told = capsys.readouterr().err
-    assert told.count("could be detected (80 % power)") == 2
+    assert told.count("could be detected (80 % power") == 1
     assert told.rindex("could be detected") < told.index("p = ")
+    assert "nan" not in told
     assert (tmp_path / "maths_summary.csv").is_file()
+
+
+def own_scores(path, lines, columns="style,original_index,correct"):
+    path.write_text("\n".join([columns, *lines]) + "\n")
+    return path
+
+
+def test_own_scores_stand_for_those_of_stage_3(run, tmp_path):
+    """What the table lacks is not scored; what the run knows of a row (template, edits …) stays."""
+    lines = [f"normal,{index},{int(index != 2)}" for index in range(4)] + ["swap,0,0", "swap,1,True", "swap,2,"]
+    scores = own_scores(tmp_path / "own.csv", lines)
+    words = ["--run_dir", str(run), "--results_dir", str(tmp_path / "out"), "--maths_items", str(scores)]
+    assert script.main(words) == 0
+    summary = pd.read_csv(tmp_path / "out" / "maths_summary.csv").set_index("style")
+    assert summary.loc["normal", ["n", "estimate"]].tolist() == [4, 0.75]
+    assert summary.loc["swap", ["n", "estimate", "difference"]].tolist() == [2, 0.5, -0.5]
+    items = pd.read_csv(tmp_path / "out" / "maths_items.csv")
+    assert items["correct"].notna().sum() == 6
+    assert items[["gold", "value"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "columns", "told"),
+    [
+        (["swap,0,1"], "style,row,correct", "has no column original_index; give a CSV"),
+        (["swap,0,maybe"], "style,original_index,correct", "line 2: correct is 'maybe'"),
+        (["swap,0,0.5"], "style,original_index,correct", "line 2: correct is 0.5"),
+        (["swap,0,1", "swap,0,0"], "style,original_index,correct", "line 3: scores an answer that an earlier"),
+        (["urgent,0,1"], "style,original_index,correct", "line 2: the run has no answer to row 0 of style 'urgent'"),
+        (["swap,900,1"], "style,original_index,correct", "line 2: the run has no answer to row 900"),
+        (["swap,0,1,other words"], "style,original_index,correct,response", "line 2: its response is not this run's"),
+        (["swap,0,"], "style,original_index,correct", "no line has a score"),
+    ],
+)
+def test_scores_of_something_else_are_refused(run, tmp_path, lines, columns, told):
+    scores = own_scores(tmp_path / "own.csv", lines, columns)
+    with pytest.raises(UserError, match=told) as caught:
+        script.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out"), "--maths_items", str(scores)])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,14 @@ from logger import get_logger
 from read_predictions import Prediction, iter_predictions
 from report_sections import SECTIONS, TableOf
 from run_store import (
-    Run, near_folder, open_run, outdated, read_failures, results_of, row_indices, warn_unfinished,
+    Run,
+    near_folder,
+    open_run,
+    outdated,
+    read_failures,
+    results_of,
+    row_indices,
+    warn_unfinished,
 )  # fmt: skip
 
 if TYPE_CHECKING:

@@ -23,11 +23,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError, make_parser, run_main
+from file_output import gigabytes
 from logger import get_logger
 from run_pipeline import Job, Step, check_step, jobs_of, report_step, script_module, state_of, steps_of
 from run_pipeline import is_done as is_stamped
 from run_pipeline import parse_args as parse_pipeline_args
-from run_status import gigabytes, read_styles
+from run_status import read_styles
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("0", "2", "3", "4", "5", "report")

@@ -387,6 +387,8 @@ def print_headline(args: argparse.Namespace) -> None:
         for line in [columns, *lines]:
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+        if told := unfinished(run):
+            say(f"warning: this run holds only {told}; the same command runs the rest")
         if old := outdated(run, results / output.name):
             say(f"warning: analyses are older than the run: {old}; run stages 3 to 5 again")
     say("\n[…]: 95 % intervals; difference: to the clean form, paired by row and clustered by template")

@@ -30,7 +30,15 @@ from command_line import UserError, make_parser, run_main
 from file_output import gigabytes
 from load_json import PromptFile, read_prompt_file
 from run_store import (
-    load_pt, near_folder, open_run, outdated, planned_prompts, pt_files, read_failures, read_json_file, results_of,
+    load_pt,
+    near_folder,
+    open_run,
+    outdated,
+    planned_prompts,
+    pt_files,
+    read_failures,
+    read_json_file,
+    results_of,
     sort_styles,
 )  # fmt: skip
 from token_spans import matched_style

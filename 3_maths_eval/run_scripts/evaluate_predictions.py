@@ -33,6 +33,7 @@ from file_output import read_csv, write_csv
 from load_json import CLEAN_KEYS, read_prompt_file
 from logger import get_logger
 from maths_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
+from own_scores import with_own_scores
 from parse_predictions import Gold, gold_value, judge, number_text, read_gold
 from read_predictions import Prediction, predictions_of
 from run_store import Run, open_run, row_count, warn_unfinished
@@ -74,15 +75,17 @@ def evaluate_run(
     edits_csv: str | Path | None = None,
     styles: Sequence[str] | None = None,
     style: str | None = None,
+    maths_items: str | Path | None = None,
 ) -> Evaluation:
     """Score a run folder, one style's folder or one .pt file, and compare its styles.
 
+    maths_items: a table of the user's own scores (see own_scores.py), which stands for stage 3's.
     prompt_file: where the run keeps no copy (reference format), or to override it. style: the name of the single style
     in run_dir, where its folder does not carry it. Raises UserError for what is not there and if no row has a gold
     answer, NoReadableGold if all gold answers are words.
     """
     run = open_prompts(open_run(run_dir), prompt_file, style)
-    items = score_items(run, _edit_log(run, edits_csv), styles)
+    items = score_items(run, _edit_log(run, edits_csv), styles, maths_items)
     warn_unfinished(run, styles)
     baseline = run.clean_style or CLEAN_KEYS[0]
     _report_items(items, baseline)
@@ -198,7 +201,10 @@ def _same_prompts(path: Path, sha256: str | None) -> bool:
 
 
 def score_items(
-    run: Run, edits: dict[tuple[str, int], int] | None, styles: Sequence[str] | None = None
+    run: Run,
+    edits: dict[tuple[str, int], int] | None,
+    styles: Sequence[str] | None = None,
+    maths_items: str | Path | None = None,
 ) -> pd.DataFrame:
     """maths_items.csv: one line per response, in the order of styles and rows; columns ITEM_COLUMNS."""
     import pandas as pd
@@ -222,6 +228,8 @@ def score_items(
             for name in ITEM_COLUMNS:
                 columns[name].append(line[name])
     items = pd.DataFrame(columns)
+    if maths_items is not None:
+        return with_own_scores(items, Path(maths_items))
     _check_golds(facts, run)
     return items
 
@@ -303,7 +311,7 @@ def _report_items(items: pd.DataFrame, baseline: str) -> None:
     logger = get_logger("evaluate_predictions")
     statuses = Counter(items["status"])
     told = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
-    logger.info(f"{len(items)} responses in {items['style'].nunique()} styles: {told}")
+    logger.debug(f"{len(items)} responses in {items['style'].nunique()} styles: {told}")
     if statuses[UNREAD]:
         logger.warning(
             f"{statuses[UNREAD]} responses are not scored: their prompt is not in the decoded text; "
@@ -316,26 +324,28 @@ def _report_items(items: pd.DataFrame, baseline: str) -> None:
 def _report_power(detectable: pd.DataFrame, baseline: str) -> None:
     logger = get_logger("evaluate_predictions")
     for line in detectable[detectable["n_paired"] > 0].itertuples():
-        if line.minimum_detectable_difference == line.minimum_detectable_difference:
-            told = (
-                f"smallest difference to {baseline} that could be detected (80 % power): "
-                f"{line.minimum_detectable_difference:.3f} alone, "
-                f"{line.minimum_detectable_difference_adjusted:.3f} among all styles"
-            )
-        else:
-            told = "nothing could be detected: no answer differs, or there are too few rows"
-        logger.info(f"{line.style}: {line.n_paired} pairs in {line.n_clusters} clusters; {told}")
+        logger.debug(
+            f"{line.style}: {line.n_paired} pairs in {line.n_clusters} clusters; smallest difference to {baseline} "
+            f"that could be detected (80 % power): {line.minimum_detectable_difference:.3f} alone, "
+            f"{line.minimum_detectable_difference_adjusted:.3f} among all styles"
+        )
+    known = detectable["minimum_detectable_difference_adjusted"].dropna()
+    if len(known):
+        told = " to ".join(dict.fromkeys(f"{value:.3f}" for value in (known.min(), known.max())))
+        logger.info(f"smallest difference to {baseline} that could be detected (80 % power, all styles tested): {told}")
 
 
 def _report_summary(summary: pd.DataFrame) -> None:
     logger = get_logger("evaluate_predictions")
-    for line in summary.itertuples():
+    for line in summary[summary["n"] > 0].itertuples():
         text = f"{line.style}: {line.estimate:.3f} right [{line.ci_low:.3f}, {line.ci_high:.3f}], n = {line.n}"
-        if line.difference == line.difference:
+        if line.p == line.p:
             text += (
                 f"; difference {line.difference:+.3f} [{line.difference_ci_low:.3f}, {line.difference_ci_high:.3f}]"
                 f", p = {line.p:.3g}, adjusted {line.p_adjusted:.3g}"
             )
+        elif line.difference == line.difference:
+            text += f"; difference {line.difference:+.3f}, no interval: too few rows, or none differs"
         logger.info(text)
 
 
@@ -352,6 +362,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--style", help="name of the only style in --run_dir, where its folder does not say it")
     gold = parser.add_argument_group("gold answers")
     gold.add_argument("--prompt_file", type=Path, help="prompt file; default: the copy in the run folder")
+    gold.add_argument("--maths_items", type=Path, help="your own scores instead: a CSV with style, original_index, "
+                      "correct (1 or 0), and where it has them sample and response")  # fmt: skip
     gold.add_argument(
         "--edits_csv", type=Path, help="edit log; default: <prompt file>_edits.csv where it is still there"
     )
@@ -362,7 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score a run and write its tables and figures."""
     args = parse_args(argv)
     try:
-        evaluation = evaluate_run(args.run_dir, args.prompt_file, args.edits_csv, args.styles, args.style)
+        evaluation = evaluate_run(
+            args.run_dir, args.prompt_file, args.edits_csv, args.styles, args.style, args.maths_items
+        )
     except NoReadableGold as skipped:
         get_logger("evaluate_predictions").warning(str(skipped))
         return 0
