@@ -64,6 +64,7 @@ def test_a_prompt_that_failed_is_not_there(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_every_analysis_warns_once(tmp_path, capsys, script):
+    (tmp_path / "out").mkdir()  # the report wants it to be there
     run = make(tmp_path / "run", (24, 24, 20))
     assert script.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "24 of 40" in line]
