@@ -251,7 +251,7 @@ def test_a_chain_whose_tasks_are_killed_and_whose_node_fails_ends_as_if_undistur
     last = submit(place, cwd, *words)
     assert (last.returncode, last.stdout.splitlines()[-1]) == (0, "everything is done"), last.stdout + last.stderr
     (cwd / "results" / "run" / "prompts" / "maths_summary.csv").unlink()
-    dry = submit(place, cwd, "--dry-run", *words)
+    dry = submit(place, cwd, "--dry-run", "--verbose", *words)
     assert re.findall(r"--job-name=(\w+)", dry.stdout) == ["evaluate_predictions", "build_report"]
     assert known_jobs() == before
 
@@ -324,9 +324,9 @@ def test_a_failing_stage_stops_those_that_wait_for_it_and_says_why(place, tmp_pa
     assert "failures.csv" in shown.stdout
 
     # The same command tries the failed prompt again; --keep_going goes on without it.
-    again = submit(place, tmp_path, "--dry-run", *words)
+    again = submit(place, tmp_path, "--dry-run", "--verbose", *words)
     assert "--job-name=attn_act_logi" in again.stdout
-    without = submit(place, tmp_path, "--dry-run", *words, "--keep_going")
+    without = submit(place, tmp_path, "--dry-run", "--verbose", *words, "--keep_going")
     assert re.findall(r"--job-name=(\w+)", without.stdout) == ["evaluate_predictions", "build_report"]
 
 
