@@ -169,7 +169,7 @@ def in_its_work(log, start=1):
     """A prompt has been run in the `start`th start of the job, and not all of them."""
     if not log.is_file() or f"start {start}\n" not in (text := log.read_text()):
         return False
-    counts = re.findall(r"(\d+)/(\d+) \[", text.partition(f"start {start}\n")[2])
+    counts = re.findall(r"(\d+) of (\d+) prompts:", text.partition(f"start {start}\n")[2])
     return any(0 < int(done) < int(total) // 2 for done, total in counts[-1:])
 
 
@@ -277,9 +277,9 @@ def test_a_task_at_its_time_limit_finishes_its_batch_and_goes_on_in_a_second_sta
     wait_until(lambda: ended(job), "the end")
     assert (tell(job)["JobState"], tell(job)["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     first, second = log.read_text().split("start 2\n")
-    kept, left = re.findall(r"(\d+)/(\d+) \[", first)[-1]
+    kept, left = re.findall(r"(\d+) of (\d+) prompts:", first)[-1]
     assert 0 < int(kept) < int(left), "the first start did all of it"
-    again = re.findall(r"/(\d+) \[", second)[-1]
+    again = re.findall(r" of (\d+) prompts:", second)[-1]
     assert int(again) == int(left) - int(kept), "what the first start had done was done again"
     assert_same_numbers(tmp_path / "outputs" / "run", place / "undisturbed")
 
@@ -287,7 +287,7 @@ def test_a_task_at_its_time_limit_finishes_its_batch_and_goes_on_in_a_second_sta
 def test_two_gpus_are_two_processes_that_stop_and_go_on_together(place, tmp_path):
     job = sbatch_capture(place, tmp_path, "--gres=gpu:2")
     log = tmp_path / "logs" / f"attn_act_logi_{job}_0.out"
-    begun = r"normal: +0%\|[^|]*\| 0/130 \["  # the first bar of a process
+    begun = r"normal, 0 of 130 prompts: +0%\|"  # the first bar of a process
     wait_until(lambda: log.is_file() and len(re.findall(begun, log.read_text())) == 2, "both at work")
     assert processes_of(tmp_path).keys() == {0, 1}
     slurm("scancel", "--batch", "--signal=USR1", f"{job}_0")

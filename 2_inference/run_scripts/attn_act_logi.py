@@ -604,7 +604,7 @@ def run_jobs(
         lengths = [job.style.lengths[p] - prefix for job in jobs for one in job.files for p in one if p not in job.kept]
         progress = Progress(len(lengths), sum(lengths), args.num_samples, args.max_new_tokens)
         generator.progress = progress
-        with progress.bar:
+        with contextlib.closing(progress):
             for job in jobs:
                 progress.style = job.style.style
                 run_style(job, reader, generator, writer, progress, stop, forced if job is not clean else None)

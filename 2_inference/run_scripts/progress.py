@@ -70,6 +70,12 @@ class Progress:
         chance = self.early / max(1, self.new_tokens)
         return (1 - (1 - chance) ** room) / chance if chance else room
 
+    def close(self) -> None:
+        """Leave the bar as it stands at the end, which a signal may bring early."""
+        self._shown = 0.0
+        self._show()
+        self.bar.close()
+
     def _show(self) -> None:
         if (now := time.monotonic()) - self._shown < REFRESH and self.done < self.prompts:
             return
