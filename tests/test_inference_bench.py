@@ -47,7 +47,9 @@ def test_a_stopped_run_gives_the_finished_rounds(tmp_path, monkeypatch, capfd, n
         return run
 
     monkeypatch.setitem(bench_capture.WAYS, "stopping", stopping)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background ignores it
     code, csv = bench(tmp_path, "--lengths", "4", "9", "--repeats", "5", "--ways", "generate", "stopping")
+    signal.signal(signal.SIGINT, before)
     table = pd.read_csv(csv)
     assert code == 130
     assert set(table.prompt_tokens) == {4}
