@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from activation_rows import StyleRows, changed_rows
+from attention.activation_rows import StyleRows, changed_rows
+from attention.linear_cka import CkaSums, item_contributions
+from attention.logit_lens import LogitLens, find_final_norm
+from attention.next_token_change import next_token_change
+from attention.typo_recovery import first_lasting_layer, half_recovery_depth, recovery_depth
 from command_line import UserError
-from linear_cka import CkaSums, item_contributions
-from logit_lens import LogitLens, find_final_norm
-from next_token_change import next_token_change
 from run_store import open_run
 from scipy.special import log_softmax
 from scipy.stats import entropy
 from synthetic_run import prompt_rows, with_first_word_typo, write_run
-from typo_recovery import first_lasting_layer, half_recovery_depth, recovery_depth
 
 STYLES = ["swap", "main", "split"]
 
@@ -131,7 +131,7 @@ def test_without_split_the_comparison_is_empty_not_made_up(tmp_path, capsys):
 
 
 def test_pictures_are_drawn_at_42_layers_with_their_labels(tmp_path, monkeypatch):
-    import layer_curves
+    from attention import layer_curves
 
     run = write_run(tmp_path / "run", prompt_rows(12, STYLES), layers=42, heads=1, raw_layers=())
     drawn = {}
@@ -458,7 +458,7 @@ def without_pooled_last(folder):
 def test_a_region_that_is_not_pooled_and_its_lens_come_from_the_raw_layers(
     tmp_path, monkeypatch, raw_layers, tiny_llama_of_synthetic_runs, capsys
 ):
-    import logit_lens
+    from attention import logit_lens
 
     rows = prompt_rows(14, STYLES, templates=6)
     run = write_run(tmp_path / "run", rows, layers=4, hidden=12, raw_layers=(0,))
@@ -511,7 +511,7 @@ def tiny_llama_of_synthetic_runs():
 
 
 def test_the_lens_refuses_what_it_cannot_read(tmp_path, monkeypatch, tiny_llama_of_synthetic_runs):
-    import logit_lens
+    from attention import logit_lens
 
     def lens_of(model):
         monkeypatch.setattr(logit_lens, "open_lens", lambda *_: LogitLens(find_final_norm(model), model))

@@ -6,7 +6,7 @@ import evaluate_predictions
 import head_sensitivity
 import neuron_sensitivity
 import pytest
-from activation_rows import templates_of
+from attention.activation_rows import templates_of
 from file_output import read_csv
 from logger import set_verbose
 from paired_stats import deal

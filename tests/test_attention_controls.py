@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import probe_layers
 import pytest
-from activation_rows import clean_and_styles, control_of, is_control, like_control, twin_region
+from attention.activation_rows import clean_and_styles, control_of, is_control, like_control, twin_region
 from run_store import open_run, unpack_rows
 from scipy import stats
 from synthetic_run import prompt_rows, with_controls, write_run
@@ -70,7 +70,7 @@ def test_each_style_has_its_own_control_and_split_for_want_of_it(run_dir):
 
 
 def test_rows_are_matched_by_their_number_of_tokens_alone(run_dir):
-    from activation_rows import StyleRows
+    from attention.activation_rows import StyleRows
 
     run = open_run(run_dir)
     own, control = StyleRows(run, "swap"), StyleRows(run, "split@swap")
@@ -109,7 +109,7 @@ def test_heads_are_compared_with_the_matched_control(run_dir, results):
 
 
 def test_divergence_from_the_clean_form_is_tested_against_that_of_the_control(run_dir, results):
-    from aligned_maps import aligned_divergence, row_maps
+    from attention.aligned_maps import aligned_divergence, row_maps
     from paired_stats import paired_difference
 
     run, maps = open_run(run_dir), {}

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from attention_fields import ENTROPY_QUERIES, QUERIES, REGIONS, attention_fields
+from attention.attention_fields import ENTROPY_QUERIES, QUERIES, REGIONS, attention_fields
+from attention.reference_format import TokenRegions, decoded_offsets
 from dirs_eval import CELLS, SINK, all_levels, baseline_of, box_of, fraction_cells, main
-from reference_format import TokenRegions, decoded_offsets
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
 from synthetic_run import NOUNS, Size, file_content, prompt_rows, tokens_of, with_first_word_typo, write_run

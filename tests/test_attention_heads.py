@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from aligned_maps import aligned_divergence, row_maps
+from attention.aligned_maps import aligned_divergence, row_maps
+from attention.heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric_limit
+from attention.paired_rows import RowWindow, paired_batches, read_rows
 from command_line import UserError
 from head_sensitivity import MEASURES, main, sensitivity_values
-from heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric_limit
-from paired_rows import RowWindow, paired_batches, read_rows
 from run_store import open_run
 from scipy.spatial.distance import jensenshannon
 from synthetic_run import prompt_rows, with_first_word_typo, write_run

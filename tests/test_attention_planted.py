@@ -6,15 +6,15 @@ import json
 import math
 from pathlib import Path
 
-import answer_flips
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from answer_flips import Answers, FlipMoments, RankTest
+from attention import answer_flips
+from attention.answer_flips import Answers, FlipMoments, RankTest
+from attention.head_overlap import GroupSums, cross_half
 from command_line import UserError
 from file_output import read_csv
-from head_overlap import GroupSums, cross_half
 from head_sensitivity import StyleEffect, main, overlap_table, sensitivity_tables
 from paired_stats import benjamini_hochberg
 from run_store import open_run

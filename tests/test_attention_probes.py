@@ -7,9 +7,9 @@ import pandas as pd
 import probe_layers as pl
 import pytest
 import torch
+from attention.grouped_auc import cross_validation_factor, fold_auc, macro_auc
 from command_line import UserError
 from file_output import read_csv
-from grouped_auc import cross_validation_factor, fold_auc, macro_auc
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
@@ -20,7 +20,7 @@ ROWS, TEMPLATES, WIDTH = 60, 20, 24
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    import layer_curves
+    from attention import layer_curves
 
     if "picture" not in request.node.name:
         monkeypatch.setattr(layer_curves, "plot_probes", lambda *_: None)
@@ -365,7 +365,7 @@ def test_ten_thousand_items_of_3584_numbers_converge():
 
 
 def test_picture_has_a_panel_for_each_target_and_region_with_its_control(tmp_path, monkeypatch):
-    import layer_curves
+    from attention import layer_curves
 
     drawn = {}
     monkeypatch.setattr(layer_curves, "save_figure", lambda path, figure: drawn.update({path.name: figure}))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_models
-from attention_fields import QUERIES, REGIONS, attention_fields, map_entropy, uniform_mass
+from attention.attention_fields import QUERIES, REGIONS, attention_fields, map_entropy, uniform_mass
 from command_line import UserError
 from run_store import load_pt, save_pt
 

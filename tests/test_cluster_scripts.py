@@ -33,10 +33,7 @@ def checkout(tmp_path):
     """A copy of the scripts on a path with spaces, its site.env filled in for this machine."""
     copy = tmp_path / "my clones" / "error interp"
     for folder in ROOT.glob("[0-9]_*"):
-        for part in ("hpc", "run_scripts"):
-            if (folder / part).is_dir():
-                ignore = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(folder / part, copy / folder.name / part, ignore=ignore)
+        shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns("__pycache__", "*.json"))
     fill_in(copy, ACCOUNT='""', VENV=f'"{sys.prefix}"')
     return copy
 

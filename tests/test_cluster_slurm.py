@@ -56,11 +56,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("on a cluster")
     copy = folder / "error interp"
     for stage in ROOT.glob("[0-9]_*"):
-        for part in ("hpc", "run_scripts"):
-            if (stage / part).is_dir():
-                shutil.copytree(
-                    stage / part, copy / stage.name / part, ignore=shutil.ignore_patterns("__pycache__")
-                )  # fmt: skip
+        shutil.copytree(stage, copy / stage.name, ignore=shutil.ignore_patterns("__pycache__"))
     site = copy / "1_utils" / "hpc" / "site.env"
     text = re.sub('^ACCOUNT="[^"]*"', 'ACCOUNT=""', site.read_text(), flags=re.M)
     site.write_text(re.sub('^VENV=""', f'VENV="{sys.prefix}"', text, flags=re.M))

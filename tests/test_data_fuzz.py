@@ -19,8 +19,8 @@ import check_prompts
 import file_output
 import make_variants
 import pytest
-import typo_rules as rules
 from command_line import UserError
+from typos import rules
 
 KEYS = ["normal", "instruction", "element_index", "answer", "task", "_template", "_", "", "homo,nym", "Main", "mainn",
         "elementindex", "other", "mine", "\x00", "\ud800", "ключ", "a" * 5000, *rules.STYLES]  # fmt: skip

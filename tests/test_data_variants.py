@@ -17,12 +17,12 @@ import make_homophones
 import make_variants
 import pytest
 import token_spans
-import typo_rules as rules
 from command_line import UserError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_variants import FRAMINGS, edit_log_path, main
 from rapidfuzz.distance import Levenshtein
+from typos import rules
 
 SCRIPT = Path(make_variants.__file__)
 ONE_TYPO = ("main", "swap", "missing", "repeated", "noise_words", "real_word")

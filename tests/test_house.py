@@ -15,10 +15,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = sorted(ROOT.glob("[0-9]_*/run_scripts/*.py"))
+PACKAGES = {"0": "typos", "2": "capture", "3": "maths", "4": "semantics", "5": "attention"}
+MODULES = sorted(path for path in ROOT.glob("[0-9]_*/*/*.py") if path.name != "__init__.py")
 SCRIPTS = [path for path in MODULES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
-PATH_LINE = 'sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))'
 SHARED = "1_utils"
+STAGE_SCRIPTS = [path for path in SCRIPTS if path.parents[1].name != SHARED]
+PATH_LINE = (
+    'sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]'
+)
+OWN_NAMES = {path.stem for path in MODULES} | set(PACKAGES.values())
 
 
 def name_of(path: Path) -> str:
@@ -103,31 +108,37 @@ def test_a_script_has_the_common_shape(path):
     assert name_of(path) in (ast.get_docstring(tree_of(path)) or ""), "the docstring shows no command that runs it"
 
 
-@every(SCRIPTS)
+def test_scripts_and_modules_are_told_apart_by_where_they_are():
+    for path in MODULES:
+        stage, folder = path.parents[1].name, path.parent.name
+        assert folder in ("run_scripts", PACKAGES.get(stage[0])), f"{name_of(path)}: in no known folder"
+        if stage != SHARED:
+            assert (path in SCRIPTS) == (folder == "run_scripts"), f"{name_of(path)}: a script or a module?"
+
+
+@every(STAGE_SCRIPTS)
 def test_the_path_line_is_there_and_the_same(path):
     text = path.read_text(encoding="utf-8")
     assert text.splitlines().count(PATH_LINE) == 1
     assert path_uses(path) == 1, "sys.path is changed by the one path line alone"
     body = tree_of(path).body
     place = next(i for i, node in enumerate(body) if ast.get_source_segment(text, node) == PATH_LINE)
-    local = {other.stem for other in MODULES}
     for node in body[:place]:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) else []
-        assert not local & set(names), "a helper is imported before the path line"
+        names += [str(node.module).partition(".")[0]] if isinstance(node, ast.ImportFrom) else []
+        assert not OWN_NAMES & set(names), "a helper is imported before the path line"
 
 
-@every([path for path in MODULES if path not in SCRIPTS])
-def test_other_modules_have_the_same_line_or_none(path):
-    text = path.read_text(encoding="utf-8")
-    assert path_uses(path) == text.splitlines().count(PATH_LINE) <= 1
+@every([path for path in MODULES if path not in STAGE_SCRIPTS])
+def test_no_other_module_changes_the_path(path):
+    assert path_uses(path) == 0
 
 
 # --- names and imports
 
 
 def test_module_names_are_unique_and_shadow_nothing():
-    counts = Counter(path.stem for path in MODULES)
+    counts = Counter([path.stem for path in MODULES] + list(PACKAGES.values()))
     assert [name for name, count in counts.items() if count > 1] == []
     assert counts.keys() & sys.stdlib_module_names == set()
     assert counts.keys() & importlib.metadata.packages_distributions().keys() == set()
@@ -136,7 +147,8 @@ def test_module_names_are_unique_and_shadow_nothing():
 @every(MODULES)
 def test_no_stage_imports_another(path):
     stage = path.parents[1].name
-    foreign = {other.stem for other in MODULES if other.parents[1].name not in (stage, SHARED)}
+    foreign = {other.stem for other in SCRIPTS if other.parents[1].name not in (stage, SHARED)}
+    foreign |= {package for number, package in PACKAGES.items() if number != stage[0]}
     assert imports_of(path) & foreign == set()
 
 
@@ -147,7 +159,7 @@ def test_a_module_imports_only_what_is_required(path):
     # What transformers, accelerate and scikit-learn themselves always bring.
     required |= {"huggingface-hub", "tokenizers", "safetensors", "psutil", "threadpoolctl", "regex"}
     distributions = importlib.metadata.packages_distributions()
-    for name in imports_of(path) - sys.stdlib_module_names - {other.stem for other in MODULES}:
+    for name in imports_of(path) - sys.stdlib_module_names - OWN_NAMES:
         known = {found.lower().replace("_", "-") for found in distributions.get(name, [])}
         assert known & required or name in OPTIONAL, f"{name} is in no requirements file"
 
@@ -197,7 +209,7 @@ def test_nothing_from_a_file_or_a_model_repository_is_executed(path):
 
 TEXT_FILES = [
     path
-    for pattern in ("[0-9]_*/run_scripts/*.py", "[0-9]_*/hpc/*", "tests/*.py", "*.md", "Makefile", ".ci/*", "*.toml")
+    for pattern in ("[0-9]_*/*/*.py", "[0-9]_*/hpc/*", "tests/*.py", "*.md", "Makefile", ".ci/*", "*.toml")
     for path in sorted(ROOT.glob(pattern))
     if path.is_file() and path != Path(__file__)
 ]
@@ -215,7 +227,7 @@ def test_functions_are_short(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= 60, f"{node.name} has {length} lines"
+            assert length <= 100, f"{node.name} has {length} lines"
 
 
 # --- commands that the documentation promises

@@ -9,12 +9,12 @@ from collections import deque
 import pytest
 import tiny_models
 import torch
-from batching import BatchLimit
-from capture import CaptureOptions, Recorder, attention_windows
+from capture.batching import BatchLimit
+from capture.decode import GenerationOptions, Generator, Prompt
+from capture.prompts import PromptReader, Rendering
+from capture.recorder import CaptureOptions, Recorder, attention_windows
 from command_line import UserError
-from decoding import GenerationOptions, Generator, Prompt
 from load_json import read_prompt_file
-from prompt_reader import PromptReader, Rendering
 
 FEW_SHOT = "Write down the answer: 3 + 4 = 7\nWrite down the answer: 9 - 5 = 4\n"
 ROWS = [

@@ -6,14 +6,14 @@ import functools
 import json
 import re
 
-import capture
 import pytest
 import tiny_models
 import torch
 from attn_act_logi import main
-from capture import CaptureOptions
+from capture import recorder as capture
+from capture.model_check import Batching, check_model
+from capture.recorder import CaptureOptions
 from command_line import UserError
-from model_check import Batching, check_model
 from run_store import load_pt
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -16,14 +16,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import attn_act_logi
-import cpu_speed
-import decoding
 import evaluate_predictions
 import numpy as np
 import pytest
 import run_status
 import tiny_models
 import torch
+from capture import cpu_speed
+from capture import decode as decoding
 from command_line import UserError
 from read_predictions import iter_predictions
 from run_store import load_pt, open_run, pt_files, read_failures, unpack_rows
@@ -175,7 +175,7 @@ def test_all_fields_are_the_same_for_any_batch(model_dir, prompt_file, tmp_path,
 
 
 def test_shards_in_any_order_make_the_same_files(model_dir, prompt_file, tmp_path, monkeypatch):
-    import batching
+    from capture import batching
 
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
     more = ["--response_logprobs"]
@@ -207,7 +207,7 @@ def stamps(folder: Path) -> dict[Path, int]:
 
 
 def test_a_run_grows_and_a_file_that_is_there_stays(model_dir, prompt_file, tmp_path, monkeypatch, capsys):
-    import batching
+    from capture import batching
 
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
     more = ["--response_logprobs"]
@@ -236,7 +236,7 @@ def test_a_run_grows_and_a_file_that_is_there_stays(model_dir, prompt_file, tmp_
 
 
 def test_a_run_that_was_killed_grows_too(model_dir, prompt_file, tmp_path, monkeypatch):
-    import batching
+    from capture import batching
 
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
     assert run(model_dir, prompt_file, tmp_path / "run", "--max_samples", "10", "--shard", "0/2") == 0
@@ -315,9 +315,8 @@ def test_damaged_files_are_run_again(model_dir, prompt_file, undisturbed, tmp_pa
 
 def one_process(args: list[str]) -> None:
     """The script's work in a process of its own, a file every three rows, written slowly."""
-    import background_writer
-    import batching
     import run_store
+    from capture import background_writer, batching
 
     torch.set_num_threads(1)
     batching.ROWS_PER_FILE = 3
@@ -330,7 +329,9 @@ def kill_and_resume(model_dir, prompt_file, folder: Path, seed: int) -> int:
     """Kill -9 the script at a random moment, again and again, until it ends by itself; returns the kills."""
     chance = random.Random(seed)
     processes = multiprocessing.get_context("forkserver")  # imports torch once, not for every process
-    processes.set_forkserver_preload(["attn_act_logi", "transformers", "decoding", "load_model", "prompt_reader"])
+    processes.set_forkserver_preload(
+        ["attn_act_logi", "transformers", "capture.decode", "load_model", "capture.prompts"]
+    )
     kills = 0
     while True:
         process = processes.Process(target=one_process, args=(arguments(model_dir, prompt_file, folder),))
@@ -359,7 +360,7 @@ def wait_for_output(process, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def small_files(model_dir, prompt_file, tmp_path_factory):
-    import batching
+    from capture import batching
 
     output = tmp_path_factory.mktemp("small") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -389,7 +390,7 @@ def test_kill_9_and_resume_a_hundred_times(model_dir, prompt_file, tmp_path, sma
 
 
 def test_a_signal_keeps_what_was_under_way(model_dir, prompt_file, small_files, tmp_path, monkeypatch):
-    import batching
+    from capture import batching
 
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 3)
     calls = {"count": 0}
@@ -410,8 +411,8 @@ def test_a_signal_keeps_what_was_under_way(model_dir, prompt_file, small_files, 
 
 
 def test_memory_does_not_grow_with_the_number_of_prompts(model_dir, tmp_path, monkeypatch):
-    import background_writer
     import bench_capture
+    from capture import background_writer
 
     resident = []
     write = background_writer.BackgroundWriter.write
@@ -512,7 +513,7 @@ def test_a_prompt_that_fits_alone_waits_for_room(model_dir, prompt_file, undistu
 
 
 def test_a_stopped_run_says_so_though_prompts_failed(model_dir, tmp_path, monkeypatch):
-    import batching
+    from capture import batching
 
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 3)
     path = write_prompts(tmp_path / "prompts.json", 20)
@@ -906,7 +907,7 @@ def test_a_stop_string_may_be_or_hold_a_control_token(tmp_path, kind, stop, kept
 
 @pytest.mark.parametrize("more", [[], ["--stop_strings", "e", "a"], ["--num_samples", "2", "--temperature", "1"]])
 def test_the_time_left_is_right_within_a_factor_of_two(model_dir, prompt_file, tmp_path, monkeypatch, more, capsys):
-    import progress
+    from capture import progress
 
     forward, told, clock = decoding.Generator._forward, [], [0.0]
     monkeypatch.setattr(progress, "REFRESH", 0.0)
@@ -941,7 +942,7 @@ def test_the_writer_makes_the_rows_while_copies_are_under_way(
 ):
     import threading
 
-    import capture
+    from capture import recorder as capture
 
     waited, made = [], []
     monkeypatch.setattr(capture.HostCopies, "pending", True)  # as with results on a GPU
@@ -986,7 +987,7 @@ def test_onednn_gives_the_same_products_and_leaves_no_trace(bias):
 FREED_TWICE = """
 import resource, sys, torch
 sys.path[:0] = {paths!r}
-import cpu_speed
+from capture import cpu_speed
 kept = {keep} and cpu_speed.keep_heap(torch.device("cpu"))
 faults = []
 for _ in range(40):

@@ -10,10 +10,10 @@ import attn_act_logi
 import pytest
 import tiny_models
 import torch
+from capture.matched_split import CUT, best_cuts
+from capture.prompts import PromptReader, Rendering
 from command_line import UserError
 from load_json import read_prompt_file
-from matched_split import CUT, best_cuts
-from prompt_reader import PromptReader, Rendering
 from run_store import open_run, unpack_rows
 
 FEW_SHOT = "Write down the answer: 3 + 4 = 7\n"
@@ -133,7 +133,7 @@ def test_best_cuts_are_the_nearest_of_all_that_the_vocabulary_allows():
 
 def test_long_prompts_with_a_typo_in_every_word_are_cut_in_time_that_grows_with_their_length(tmp_path, monkeypatch):
     """Every word has its own search: how many pieces are looked at grows with the number of words, not its square."""
-    import matched_split
+    from capture import matched_split
 
     looked = []
     monkeypatch.setattr(

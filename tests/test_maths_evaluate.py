@@ -16,7 +16,7 @@ import pytest
 import torch
 from command_line import UserError
 from evaluate_predictions import evaluate_run, number_text, write_evaluation
-from maths_tables import accuracy_by_edits, break_down
+from maths.accuracy_tables import accuracy_by_edits, break_down
 from paired_stats import clustered_mean, holm, paired_difference
 from parse_predictions import parse_prediction_text
 from scipy.stats import binomtest
@@ -374,9 +374,8 @@ def test_expressions_are_scored_by_the_rule_symbolic(tmp_path):
 
 def test_numbers_alone_never_start_the_symbolic_reader(tmp_path):
     run = _answered(tmp_path / "run", ["12"] * 4, ["12", "The answer is 12.", "7 + 5 = 12", "none"])
-    code = (
-        f"import sys, evaluate_predictions as e; e.evaluate_run({str(run)!r}); print('maths_symbolic' in sys.modules)"
-    )
+    called = f"import sys, evaluate_predictions as e; e.evaluate_run({str(run)!r})"
+    code = f"{called}; print('maths.maths_symbolic' in sys.modules)"
     folders = [str(SCRIPT.parent), str(SCRIPT.parents[2] / "1_utils" / "run_scripts")]
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {folders!r}; {code}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

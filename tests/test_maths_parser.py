@@ -11,10 +11,10 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-import maths_symbolic
 import pytest
-from maths_numbers import find_numbers, plain_text, words_value
-from maths_symbolic import answer_expression, expression_of_gold, is_expression, same_expression
+from maths import maths_symbolic
+from maths.maths_symbolic import answer_expression, expression_of_gold, is_expression, same_expression
+from maths.numerals import find_numbers, plain_text, words_value
 from parse_predictions import (
     arithmetic_value,
     gold_value,

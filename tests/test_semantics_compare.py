@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from aligned_responses import aligned_rows, chosen_styles
 from command_line import UserError
 from compare_responses import (
     Embedder,
@@ -26,6 +25,7 @@ from compare_responses import (
 )
 from run_store import open_run
 from scipy import stats
+from semantics.aligned_responses import aligned_rows, chosen_styles
 from synthetic_run import prompt_rows, write_run
 from transformers import BertConfig, BertModel, BertTokenizer
 

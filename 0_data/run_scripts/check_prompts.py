@@ -10,7 +10,7 @@ Errors, which bias a comparison:
   no_op, duplicate_variant      a variant that equals the clean prompt, or another variant of its row
   duplicate_prompt, duplicate_id, duplicate_key   rows with the same clean prompt or id; a key given twice
   misspelled_key                a key that is a slip for one that is known or frequent (`homo,nym`)
-  changed_numbers, changed_protected   digits or operators differ; other protected text differs (typo_rules.py)
+  changed_numbers, changed_protected   digits or operators differ; other protected text differs (typos/rules.py)
   edit_count, wrong_edit        more, fewer or other edits than the style's name says
   accidental_real_word, false_homophone   a typo that is a word of Zipf >= 3; a homonym that sounds different
   wrong_type, empty_prompt, no_clean_prompt, task_not_in_prompt, surrogate, not_json   a row or value of no use
@@ -38,9 +38,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-import typo_rules as rules
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
 from load_json import (
@@ -55,6 +54,7 @@ from load_json import (
 )
 from logger import get_logger
 from token_spans import matched_style
+from typos import rules
 
 KNOWN_STYLES = (*CLEAN_KEYS, *rules.STYLES, "other")
 WARNINGS = frozenset(

@@ -27,13 +27,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-import typo_rules as rules
 from command_line import make_parser, run_main
 from file_output import write_json
 from load_json import read_text
 from logger import get_logger
+from typos import rules
 
 LOWEST_ZIPF = 2.5
 CONTRACTIONS = rules.word_set(

@@ -29,14 +29,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
 from load_json import read_text
 from logger import get_logger
 from make_variants import edit_log_path, log_table, make_variants
-from typo_rules import STYLES, shuffled
+from typos.rules import STYLES, shuffled
 
 Row = dict[str, Any]
 

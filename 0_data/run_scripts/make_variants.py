@@ -3,7 +3,7 @@
 Reads a prompt file (JSON list; clean prompts under `normal` or `instruction`). Writes a prompt file with the same rows
 and the styles added, and beside it `<name>_edits.csv`, one line an edit. Nothing is forced: where a prompt has no
 word that qualifies, the row lacks the style and the summary says why. Every variant is checked before it is kept:
-digits, operators, quoted text, `task`, `answer` … (typo_rules.py) are byte for byte the same.
+digits, operators, quoted text, `task`, `answer` … (typos/rules.py) are byte for byte the same.
 
     python 0_data/run_scripts/make_variants.py --prompt_file prompts.json --output_file outputs/prompts_all.json
 
@@ -41,14 +41,14 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-import typo_rules as rules
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
 from load_json import CLEAN_KEYS, UnreadLine, id_problem, read_prompt_file
 from logger import get_logger
-from typo_rules import STYLES, Span, Word
+from typos import rules
+from typos.rules import STYLES, Span, Word
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,9 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-import typo_rules as rules
 from chat_client import ChatClient, ChatReply, ChatRequest, add_server_flags
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import write_csv, write_json
@@ -39,6 +38,7 @@ from load_json import is_style_key, read_prompt_file
 from logger import get_logger
 from make_variants import bad_row, clean_text
 from thinking_text import without_thinking
+from typos import rules
 
 SYSTEM = (
     "You edit prompts for a study of how language models handle imperfect input. Reply with the edited prompt alone: "

@@ -33,8 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
-
 from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, make_parser, run_main
 from file_output import write_json, write_text
@@ -335,10 +333,10 @@ def files_in(folder: Path) -> dict[str, list[int]]:
 
 
 def code_of(step: Step) -> str:
-    """Hash over the scripts of the step's folder and the shared helpers."""
+    """Hash over the code of the step's stage and the shared helpers."""
     digest = hashlib.sha256()
-    for folder in sorted({(ROOT / step.script).parent, ROOT / "1_utils" / "run_scripts"}):
-        for path in sorted(folder.glob("*.py")) + sorted(folder.glob("*.html")):
+    for stage in sorted({(ROOT / step.script).parents[1], ROOT / "1_utils"}):
+        for path in sorted(stage.glob("*/*.py")) + sorted(stage.glob("*/*.html")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, gigabytes, remove_leftovers
@@ -45,10 +45,10 @@ from run_store import (
 from token_spans import MATCHED, matched_style
 
 if TYPE_CHECKING:
-    from batching import RowCost
-    from model_check import Batching
-    from progress import Progress
-    from prompt_reader import PromptReader, StylePrompts
+    from capture.batching import RowCost
+    from capture.model_check import Batching
+    from capture.progress import Progress
+    from capture.prompts import PromptReader, StylePrompts
 
 DEFAULT_RAW_LAYERS = ("0", "5", "10", "15")
 EXIT_STOPPED = 75
@@ -314,8 +314,8 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
                nested: bool) -> StyleJob:  # fmt: skip
     """Tokenise a style, lay out its files, and find out which of this shard are done."""
     import torch
-    from batching import row_cost
-    from capture import attention_windows
+    from capture.batching import row_cost
+    from capture.recorder import attention_windows
 
     folder = args.output_dir / style_name if nested else args.output_dir
     wanted = min(args.max_samples or len(reader.file.rows), len(reader.file.rows))
@@ -342,7 +342,7 @@ def plan_style(args: argparse.Namespace, reader: PromptReader, style_name: str, 
 
 def plan_layout(style: StylePrompts, cost: RowCost, ends: list[int]) -> list[range]:
     """The positions of each file: a run that grew keeps the files it had, and its new rows lie in new ones."""
-    from batching import plan_files
+    from capture.batching import plan_files
 
     files, start = [], 0
     for end in ends:
@@ -385,14 +385,14 @@ def find_done(job: StyleJob) -> None:
 
 def capture_options(args: argparse.Namespace) -> Any:
     """CaptureOptions of the command line."""
-    from capture import CaptureOptions
+    from capture.recorder import CaptureOptions
 
     return CaptureOptions(tuple(args.raw_layers), args.topk_logits, args.topk_positions, args.neurons, args.entropy)
 
 
 def generation_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """GenerationOptions of the command line; end-of-text tokens as the model's generation config names them."""
-    from decoding import GenerationOptions
+    from capture.decode import GenerationOptions
 
     named = model.generation_config.eos_token_id if model.generation_config else None
     named = tokenizer.eos_token_id if named is None else named
@@ -405,7 +405,7 @@ def generation_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> 
 
 def preflight(jobs: list[StyleJob], output_dir: Path, force: bool) -> int:
     """Bytes that will be written. Raises UserError where the disk cannot hold them, unless forced."""
-    from batching import file_bytes
+    from capture.batching import file_bytes
 
     wanted = sum(file_bytes(positions, job.style.lengths, job.cost) for job in jobs for positions in job.files)
     free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.resolve().parents) if p.exists())).free
@@ -473,7 +473,7 @@ def run_style(
 
 def prompt_windows(job: StyleJob, reader: PromptReader, stop: Stop, forced: Any) -> Iterator[list[Any]]:
     """Windows of prompts, longest first."""
-    from batching import windows_of
+    from capture.batching import windows_of
 
     for files in windows_of(job.files, job.style.lengths, job.cost):
         if stop.asked:
@@ -508,7 +508,7 @@ def result_row(
 ) -> dict[str, Any]:
     """One row of a .pt file; the captured fields join it when the file is written."""
     import torch
-    from background_writer import CAPTURED
+    from capture.background_writer import CAPTURED
 
     index, text = job.style.texts[position]
     first = result.responses[0]
@@ -582,11 +582,11 @@ def run_jobs(
     args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any, batching: Batching
 ) -> bool:
     """Run all styles with one loaded model. Returns whether a signal stopped the run."""
-    from background_writer import BackgroundWriter
-    from batching import batch_limit
-    from capture import Recorder
-    from decoding import Generator
-    from progress import Progress
+    from capture.background_writer import BackgroundWriter
+    from capture.batching import batch_limit
+    from capture.decode import Generator
+    from capture.progress import Progress
+    from capture.recorder import Recorder
 
     recorder = Recorder(model, capture_options(args))
     batch_size = "1" if batching.rows == "alone" else args.batch_size
@@ -621,7 +621,7 @@ def run_jobs(
 
 def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any) -> Batching:
     """How prompts may share a batch (see `check_model`). Raises UserError where the model cannot be captured."""
-    from model_check import Batching, check_model, positions_follow_the_longest_row
+    from capture.model_check import Batching, check_model, positions_follow_the_longest_row
 
     first = next(job for job in jobs if job.style.texts)
     lengths = first.style.lengths
@@ -644,7 +644,7 @@ def prefix_is_usable(reader: PromptReader, config: Any, longest: int) -> bool:
 
     A padded prompt has its padding between the prefix and its own tokens, so a window would reach less far.
     """
-    from capture import attention_windows
+    from capture.recorder import attention_windows
 
     reaches = all(window == 0 or 2 * longest <= window for window in attention_windows(config))
     return reaches and bool(reader.shared_prefix())
@@ -681,9 +681,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) -> tuple[list[StyleJob], PromptReader]:
     """The jobs of all styles, from config and tokenizer alone (no weights yet)."""
-    from batching import attention_layers
+    from capture.batching import attention_layers
+    from capture.prompts import PromptReader, Rendering, longest_prompt, read_few_shot
     from load_model import load_config, load_tokenizer
-    from prompt_reader import PromptReader, Rendering, longest_prompt, read_few_shot
     from token_spans import template_text
 
     config = load_config(args.model_name, args.revision, args.trust_remote_code)
@@ -739,7 +739,7 @@ def _of_all_styles(settings: dict[str, Any]) -> dict[str, Any]:
 
 def load_and_run(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader) -> bool:
     """Load the model and run what is missing."""
-    from cpu_speed import keep_heap, onednn_linears
+    from capture.cpu_speed import keep_heap, onednn_linears
     from load_model import load_model
 
     model, _ = load_model(

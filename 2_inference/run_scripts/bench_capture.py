@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import UserError, make_parser, run_main
 
@@ -150,7 +150,7 @@ def plain_generate(model: Any, args: argparse.Namespace) -> Callable[[Any], int]
 
 def generate_onednn(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
     """`generate()` alone with the matrix products that ours uses on a CPU: the rest of the difference is capture."""
-    from cpu_speed import onednn_linears
+    from capture.cpu_speed import onednn_linears
 
     generate = plain_generate(model, args)
 
@@ -164,10 +164,10 @@ def generate_onednn(model: Any, args: argparse.Namespace) -> Callable[[Any], int
 def ours(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
     """This stage's capture and decoding, every layer; with the raw layers asked for."""
     from attn_act_logi import raw_layers
-    from batching import BatchLimit
-    from capture import CaptureOptions, Recorder
-    from cpu_speed import onednn_linears
-    from decoding import GenerationOptions, Generator
+    from capture.batching import BatchLimit
+    from capture.cpu_speed import onednn_linears
+    from capture.decode import GenerationOptions, Generator
+    from capture.recorder import CaptureOptions, Recorder
 
     layers = raw_layers(args.raw_layers, model.config.get_text_config(decoder=True).num_hidden_layers)
     recorder = Recorder(model, CaptureOptions(raw_layers=layers))
@@ -186,7 +186,7 @@ def ours(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
 def prompts_of(ids: Any) -> list[Any]:
     """Prompts with plausible regions: a quarter context, a half instruction with an edited word, a quarter task."""
     import torch
-    from decoding import Prompt
+    from capture.decode import Prompt
 
     length = ids.shape[1]
     position = torch.arange(length)
@@ -228,7 +228,7 @@ def with_nnsight(model: Any, args: argparse.Namespace) -> Callable[[Any], int]:
     import copy
 
     from attn_act_logi import raw_layers
-    from capture import find_layers
+    from capture.recorder import find_layers
     from load_model import load_tokenizer
     from nnsight import save
     from nnsight.modeling.transformers import TransformersModel
@@ -352,7 +352,7 @@ def status_kb(key: str) -> int:
 def bench_batches(args: argparse.Namespace, model: Any) -> list[dict[str, Any]]:
     """Single batches of random tokens: every way in turn, round by round; ratios are medians of the rounds' ratios."""
     import torch
-    from cpu_speed import keep_heap
+    from capture.cpu_speed import keep_heap
 
     ways: dict[str, Callable[[Any], int]] = {}
     for name in args.ways:
@@ -440,8 +440,8 @@ def bench_job(args: argparse.Namespace, model: Any, tokenizer: Any) -> list[dict
 
 def job_texts(args: argparse.Namespace) -> list[str]:
     """The job's prompts with the few-shot text before them, in file order."""
+    from capture.prompts import read_few_shot
     from load_json import load_json_prompts
-    from prompt_reader import read_few_shot
 
     few_shot = read_few_shot(args.few_shot_file)
     return [few_shot + text for _, text in load_json_prompts(args.prompt_file, args.prompt_key, args.max_samples)]

@@ -26,14 +26,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import read_csv, write_csv
 from load_json import CLEAN_KEYS, read_prompt_file
 from logger import get_logger
-from maths_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
-from own_scores import with_own_scores
+from maths.accuracy_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
+from maths.own_scores import with_own_scores
 from parse_predictions import Gold, gold_value, judge, number_text, read_gold
 from read_predictions import Prediction, predictions_of
 from run_store import Run, open_run, row_count, warn_unfinished
@@ -104,7 +104,7 @@ def evaluate_run(
 
 def write_evaluation(evaluation: Evaluation, results_dir: str | Path) -> None:
     """Write the CSVs and figures of an evaluation into `results_dir`."""
-    from maths_plots import plot_accuracy, plot_edits, plot_flips
+    from maths.accuracy_plots import plot_accuracy, plot_edits, plot_flips
 
     folder = Path(results_dir)
     write_csv(folder / "maths_items.csv", evaluation.items.drop(columns="prompt"))
@@ -136,7 +136,7 @@ def open_prompts(run: Run, prompt_file: str | Path | None, style: str | None) ->
 
 def has_gold(rows: Sequence[Any]) -> bool:
     """Whether any row of a prompt file has a gold answer that can be read. Without one there is nothing to score."""
-    from maths_symbolic import is_expression
+    from maths.maths_symbolic import is_expression
 
     return any(
         gold_value(row.get("answer"), _clean_text(row)) is not None or is_expression(str(row.get("answer") or ""))

@@ -39,10 +39,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import make_parser, run_main
-from maths_numbers import Number, digits_for_words, find_numbers, plain_text, words_of
+from maths.numerals import Number, digits_for_words, find_numbers, plain_text, words_of
 
 MIN_DECIMALS = 2  # a response rounded to fewer decimals than this must be exact
 MIN_SIGNIFICANT = 2
@@ -191,7 +191,7 @@ def read_gold(answer: Any, clean_prompt: str | None = None) -> Gold:
     text = gold_text(answer) if isinstance(answer, str) and answer.strip() else None
     if number is not None or text is None:
         return Gold(number, None, text)
-    from maths_symbolic import expression_of_gold
+    from maths.maths_symbolic import expression_of_gold
 
     return Gold(None, expression_of_gold(text), text)
 
@@ -207,7 +207,7 @@ def judge(response: str | None, prompt: str | None, gold: Gold) -> tuple[ParsedA
     wanted = gold.expression or gold.text or number_text(gold.number)
     if wanted is None or not gold.readable:
         return parsed, None
-    from maths_symbolic import answer_expression, same_expression
+    from maths.maths_symbolic import answer_expression, same_expression
 
     answer = answer_expression(response, prompt)
     if answer is None:

@@ -38,14 +38,14 @@ from typing import TYPE_CHECKING, Any
 
 import regex
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from aligned_responses import AlignedRow, aligned_rows, by_style, chosen_styles
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
-from refusals import is_refusal
 from run_store import Run, open_run, warn_unfinished
+from semantics.aligned_responses import AlignedRow, aligned_rows, by_style, chosen_styles
+from semantics.refusals import is_refusal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -286,7 +286,7 @@ def _cell(value: Any) -> Any:
 
 
 def _plot(items: pd.DataFrame, table: pd.DataFrame, run: Run, folder: Path, embedding_model: str) -> None:
-    from semantics_plots import plot_similarity
+    from semantics.response_plots import plot_similarity
 
     drawn = table[(table["measure"] == "similarity") & (table["style"] != run.clean_style)]
     floor = noise_floor(items, run.clean_style or "normal")

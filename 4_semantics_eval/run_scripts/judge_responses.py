@@ -34,14 +34,14 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from aligned_responses import AlignedRow, aligned_rows, by_style, chosen_styles
 from chat_client import ChatClient, ChatReply, ChatRequest, add_server_flags
 from command_line import UserError, make_parser, run_main
 from file_output import atomic_path, write_csv
 from logger import get_logger
 from run_store import Run, open_run, warn_unfinished
+from semantics.aligned_responses import AlignedRow, aligned_rows, by_style, chosen_styles
 from thinking_text import without_thinking
 
 if TYPE_CHECKING:
@@ -412,7 +412,7 @@ def _write_items(lines: Iterator[dict[str, Any]], path: Path, columns: Sequence[
 
 
 def _plot(items: pd.DataFrame, table: pd.DataFrame, folder: Path, mode: Mode, judge_model: str) -> None:
-    from semantics_plots import plot_preferences, plot_ratings
+    from semantics.response_plots import plot_preferences, plot_ratings
 
     path = folder / f"{mode.file}.png"
     if mode.value == "rating":

@@ -33,14 +33,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from aligned_responses import by_style, clean_prompt
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import atomic_path, write_csv, write_json, write_text
 from logger import get_logger
 from read_predictions import Prediction, iter_predictions
 from run_store import Run, open_run, warn_unfinished
+from semantics.aligned_responses import by_style, clean_prompt
 from token_spans import render_chat
 
 if TYPE_CHECKING:
@@ -555,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score all styles of a run; 1 where a response could not be scored."""
     args = parse_args(argv)
     import pandas as pd
-    from semantics_plots import plot_rewards
+    from semantics.response_plots import plot_rewards
 
     run = open_run(args.run_dir)
     warn_unfinished(run, args.styles, args.max_samples)

@@ -57,10 +57,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 import numpy as np
-from activation_rows import (
+from attention.activation_rows import (
     StyleRows,
     add_first_token,
     blocks,
@@ -81,8 +81,8 @@ from token_spans import matched_style
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from logit_lens import LogitLens
-    from typo_recovery import ReferenceWords
+    from attention.logit_lens import LogitLens
+    from attention.typo_recovery import ReferenceWords
 
 ITEM_COLUMNS = [
     "style", "original_index", "element_index", "edited_tokens_clean", "edited_tokens", "recovery_depth", "recovered",
@@ -214,7 +214,7 @@ def _nearness(
     clean: torch.Tensor,
     other: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    from typo_recovery import nearness
+    from attention.typo_recovery import nearness
 
     words = [sources.clean.region_tokens(row, twin) for row in rows]
     return nearness(clean, other, references, references.others(rows, templates, words))
@@ -239,8 +239,8 @@ def _row_values(
     sources: Sources, style: str, rows: list[int], changed: set[int], by_layer: dict[Key, np.ndarray]
 ) -> dict[Key, np.ndarray]:
     """The numbers per row [b]: depths, and the change of the next token where the run holds its logits."""
-    from next_token_change import next_token_change
-    from typo_recovery import half_recovery_depth, recovery_depth
+    from attention.next_token_change import next_token_change
+    from attention.typo_recovery import half_recovery_depth, recovery_depth
 
     values: dict[Key, np.ndarray] = {}
     if ("edited", "own_nearest") in by_layer:
@@ -460,7 +460,7 @@ def _estimate_frame(sums: Sums, style: str, key: Key, names: dict[str, str]) -> 
 def _cka_frame(sources: Sources, style: str, region: str, rows: list[int]) -> pd.DataFrame:
     """CKA of all these rows at once, layer by layer."""
     import pandas as pd
-    from linear_cka import CkaSums
+    from attention.linear_cka import CkaSums
 
     twin, table = twin_region(region, style), sources.styles[style]
     templates = [sources.run.template(row) for row in rows]
@@ -543,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def open_sources(args: argparse.Namespace) -> Sources:
     """The run, opened and checked; raises UserError where it holds nothing to compare."""
-    from typo_recovery import reference_rows, reference_words
+    from attention.typo_recovery import reference_rows, reference_words
 
     run = open_run(args.run_dir)
     clean_style, styles = clean_and_styles(run, args.styles)
@@ -620,7 +620,7 @@ def _tell_missing(sources: Sources) -> None:
 
 
 def _open_lens(sources: Sources, args: argparse.Namespace) -> None:
-    from logit_lens import open_lens
+    from attention.logit_lens import open_lens
 
     clean = sources.clean
     if "last" not in clean.state_regions() or not clean.has("topk_vals"):
@@ -653,7 +653,7 @@ def _items_writer(path: Path) -> Iterator[Any]:
 
 
 def _plot(curves: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> None:
-    from layer_curves import plot_distances, plot_lens, plot_recovery
+    from attention.layer_curves import plot_distances, plot_lens, plot_recovery
 
     plot_distances(curves, folder / "activation_diffs.png")
     plot_recovery(curves, summary, folder / "typo_recovery.png")

@@ -40,17 +40,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from activation_rows import add_first_token
+from attention.activation_rows import add_first_token
 from command_line import UserError, make_parser, run_main
 from logger import get_logger
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    from attention.paired_rows import Batch, Extract
     from matplotlib.axes import Axes
-    from paired_rows import Batch, Extract
     from paired_stats import RowValues
     from run_store import Run
 
@@ -202,7 +202,7 @@ def style_report(run: Run, style: str, args: argparse.Namespace) -> StyleReport 
 
 def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
     """Read a style, and the clean run beside it, once. Raises UserError where a file holds no attention."""
-    from paired_rows import paired_batches, read_rows
+    from attention.paired_rows import paired_batches, read_rows
 
     clean = run.clean_style
     result = StyleSums(style)
@@ -228,8 +228,8 @@ def style_sums(run: Run, style: str, args: argparse.Namespace) -> StyleSums:
 def _extractor(
     run: Run, style: str, compared: str | None, args: argparse.Namespace, result: StyleSums | None = None
 ) -> Extract:
-    from attention_fields import attention_fields, edited_region, layers_of
-    from reference_format import TokenRegions
+    from attention.attention_fields import attention_fields, edited_region, layers_of
+    from attention.reference_format import TokenRegions
 
     reference = TokenRegions(args.tokenizer, run, style, compared) if args.tokenizer else None
     edited = edited_region(style, run.clean_style, compared)
@@ -368,7 +368,7 @@ def _level_rows(layers: list[int], heads: int) -> pd.DataFrame:
 
 def save_boxplots(results: list[StyleReport], folder: Path, args: argparse.Namespace) -> list[Path]:
     """The box plots over rows: by style, and for each style by layer."""
-    from heatmaps import file_word
+    from attention.heatmaps import file_word
 
     paths = []
     note = {"last": "last token", "mean": "mean query"}[args.query] + f", first token {args.sink}"

@@ -59,9 +59,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from activation_rows import add_first_token
+from attention.activation_rows import add_first_token
 from command_line import UserError, make_parser, run_main
 from logger import get_logger
 from token_spans import matched_style
@@ -69,9 +69,9 @@ from token_spans import matched_style
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-    from answer_flips import Answers, FlipMoments
-    from head_overlap import GroupSums
-    from paired_rows import Batch, Extract
+    from attention.answer_flips import Answers, FlipMoments
+    from attention.head_overlap import GroupSums
+    from attention.paired_rows import Batch, Extract
     from paired_stats import RowValues
     from run_store import Run
 
@@ -96,7 +96,7 @@ def sensitivity_values(fields: Batch, without_first: bool = True) -> np.ndarray:
     without_first: what is measured at edited words is NaN too where they hold the first token.
     """
     import numpy as np
-    from attention_fields import QUERIES, REGIONS
+    from attention.attention_fields import QUERIES, REGIONS
 
     mass, uniform, entropy = fields["mass"], fields["uniform"], fields["entropy"]
     task, edited, first = (REGIONS.index(name) for name in ("task", "edited", "first"))
@@ -165,8 +165,8 @@ class StyleEffect:
         with_flips: bool = False,
     ) -> StyleEffect:
         """No pairs yet; `templates`: all clusters of the run."""
-        from answer_flips import FlipMoments
-        from head_overlap import GroupSums
+        from attention.answer_flips import FlipMoments
+        from attention.head_overlap import GroupSums
         from paired_stats import RowValues
 
         flips = FlipMoments(templates) if with_flips else None
@@ -210,8 +210,8 @@ def style_effect(
     baseline: the clean form, or a control; then only rows in which both edit the same words count, and with
     split_tokens only those in which these differ by at most so many tokens (in none, for `split@<style>`).
     """
-    from activation_rows import same_words, templates_of, token_limit
-    from paired_rows import RowWindow, paired_batches, read_rows, take_rows
+    from attention.activation_rows import same_words, templates_of, token_limit
+    from attention.paired_rows import RowWindow, paired_batches, read_rows, take_rows
 
     info: dict[str, Any] = {}
     to_clean = baseline == run.clean_style
@@ -256,7 +256,7 @@ def style_effect(
 def _near_tokens(variant: Batch, other: Batch, most: int | None) -> np.ndarray:
     """Mask [P] of the pairs whose edited words differ by at most `most` tokens; None: all."""
     import numpy as np
-    from attention_fields import REGIONS
+    from attention.attention_fields import REGIONS
 
     column = REGIONS.index("edited")
     difference = np.abs(variant["tokens"][:, column] - other["tokens"][:, column])
@@ -296,7 +296,7 @@ def _pair_values(
 def _distance(form: Batch, cleans: tuple[np.ndarray, Batch], layers: list[int]) -> np.ndarray:
     """The DISTANCES [P,L,H,2] of a form to the clean one; NaN for a row without."""
     import numpy as np
-    from aligned_maps import aligned_divergence
+    from attention.aligned_maps import aligned_divergence
 
     found, clean = cleans
     heads = next(iter(form["maps"][0].maps.values())).shape[0]
@@ -308,9 +308,9 @@ def _distance(form: Batch, cleans: tuple[np.ndarray, Batch], layers: list[int]) 
 
 def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None, info: dict[str, Any]) -> Extract:
     """What is read of each file, the raw maps too where there are any; `info` takes the layers."""
-    from aligned_maps import row_maps
-    from attention_fields import attention_fields, edited_region, layers_of
-    from reference_format import TokenRegions
+    from attention.aligned_maps import row_maps
+    from attention.attention_fields import attention_fields, edited_region, layers_of
+    from attention.reference_format import TokenRegions
 
     reference = TokenRegions(tokenizer, run, style, compared) if tokenizer else None
     edited = edited_region(style, run.clean_style, compared)
@@ -327,9 +327,9 @@ def _extractor(run: Run, style: str, compared: str | None, tokenizer: str | None
 
 def _map_extractor(run: Run, compared: str, tokenizer: str | None) -> Extract:
     """The raw maps of the clean form, where there are any."""
-    from aligned_maps import row_maps
-    from attention_fields import edited_region
-    from reference_format import TokenRegions
+    from attention.aligned_maps import row_maps
+    from attention.attention_fields import edited_region
+    from attention.reference_format import TokenRegions
 
     clean = str(run.clean_style)
     reference = TokenRegions(tokenizer, run, clean, compared) if tokenizer else None
@@ -452,7 +452,7 @@ def overlap_table(effects: Sequence[StyleEffect], seed: int = 0, baseline: str =
     """
     import numpy as np
     import pandas as pd
-    from head_overlap import cross_half
+    from attention.head_overlap import cross_half
 
     rows = []
     for measure in (name for name in effects[0].measures if name not in DISTANCES):
@@ -501,7 +501,7 @@ def save_pictures(
 ) -> list[Path]:
     """The heatmaps: all styles on one measure, against the clean form and against their controls; each style on the
     first four PANELS it has; the overlap matrices."""
-    from heatmaps import file_word, save_layer_head_grid
+    from attention.heatmaps import file_word, save_layer_head_grid
 
     dots = f"dots: adjusted p < {ALPHA}"
     # A style that only adds words (polite) has no clean twin of them, so some measures do not exist for it.
@@ -540,7 +540,7 @@ def _save_against_controls(
     Where some have a control of as many tokens, only these: next to what an invisible character does (`split`) one
     would see nothing of a typo.
     """
-    from heatmaps import save_layer_head_grid
+    from attention.heatmaps import save_layer_head_grid
 
     rows = _with_equal_tokens(heads[(heads["measure"] == measure) & heads["difference_vs_split"].notna()])
     matched = rows.groupby("style")[["n_vs_split", "control"]].max()
@@ -565,7 +565,7 @@ def _with_equal_tokens(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _save_overlap(path: Path, overlap: pd.DataFrame, names: list[str], measure: str, baseline: str) -> None:
     import numpy as np
-    from heatmaps import save_style_matrix
+    from attention.heatmaps import save_style_matrix
 
     matrix = np.full((len(names), len(names)), np.nan)
     pairs = overlap[overlap["style"].isin(names) & overlap["other_style"].isin(names)]
@@ -584,7 +584,7 @@ def _save_overlap(path: Path, overlap: pd.DataFrame, names: list[str], measure: 
 def save_flip_pictures(effects: Sequence[StyleEffect], flips: pd.DataFrame, folder: Path, measure: str) -> list[Path]:
     """Heatmaps of the correlation of each head's change with a flipped answer, for the changes from the clean form and
     from the control; none where too few answers flip."""
-    from heatmaps import save_layer_head_grid
+    from attention.heatmaps import save_layer_head_grid
 
     paths = []
     for baseline, end in ((CLEAN, ""), (CONTROL, "_vs_split")):
@@ -655,8 +655,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the pictures; tell the heads that react most."""
     args = parse_args(argv)
-    from activation_rows import clean_and_styles, control_of
-    from answer_flips import open_answers
+    from attention.activation_rows import clean_and_styles, control_of
+    from attention.answer_flips import open_answers
     from run_store import open_run, warn_unfinished
 
     run = open_run(args.run_dir)

@@ -42,10 +42,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 import numpy as np
-from activation_rows import (
+from attention.activation_rows import (
     StyleRows,
     add_first_token,
     blocks,
@@ -431,8 +431,8 @@ def _layer_count(run: Run) -> int:
 def _plot(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, path: Path) -> None:
     """Confirmed units by style and layer, a panel for each kind."""
     import matplotlib.pyplot as plt
+    from attention.layer_curves import count_label
     from file_output import save_figure
-    from layer_curves import count_label
     from matplotlib.ticker import MaxNLocator
 
     styles = list(summary["style"].unique())

@@ -42,10 +42,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 import numpy as np
-from activation_rows import (
+from attention.activation_rows import (
     SPLIT_STYLE,
     StyleRows,
     changed_rows,
@@ -56,7 +56,7 @@ from activation_rows import (
     tell_controls,
     twin_region,
 )
-from answer_flips import Answers, open_answers
+from attention.answer_flips import Answers, open_answers
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
@@ -65,7 +65,7 @@ from token_spans import MATCHED, matched_style
 
 if TYPE_CHECKING:
     import pandas as pd
-    from grouped_auc import Auc
+    from attention.grouped_auc import Auc
 
 TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
 TARGETS = ["typo", "typo_vs_split", "style", "wrong", "flipped"]
@@ -310,7 +310,7 @@ def probe_auc(
     max_iter: int = 300,
 ) -> tuple[Auc, bool]:
     """(AUC of the out-of-fold scores, whether every fit converged); features [n, D], the rest [n]."""
-    from grouped_auc import fold_auc, macro_auc
+    from attention.grouped_auc import fold_auc, macro_auc
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "probe_layers.csv", table)
     if stopped := int((table["converged"] == 0).sum()):
         log.warning(f"{stopped} probes stopped at --max_iter {args.max_iter}; see the column converged")
-    from layer_curves import plot_probes
+    from attention.layer_curves import plot_probes
 
     plot_probes(table, folder / "probe_layers.png")
     log.info(f"wrote {folder}/probe_layers.csv and .png")

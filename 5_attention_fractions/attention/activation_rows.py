@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from command_line import UserError
 from logger import get_logger
-from paired_rows import original_indices
 from run_store import BATCH_AXIS, Run, row_indices
 from token_spans import MATCHED, matched_style
+
+from attention.paired_rows import original_indices
 
 if TYPE_CHECKING:
     import torch

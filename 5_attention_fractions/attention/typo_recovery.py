@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from activation_rows import StyleRows, twin_region
 from run_store import Run
+
+from attention.activation_rows import StyleRows, twin_region
 
 if TYPE_CHECKING:
     import torch

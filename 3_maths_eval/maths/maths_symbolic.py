@@ -14,8 +14,9 @@ from functools import lru_cache
 from multiprocessing.pool import Pool
 
 from command_line import UserError
-from maths_numbers import plain_text
 from parse_predictions import answer_phrase, gold_text
+
+from maths.numerals import plain_text
 
 SECONDS = 10.0  # for one comparison
 START_SECONDS = 120.0  # for the start of the process, which imports sympy

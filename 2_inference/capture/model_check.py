@@ -7,21 +7,18 @@ equal length, else one by one. So a model of an unknown kind is refused in one l
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
-
 import torch
-from batching import BatchLimit
-from capture import PREFIX_REGIONS, CaptureOptions, Recorder, cannot_capture
 from command_line import UserError, one_line
-from decoding import GenerationOptions, Generator, Prompt, Result
+
+from capture.batching import BatchLimit
+from capture.decode import GenerationOptions, Generator, Prompt, Result
+from capture.recorder import PREFIX_REGIONS, CaptureOptions, Recorder, cannot_capture
 
 LONG, SHORT, SHARED = 24, 12, 4  # tokens of the two pieces, and those that both begin with
 STEPS = 3  # tokens of a response

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
-
 from command_line import UserError
-from decoding import Prompt
 from load_json import Problem, PromptFile, read_text
-from matched_split import CUT, TokenisedText, WordCutter, new_cuts
 from token_spans import (
     BASE_REGIONS,
     RenderedPrompt,
@@ -27,6 +22,9 @@ from token_spans import (
     region_names,
     render_prompt,
 )
+
+from capture.decode import Prompt
+from capture.matched_split import CUT, TokenisedText, WordCutter, new_cuts
 
 DEFAULT_POOLED = ("last", "instruction", "task")
 SHORTEST_PREFIX = 8  # tokens; a shorter one is not worth a pass of its own

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from command_line import UserError, one_line
-from paired_rows import original_indices
 from run_store import Run
 from token_spans import BASE_REGIONS, RenderedPrompt, character_regions, region_mask
+
+from attention.paired_rows import original_indices
 
 
 class TokenRegions:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from command_line import UserError
 from file_output import read_csv
-from head_overlap import GroupSums
+
+from attention.head_overlap import GroupSums
 
 BLOCK_ROWS = 1024  # changes are ranked within blocks of so many rows, so that memory stays flat
 BLOCK_CELLS = 512  # cells that are ranked at once

@@ -5,19 +5,17 @@ The files of a run depend on the prompts alone (never on batches, shards or rest
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
-
 import torch
-from capture import CaptureOptions
 from command_line import UserError
-from decoding import Prompt
+
+from capture.decode import Prompt
+from capture.recorder import CaptureOptions
 
 ROWS_PER_FILE = 64
 BYTES_PER_FILE = 256 << 20

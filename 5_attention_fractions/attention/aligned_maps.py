@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from attention_fields import layer_number, regions_of
+
+from attention.attention_fields import layer_number, regions_of
 
 if TYPE_CHECKING:
     import torch
-    from reference_format import TokenRegions
+
+    from attention.reference_format import TokenRegions
 
 
 @dataclass(frozen=True)

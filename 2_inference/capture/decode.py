@@ -16,16 +16,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
-
 import torch
-from capture import PREFIX_REGIONS, Capture, PassRows, Recorder, all_position_logits, rows_of, top_logits
 from command_line import one_line
 from token_spans import control_tokens
 from transformers import Cache, DynamicLayer
+
+from capture.recorder import PREFIX_REGIONS, Capture, PassRows, Recorder, all_position_logits, rows_of, top_logits
 
 SPARE_POSITIONS = 32  # a cache layer grows by this many positions at a time
 LEAVE_TOGETHER = 0.25  # share of the rows that must be finished before they leave the batch

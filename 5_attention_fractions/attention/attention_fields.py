@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from command_line import UserError
-from paired_rows import Batch
 from token_spans import matched_style
+
+from attention.paired_rows import Batch
 
 if TYPE_CHECKING:
     import torch
-    from reference_format import TokenRegions
+
+    from attention.reference_format import TokenRegions
 
 QUERIES = ("last", "mean")
 REGIONS = ("context", "instruction", "task", "edited", "first")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from activation_rows import SPLIT_STYLE, is_control
 from file_output import save_figure
 from token_spans import matched_style
+
+from attention.activation_rows import SPLIT_STYLE, is_control
 
 if TYPE_CHECKING:
     import pandas as pd

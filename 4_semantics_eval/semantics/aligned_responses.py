@@ -6,15 +6,11 @@ The styles' files are read in step, so memory holds one file per style whatever 
 from __future__ import annotations
 
 import heapq
-import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from command_line import UserError
 from load_json import CLEAN_KEYS

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "1_utils" / "run_scripts"))
 
 from run_store import pack_rows, save_pt
 

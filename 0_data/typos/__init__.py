@@ -1,0 +1,1 @@
+"""Typo styles: rules, variants, checks."""

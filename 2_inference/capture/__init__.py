@@ -1,0 +1,1 @@
+"""Everything that runs the studied model: prompts, recorder, decoding, batches, files."""

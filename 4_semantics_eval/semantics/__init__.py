@@ -1,0 +1,1 @@
+"""Answers as texts: pairs, similarity, rewards, judge."""

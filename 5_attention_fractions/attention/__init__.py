@@ -1,0 +1,1 @@
+"""Attention, residual stream and neurons: reading runs, measures, statistics, plots."""
