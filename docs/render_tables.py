@@ -1,0 +1,176 @@
+"""Write the tables of measured figures into README.md and docs/*.md, from the JSON files in docs/measured/.
+
+Reads   docs/measured/*.json; with --example the CSVs of the run that docs/EXAMPLE.md describes
+Writes  the lines between `<!-- table: NAME -->` and `<!-- /table -->`; with --example docs/measured/example.json
+
+    python docs/render_tables.py
+    python docs/render_tables.py --example results/example/maths
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the records of a JSON file become a table: what names a row, a column and a cell."""
+
+    corner: str
+    row: Callable[[Record], str]
+    column: Callable[[Record], str]
+    cell: Callable[[Record], str]
+
+
+WAYS = {
+    "ours 0 5 10 15": "error_interp: all layers' attention mass and pooled states, top-k logits, 4 raw layers",
+    "ours none": "error_interp with `--raw_layers none`",
+    "two_pass 0 5 10 15": "two passes of transformers: `generate()`, then eager attention; 4 raw layers",
+    "nnsight 0 5 10 15": "nnsight 0.8.1, tracing inside `generate()`: states of 4 layers, no attention",
+    "transformer_lens 0 5 10 15": "TransformerLens 4.3.0: `generate`, then `run_with_cache`: states and patterns of "
+    "4 layers",
+    "generate_onednn 0 5 10 15": "`generate()` alone with the matrix products that error_interp uses on an x86 CPU "
+    "(oneDNN)",
+    "generate none": "`generate()` alone",
+}
+COMPARISONS = {
+    "ours_to_generate": "error_interp ÷ `generate()`",
+    "onednn_to_generate": "`generate()` with oneDNN's products ÷ `generate()`",
+    "ours_to_onednn": "error_interp ÷ `generate()` with oneDNN's products",
+}
+JOBS = {
+    "maths": "96 maths prompts after three shots, answers end at their line",
+    "instructions": "48 instructions of 10 to 200 words, 48 new tokens",
+}
+EXAMPLE = {  # measure: (its line in the table, decimals)
+    "accuracy": ("accuracy − `normal`, in points", 1),
+    "heads_from_clean": ("heads of 270 whose attention to the edited words changes from `normal` (BH, 0.05)", 0),
+    "heads_from_control": ("the same from the control", 0),
+    "split_half": ("split-half rank correlation of those changes from the control", 2),
+    "head_22_4": ("attention of head 22.4 to the typo ÷ to the control's words", 2),
+    "next_token_kl": (
+        "KL of the next token to `normal` ÷ the control's (geometric means of a lower bound, from 10 logits)",
+        2,
+    ),
+    "recovery": ("layers by which the word is recovered later than the control's", 1),
+}
+
+
+def number(record: Record, key: str = "value", decimals: int = 2) -> str:
+    """`1.65 [1.44, 1.88]`, without the interval where the record has none."""
+    ends = ", ".join(f"{record[end]:.{decimals}f}" for end in ("low", "high") if end in record)
+    return (f"{record[key]:.{decimals}f}" + (f" [{ends}]" if ends else "")).replace("-", "−")
+
+
+def _way(record: Record) -> str:
+    return WAYS[f"{record['way']} {record['raw_layers']}"]
+
+
+def _batch(record: Record) -> str:
+    return f"{record['rows']} × {record['prompt_tokens']:,} tokens"
+
+
+LAYOUTS = {
+    "capture_batches": Layout(
+        "seconds ÷ `generate()` alone", _way, _batch, lambda record: number(record, "ratio_to_generate")
+    ),
+    "capture_onednn": Layout(
+        "ratio of seconds", lambda record: COMPARISONS[record["comparison"]], _batch, lambda r: number(r, "ratio")
+    ),
+    "capture_memory": Layout(
+        "peak memory above the model, MB", _way, _batch, lambda record: f"{record['peak_MB']:,.0f}"
+    ),
+    "capture_jobs": Layout(
+        "job",
+        lambda r: JOBS[r["job"]],
+        lambda _: "÷ `generate()` loop",
+        lambda r: number(r, "ratio_to_generate"),
+    ),
+    "example": Layout(
+        "",
+        lambda record: EXAMPLE[record["measure"]][0],
+        lambda record: f"`{record['style']}`",
+        lambda record: number(record, decimals=EXAMPLE[record["measure"]][1]),
+    ),
+}
+
+
+def table(name: str) -> str:
+    """The Markdown table of docs/measured/<name>.json."""
+    layout = LAYOUTS[name]
+    records = json.loads((DOCS / "measured" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    columns = list(dict.fromkeys(layout.column(record) for record in records))
+    cells: dict[str, dict[str, str]] = {}
+    for record in records:
+        cells.setdefault(layout.row(record), {})[layout.column(record)] = layout.cell(record)
+    lines = [[layout.corner, *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row, *(found.get(column, "") for column in columns)] for row, found in cells.items()]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def filled(text: str) -> str:
+    """A page with all its tables as their JSON files have them."""
+    return PLACE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+
+
+def example_rows(results: Path, styles: Sequence[str] = ("swap", "missing", "three")) -> list[Record]:
+    """The figures of the example, from the CSVs of its run."""
+    import pandas as pd
+
+    def read(name: str, **chosen: Any) -> pd.DataFrame:
+        found = pd.read_csv(results / f"{name}.csv", keep_default_na=False, na_values=[""])
+        for column, value in chosen.items():
+            found = found[found[column] == value]
+        return found.set_index("style")
+
+    accuracy = read("maths_summary")[["difference", "difference_ci_low", "difference_ci_high"]] * 100
+    heads = read("head_sensitivity", measure="edited_log2_mass_last")
+    halves = read("head_overlap", measure="edited_log2_mass_last", reference_form="control")
+    against = ["difference_vs_control", "difference_ci_low_vs_control", "difference_ci_high_vs_control"]
+    one_head = 2 ** heads[(heads["layer"] == 22) & (heads["head"] == 4)][against]
+    shift = ["difference_to_control", "difference_ci_low", "difference_ci_high"]
+    figures = {
+        "accuracy": accuracy,
+        "heads_from_clean": (heads["p_adjusted"] < 0.05).groupby(level=0).sum(),
+        "heads_from_control": (heads["p_adjusted_vs_control"] < 0.05).groupby(level=0).sum(),
+        "split_half": halves[halves["other_style"] == halves.index]["cross_half_spearman"],
+        "head_22_4": one_head,
+        "next_token_kl": 10 ** read("activation_diffs_summary", measure="log10_next_token_kl")[shift],
+        "recovery": read("activation_diffs_summary", measure="recovery_depth")[shift],
+    }
+    rows = []
+    for measure, found in figures.items():
+        for style in styles:
+            values = [round(float(value), 4) for value in pd.Series(found.loc[style]).to_list()]
+            rows.append(
+                {"measure": measure, "style": style} | dict(zip(("value", "low", "high"), values, strict=False))
+            )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Take in the example's figures if asked to, then write every table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--example", type=Path, help="results folder of the example's run")
+    args = parser.parse_args(argv)
+    if args.example:
+        path = DOCS / "measured" / "example.json"
+        content = json.loads(path.read_text(encoding="utf-8")) | {"rows": example_rows(args.example)}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,51 @@
+"""The documentation: commands and Python blocks run, links lead somewhere, tables are those of their JSON files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import render_tables as tables
+from test_house import check_command, commands_in
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("[0-9]_*/README.md")])
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_commands_work(page):
+    for words in commands_in(page.read_text(encoding="utf-8")):
+        check_command(words)
+
+
+@every_page
+def test_links_lead_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        if not target.startswith("http"):
+            other = (page.parent / name).resolve() if name else page
+            assert other.exists(), f"{target}: no such file"
+            assert not anchor or anchor in anchors_of(other), f"{target}: no such heading"
+
+
+@every_page
+def test_tables_are_those_of_their_json(page):
+    text = page.read_text(encoding="utf-8")
+    assert tables.filled(text) == text, "python docs/render_tables.py"
+
+
+def test_every_measured_file_is_in_a_page():
+    shown = {name for page in PAGES for _, name, _ in tables.PLACE.findall(page.read_text(encoding="utf-8"))}
+    measured = {path.stem for path in (ROOT / "docs/measured").glob("*.json")}
+    assert shown == measured == set(tables.LAYOUTS)
+    for name in measured:
+        content = json.loads((ROOT / f"docs/measured/{name}.json").read_text(encoding="utf-8"))
+        assert content["commands"], f"{name}: how was it measured?"
