@@ -346,7 +346,7 @@ def reference_content(texts: list[str], heads: int = 2, with_mask: bool = False)
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reference_format.load_tokenizer", lambda name: LetterTokenizer())
+    monkeypatch.setattr("attention.reference_format.load_tokenizer", lambda name: LetterTokenizer())
 
 
 @pytest.mark.usefixtures("letters")

@@ -17,7 +17,7 @@ from typing import Any
 
 from command_line import make_parser, run_main
 from file_output import atomic_path
-from run_store import Run, open_run, row_count
+from run_store import Run, open_run
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def iter_predictions(run: Run | str | Path, styles: Sequence[str] | None = None)
 
 def predictions_of(content: dict[str, Any], style: str, run: Run | None = None) -> Iterator[Prediction]:
     """The predictions in the content of one .pt file. `run` supplies prompts and ids that old files lack."""
-    for position in range(row_count(content)):
-        index = int(_item(content, "original_indices", position, position))
+    for position, index in enumerate(content["original_indices"]):
         row = run.row(index) if run else {}
         prompt = _item(content, "prompts", position, row.get(style))
         final = str(_item(content, "final_predictions", position, ""))

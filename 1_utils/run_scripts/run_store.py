@@ -227,6 +227,12 @@ def _read_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
         raise UserError(f"{path}: truncated or damaged ({why}); delete it and run stage 2 again") from None
     if not isinstance(content, dict) or not ({"original_indices", "final_predictions"} & content.keys()):
         raise UserError(f"{path}: not a file of stage 2: it has no original_indices; see the README's data format")
+    if "original_indices" not in content and isinstance(content["final_predictions"], list):
+        match = PT_NAME.fullmatch(path.name)  # the reference format numbers its rows by the file's name alone
+        start = int(match.group(1)) if match else 0
+        content["original_indices"] = list(range(start, start + len(content["final_predictions"])))
+    elif isinstance(content.get("original_indices"), torch.Tensor):
+        content["original_indices"] = content["original_indices"].tolist()
     return content
 
 
@@ -286,10 +292,7 @@ def _shapes(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str, tup
 
 def row_count(content: dict[str, Any]) -> int:
     """B, the number of rows of a .pt file's content."""
-    for key in ("original_indices", "final_predictions", "responses"):
-        if key in content:
-            return len(content[key])
-    return 0
+    return len(content["original_indices"])
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -308,7 +311,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
 def row_indices(run: Run, style: str) -> Iterator[int]:
     """Positions in the prompt file of a style's rows, one .pt file in memory at a time."""
     for _, content in run.batches(style):
-        yield from (int(index) for index in content.get("original_indices", range(row_count(content))))
+        yield from content["original_indices"]
 
 
 def planned_prompts(folder: Path, style: str, max_samples: int | None = None) -> int | None:

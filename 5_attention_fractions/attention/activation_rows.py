@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from logger import get_logger
 from run_store import BATCH_AXIS, Run, row_indices
 from token_spans import MATCHED, matched_style
 
+from attention.flags import add_first_token as add_first_token
 from attention.paired_rows import original_indices
 
 if TYPE_CHECKING:
@@ -312,15 +312,6 @@ def blocks(indices: Sequence[int], size: int = CLEAN_BLOCK) -> Iterator[list[int
     """`indices` in runs of at most `size`."""
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
-
-
-def add_first_token(group: argparse._ArgumentGroup) -> None:
-    """The flag `--first_token`, which means the same in every script of this stage."""
-    group.add_argument(
-        "--first_token", choices=("excluded", "included"), default="excluded",
-        help="rows whose region (mostly the edited words) holds the first token of the sequence, the attention sink of "
-        "most models: left out of what is measured at that region, or kept",
-    )  # fmt: skip
 
 
 def templates_of(run: Run) -> set[str]:
