@@ -15,8 +15,9 @@ import pandas as pd
 import pytest
 import torch
 from command_line import UserError
-from evaluate_predictions import evaluate_run, number_text, write_evaluation
+from maths.accuracy import evaluate_run, write_evaluation
 from maths.accuracy_tables import accuracy_by_edits, break_down
+from maths.gold import number_text
 from paired_stats import clustered_mean, holm, paired_difference
 from parse_predictions import parse_prediction_text
 from scipy.stats import binomtest
@@ -372,14 +373,16 @@ def test_expressions_are_scored_by_the_rule_symbolic(tmp_path):
     assert items["value"].tolist()[:3] == ["11\\sqrt2", "(-2, 7)", "5!"]
 
 
-def test_numbers_alone_never_start_the_symbolic_reader(tmp_path):
+def test_numbers_alone_never_start_the_process_of_math_verify(tmp_path):
     run = _answered(tmp_path / "run", ["12"] * 4, ["12", "The answer is 12.", "7 + 5 = 12", "none"])
-    called = f"import sys, evaluate_predictions as e; e.evaluate_run({str(run)!r})"
-    code = f"{called}; print('maths.maths_symbolic' in sys.modules)"
+    called = (
+        f"import evaluate_predictions as e; e.main(['--run_dir', {str(run)!r}, '--results_dir', {str(tmp_path)!r}])"
+    )
+    code = f"{called}; import multiprocessing; print(multiprocessing.active_children())"
     folders = [str(SCRIPT.parent), str(SCRIPT.parents[2] / "1_utils" / "run_scripts")]
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {folders!r}; {code}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]"
 
 
 # --- the command

@@ -14,8 +14,8 @@ from functools import lru_cache
 from multiprocessing.pool import Pool
 
 from command_line import UserError
-from parse_predictions import answer_phrase, gold_text
 
+from maths.marked_answers import answer_phrase
 from maths.numerals import plain_text
 
 SECONDS = 10.0  # for one comparison
@@ -82,9 +82,8 @@ def answer_expression(response: str | None, prompt: str | None = None) -> str | 
     return phrase
 
 
-def expression_of_gold(answer: object) -> str | None:
-    """The gold answer as an expression that Math-Verify can read; None if it cannot, or if it is no expression."""
-    text = gold_text(answer) if isinstance(answer, str) else ""
+def expression_of_gold(text: str) -> str | None:
+    """A gold answer's text, if it is an expression that Math-Verify can read; else None."""
     return text if text and is_expression(text) and _ask(text, None) else None
 
 

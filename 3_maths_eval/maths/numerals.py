@@ -387,6 +387,11 @@ _WEAK_WORDS = ("one", "half", "a half", "quarter", "a quarter", "one half", "one
 _ALONE = re.compile(rf"\s*(?:[.!,;)}}]|\n|$)|[ ](?:in|out[ ]of)[ ](?:\d|(?:{_WORD})\b)")
 
 
+def word_set(words: str) -> frozenset[str]:
+    """The words of a list that is written as a text."""
+    return frozenset(words.split())
+
+
 @lru_cache(maxsize=8)
 def words_of(text: str) -> frozenset[str]:
     """The words of a text in small letters: a cheap test before a slow pattern."""

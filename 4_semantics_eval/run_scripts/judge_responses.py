@@ -181,7 +181,7 @@ def read_answer(reply: ChatReply, name: str, allowed: Sequence[Any]) -> tuple[An
     if reply.content is None or reply.finish_reason == "length":
         return None, ""
     text = _TRAILING_COMMA.sub(r"\1", _LONE_BACKSLASH.sub(lambda m: m[0] if m[1] else "\\\\", reply.content))
-    text = without_thinking(text, [span for _, span in _json_objects(text)])
+    text = without_thinking(text, literal=[span for _, span in _json_objects(text)])
     found = [(answer, span) for answer, span in _json_objects(text) if name in answer]
     rest = text
     for _, (start, end) in reversed(found):
