@@ -1,7 +1,9 @@
-"""Write the tables of measured figures into README.md and docs/*.md, from the JSON files in docs/measured/.
+"""Write the generated parts of the documentation: tables of measured figures, and the stages' lists of files.
 
-Reads   docs/measured/*.json; with --example the CSVs of the run that docs/EXAMPLE.md describes
-Writes  the lines between `<!-- table: NAME -->` and `<!-- /table -->`; with --example docs/measured/example.json
+Reads   docs/measured/*.json, the first sentence of every module; with --example the CSVs of the run that
+        docs/EXAMPLE.md describes
+Writes  what is between `<!-- table: NAME -->` and `<!-- /table -->` in README.md and docs/*.md, and between
+        `<!-- files -->` and `<!-- /files -->` in a stage's README.md; with --example docs/measured/example.json
 
     python docs/render_tables.py
     python docs/render_tables.py --example results/example/maths
@@ -10,15 +12,19 @@ Writes  the lines between `<!-- table: NAME -->` and `<!-- /table -->`; with --e
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+FILES = re.compile(r"(<!-- files -->\n).*?(<!-- /files -->)", re.DOTALL)
 Record = dict[str, Any]
 
 
@@ -118,17 +124,38 @@ def table(name: str) -> str:
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
 
 
-def filled(text: str) -> str:
-    """A page with all its tables as their JSON files have them."""
-    return PLACE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+def files(stage: Path) -> str:
+    """The scripts of a stage and then its modules, each with the first sentence of its docstring."""
+    lines: dict[bool, list[str]] = {True: [], False: []}
+    for path in sorted(stage.glob("*/*.py")):
+        text = path.read_text(encoding="utf-8")
+        paragraph = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
+        about = paragraph.partition(". ")[0].removesuffix(".") + "."
+        if path.name != "__init__.py":
+            is_script = '__name__ == "__main__"' in text
+            lines[is_script].append(f"- [{path.parent.name}/{path.name}]({path.parent.name}/{path.name}): {about}\n")
+    return f"Scripts:\n\n{''.join(lines[True])}\nModules:\n\n{''.join(lines[False])}"
+
+
+def filled(page: Path) -> str:
+    """The text of a page with its generated parts as they should be."""
+    text = PLACE.sub(lambda found: found[1] + table(found[2]) + found[3], page.read_text(encoding="utf-8"))
+    return FILES.sub(lambda found: found[1] + files(page.parent) + found[2], text)
+
+
+def pages() -> list[Path]:
+    """README.md, docs/*.md and the README.md of every stage."""
+    return [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("[0-9]_*/README.md"))]
 
 
 def example_rows(results: Path, styles: Sequence[str] = ("swap", "missing", "three")) -> list[Record]:
     """The figures of the example, from the CSVs of its run."""
+    sys.path.insert(0, str(ROOT / "1_utils" / "run_scripts"))
     import pandas as pd
+    from file_output import read_csv
 
     def read(name: str, **chosen: Any) -> pd.DataFrame:
-        found = pd.read_csv(results / f"{name}.csv", keep_default_na=False, na_values=[""])
+        found = read_csv(results / f"{name}.csv", hint="run the command of docs/EXAMPLE.md")
         for column, value in chosen.items():
             found = found[found[column] == value]
         return found.set_index("style")
@@ -159,7 +186,7 @@ def example_rows(results: Path, styles: Sequence[str] = ("swap", "missing", "thr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Take in the example's figures if asked to, then write every table."""
+    """Take in the example's figures if asked to, then write every generated part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--example", type=Path, help="results folder of the example's run")
     args = parser.parse_args(argv)
@@ -167,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = DOCS / "measured" / "example.json"
         content = json.loads(path.read_text(encoding="utf-8")) | {"rows": example_rows(args.example)}
         path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in pages():
+        page.write_text(filled(page), encoding="utf-8")
     return 0
 
 
