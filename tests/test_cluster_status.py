@@ -3,15 +3,17 @@
 import csv
 import json
 import os
+import re
+import sys
 import time
-from pathlib import Path
 
 import cluster_plan
 import pytest
-import run_pipeline
 import run_status
+import stamps
 import torch
 from command_line import UserError
+from run_pipeline import Step
 from run_store import FAILURE_COLUMNS, begin_run, save_pt
 
 STAGE_2_WORDS = ("--run_name", "r", "--model_name", "m")
@@ -146,18 +148,39 @@ def test_the_flag_and_the_bare_folder_are_the_same(tmp_path, capsys):
         run_status.main(["--run_dir", str(tmp_path / "outputs" / "R_")])
 
 
-def test_analyses_from_before_the_newest_file_are_told(tmp_path, capsys):
-    now = time.time()
-    write_run(tmp_path / "outputs" / "r" / "p" / "normal", "normal", rows(2), [((0, 1), now)], started=now - 5)
-    results = tmp_path / "results" / "r" / "p"
-    results.mkdir(parents=True)
-    (results / "maths_items.csv").write_text("x")
-    os.utime(results / "maths_items.csv", (now + 5, now + 5))
-    run_status.main(["--run_dir", str(tmp_path / "outputs" / "r")])
-    assert "older" not in capsys.readouterr().out
-    os.utime(results / "maths_items.csv", (now - 5, now - 5))
-    run_status.main(["--run_dir", str(tmp_path / "outputs" / "r")])
-    assert "analyses are older than the run: 1 of 1 tables (maths_items.csv) in" in capsys.readouterr().out
+def stamp(step, *names, monkeypatch):
+    """Write files and the stamp that a script leaves when it has written them."""
+    monkeypatch.setattr(sys, "argv", [step.script])
+    stamps.begin(step.arguments)
+    for name in names:
+        step.place.mkdir(parents=True, exist_ok=True)
+        (step.place / name).write_text("x")
+        stamps.note_written(step.place / name)
+    if step.name == "report":
+        stamps.note_read(step.place / "p")
+    stamps.finish(step.arguments, 0)
+
+
+def test_analyses_whose_inputs_have_changed_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "outputs" / "r" / "p"
+    write_run(run / "normal", "normal", rows(2), [((0, 1), time.time())])
+    words = ("--run_dir", "outputs/r/p", "--results_dir", "results/r/p")
+    for script in ("evaluate_predictions", "dirs_eval"):
+        stamp(Step(script, str(tmp_path / f"{script}.py"), words), f"{script}.csv", monkeypatch=monkeypatch)
+    run_status.main(["--run_dir", "outputs/r"])
+    assert "analyses: 2 of 2 up to date" in capsys.readouterr().out
+    (tmp_path / "results" / "r" / "p" / "dirs_eval.csv").unlink()
+    run_status.main(["--run_dir", "outputs/r", "--json"])
+    analyses = json.loads(capsys.readouterr().out)["analyses"]
+    assert {name.rpartition(" ")[2]: current for name, current in analyses.items()} == {
+        "dirs_eval": False, "evaluate_predictions": True,
+    }  # fmt: skip
+    next((run / "normal").glob("*.pt")).touch()
+    run_status.main(["--run_dir", "outputs/r"])
+    out = capsys.readouterr().out
+    assert "analyses: 0 of 2 up to date" in out
+    assert re.search(r"^run again, its inputs, .* have changed: .*results/r/p: evaluate_predictions$", out, re.M)
 
 
 @pytest.mark.parametrize(("make", "told"), [(False, "no such folder"), (True, "no run has begun there")])
@@ -193,7 +216,7 @@ def test_a_job_that_could_not_note_its_end_is_asked_for_at_slurm(tmp_path, monke
 
 @pytest.fixture
 def chain(tmp_path, monkeypatch):
-    """A run of stages 2, 3 and 5 on disk, each step noted as done; returns the function that plans it anew."""
+    """A run of stages 2, 3 and 5 on disk, each step stamped as done; returns the function that plans it anew."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text(json.dumps(rows(2, answer=1)))
 
@@ -205,21 +228,15 @@ def chain(tmp_path, monkeypatch):
     for style in ("normal", "swap"):
         write_run(tmp_path / "outputs" / "r" / "p" / style, style, rows(2), [((0, 1), past)], started=past)
     os.utime(tmp_path / "outputs" / "r" / "p" / "prompts.json", (past, past))
-    for item in [item for item in plan() if item.chosen]:
-        note = cluster_plan.note_of(item.step)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text("".join(f"{word}\n" for word in item.step.arguments))
-        result = f"{item.stem}.csv"
-        if item.step.results:
-            (note.parent / result).write_text("x")
-            os.utime(note.parent / result, (past + 1, past + 1))
-        note.with_name(f".wrote.{item.stem}").write_text(f"./{result}\n" if item.step.results else "")
-    (tmp_path / "results" / "r" / "report.html").write_text("x")
+    for item in plan(stages=cluster_plan.STAGES):
+        if item.step.name in ("capture", "accuracy", "attention fractions", "heads", "layers", "probes", "report"):
+            name = "report.html" if item.step.name == "report" else f"{item.step.stem}.csv"
+            stamp(item.step, *([name] if item.step.name != "capture" else []), monkeypatch=monkeypatch)
     return plan
 
 
 def missing(planned):
-    return [item.stem for item in planned if item.state == "missing"]
+    return [item.step.stem for item in planned if item.state == "missing"]
 
 
 def test_a_chain_that_is_done_needs_nothing(chain):
@@ -230,11 +247,12 @@ def test_other_arguments_are_another_step(chain):
     assert missing(chain("--max_samples", "2"))[0] == "attn_act_logi"
 
 
-def test_a_file_that_is_gone_or_new_brings_its_steps_back(chain, tmp_path):
+def test_a_file_that_is_gone_or_new_brings_its_steps_back(chain, tmp_path, monkeypatch):
     results = tmp_path / "results" / "r" / "p"
     (results / "dirs_eval.csv").unlink()
     assert missing(chain()) == ["dirs_eval", "build_report"]
-    (results / "dirs_eval.csv").write_text("new")
+    (step,) = [item.step for item in chain() if item.step.stem == "dirs_eval"]
+    stamp(step, "dirs_eval.csv", monkeypatch=monkeypatch)  # run again by hand
     assert missing(chain()) == ["build_report"]
     next((tmp_path / "outputs" / "r" / "p" / "swap").glob("*.pt")).touch()
     assert set(missing(chain())) >= {"evaluate_predictions", "dirs_eval", "head_sensitivity", "build_report"}
@@ -242,16 +260,16 @@ def test_a_file_that_is_gone_or_new_brings_its_steps_back(chain, tmp_path):
 
 def test_a_missing_prompt_brings_stage_2_and_all_after_it_back(chain, tmp_path):
     next((tmp_path / "outputs" / "r" / "p" / "swap").glob("*.pt")).unlink()
-    assert missing(chain()) == [item.stem for item in chain() if item.chosen]
+    assert missing(chain()) == [item.step.stem for item in chain() if item.state != "left out"]
     assert "attn_act_logi" not in missing(chain(stages=("3", "5", "report")))
 
 
 def test_a_stage_that_is_left_out_is_named_so_that_it_can_be_waited_for(chain):
     planned = chain(stages=("5",))
-    states = {item.stem: item.state for item in planned}
+    states = {item.step.stem: item.state for item in planned}
     assert states["attn_act_logi"] == states["evaluate_predictions"] == states["build_report"] == "left out"
-    heads = next(item for item in planned if item.stem == "head_sensitivity")
-    assert {planned[number].stem for number in (*heads.after, *heads.after_any)} == {
+    heads = next(item for item in planned if item.step.stem == "head_sensitivity")
+    assert {planned[number].step.stem for number in (*heads.after, *heads.after_any)} == {
         "attn_act_logi", "evaluate_predictions",
     }  # fmt: skip
 
@@ -265,33 +283,15 @@ def test_failed_prompts_are_tried_again_unless_told_to_keep_going(chain, tmp_pat
     (folder / "failures.csv").write_text("style,original_index,element_index,reason\nswap,1,2,too long\n")
     os.utime(folder / "failures.csv", (past, past))
     assert missing(chain())[0] == "attn_act_logi"
-    assert missing(chain("--keep_going")) == []
+    assert "attn_act_logi" not in missing(chain("--keep_going"))
 
 
-def test_a_check_that_found_nothing_is_done_and_keeps_its_findings(chain, tmp_path):
-    (check,) = [item for item in chain(stages=("0",)) if item.chosen]
+def test_a_check_that_found_nothing_is_done_and_keeps_its_findings(chain, monkeypatch):
+    (check,) = [item for item in chain(stages=("0",)) if item.state != "left out"]
     assert check.state == "missing"
     assert "results/r/p/prompt_findings.csv" in check.step.arguments
-    note = cluster_plan.note_of(check.step)
-    assert note == Path("results/r/p/.done.check_prompts")
-    note.write_text("".join(f"{word}\n" for word in check.step.arguments))
+    stamp(check.step, "prompt_findings.csv", monkeypatch=monkeypatch)
     assert missing(chain(stages=("0",))) == []
-
-
-def test_what_the_pipeline_has_finished_is_not_planned_again(chain, tmp_path):
-    notes = [cluster_plan.note_of(item.step) for item in chain() if item.chosen]
-    for note in notes:  # as if no job had ever run
-        note.unlink()
-        note.with_name(note.name.replace(".done.", ".wrote.")).unlink()
-    assert missing(chain()) == [item.stem for item in chain() if item.chosen]
-    for item in chain():  # what run_pipeline.py leaves
-        if item.stem == "attn_act_logi":
-            notes[0].write_text("".join(f"{word}\n" for word in item.step.arguments))
-        elif item.chosen:
-            run_pipeline.remember(item.step, {"state": run_pipeline.state_of(item.step), "wrote": {}})
-    assert missing(chain()) == []
-    next((tmp_path / "outputs" / "r" / "p" / "swap").glob("*.pt")).touch()
-    assert "dirs_eval" in missing(chain())
 
 
 @pytest.mark.parametrize(("answer", "planned"), [("5", True), ("three", True), ("Paris", False), ("", False)])
@@ -299,10 +299,10 @@ def test_stage_3_is_planned_if_an_answer_can_be_scored(tmp_path, answer, planned
     (tmp_path / "p.json").write_text(json.dumps(rows(2, answer=answer) + rows(1)))
     words = ["--prompt_file", str(tmp_path / "p.json"), *STAGE_2_WORDS]
     items = cluster_plan.plan(cluster_plan.parse_pipeline_args(words), ("2", "3", "5"))
-    assert ("evaluate_predictions" in [item.stem for item in items]) == planned
+    assert ("evaluate_predictions" in [item.step.stem for item in items]) == planned
     (tmp_path / "scores.csv").write_text("style,original_index,correct\n")
     own = cluster_plan.parse_pipeline_args([*words, "--maths_items", str(tmp_path / "scores.csv")])
-    (accuracy,) = [i.step for i in cluster_plan.plan(own, ("3",)) if i.stem == "evaluate_predictions"]
+    (accuracy,) = [i.step for i in cluster_plan.plan(own, ("3",)) if i.step.stem == "evaluate_predictions"]
     assert accuracy.arguments[-2:] == ("--maths_items", str(tmp_path / "scores.csv"))
 
 

@@ -12,19 +12,8 @@ import pytest
 import tiny_models
 from command_line import UserError
 from fetch_models import MODELS_DIR
-from run_pipeline import (
-    STAMP,
-    Step,
-    check_step,
-    jobs_of,
-    main,
-    parse_args,
-    printable,
-    report_step,
-    run_step,
-    runs_in,
-    steps_of,
-)
+from run_pipeline import Step, jobs_of, main, parse_args, report_step, run_step, runs_in, steps_of
+from stamps import stamp_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "1_utils" / "run_scripts" / "run_pipeline.py"
@@ -54,15 +43,14 @@ def test_the_steps_of_a_maths_file(tmp_path, prompt_file):
     (job,) = jobs_of(args)
     steps = steps_of(job, args)
     assert [Path(step.script).stem for step in steps] == [
-        "attn_act_logi", "evaluate_predictions", "compare_responses", "score_scripts", "dirs_eval", "head_sensitivity",
-        "activation_diffs", "neuron_sensitivity", "probe_layers",
+        "check_prompts", "attn_act_logi", "evaluate_predictions", "compare_responses", "score_scripts", "dirs_eval",
+        "head_sensitivity", "activation_diffs", "neuron_sensitivity", "probe_layers",
     ]  # fmt: skip
-    assert steps[0].arguments[-3:] == ("--neurons", "--seed", "1")
+    assert steps[1].arguments[-3:] == ("--neurons", "--seed", "1")
     assert all((ROOT / step.script).is_file() for step in [*steps, report_step([job], args)])
     heads = next(step for step in steps if step.script.endswith("head_sensitivity.py"))
-    assert heads.reads == (job.output, job.results / "maths_items.csv")
-    check = check_step(job, args)
-    assert check.arguments[-2:] == ("--output_csv", str(job.results / "prompt_findings.csv"))
+    assert heads.after == ("capture", "accuracy")
+    assert steps[0].arguments[-2:] == ("--output_csv", str(job.results / "prompt_findings.csv"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +80,7 @@ def test_stage_2_itself_says_what_its_flags_mean(tmp_path, prompt_file):
     extra = ["--few_shot_file", str(few), "--", "--stop_strings=END", "--neurons"]
     args = parse_args(arguments(tmp_path, prompt_file, extra=extra))
     steps = steps_of(jobs_of(args)[0], args)
-    assert "\\n" not in steps[0].arguments
+    assert "\\n" not in steps[1].arguments
     assert "neurons" in [step.name for step in steps]
 
 
@@ -129,7 +117,7 @@ def test_the_report_covers_earlier_calls_too(tmp_path, prompt_file):
     older.mkdir(parents=True)
     (older / "prompts.json").write_text("[]")
     args = parse_args(arguments(tmp_path, prompt_file))
-    command = printable(report_step(jobs_of(args), args))
+    command = str(report_step(jobs_of(args), args))
     assert f"--run_dir {older} {tmp_path}/outputs/r/sums " in command
     assert runs_in(tmp_path / "outputs" / "r") == [older]
 
@@ -137,22 +125,40 @@ def test_the_report_covers_earlier_calls_too(tmp_path, prompt_file):
 # --- done is done
 
 
+COPY_IT = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from command_line import make_parser, run_main
+from file_output import read_csv, write_text
+from stamps import note_read
+def main(argv):
+    parser = make_parser(None)
+    parser.add_argument("--run_dir", type=Path)
+    parser.add_argument("--results_dir", type=Path)
+    parser.add_argument("--more", nargs="*")
+    args = parser.parse_args(argv)
+    note_read(args.results_dir / "optional.csv")
+    count = args.results_dir.with_name("count")
+    count.write_text(count.read_text() + "." if count.exists() else ".")
+    write_text(args.results_dir / "b.txt", (args.run_dir / "a.txt").read_text())
+    return len(args.more or [])
+run_main(main)
+"""
+
+
 @pytest.fixture
 def step(tmp_path):
     """A step that copies a file it reads, and counts its runs."""
-    (tmp_path / "code").mkdir()
-    script = tmp_path / "code" / "copy_it.py"
-    script.write_text(
-        "import sys, pathlib\n"
-        "source, target, count = map(pathlib.Path, sys.argv[1:4])\n"
-        "target.parent.mkdir(exist_ok=True)\n"
-        "count.write_text(count.read_text() + '.' if count.exists() else '.')\n"
-        "target.write_text(source.read_text())\n"
-    )
+    (tmp_path / "copy_it.py").write_text(COPY_IT)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("one")
-    words = (str(tmp_path / "in" / "a.txt"), str(tmp_path / "results" / "b.txt"), str(tmp_path / "count"))
-    return Step("copy", str(script), words, (tmp_path / "in",), tmp_path / "results")
+    words = ("--run_dir", str(tmp_path / "in"), "--results_dir", str(tmp_path / "results"))
+    return Step("copy", str(tmp_path / "copy_it.py"), words)
+
+
+def run(step):
+    return run_step(step, "1/1", False, set())
 
 
 def runs_of(tmp_path):
@@ -160,37 +166,56 @@ def runs_of(tmp_path):
 
 
 def test_a_step_runs_once_until_something_changes(tmp_path, step):
-    assert run_step(step, "1/1") == 0
-    assert run_step(step, "1/1") == 0
+    assert run(step) == 0
+    assert run(step) == 0
     assert runs_of(tmp_path) == 1
     (tmp_path / "in" / "a.txt").write_text("another")  # input
-    run_step(step, "1/1")
+    run(step)
     assert (runs_of(tmp_path), (tmp_path / "results" / "b.txt").read_text()) == (2, "another")
     (tmp_path / "results" / "b.txt").unlink()  # output
-    run_step(step, "1/1")
+    run(step)
     assert runs_of(tmp_path) == 3
     (tmp_path / "results" / "b.txt").write_text("tampered")
-    run_step(step, "1/1")
+    run(step)
     assert (runs_of(tmp_path), (tmp_path / "results" / "b.txt").read_text()) == (4, "another")
     Path(step.script).write_text(Path(step.script).read_text() + "# newer\n")  # code
-    run_step(step, "1/1")
+    run(step)
     assert runs_of(tmp_path) == 5
-    longer = Step(step.name, step.script, (*step.arguments, "more"), step.reads, step.results)  # arguments
-    run_step(longer, "1/1")
+    (tmp_path / "results" / "optional.csv").write_text("x")  # an input that was not there
+    run(step)
     assert runs_of(tmp_path) == 6
-    (tmp_path / "results" / STAMP).write_text("{broken")
-    run_step(longer, "1/1")
-    run_step(longer, "1/1")
+    (tmp_path / "results" / "of_another_step.csv").write_text("x")  # none of its own
+    run(step)
+    assert runs_of(tmp_path) == 6
+    longer = Step(step.name, step.script, (*step.arguments, "--more"))  # arguments
+    run(longer)
     assert runs_of(tmp_path) == 7
+    stamp_path(tmp_path / "results", step.script).write_text("{broken")
+    run(longer)
+    run(longer)
+    assert runs_of(tmp_path) == 8
+
+
+def test_a_step_called_by_hand_is_done_for_the_pipeline_too(tmp_path, step, monkeypatch):
+    elsewhere = ["--results_dir=results", "--run_dir=in", "--verbose"]
+    subprocess.run([sys.executable, step.script, *elsewhere], cwd=tmp_path, check=True)
+    assert runs_of(tmp_path) == 1
+    same = Step(step.name, step.script, ("--run_dir", "in", "--results_dir", "results"))
+    monkeypatch.chdir(tmp_path)
+    assert run(same) == 0
+    assert runs_of(tmp_path) == 1
 
 
 def test_a_failed_step_is_not_done(tmp_path, step):
     source = tmp_path / "in" / "a.txt"
     source.unlink()
-    assert run_step(step, "1/1") == 1
+    assert run(step) == 1
     source.write_text("back")
-    assert run_step(step, "1/1") == 0
+    assert run(step) == 0
     assert (tmp_path / "results" / "b.txt").read_text() == "back"
+    failing = Step(step.name, step.script, (*step.arguments, "--more", "1"))  # done, with failures
+    assert [run(failing), run(failing)] == [1, 1]
+    assert runs_of(tmp_path) == 4
 
 
 def test_a_failing_stage_stops_the_run_with_its_message(tmp_path, prompt_file):

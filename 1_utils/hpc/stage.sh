@@ -8,9 +8,8 @@
 # So does one whose process was killed (a node short of memory), three times at most. With --process-per-gpu, several
 # GPUs on the node get one process each by `accelerate launch`, unless the arguments say --device_map.
 #
-# It leaves small files in the folder that the script writes to (--output_dir, --results_dir or that of --output_csv),
-# which run_status.py and submit.sh read: .job.<script>.<task> (what happened last, and the log) and, where all was tried, .done.<script> (its
-# arguments) with .wrote.<script> (the files that came into the folder meanwhile).
+# It leaves .job.<script>.<task> in the folder that the script writes to (--output_dir, --results_dir or that of
+# --output_csv), for run_status.py: what happened last, and the log. The stamp of a step that is done is the script's.
 # shellcheck disable=SC2317 # the functions that traps call look unreachable
 set -euo pipefail
 # shellcheck source=1_utils/hpc/environment.sh
@@ -43,28 +42,16 @@ say() {
     echo "[$(date '+%F %T')] $*"
 }
 
-value_of() { # the word after a flag among the script's arguments
-    local wanted=$1 word last=""
-    shift
-    for word in "$@"; do
-        if [ "$last" = "$wanted" ]; then
-            echo "$word"
-            return
-        fi
-        if [[ "$word" == "$wanted="* ]]; then
-            echo "${word#*=}"
-            return
-        fi
-        last=$word
-    done
-}
-
-place=$(value_of --output_dir "$@")
-place=${place:-$(value_of --results_dir "$@")}
-if [ -z "$place" ]; then # check_prompts.py names its one file
-    place=$(value_of --output_csv "$@")
-    place=${place:+$(dirname "$place")}
-fi
+place="" last=""
+for word in "$@"; do
+    if [[ "$word" == --*=* ]]; then last=${word%%=*} word=${word#*=}; fi
+    case $last in
+        --output_dir) place=$word ;;
+        --results_dir) place=${place:-$word} ;;
+        --output_csv) place=${place:-$(dirname "$word")} ;; # check_prompts.py names its one file
+    esac
+    last=$word
+done
 
 record() { # what happened to this task, for run_status.py
     [ -n "$place" ] && mkdir -p "$place" || return 0
@@ -113,14 +100,7 @@ exit_code() { # of the script: what its processes left, the gravest first; witho
         head -n 1
 }
 
-note_end() { # what submit.sh needs to know that this need not be done again; before `record` changes its file's time
-    [ -n "$place" ] || return 0
-    (cd "$place" && find . -maxdepth 1 -type f -newer ".job.$name.${SLURM_ARRAY_TASK_ID:-0}" ! -name '.*') \
-        >"$place/.wrote.$name"
-    printf '%s\n' "$@" >"$place/.done.$name"
-}
-
-tell_processes() {
+signal_processes() {
     local file
     for file in "$STAGE_NOTES"/pid.*; do
         if [ -s "$file" ]; then kill -s "$1" "$(cat "$file")" 2>/dev/null || true; fi
@@ -140,7 +120,7 @@ on_time_limit() {
         return 0 # a bare return in a trap passes on the status from before the trap
     fi
     say "the time limit is near: $name finishes what is under way, then this task goes back into the queue"
-    tell_processes USR1
+    signal_processes USR1
     local left
     if may_restart "$MAX_RESTARTS" && left=$(seconds_left); then
         (sleep "$((left > MARGIN ? left - MARGIN : 0))" && put_back "put back at the time limit, unfinished") &
@@ -151,7 +131,7 @@ on_time_limit() {
 on_terminate() { # preemption, or scancel: Slurm decides what becomes of the job
     signalled=1
     say "told to end: $name keeps what it has"
-    tell_processes TERM
+    signal_processes TERM
 }
 
 job_field() { # what Slurm says of this task
@@ -212,7 +192,6 @@ if [ -n "$watchdog" ]; then kill "$watchdog" 2>/dev/null || true; fi
 code=$(exit_code "$code")
 
 if [ "$code" = 0 ]; then
-    note_end "$@"
     record "done"
     say "$name is done"
 elif [ -n "$resumes" ] && [[ "$code" == "$STOPPED" || "$code" == "$BY_USR1" ]]; then
@@ -225,8 +204,6 @@ elif [ "$code" = "$KILLED" ]; then
     if may_restart "$KILLED_MOST"; then put_back "killed and put back"; fi
 else
     say "$name ended with exit code $code, the reason is above; jobs that need its success are cancelled"
-    # 1: all was tried and some prompts failed; submit.sh counts them.
-    if [ "$code" = 1 ] && [ -n "$resumes" ]; then note_end "$@"; fi
     record "exit code $code"
 fi
 exit "$code"

@@ -37,6 +37,7 @@ from run_store import (
     row_indices,
     warn_unfinished,
 )  # fmt: skip
+from stamps import note_read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -575,7 +576,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--examples {args.examples}: must be at least 0")
     runs = runs_with_results(args.run_dir, args.results_dir)
     report = args.report or runs[0][1] / "report.html"
+    note_read(Path(__file__).with_name(TEMPLATE))
     for run, results in runs:
+        note_read(results)
         if old := outdated(run, results):
             get_logger().warning(f"{results}: {old} are older than the run: run stages 3 to 5 again")
     print(build_report(runs, report, args.examples, args.seed))

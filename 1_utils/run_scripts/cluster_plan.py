@@ -1,143 +1,88 @@
-"""What submit.sh has to submit: the steps of run_pipeline.py for the same arguments, and which of them are done.
+"""Plan the cluster jobs for submit.sh: the steps of run_pipeline.py for the same arguments that are not done yet.
 
-Reads   prompt files, run folders, and the notes that jobs and run_pipeline.py leave there (.done.*, .pipeline.json)
-Writes  nothing; prints a table, or with --fields what submit.sh reads (fields that end in a NUL byte)
+Reads   prompt files, run folders and stamps of steps (.done.<script>.json); with --site what submit.sh sends
+Writes  nothing; prints shell lines for submit.sh to run, or with --dry_run a table of the jobs
 
-    python 1_utils/run_scripts/cluster_plan.py --stages 2,3,4,5,report -- --model_name google/gemma-2-9b-it \\
+    python 1_utils/run_scripts/cluster_plan.py --dry_run -- --model_name google/gemma-2-9b-it \\
         --prompt_file 0_data/maths.json --run_name gemma
 
-A step is done when a job or run_pipeline.py ran it with success and the same arguments, after everything that it reads
-and the code that it runs were last changed, and the steps that it waits for are done. Stage 2 is done when it has ended
-with the same arguments and no prompt is missing or failed (with --keep_going: none is missing).
+A step is done if it last succeeded with the same arguments, inputs, outputs and code, and the steps it waits for are
+done. For stage 2 also no prompt may be missing or failed (with --keep_going: missing).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import UserError, make_parser, run_main
+from command_line import UnknownFlag, UserError, make_parser, run_main
 from file_output import gigabytes
 from logger import get_logger
-from run_pipeline import Job, Step, check_step, jobs_of, report_step, script_module, state_of, steps_of
-from run_pipeline import is_done as is_stamped
+from run_pipeline import ROOT, Step, jobs_of, parse_step, report_step, script_module, steps_of
 from run_pipeline import parse_args as parse_pipeline_args
 from run_status import read_styles
+from stamps import is_done
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("0", "2", "3", "4", "5", "report")
-DEFAULT_STAGES = "2,3,4,5,report"
-CAPTURE, ACCURACY, CHECK = "attn_act_logi", "evaluate_predictions", "check_prompts"
+EMBEDDED_MODELS = ("models/SmolLM2-135M-Instruct", "models/all-MiniLM-L6-v2")
+Site = dict[str, list[str]]  # name in site.env → its values
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A step, the numbers of the steps that it waits for, and what becomes of it.
-
-    `after` must end well, `after_any` must end: the step takes what they have left. `done` is False for a step that is
-    to be submitted; one that is not `chosen` is waited for if it is in the queue.
-    """
+    """A step, the numbers of the steps that must end well before it (`after`) or must end (`after_any`), and its
+    state: `done`, `missing`, or `left out` by --stages."""
 
     step: Step
     after: tuple[int, ...]
     after_any: tuple[int, ...]
-    done: bool
-    chosen: bool
-
-    @property
-    def state(self) -> str:
-        """`done`, `missing`, or `left out` by --stages."""
-        return ("done" if self.done else "missing") if self.chosen else "left out"
-
-    @property
-    def stem(self) -> str:
-        """Name of the script, of its .slurm file and of the job."""
-        return stem_of(self.step)
+    state: str
 
     @property
     def slurm_file(self) -> Path:
         """The job file beside the script."""
-        return ROOT / Path(self.step.script).parents[1] / "hpc" / f"{self.stem}.slurm"
+        return ROOT / Path(self.step.script).parents[1] / "hpc" / f"{self.step.stem}.slurm"
 
     @property
-    def folder(self) -> Path:
-        """The folder that tells this job from one of the same name for another run: where it writes."""
-        return place_of(self.step).resolve()
+    def settings(self) -> dict[str, str]:
+        """The `#SBATCH --name=value` lines of the job file."""
+        return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", self.slurm_file.read_text(encoding="utf-8"), re.M))
 
 
-def stem_of(step: Step) -> str:
-    """Name of the step's script."""
-    return Path(step.script).stem
-
-
-# --- the chain
+# --- the plan
 
 
 def plan(args: argparse.Namespace, stages: Sequence[str]) -> list[Planned]:
-    """All steps in order, each after the steps that make what it reads."""
-    jobs = jobs_of(args)
+    """All steps in order. A step without its capture has nothing to read; without another it does what it can."""
     planned: list[Planned] = []
-    captures: list[int] = []
+
+    def add(step: Step, needs: Sequence[int], done: bool) -> None:
+        well = tuple(n for n in needs if planned[n].step.name == "capture" and not args.keep_going)
+        if any(planned[n].state == "missing" for n in needs):
+            done = False
+        chosen = ("report" if step.name == "report" else step.script[0]) in stages
+        state = ("done" if done else "missing") if chosen else "left out"
+        planned.append(Planned(step, well, tuple(n for n in needs if n not in well), state))
+
+    jobs = jobs_of(args)
     for job in jobs:
-        first = len(planned)
-        chain = [check_step(job, args), *steps_of(job, args)]
-        for step in chain:
-            numbers = [first + i for i, earlier in enumerate(chain) if feeds(earlier, step, job)]
-            # Without its stage 2 a step has nothing to read; what a check or stage 3 would add, it can do without.
-            needed = [n for n in numbers if n in captures and not args.keep_going]
-            done = is_done(step, job, args.keep_going) and not any_missing(planned, numbers)
-            if stem_of(step) == CAPTURE:
-                captures.append(len(planned))
-            planned.append(planned_step(step, needed, numbers, done, stages))
-    report, everything = report_step(jobs, args), range(len(planned))
-    done = has_ended_well(report) and not any_missing(planned, everything)
-    return [*planned, planned_step(report, [] if args.keep_going else captures, everything, done, stages)]
-
-
-def planned_step(
-    step: Step, needed: Sequence[int], numbers: Sequence[int], done: bool, stages: Sequence[str]
-) -> Planned:
-    """A step that waits for the steps `numbers`, of which the `needed` ones must end well."""
-    rest = tuple(number for number in numbers if number not in needed)
-    return Planned(step, tuple(needed), rest, done, stage_of(step) in stages)
-
-
-def any_missing(planned: Sequence[Planned], numbers: Sequence[int]) -> bool:
-    """Whether one of these steps is to be submitted."""
-    return any(planned[number].state == "missing" for number in numbers)
-
-
-def stage_of(step: Step) -> str:
-    """The number of the step's folder; `report` for the shared one."""
-    return "report" if step.script.startswith("1_utils/") else step.script[0]
-
-
-def feeds(earlier: Step, later: Step, job: Job) -> bool:
-    """Whether `later` needs what `earlier` of the same prompt file makes."""
-    if later is earlier:
-        return False
-    stem, waiting = stem_of(earlier), stem_of(later)
-    if waiting == CHECK:
-        return False
-    if waiting == CAPTURE:
-        return stem == CHECK
-    if stem == ACCURACY:
-        return job.results / "maths_items.csv" in later.reads
-    return stem == CAPTURE
-
-
-# --- what is done
-
-
-def is_done(step: Step, job: Job, keep_going: bool) -> bool:
-    """Whether a step need not be submitted."""
-    if stem_of(step) != CAPTURE:
-        return has_ended_well(step)
-    return note_is_of(step) and is_complete(job.output, keep_going)
+        numbers: dict[str, int] = {}
+        for step in steps_of(job, args):
+            if step.name == "capture":
+                done = is_done(step.script, step.arguments, (0, 1)) and is_complete(job.output, args.keep_going)
+            else:
+                done = is_done(step.script, step.arguments)
+            numbers[step.name] = len(planned)
+            add(step, [numbers[name] for name in step.after if name in numbers], done)
+    report = report_step(jobs, args)
+    add(report, range(len(planned)), is_done(report.script, report.arguments))
+    return planned
 
 
 def is_complete(output: Path, failed_too: bool) -> bool:
@@ -146,91 +91,27 @@ def is_complete(output: Path, failed_too: bool) -> bool:
         styles = read_styles(output)
     except UserError:
         return False
-    return bool(styles) and all(style.missing == 0 and (failed_too or style.failed == 0) for style in styles)
-
-
-def has_ended_well(step: Step) -> bool:
-    """Whether a job or the pipeline ran the step with these arguments, after all that it reads and runs was last
-    changed, and its files are there."""
-    if step.results is not None and is_stamped(step, state_of(step)):
-        return True
-    if not note_is_of(step) or not all(path.is_file() for path in files_of(step)):
-        return False
-    written = note_of(step).stat().st_mtime_ns
-    code = [(ROOT / step.script).parent, ROOT / "1_utils" / "run_scripts"]
-    changed = [newest(folder, "*.py") for folder in code] + [newest(path, "*") for path in step.reads]
-    return max(changed) <= written
-
-
-def files_of(step: Step) -> list[Path]:
-    """The files that came into the step's folder while it ran, and the report."""
-    note = note_of(step).with_name(f".wrote.{stem_of(step)}")
-    names = note.read_text(encoding="utf-8").splitlines() if note.is_file() else []
-    report = step.arguments[step.arguments.index("--report") + 1 :][:1] if "--report" in step.arguments else ()
-    return [*(place_of(step) / name for name in names), *map(Path, report)]
-
-
-def note_is_of(step: Step) -> bool:
-    """Whether a job of this step has ended with these arguments (exit code 0; stage 2 also with 1, some failed).
-
-    The order of words is left out: a report names its runs in the order in which they were begun.
-    """
-    try:
-        words = note_of(step).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return sorted(words) == sorted("\n".join(step.arguments).splitlines())
-
-
-def note_of(step: Step) -> Path:
-    """The file that stage.sh writes when a job has ended; for stage 2 run_pipeline.py writes it, too."""
-    return place_of(step) / f".done.{stem_of(step)}"
-
-
-def place_of(step: Step) -> Path:
-    """Where stage.sh leaves its notes: --output_dir, the (first) --results_dir, or the folder of --output_csv."""
-    for flag in ("--output_dir", "--results_dir"):
-        if flag in step.arguments:
-            return Path(step.arguments[step.arguments.index(flag) + 1])
-    return Path(step.arguments[step.arguments.index("--output_csv") + 1]).parent
-
-
-def newest(path: Path, pattern: str) -> int:
-    """Time of the last change (ns) of a file, or of any file under a folder; hidden ones and reports left out."""
-    files = [path] if path.is_file() else [p for p in path.rglob(pattern) if p.is_file()]
-    times = [p.stat().st_mtime_ns for p in files if not p.name.startswith(".") and p.name != "report.html"]
-    return max(times, default=0)
-
-
-# --- models
+    return all(style.missing == 0 and (failed_too or style.failed == 0) for style in styles)
 
 
 def models_of(planned: Sequence[Planned], args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(model, revision or "") that the steps that are not done will load."""
-    revision = args.stage2.revision or ""
-    needed = {CAPTURE: (args.model_name, revision), "activation_diffs": (args.model_name, revision)}
-    needed |= {"compare_responses": (embedding_model(args.embedding_model), "")}
-    needed |= {"score_scripts": (args.reward_model or "", "")}
-    found = [needed[item.stem] for item in planned if item.stem in needed and item.state == "missing"]
-    return list(dict.fromkeys(found))
-
-
-def embedding_model(name: str | None) -> str:
-    """The model that compare_responses.py will load: the one named, else the checkout's own, else the hub's."""
+    """(model, revision or "") that the missing steps will load."""
     local = ROOT / "models" / "all-MiniLM-L6-v2"
-    return name or (str(local) if local.is_dir() else "sentence-transformers/all-MiniLM-L6-v2")
-
-
-# --- disk
+    embedding = args.embedding_model or (str(local) if local.is_dir() else "sentence-transformers/all-MiniLM-L6-v2")
+    studied = (args.model_name, args.stage2.revision or "")
+    needed = {"capture": studied, "layers": studied, "similarity": (embedding, "")}
+    needed["reward scores"] = (args.reward_model or "", "")
+    missing = [item.step.name for item in planned if item.state == "missing"]
+    return list(dict.fromkeys(needed[name] for name in missing if name in needed))
 
 
 def bytes_to_write(planned: Sequence[Planned]) -> dict[int, int]:
-    """Bytes that each stage 2 has still to write, by its number; without those whose model is not on this machine."""
+    """Bytes that each stage 2 still has to write, by its number; without those whose model is not on this machine."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a plan does not wait for a hub
     get_logger().setLevel("ERROR")  # the job says all this when it runs
     found = {}
     for number, item in enumerate(planned):
-        if item.stem == CAPTURE and item.state == "missing":
+        if item.step.name == "capture" and item.state == "missing":
             stage2 = script_module(item.step.script)
             own = stage2.parse_args(item.step.arguments)
             own.force = True
@@ -243,70 +124,169 @@ def bytes_to_write(planned: Sequence[Planned]) -> dict[int, int]:
     return found
 
 
+# --- the jobs
+
+
+def sbatch_words(item: Planned, ids: dict[int, str], site: Site, shards: int) -> list[str]:
+    """Arguments of sbatch for a step. ids: the job of each step that is waited for; the last option of a name wins."""
+
+    def value(name: str, place: int = 0) -> str:
+        return next(iter(site.get(name, [])[place:]), "")
+
+    name, stage = item.step.stem, int(item.step.script[0])
+    words = ["--parsable", f"--job-name={name}", f"--comment={item.step.place.resolve()}", "--kill-on-invalid-dep=yes"]
+    words.append(f"--output={Path('logs').resolve()}/{name}_%A_%a.out")
+    words += [f"--{option}={value(option.upper())}" for option in ("account", "qos") if value(option.upper())]
+    words += site.get("SBATCH_OPTIONS", [])
+    partition = value("PARTITION")
+    if "gres" in item.settings:
+        partition = value("GPU_PARTITION") or partition
+        gres = (value("CAPTURE_GRES") if item.step.name == "capture" else "") or value("GPU_GRES")
+        # A site's own option for GPUs replaces the job file's.
+        words += ["--gres=none", gres] if gres.startswith("--") else [f"--gres={gres}"] if gres else []
+        words += site.get("GPU_OPTIONS", [])
+    words += [f"--time={limit}"] if (limit := value("STAGE_TIME", stage)) else []
+    words += [f"--mem={memory}"] if (memory := value("STAGE_MEM", stage)) else []
+    words += [f"--partition={partition}"] if partition else []
+    words += [f"--array=0-{shards - 1}"] if item.step.name == "capture" else []
+    waits = []
+    for kind, numbers in (("afterok", item.after), ("afterany", item.after_any)):
+        known = [ids[number] for number in numbers if number in ids]
+        waits += [":".join([kind, *known])] if known else []
+    return words + ([f"--dependency={','.join(waits)}"] if waits else [])
+
+
+def jobs_in_queue(planned: Sequence[Planned], queue: str) -> dict[int, str]:
+    """The Slurm job of each step that is in the queue, by the step's number. queue: lines `id|job name|comment`."""
+    lines = [line.rstrip(" ").split("|", 2) for line in queue.splitlines() if line.count("|") >= 2]
+    known = {(name, comment): job for job, name, comment in lines}
+    keys = {number: (item.step.stem, str(item.step.place.resolve())) for number, item in enumerate(planned)}
+    return {number: known[key] for number, key in keys.items() if key in known and planned[number].state != "done"}
+
+
+def shell_lines(planned: Sequence[Planned], site: Site, args: argparse.Namespace) -> Iterator[str]:
+    """Lines for submit.sh: `fetch`, `job` or `check` (its functions) for what is to be done, `echo` for the rest."""
+    if not args.test_only:
+        for model, revision in models_of(planned, args.pipeline):
+            make = model in EMBEDDED_MODELS and not Path(model).is_dir()
+            options = ["--models_dir", "models"] if make else ["--model_name", model]
+            yield shlex.join(["fetch", model, *options, *(["--revision", revision] if revision else [])])
+    queued = jobs_in_queue(planned, "".join(site.get("QUEUE", [])))
+    ids = dict(queued)
+    for number, item in enumerate(planned):
+        name, place = item.step.stem, str(item.step.place.resolve())
+        if number in queued:
+            yield f"ids[{number}]={queued[number]}\n" + shlex.join(
+                ["echo", f"in the queue: {queued[number]}  {name}  {place}"]
+            )
+        elif item.state == "done":
+            yield shlex.join(["echo", f"done before: {name}  {place}"])
+        elif item.state == "missing" and args.test_only:  # a dependency needs a job's number, which nothing has yet
+            words = [*sbatch_words(item, {}, site, args.shards), str(item.slurm_file), *item.step.arguments]
+            yield shlex.join(["check", name, *words])
+        elif item.state == "missing":
+            words = [*sbatch_words(item, ids, site, args.shards), str(item.slurm_file), *item.step.arguments]
+            quoted = [f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word) for word in words]
+            yield " ".join(["job", str(number), name, shlex.quote(place), *quoted])
+            ids[number] = f"${{ids[{number}]}}"
+    for item in planned:
+        if ids and item.step.name == "capture":
+            yield shlex.join(["watch", str(item.step.place.resolve())])
+
+
+# --- the dry run
+
+
+def table_lines(planned: Sequence[Planned], site: Site, args: argparse.Namespace) -> Iterator[str]:
+    """One line for each job that would be submitted, and the sum of their GPU-hours."""
+    form = "{:<6} {:<22} {:>6} {:>12} {:>8} {:>10} {:>10}  {}"
+    yield form.format("job", "script", "tasks", "time limit", "memory", "GPU-hours", "disk", "waits for")
+    sizes, ids, hours = bytes_to_write(planned), jobs_in_queue(planned, "".join(site.get("QUEUE", []))), []
+    for number, item in enumerate(planned):
+        name, place = item.step.stem, item.step.place.resolve()
+        if number in ids:
+            yield f"in the queue: {ids[number]}  {name}  {place}"
+        elif item.state == "done":
+            yield f"done before: {name}  {place}"
+        elif item.state == "missing":
+            words = sbatch_words(item, ids, site, args.shards)
+            ids[number] = f"JOB{number}"
+            given = item.settings | {flag: text for flag, _, text in (word[2:].partition("=") for word in words)}
+            tasks = args.shards if item.step.name == "capture" else 1
+            used = "-"
+            if gpus := given.get("gpus-per-node", given.get("gres")):
+                count = gpus.rpartition(":")[2]
+                hours.append(tasks * (int(count) if count.isdigit() else 1) * hours_of(given["time"]))
+                used = f"{hours[-1]:.1f}"
+            size = gigabytes(sizes[number]) if number in sizes else ""
+            waits = given.get("dependency", "-")
+            waits = waits if len(waits) <= 50 else f"{waits[:47]}..."
+            yield form.format(ids[number], name, tasks, given["time"], given["mem"], used, size, waits)
+            if args.verbose:
+                yield f"    {ids[number]}: {shlex.join(['sbatch', *words, str(item.slurm_file), *item.step.arguments])}"
+    yield ""
+    if hours:
+        yield f"at most {sum(hours):g} GPU-hours: what all jobs use that run into their time limits"
+    yield "nothing was submitted; --verbose shows the commands"
+
+
+def hours_of(limit: str) -> float:
+    """Hours of a time limit as Slurm writes it: minutes, minutes:seconds, h:m:s, days-h:m:s."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [float(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts = [0.0, *parts]
+    return 24 * float(days or 0) + sum(part / 60**place for place, part in enumerate(parts))
+
+
 # --- script
 
 
-def print_table(planned: Sequence[Planned]) -> None:
-    """One line a step."""
-    for number, item in enumerate(planned):
-        waits = [*item.after, *item.after_any]
-        after = f"after {' '.join(map(str, sorted(waits)))}" if waits else ""
-        print(f"{number:>3}  {item.state:8} {item.stem:22} {item.folder}  {after}")
-
-
-def print_fields(planned: Sequence[Planned], models: Sequence[tuple[str, str]], sizes: dict[int, int]) -> None:
-    """Print what submit.sh reads; each field ends in a NUL byte.
-
-    For each model: `model`, name, revision. For each step: `step`, stem, .slurm file, folder, state, what it will write
-    (may be empty), numbers of the steps that must end well before, of those that must end, number of its arguments, and
-    these.
-    """
-    fields: list[str] = []
-    for name, revision in models:
-        fields += ["model", name, revision]
-    for number, item in enumerate(planned):
-        size = gigabytes(sizes[number]) if number in sizes else ""
-        after, after_any = (" ".join(map(str, numbers)) for numbers in (item.after, item.after_any))
-        arguments = item.step.arguments
-        fields += ["step", item.stem, str(item.slurm_file), str(item.folder), item.state, size, after, after_any]
-        fields += [str(len(arguments)), *arguments]
-    sys.stdout.write("".join(f"{field}\0" for field in fields))
-
-
-def chosen_stages(text: str) -> list[str]:
-    """Stages of a comma-separated list. Raises UserError for one that there is not."""
-    stages = [stage.strip() for stage in text.split(",") if stage.strip()]
-    for stage in stages:
-        if stage not in STAGES:
-            raise UserError(f"--stages {text}: there is no stage {stage}; choose among {', '.join(STAGES)}")
-    if not stages:
-        raise UserError(f"--stages: give at least one of {', '.join(STAGES)}")
-    return stages
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; what follows the first `--` is run_pipeline.py's."""
+    """The command line of submit.sh; `pipeline`: what follows `--`, as run_pipeline.py reads it."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = make_parser(__doc__)
-    parser.add_argument("--stages", default=DEFAULT_STAGES, help=f"of {','.join(STAGES)}")
-    parser.add_argument("--fields", action="store_true", help="for submit.sh")
-    parser.add_argument("--sizes", action="store_true", help="with what stage 2 will write, if its model is here")
-    args = parser.parse_args(words[:cut])
-    args.pipeline = words[cut + 1 :]
+    parser.add_argument("--stages", default="2,3,4,5,report", help=f"of {','.join(STAGES)}")
+    parser.add_argument("--shards", type=int, default=1, help="array tasks of stage 2")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print a table of the jobs")
+    parser.add_argument("--test_only", "--test-only", action="store_true", help="print what lets Slurm check the jobs")
+    parser.add_argument("--site", action="store_true", help="read site.env and the queue from standard input")
+    try:
+        args = parser.parse_args(words[:cut])
+    except UnknownFlag as error:
+        raise UserError(
+            f"{error.flag}: there is no such flag before --; the pipeline's arguments come after it"
+        ) from None
+    args.stages = [stage.strip() for stage in args.stages.split(",") if stage.strip()]
+    for stage in args.stages or ["''"]:
+        if stage not in STAGES:
+            raise UserError(f"--stages: there is no stage {stage}; choose among {', '.join(STAGES)}")
+    if args.shards < 1:
+        raise UserError(f"--shards {args.shards}: give a whole number from 1 up")
+    if not words[cut + 1 :]:
+        raise UserError(
+            "no arguments for the pipeline; give them after --: -- --model_name … --prompt_file … --run_name …"
+        )
+    args.pipeline = parse_pipeline_args(words[cut + 1 :])
     return args
 
 
+def read_site(text: str) -> Site:
+    """What submit.sh sends: for each name in site.env the number of its values and these, each with a NUL byte."""
+    fields = iter(text.split("\0")[:-1])
+    return {name: [next(fields) for _ in range(int(next(fields)))] for name in fields}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan."""
+    """Print the plan, after every script has read the arguments it will get."""
     args = parse_args(argv)
-    stages = chosen_stages(args.stages)
-    pipeline = parse_pipeline_args(args.pipeline)
-    planned = plan(pipeline, stages)
-    if args.fields:
-        print_fields(planned, models_of(planned, pipeline), bytes_to_write(planned) if args.sizes else {})
-    else:
-        print_table(planned)
+    site = read_site(sys.stdin.read()) if args.site else {}
+    planned = plan(args.pipeline, args.stages)
+    for item in planned:
+        if item.state == "missing":
+            parse_step(item.step.script, item.step.arguments)
+    print("\n".join((table_lines if args.dry_run else shell_lines)(planned, site, args)))
     return 0
 
 

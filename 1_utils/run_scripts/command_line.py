@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, NoReturn
 
+import stamps
 from logger import set_verbose
 
 EXIT_USER_ERROR = 2
@@ -45,9 +46,12 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
-    """Run a script's `main` and exit: 0 done, 1 done with failures, 2 a user's error told in one line."""
+    """Run a script's `main`, stamp what it did, and exit: 0 done, 1 done with failures, 2 a user's error."""
+    words = sys.argv[1:] if argv is None else argv
     try:
+        stamps.begin(words)
         code = main(argv)
+        stamps.finish(words, code)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)

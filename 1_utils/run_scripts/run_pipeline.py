@@ -1,26 +1,21 @@
 """Run stages 0 to 5 on one or more prompt files and write the report: each script as a user would call it.
 
 Reads   prompt files (0_data/*.json)
-Writes  outputs/<run_name>/<file>/    .pt files of stage 2, for each prompt file
-        results/<run_name>/<file>/    findings of stage 0; CSVs and plots of stages 3 to 5
-        results/<run_name>/report.html
+Writes  outputs/<run_name>/<file>/ (.pt files of stage 2) and results/<run_name>/<file>/ (findings, CSVs, plots) for
+        each prompt file; results/<run_name>/report.html over all prompt files of this run_name
 
     python 1_utils/run_scripts/run_pipeline.py --model_name google/gemma-2-9b-it --prompt_file 0_data/maths.json \\
         --styles normal swap three --max_samples 200 --run_name gemma
 
-A step that fails stops the run with its exit code (with --keep_going: the other steps and prompt files still run). The
-same command again goes on from there: stage 2 keeps what it has, and a step whose arguments, inputs and code have not
-changed since it last succeeded is not run again. Flags after `--` go to stage 2: `-- --apply_chat_template --neurons`.
-A second call with the same run_name and another prompt file adds that file to the report. Answers in words are not
-scored here: score them yourself (a CSV with style, original_index, correct) and give the file as --maths_items.
+A step that fails stops the run with its exit code. The same command again goes on from there: a step runs again only
+if its arguments, inputs, outputs or code have changed since it last succeeded. Flags after `--` go to stage 2:
+`-- --apply_chat_template --neurons`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
-import json
 import os
 import re
 import shlex
@@ -35,42 +30,51 @@ from typing import Any
 
 from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, make_parser, run_main
-from file_output import write_json, write_text
 from load_json import PromptFile, read_prompt_file
 from run_store import open_run, outdated, row_indices, unfinished
+from stamps import is_done, place_of, read_stamp
 from token_spans import matched_style
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECK_SCRIPT = "0_data/run_scripts/check_prompts.py"
 CAPTURE_SCRIPT = "2_inference/run_scripts/attn_act_logi.py"
 ACCURACY_SCRIPT = "3_maths_eval/run_scripts/evaluate_predictions.py"
-STAMP = ".pipeline.json"
 EXIT_SOME_FAILED = 1
-EXIT_STOPPED = 75  # of stage 2, told to stop by a signal
+EXIT_STOPPED = 75  # stage 2 was stopped by a signal
 FROM_PIPELINE = {  # what stage 2 gets from this script, and the flag that decides it here
-    "--model_name": "--model_name", "--prompt_file": "--prompt_file", "--prompt_keys": "--styles",
-    "--max_samples": "--max_samples", "--few_shot_file": "--few_shot_file", "--output_dir": "--output_dir",
-}  # fmt: skip
-BAR = re.compile(r"\[\d+:\d\d[<,]")  # what a line of a progress bar has
+    **{
+        f"--{name}": f"--{name}" for name in ("model_name", "prompt_file", "max_samples", "few_shot_file", "output_dir")
+    },
+    "--prompt_keys": "--styles",
+}
+BAR = re.compile(r"\[\d+:\d\d[<,]")  # part of every line of a progress bar
 SECONDS_BETWEEN_BARS = 60  # in a log
-DEFAULT_MODEL = "google/gemma-2-9b-it"
 REWARD_EXAMPLE = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a stage's script. `results` is the folder that it writes into; None: the script resumes by itself."""
+    """One call of a stage's script. `after`: names of the steps of the same prompt file that make what it reads."""
 
     name: str
     script: str
     arguments: tuple[str, ...]
-    reads: tuple[Path, ...] = ()
-    results: Path | None = None
+    after: tuple[str, ...] = ()
 
     @property
-    def command(self) -> list[str]:
-        """The command line that runs this step."""
-        return [sys.executable, str(ROOT / self.script), *self.arguments]
+    def stem(self) -> str:
+        """Name of the script without `.py`."""
+        return Path(self.script).stem
+
+    @property
+    def place(self) -> Path:
+        """The folder that the step writes into."""
+        place = place_of(self.arguments)
+        assert place is not None, self.script
+        return place
+
+    def __str__(self) -> str:
+        """The command as a reader can paste it."""
+        return shlex.join(["python", self.script, *self.arguments])
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """One job for each prompt file. Raises UserError for a file that cannot be used, or two of one name."""
+    """One job for each prompt file. Raises UserError if a file cannot be used, or two have one name."""
     files = [read_prompt_file(path) for path in args.prompt_file]
     names = [file.path.stem for file in files]
     if len(set(names)) < len(names):
@@ -104,38 +108,51 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def script_module(script: str) -> Any:
-    """A stage's script as a module, so that its own parser and checks can be asked before it is run."""
+    """A stage's script as a module, to use its own parser and checks before it runs."""
     site.addsitedir(str((ROOT / script).parent))
     return importlib.import_module(Path(script).stem)
 
 
 def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
     """The steps for one prompt file, in order."""
-    folders = ("--run_dir", str(job.output), "--results_dir", str(job.results))
-    items = job.results / "maths_items.csv"  # heads and probes read it from there, where it is
-    stage_4, stage_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
-    calls: list[tuple[str, str, tuple[str, ...], tuple[Path, ...]]] = []
-    if args.maths_items is not None:
-        calls.append(("accuracy", ACCURACY_SCRIPT, ("--maths_items", str(args.maths_items)), (args.maths_items,)))
-    elif has_gold(job.prompts, args.max_samples):
-        calls.append(("accuracy", ACCURACY_SCRIPT, (), ()))
-    embedding = ("--embedding_model", args.embedding_model) if args.embedding_model else ()
-    calls.append(("similarity", f"{stage_4}/compare_responses.py", embedding, ()))
-    if args.reward_model:
-        calls.append(("reward scores", f"{stage_4}/score_scripts.py", ("--rm_name", args.reward_model), ()))
-    calls.append(("attention fractions", f"{stage_5}/dirs_eval.py", (), ()))
-    calls.append(("heads", f"{stage_5}/head_sensitivity.py", (), (items,)))
-    lens = ("--model_name", args.model_name, "--lens_rows", str(args.lens_rows)) if args.lens_rows else ()
-    calls.append(("layers", f"{stage_5}/activation_diffs.py", lens, ()))
-    if args.stage2.neurons:
-        calls.append(("neurons", f"{stage_5}/neuron_sensitivity.py", (), ()))
-    layers = ("--layers", *map(str, args.probe_layers)) if args.probe_layers else ()
-    calls.append(("probes", f"{stage_5}/probe_layers.py", layers, (items,)))
+    # Stage 0 warns of what would bias a comparison; it stops nothing.
+    check = ["--prompt_file", str(job.prompts.path), "--output_csv", str(job.results / "prompt_findings.csv")]
+    if "all" not in args.styles and (styles := [style for style in args.styles if not matched_style(style)]):
+        check += ["--styles", *styles]
+    capture = ["--model_name", args.model_name, "--prompt_file", str(job.prompts.path)]
+    capture += ["--prompt_keys", *args.styles, "--output_dir", str(job.output)]
+    capture += ["--max_samples", str(args.max_samples)] if args.max_samples is not None else []
+    if args.few_shot_file is not None:
+        capture += ["--few_shot_file", str(args.few_shot_file)]
+        if not args.stage2.stop_strings:
+            capture += ["--stop_strings", "\\n"]  # an answer to a few-shot prompt ends with its line
     steps = [
-        Step(name, script, (*folders, *extra), (job.output, *reads), job.results)
-        for name, script, extra, reads in calls
+        Step("prompts", "0_data/run_scripts/check_prompts.py", tuple(check)),
+        Step("capture", CAPTURE_SCRIPT, (*capture, *args.stage2_flags), ("prompts",)),
     ]
-    return [capture_step(job, args), *steps]
+
+    def add(name: str, script: str, *more: str, after: tuple[str, ...] = ("capture",)) -> None:
+        folders = ("--run_dir", str(job.output), "--results_dir", str(job.results))
+        steps.append(Step(name, script, (*folders, *more), after))
+
+    stage_4, stage_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
+    if args.maths_items is not None:
+        add("accuracy", ACCURACY_SCRIPT, "--maths_items", str(args.maths_items))
+    elif has_gold(job.prompts, args.max_samples):
+        add("accuracy", ACCURACY_SCRIPT)
+    embedding = ("--embedding_model", args.embedding_model) if args.embedding_model else ()
+    add("similarity", f"{stage_4}/compare_responses.py", *embedding)
+    if args.reward_model:
+        add("reward scores", f"{stage_4}/score_scripts.py", "--rm_name", args.reward_model)
+    add("attention fractions", f"{stage_5}/dirs_eval.py")
+    add("heads", f"{stage_5}/head_sensitivity.py", after=("capture", "accuracy"))
+    lens = ("--model_name", args.model_name, "--lens_rows", str(args.lens_rows)) if args.lens_rows else ()
+    add("layers", f"{stage_5}/activation_diffs.py", *lens)
+    if args.stage2.neurons:
+        add("neurons", f"{stage_5}/neuron_sensitivity.py")
+    layers = ("--layers", *map(str, args.probe_layers)) if args.probe_layers else ()
+    add("probes", f"{stage_5}/probe_layers.py", *layers, after=("capture", "accuracy"))
+    return steps
 
 
 def has_gold(prompts: PromptFile, max_samples: int | None) -> bool:
@@ -144,68 +161,44 @@ def has_gold(prompts: PromptFile, max_samples: int | None) -> bool:
     return bool(rows) and bool(script_module(ACCURACY_SCRIPT).has_gold(rows))
 
 
-def check_step(job: Job, args: argparse.Namespace) -> Step:
-    """Stage 0: report what in the prompt file would bias a comparison. It warns, it does not stop."""
-    findings = job.results / "prompt_findings.csv"
-    arguments = ["--prompt_file", str(job.prompts.path), "--output_csv", str(findings)]
-    if "all" not in args.styles and (styles := [style for style in args.styles if not matched_style(style)]):
-        arguments += ["--styles", *styles]
-    return Step("prompts", CHECK_SCRIPT, tuple(arguments), (job.prompts.path,), job.results)
-
-
-def capture_step(job: Job, args: argparse.Namespace) -> Step:
-    """Stage 2 for one prompt file. It resumes by itself, so it is always called."""
-    arguments = ["--model_name", args.model_name, "--prompt_file", str(job.prompts.path)]
-    arguments += ["--prompt_keys", *args.styles, "--output_dir", str(job.output)]
-    arguments += ["--max_samples", str(args.max_samples)] if args.max_samples is not None else []
-    if args.few_shot_file is not None:
-        arguments += ["--few_shot_file", str(args.few_shot_file)]
-        if not args.stage2.stop_strings:
-            arguments += ["--stop_strings", "\\n"]  # an answer to a few-shot prompt ends with its line
-    return Step("capture", CAPTURE_SCRIPT, (*arguments, *args.stage2_flags))
-
-
 def report_step(jobs: Sequence[Job], args: argparse.Namespace) -> Step:
     """The report over the jobs and the prompt files of earlier calls with the same run_name."""
     folder = args.results_dir / args.run_name
-    outputs = runs_in(args.output_dir / args.run_name)
-    outputs += [job.output for job in jobs if job.output not in outputs]
-    results = [folder / output.name for output in outputs]
-    arguments = ["--run_dir", *map(str, outputs), "--results_dir", *map(str, results)]
-    arguments += ["--report", str(folder / "report.html")]
-    return Step("report", "1_utils/run_scripts/build_report.py", tuple(arguments), (*outputs, *results), folder)
+    outputs = list(dict.fromkeys([*runs_in(args.output_dir / args.run_name), *(job.output for job in jobs)]))
+    arguments = ["--run_dir", *map(str, outputs), "--results_dir", *(str(folder / path.name) for path in outputs)]
+    return Step("report", "1_utils/run_scripts/build_report.py", (*arguments, "--report", str(folder / "report.html")))
 
 
 def runs_in(folder: Path) -> list[Path]:
     """The runs of stage 2 in a folder, in the order in which they were begun."""
-    begun = {copy.parent: copy.stat().st_mtime for copy in folder.glob("*/prompts.json")}
-    return sorted(begun, key=lambda path: (begun[path], path.name))
+    copies = sorted(folder.glob("*/prompts.json"), key=lambda path: (path.stat().st_mtime, path))
+    return [copy.parent for copy in copies]
 
 
 # --- doing it
 
 
 def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, int]]:
-    """Run the steps that are not done; returns those that failed with their exit codes.
+    """Run the steps that are not done; return those that failed with their exit codes.
 
-    The first failure ends it, unless args.keep_going: then a job without captured prompts loses its other steps.
+    The first failure ends it. With args.keep_going, all steps run except those of a job without captured prompts.
     """
-    chains = [[check_step(job, args), *steps_of(job, args)] for job in jobs]
+    chains = [steps_of(job, args) for job in jobs]
     total, number = sum(map(len, chains)) + 1, 0
     failed: list[tuple[Step, int]] = []
     known: set[str] = set()
     for job, chain in zip(jobs, chains, strict=True):
         say(f"{job.prompts.path}: captured into {job.output}, results in {job.results}")
-        if not any(step.script == ACCURACY_SCRIPT for step in chain):
+        if not any(step.name == "accuracy" for step in chain):
             say("accuracy is left out: no `answer` is a number or an expression (your own scores: --maths_items)")
         for place, step in enumerate(chain, start=1):
             code = run_step(step, f"{number + place}/{total}", args.verbose, known)
-            if code == 0 or (code == EXIT_SOME_FAILED and step.script == CHECK_SCRIPT):
+            if code == 0 or (code == EXIT_SOME_FAILED and step.name == "prompts"):
                 continue
             failed.append((step, code))
             if not args.keep_going or code in (EXIT_STOPPED, EXIT_INTERRUPTED):
                 return failed
-            if step.script == CAPTURE_SCRIPT and not any(job.output.glob("**/activations_*.pt")):
+            if step.name == "capture" and not any(job.output.glob("**/activations_*.pt")):
                 say(f"    no prompt of {job.prompts.path} was captured: its other steps are left out")
                 break
         number += len(chain)
@@ -216,49 +209,44 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
     return failed
 
 
-def run_step(step: Step, number: str, verbose: bool = False, known: set[str] | None = None) -> int:
-    """Run a step unless it is done; returns its exit code. One line says what it wrote, further ones what is doubtful.
+def run_step(step: Step, number: str, verbose: bool, known: set[str]) -> int:
+    """Run a step unless it is done; return its exit code. One line says what it wrote, further ones its warnings.
 
-    verbose: the command and all that it prints. known: warnings that have been shown, this step's are added.
+    verbose: the command and all that it prints. known: warnings that have been shown; this step's are added.
     """
-    known = set() if known is None else known
-    state = None if step.results is None else state_of(step)
-    if step.results is not None and is_done(step, state):
+    # Stage 2 resumes by itself: it alone knows which prompts are left.
+    if step.name != "capture" and is_done(step.script, step.arguments):
         say(f"[{number}] {step.name}: done before")
         return 0
-    place = step.results or Path(step.arguments[step.arguments.index("--output_dir") + 1])
-    before = files_in(place)
     start, used = time.monotonic(), core_seconds()
     code, lines = run_command(step, f"[{number}] {step.name}", verbose)
-    wrote = {name: mark for name, mark in files_in(place).items() if before.get(name) != mark}
-    if code == 0 and step.results is not None:
-        remember(step, {"state": state, "wrote": wrote})
-    if code in (0, EXIT_SOME_FAILED) and step.script == CAPTURE_SCRIPT:
-        write_text(place / f".done.{Path(step.script).stem}", "".join(f"{word}\n" for word in step.arguments))
     times = f"{time.monotonic() - start:.0f} s" + (f", {core_seconds() - used:.0f} s of a core" if verbose else "")
-    said = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: ")) and line not in known]
-    known.update(said)
-    if step.script == CHECK_SCRIPT and lines and code in (0, EXIT_SOME_FAILED):
-        told = f"{lines[-1]}, prompt_findings.csv"
+    shown = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: ")) and line not in known]
+    known.update(shown)
+    if step.name == "prompts" and lines and code in (0, EXIT_SOME_FAILED):
+        outcome = f"{lines[-1]}, prompt_findings.csv"
+    elif code == 0:
+        outcome = summary_of(read_stamp(step.place, step.script).get("wrote", {}))
     else:
-        told = files_told(wrote) if code == 0 else f"failed with exit code {code}"
-        said = said if code in (0, EXIT_USER_ERROR) or not lines else lines[-40:]
-    say(f": {told} ({times})" if not verbose else f"    {told} ({times})")
-    for line in said:
+        outcome = f"failed with exit code {code}"
+        shown = shown if code == EXIT_USER_ERROR or not lines else lines[-40:]
+    say(f": {outcome} ({times})" if not verbose else f"    {outcome} ({times})")
+    for line in shown:
         say(f"    {line}")
-    if code not in (0, EXIT_USER_ERROR) and not verbose and step.script != CHECK_SCRIPT:
-        say(f"    the command was: {printable(step)}")
+    if code not in (0, EXIT_USER_ERROR) and not verbose and step.name != "prompts":
+        say(f"    the command was: {step}")
     return code
 
 
 def run_command(step: Step, title: str, verbose: bool) -> tuple[int, list[str]]:
     """(exit code, lines that the step printed); its progress bar is shown as it moves, or each minute in a log."""
+    command = [sys.executable, str(ROOT / step.script), *step.arguments]
     if verbose:
-        say(f"{title}\n    $ {printable(step)}")
-        return subprocess.run([*step.command, "--verbose"]).returncode, []
+        say(f"{title}\n    $ {step}")
+        return subprocess.run([*command, "--verbose"]).returncode, []
     print(title, end="", flush=True)
     lines, shown, broken = [], time.monotonic(), False
-    with subprocess.Popen(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
             for text, whole in pieces_of(process):
                 if whole and text.strip() and not BAR.search(text):
@@ -276,7 +264,7 @@ def run_command(step: Step, title: str, verbose: bool) -> tuple[int, list[str]]:
 
 
 def pieces_of(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, bool]]:
-    """What a process prints, piece by piece: (text, whether its line is over; else a bar that will be overwritten)."""
+    """What a process prints, piece by piece: (text, True) for a whole line, (text, False) for a bar in progress."""
     assert process.stdout is not None
     rest = b""
     while chunk := os.read(process.stdout.fileno(), 1 << 16):
@@ -288,11 +276,11 @@ def pieces_of(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, bool]]:
     yield rest.rpartition(b"\r")[2].decode(errors="replace"), True
 
 
-def files_told(names: Sequence[str] | dict[str, Any]) -> str:
-    """`a.csv, b.csv and 5 more`; of .pt files their number."""
-    if captured := sum(name.endswith(".pt") for name in names):
+def summary_of(wrote: Sequence[str] | dict[str, Any]) -> str:
+    """`a.csv, b.csv and 5 more`; only the number of .pt files."""
+    if captured := sum(name.endswith(".pt") for name in wrote):
         return f"{captured} .pt files"
-    ordered = sorted(names, key=lambda name: not name.endswith(".csv"))
+    ordered = sorted(wrote, key=lambda name: (not name.endswith(".csv"), name))
     more = f" and {len(ordered) - 2} more" if len(ordered) > 2 else ""
     return ", ".join(ordered[:2]) + more if ordered else "nothing new"
 
@@ -303,70 +291,9 @@ def core_seconds() -> float:
     return times.children_user + times.children_system
 
 
-def printable(step: Step) -> str:
-    """The command as a reader can paste it."""
-    return shlex.join(["python", step.script, *step.arguments])
-
-
 def say(text: str) -> None:
     """Print at once, so that lines stay in order with those of the steps."""
     print(text, flush=True)
-
-
-def state_of(step: Step) -> dict[str, Any]:
-    """What a step's outcome depends on: arguments, the files it reads, its code."""
-    return {
-        "arguments": list(step.arguments),
-        "reads": {str(folder): files_in(folder) for folder in step.reads},
-        "code": code_of(step),
-    }
-
-
-def files_in(folder: Path) -> dict[str, list[int]]:
-    """Name → [size, time of change] of the files under a folder, or of one file; hidden ones (stamps, locks) aside."""
-    found = {}
-    for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            status = path.stat()
-            found[str(path.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
-    return found
-
-
-def code_of(step: Step) -> str:
-    """Hash over the code of the step's stage and the shared helpers."""
-    digest = hashlib.sha256()
-    for stage in sorted({(ROOT / step.script).parents[1], ROOT / "1_utils"}):
-        for path in sorted(stage.glob("*/*.py")) + sorted(stage.glob("*/*.html")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def is_done(step: Step, state: dict[str, Any] | None) -> bool:
-    """True where the step succeeded with this very state, and all that it wrote is still there, unchanged."""
-    assert step.results is not None
-    known = stamps_in(step.results).get(step.script)
-    if not known or known["state"] != state:
-        return False
-    there = files_in(step.results)
-    return all(there.get(name) == mark for name, mark in known["wrote"].items())
-
-
-def remember(step: Step, stamp: dict[str, Any]) -> None:
-    """Note that the step succeeded."""
-    assert step.results is not None
-    write_json(step.results / STAMP, stamps_in(step.results) | {step.script: stamp}, indent=None)
-
-
-def stamps_in(folder: Path) -> dict[str, Any]:
-    """The notes of earlier runs, by script; empty where there are none or they cannot be read."""
-    try:
-        stamps = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return stamps if isinstance(stamps, dict) else {}
-
-
-# --- what came out
 
 
 def print_headline(args: argparse.Namespace) -> None:
@@ -385,8 +312,8 @@ def print_headline(args: argparse.Namespace) -> None:
         for line in [columns, *lines]:
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-        if told := unfinished(run):
-            say(f"warning: this run holds only {told}; the same command runs the rest")
+        if missing := unfinished(run):
+            say(f"warning: this run holds only {missing}; the same command runs the rest")
         if old := outdated(run, results / output.name):
             say(f"warning: analyses are older than the run: {old}; run stages 3 to 5 again")
     say("\n[…]: 95 % intervals; difference: to the clean form, paired by row and clustered by template")
@@ -408,10 +335,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--styles", nargs="+", default=["all"], help="styles to run (the clean form among them)")
     data.add_argument("--max_samples", type=int, help="first rows of each file; default: all")
     data.add_argument("--few_shot_file", type=Path, help="text before every prompt; answers then end with their line")
-    data.add_argument("--maths_items", type=Path, help="your own scores of the answers, in place of stage 3's: a CSV "
-                      "with style, original_index, correct (and element_index, sample, response)")  # fmt: skip
+    own = "your own scores of the answers, instead of stage 3's: a CSV with style, original_index, correct "
+    data.add_argument("--maths_items", type=Path, help=f"{own}(and element_index, sample, response)")
     models = parser.add_argument_group("models (hub ids or local folders)")
-    models.add_argument("--model_name", default=DEFAULT_MODEL, help="the causal language model to study")
+    models.add_argument("--model_name", default="google/gemma-2-9b-it", help="the causal language model to study")
     models.add_argument("--embedding_model", help="for similarity; default: all-MiniLM-L6-v2, here or on the hub")
     models.add_argument("--reward_model", help=f"for reward scores, such as {REWARD_EXAMPLE}; default: none, skipped")
     depth = parser.add_argument_group("how much of the slow analyses")
@@ -441,13 +368,18 @@ def parse_stage_2(flags: Sequence[str]) -> argparse.Namespace:
         if flag in FROM_PIPELINE:
             raise UserError(f"{flag} after --: give {FROM_PIPELINE[flag]} before it, for the other stages need it too")
     needed = ("--model_name", "m", "--prompt_file", "f", "--output_dir", "d", "--prompt_keys", "all")
-    program, sys.argv[0] = sys.argv[0], CAPTURE_SCRIPT  # what its messages name
     try:
-        parsed: argparse.Namespace = script_module(CAPTURE_SCRIPT).parse_args([*needed, *flags])
-    except UnknownFlag as error:
-        raise UnknownFlag(error.flag, f"after --: {error}") from None
+        return parse_step(CAPTURE_SCRIPT, [*needed, *flags])
     except UserError as error:
-        raise UserError(f"after --: {error}") from None
+        error.args = (f"after --: {error}",)
+        raise
+
+
+def parse_step(script: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """What a script's own parser makes of its arguments. Raises UserError for those that it refuses."""
+    program, sys.argv[0] = sys.argv[0], script  # what its messages name
+    try:
+        parsed: argparse.Namespace = script_module(script).parse_args(arguments)
     finally:
         sys.argv[0] = program
     return parsed
@@ -474,11 +406,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         step, code = failed[-1]
         again = "" if code == EXIT_USER_ERROR else "; the same command goes on from here"
         say(f"stopped: {step.name} failed{again}")
-        return code if code > 0 else 128 - code  # killed by a signal: as a shell tells it
+        return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
     print_headline(args)
     say(f"finished in {time.monotonic() - start:.0f} s")
     for step, code in failed:
-        say(f"failed: {printable(step)} (exit code {code})")
+        say(f"failed: {step} (exit code {code})")
     return EXIT_SOME_FAILED if failed else 0
 
 

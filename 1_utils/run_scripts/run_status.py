@@ -30,7 +30,6 @@ from run_store import (
     load_pt,
     near_folder,
     open_run,
-    outdated,
     planned_prompts,
     pt_files,
     read_failures,
@@ -38,6 +37,7 @@ from run_store import (
     results_of,
     sort_styles,
 )  # fmt: skip
+from stamps import is_current, read_stamp
 from token_spans import matched_style
 
 RATE_SPAN = 3600.0  # seconds
@@ -190,15 +190,18 @@ def slurm_state(task: str) -> str | None:
     return asked.stdout.split()[0].lower() if asked.stdout.split() else ""
 
 
-def outdated_analyses(styles: Sequence[StyleStatus]) -> list[str]:
-    """One line for each run whose analyses were made before its newest .pt file came."""
-    lines = []
+def analyses_of(styles: Sequence[StyleStatus]) -> dict[str, bool]:
+    """Each stamped analysis of these runs, as `<results folder>: <script>`, and whether it is up to date: all that it
+    read, wrote and ran is unchanged."""
     folders = [Path(style.folder) for style in styles if style.done]
-    for path in dict.fromkeys(f if (f / "prompts.json").is_file() else f.parent for f in folders):
-        results = results_of(run := open_run(path))
-        if old := outdated(run, results):
-            lines.append(f"analyses are older than the run: {old} in {results}; run stages 3 to 5 again")
-    return lines
+    found = {}
+    for run in dict.fromkeys(f if (f / "prompts.json").is_file() else f.parent for f in folders):
+        results = results_of(open_run(run))
+        for path in sorted(results.glob(".done.*.json")):
+            script = path.name.split(".")[2]
+            if stamp := read_stamp(results, script):
+                found[f"{results}: {script}"] = is_current(stamp, results)
+    return found
 
 
 # --- sums
@@ -281,6 +284,18 @@ def note_lines(notes: Iterable[JobNote]) -> list[str]:
     ]
 
 
+def analysis_lines(analyses: dict[str, bool]) -> list[str]:
+    """How many analyses are up to date, and which are not."""
+    if not analyses:
+        return []
+    old = [
+        f"run again, its inputs, outputs or code have changed: {name}"
+        for name, current in analyses.items()
+        if not current
+    ]
+    return [f"analyses: {sum(analyses.values())} of {len(analyses)} up to date", *old]
+
+
 def span(seconds: float) -> str:
     """A time span as people say it."""
     seconds = max(0, round(seconds))
@@ -317,16 +332,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not notes:
             raise
         raise UserError(f"{error}; {'; '.join(note_lines(notes)) or 'its jobs are done'}") from None
-    progress, old = progress_of(styles, args.run_dir), outdated_analyses(styles)
+    progress, analyses = progress_of(styles, args.run_dir), analyses_of(styles)
     if args.json:
         lists = {
             "styles": [asdict(style) for style in styles],
             "jobs": [asdict(note) for note in notes],
-            "outdated": old,
+            "analyses": analyses,
         }
         print(json.dumps(asdict(progress) | lists, ensure_ascii=False, indent=2))
     else:
-        print("\n".join([*status_lines(styles, notes, args.run_dir, time.time()), *old]))
+        print("\n".join([*status_lines(styles, notes, args.run_dir, time.time()), *analysis_lines(analyses)]))
     return int(progress.missing + progress.failed > 0)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from command_line import UserError
 from file_output import read_csv
+from stamps import note_read
 
 from attention.head_overlap import GroupSums
 
@@ -58,9 +59,9 @@ class Answers:
 
 def open_answers(path: Path | None, folder: Path) -> Answers | None:
     """The table that was asked for, else the results folder's own; None where neither is there."""
-    if path is None and not (folder / "maths_items.csv").is_file():
-        return None
-    return Answers(path or folder / "maths_items.csv")
+    items = path or folder / "maths_items.csv"
+    note_read(items)
+    return Answers(items) if path or items.is_file() else None
 
 
 @dataclass(frozen=True)
