@@ -7,14 +7,14 @@ import bench_capture
 import pandas as pd
 import pytest
 import tiny_models
+from capture import benchmark
 
 
 def bench(tmp_path, *flags):
     folder = tiny_models.save(tmp_path / "tiny")
     csv = tmp_path / "bench.csv"
-    code = bench_capture.main(["--model_name", str(folder), "--max_new_tokens", "2", "--batch_size", "2",
-                               "--csv", str(csv), *flags])  # fmt: skip
-    return code, csv
+    own = ["--model_name", str(folder), "--max_new_tokens", "2", "--batch_size", "2", "--csv", str(csv)]
+    return bench_capture.main([*own, *flags]), csv
 
 
 def test_every_way_has_a_row_and_every_round_a_line(tmp_path, capfd):
@@ -36,7 +36,7 @@ def test_a_stopped_run_gives_the_finished_rounds(tmp_path, monkeypatch, capfd, n
     calls = []
 
     def stopping(model, args):
-        plain = bench_capture.plain_generate(model, args)
+        plain = benchmark.plain_generate(model, args)
 
         def run(ids):
             calls.append(ids.shape)
@@ -46,7 +46,7 @@ def test_a_stopped_run_gives_the_finished_rounds(tmp_path, monkeypatch, capfd, n
 
         return run
 
-    monkeypatch.setitem(bench_capture.WAYS, "stopping", stopping)
+    monkeypatch.setitem(benchmark.WAYS, "stopping", stopping)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background ignores it
     code, csv = bench(tmp_path, "--lengths", "4", "9", "--repeats", "5", "--ways", "generate", "stopping")
     signal.signal(signal.SIGINT, before)

@@ -146,10 +146,21 @@ def flash_without_a_gpu(monkeypatch) -> list[str]:
         rows = zip(q, k, v, strict=True)
         return torch.stack([one(*row, softmax_scale, causal, window_size, softcap) for row in rows])
 
+    # transformers reads from the names which options there are.
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-        causal=False, window_size=(-1, -1), softcap=0.0,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+    ):
         calls.append("ragged")
         parts = [x.tensor_split(cu[1:-1].long()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
         return torch.cat([one(*row, softmax_scale, causal, window_size, softcap) for row in zip(*parts, strict=True)])
@@ -183,10 +194,13 @@ def test_neurons_are_the_inputs_of_the_down_projection(tmp_path, family):
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [(family, {}) for family in tiny_models.FAMILIES]
-    + [("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-       ("qwen2", {"use_sliding_window": False, "sliding_window": 5}), ("mistral", {"sliding_window": None})],
-)  # fmt: skip
+    [
+        *((family, {}) for family in tiny_models.FAMILIES),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 5}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
 def test_attention_windows_are_what_the_queries_see(tmp_path, family, changes):
     model = tiny_models.model(family, attn_implementation="eager", **changes)
     windows = attention_windows(model.config)
@@ -201,8 +215,8 @@ def test_attention_windows_are_what_the_queries_see(tmp_path, family, changes):
         edge = back == (window or length) - 1
         assert maps[layer, :, edge].max() > 0
     assert len(windows) == 3
-    assert any(windows) == (family in ("mistral", "gemma2", "qwen2") and changes.get("sliding_window", 8) is not None
-                            and changes.get("use_sliding_window", family != "qwen2"))  # fmt: skip
+    slides = changes.get("sliding_window", 8) is not None and changes.get("use_sliding_window", family != "qwen2")
+    assert any(windows) == (family in ("mistral", "gemma2", "qwen2") and slides)
 
 
 def test_a_layer_of_an_unknown_kind_has_an_unknown_window():

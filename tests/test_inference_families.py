@@ -28,6 +28,11 @@ PROMPTS = [
 STEPS = 4
 
 
+def command(model: str, prompts, output, *flags: str) -> list[str]:
+    own = ["--model_name", model, "--prompt_file", str(prompts), "--output_dir", str(output), "--device_map", "cpu"]
+    return [*own, "--max_new_tokens", str(STEPS), "--raw_layers", "0", "1", *flags]
+
+
 def outcome(folder, family: str, config=None, *flags: str) -> str:
     """`captured`, or the one line of the refusal; AssertionError and all else: neither."""
     model = tiny_models.save_any(folder / "model", family, config)
@@ -36,8 +41,7 @@ def outcome(folder, family: str, config=None, *flags: str) -> str:
     prompts, output = folder / "p.json", folder / "out"
     prompts.write_text(json.dumps(PROMPTS), encoding="utf-8")
     try:
-        code = main(["--model_name", model, "--prompt_file", str(prompts), "--output_dir", str(output), "--device_map",
-                     "cpu", "--max_new_tokens", str(STEPS), "--raw_layers", "0", "1", *flags])  # fmt: skip
+        code = main(command(model, prompts, output, *flags))
     except UserError as error:
         refusal = str(error)
     else:
@@ -97,17 +101,17 @@ def test_a_family_is_captured_as_eager_has_it_or_refused_in_one_line(tmp_path, f
 
 # --- quick: one family of each kind
 
-COMMON = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "hidden_size": 32,
-          "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "head_dim": 8, "max_position_embeddings": 256}  # fmt: skip
+COMMON = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "hidden_size": 32, "head_dim": 8}
+COMMON |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+OPT = COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
+COMMON |= {"intermediate_size": 48}
 KINDS = [
     ("afmoe", COMMON, "captured"),  # its mask comes by keyword
     ("gemma4_text", COMMON | {"sliding_window": 8}, "captured"),  # heads of two sizes
     ("gemma4_text", None, "captured"),  # the last layers read the keys of earlier ones
     ("gemma3n_text", None, r"the states of layer 0 are \[2, 1, 12, 32\] for 12 tokens"),
     ("opt", None, "captured"),
-    ("opt", {name: size for name, size in COMMON.items() if name != "intermediate_size"} | {"ffn_dim": 48,
-     "word_embed_proj_dim": 16, "do_layer_norm_before": False}, "the hidden size differs between layers: 16, 32"),
+    ("opt", OPT, "the hidden size differs between layers: 16, 32"),
     ("axk1", None, "captured"),
     ("deepseek_v32", None, r"its code fails here \(ValueError: Cannot call `update_indexer`"),
     ("deepseek_v4", None, r"the states of layer 0 are \[1, 12, 4, 32\] for 12 tokens"),
@@ -115,7 +119,7 @@ KINDS = [
     ("xlnet", None, r"the states of layer 0 are \[12, 1, 32\] for 12 tokens"),
     ("bloom", None, "layer 0 does not use transformers' attention interface"),
     ("roberta", None, "its hidden states differ by"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family", "sizes", "expected"), KINDS)
@@ -131,8 +135,7 @@ def test_a_model_without_attention_in_every_layer_is_refused_by_its_config(tmp_p
     tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "p.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
     with pytest.raises(UserError, match="not all its layers have attention, so it cannot be captured"):
-        main(["--model_name", str(tmp_path / "model"), "--prompt_file", str(tmp_path / "p.json"), "--output_dir",
-              str(tmp_path / "out")])  # fmt: skip
+        main(command(str(tmp_path / "model"), tmp_path / "p.json", tmp_path / "out"))
 
 
 def batches(folder) -> str:
@@ -163,8 +166,7 @@ def test_a_model_that_nobody_has_thought_of_is_run_as_it_can_be(tmp_path, monkey
     monkeypatch.setattr(GPT2Model, "forward", strange)
     prompts = tmp_path / "p.json"
     prompts.write_text(json.dumps(PROMPTS), encoding="utf-8")
-    assert main(["--model_name", plain, "--prompt_file", str(prompts), "--output_dir", str(tmp_path / "out"),
-                 "--device_map", "cpu", "--max_new_tokens", str(STEPS), "--raw_layers", "0", "1"]) == 0  # fmt: skip
+    assert main(command(plain, prompts, tmp_path / "out")) == 0
     monkeypatch.undo()
     assert batches(tmp_path) == rows
     (path,) = (tmp_path / "out").glob("activations_*.pt")
@@ -174,9 +176,9 @@ def test_a_model_that_nobody_has_thought_of_is_run_as_it_can_be(tmp_path, monkey
 def test_a_capture_that_is_not_what_the_model_attends_to_is_refused(tmp_path, monkeypatch):
     attend = capture._Pass.attend
 
-    def late(self, *args, **kwargs):
-        found = attend(self, *args, **kwargs)
-        self.mass[args[1].layer_idx] = self.mass[args[1].layer_idx].roll(1, -1)
+    def late(self, call):
+        found = attend(self, call)
+        self.mass[call.module.layer_idx] = self.mass[call.module.layer_idx].roll(1, -1)
         return found
 
     monkeypatch.setattr(capture._Pass, "attend", late)

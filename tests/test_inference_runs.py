@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,33 +23,17 @@ import pytest
 import run_status
 import tiny_models
 import torch
-from capture import cpu_speed
+from capture import batching, benchmark, cpu_speed, job, progress, recorder
 from capture import decode as decoding
+from capture.recorder import chosen_raw_layers
 from command_line import UserError
 from read_predictions import iter_predictions
 from run_store import load_pt, open_run, pt_files, read_failures, unpack_rows
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(attn_act_logi.__file__)
-WORDS = [
-    "please",
-    "calculate",
-    "the",
-    "sum",
-    "of",
-    "these",
-    "numbers",
-    "and",
-    "then",
-    "stop",
-    "quick",
-    "brown",
-    "fox",
-    "total",
-    "apples",
-    "market",
-    "answer",
-]
+TEXT = "please calculate the sum of these numbers and then stop quick brown fox total apples market answer"
+WORDS = TEXT.split()
 FEW_SHOT = "Write down the answer: 3 + 4 = 7\n\n"
 
 
@@ -78,10 +63,9 @@ def write_prompts(path: Path, count: int) -> Path:
 
 
 def arguments(model_dir, prompt_file, output, *more):
-    return [
-        "--model_name", model_dir, "--prompt_file", str(prompt_file), "--output_dir", str(output),
-        "--few_shot_file", str(prompt_file.with_suffix(".txt")), "--prompt_keys", "all", "--max_new_tokens", "6", *more,
-    ]  # fmt: skip
+    own = ["--model_name", model_dir, "--prompt_file", str(prompt_file), "--output_dir", str(output)]
+    own += ["--few_shot_file", str(prompt_file.with_suffix(".txt")), "--prompt_keys", "all", "--max_new_tokens", "6"]
+    return [*own, *more]
 
 
 def run(*args):
@@ -140,11 +124,10 @@ def test_a_file_holds_the_fields_of_the_contract(undisturbed, prompt_file):
     content = load_pt(path)
     rows, tokens = len(content["original_indices"]), content["input_ids"].shape[1]
     layers, heads, width, regions, pooled = 3, 4, 32, 7, 4
-    shapes = {
-        "input_ids": (rows, tokens), "attention_mask": (rows, tokens), "region_mask": (rows, tokens, regions),
-        "span_mass": (layers, rows, heads, regions, regions), "hidden_pooled": (layers + 1, rows, pooled, width),
-        "topk_vals": (rows, 1, 10), "topk_indices": (rows, 1, 10), "logsumexp": (rows, 1),
-    }  # fmt: skip
+    shapes = dict.fromkeys(("input_ids", "attention_mask"), (rows, tokens))
+    shapes |= dict.fromkeys(("topk_vals", "topk_indices"), (rows, 1, 10))
+    shapes |= {"region_mask": (rows, tokens, regions), "logsumexp": (rows, 1)}
+    shapes |= {"span_mass": (layers, rows, heads, regions, regions), "hidden_pooled": (layers + 1, rows, pooled, width)}
     assert {key: tuple(content[key].shape) for key in shapes} == shapes
     assert content["regions"] == ["all", "last", "context", "instruction", "task", "first", "edited"]
     assert content["pooled_regions"] == ["last", "instruction", "task", "edited"]
@@ -175,8 +158,6 @@ def test_all_fields_are_the_same_for_any_batch(model_dir, prompt_file, tmp_path,
 
 
 def test_shards_in_any_order_make_the_same_files(model_dir, prompt_file, tmp_path, monkeypatch):
-    from capture import batching
-
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
     more = ["--response_logprobs"]
     assert run(model_dir, prompt_file, tmp_path / "one", *more) == 0
@@ -189,10 +170,8 @@ def test_shards_in_any_order_make_the_same_files(model_dir, prompt_file, tmp_pat
 
 
 def test_second_call_finds_all_done(model_dir, prompt_file, undisturbed, monkeypatch):
-    import load_model
-
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")}
-    monkeypatch.setattr(load_model, "load_model", None)  # the weights must not even be loaded
+    monkeypatch.setattr(job, "load_model", None)  # the weights must not even be loaded
     assert run(model_dir, prompt_file, undisturbed) == 0
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.pt")} == before
 
@@ -207,8 +186,6 @@ def stamps(folder: Path) -> dict[Path, int]:
 
 
 def test_a_run_grows_and_a_file_that_is_there_stays(model_dir, prompt_file, tmp_path, monkeypatch, capsys):
-    from capture import batching
-
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
     more = ["--response_logprobs"]
     assert run(model_dir, prompt_file, tmp_path / "whole", *more) == 0
@@ -236,8 +213,6 @@ def test_a_run_grows_and_a_file_that_is_there_stays(model_dir, prompt_file, tmp_
 
 
 def test_a_run_that_was_killed_grows_too(model_dir, prompt_file, tmp_path, monkeypatch):
-    from capture import batching
-
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 4)
     assert run(model_dir, prompt_file, tmp_path / "run", "--max_samples", "10", "--shard", "0/2") == 0
     assert run(model_dir, prompt_file, tmp_path / "run", "--max_samples", "17") == 0
@@ -316,11 +291,10 @@ def test_damaged_files_are_run_again(model_dir, prompt_file, undisturbed, tmp_pa
 def one_process(args: list[str]) -> None:
     """The script's work in a process of its own, a file every three rows, written slowly."""
     import run_store
-    from capture import background_writer, batching
 
     torch.set_num_threads(1)
     batching.ROWS_PER_FILE = 3
-    background_writer.save_pt = lambda *a: (time.sleep(0.1), run_store.save_pt(*a))
+    job.save_pt = lambda *a: (time.sleep(0.1), run_store.save_pt(*a))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.exit(attn_act_logi.main(args))
 
@@ -329,9 +303,7 @@ def kill_and_resume(model_dir, prompt_file, folder: Path, seed: int) -> int:
     """Kill -9 the script at a random moment, again and again, until it ends by itself; returns the kills."""
     chance = random.Random(seed)
     processes = multiprocessing.get_context("forkserver")  # imports torch once, not for every process
-    processes.set_forkserver_preload(
-        ["attn_act_logi", "transformers", "capture.decode", "load_model", "capture.prompts"]
-    )
+    processes.set_forkserver_preload(["attn_act_logi", "capture.job"])
     kills = 0
     while True:
         process = processes.Process(target=one_process, args=(arguments(model_dir, prompt_file, folder),))
@@ -360,8 +332,6 @@ def wait_for_output(process, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def small_files(model_dir, prompt_file, tmp_path_factory):
-    from capture import batching
-
     output = tmp_path_factory.mktemp("small") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batching, "ROWS_PER_FILE", 3)
@@ -390,8 +360,6 @@ def test_kill_9_and_resume_a_hundred_times(model_dir, prompt_file, tmp_path, sma
 
 
 def test_a_signal_keeps_what_was_under_way(model_dir, prompt_file, small_files, tmp_path, monkeypatch):
-    from capture import batching
-
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 3)
     calls = {"count": 0}
     forward = decoding.Generator._forward
@@ -403,7 +371,7 @@ def test_a_signal_keeps_what_was_under_way(model_dir, prompt_file, small_files, 
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(decoding.Generator, "_forward", interrupting)
-    assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "4") == attn_act_logi.EXIT_STOPPED
+    assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "4") == job.EXIT_STOPPED
     kept = len(rows_by_key(tmp_path / "run"))
     assert 0 < kept < len(rows_by_key(small_files))
     assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "4") == 0
@@ -411,15 +379,10 @@ def test_a_signal_keeps_what_was_under_way(model_dir, prompt_file, small_files, 
 
 
 def test_memory_does_not_grow_with_the_number_of_prompts(model_dir, tmp_path, monkeypatch):
-    import bench_capture
-    from capture import background_writer
-
     resident = []
-    write = background_writer.BackgroundWriter.write
+    write = job.FileWriter.write
     monkeypatch.setattr(
-        background_writer.BackgroundWriter,
-        "write",
-        lambda self, *args: (resident.append(bench_capture.status_kb("VmRSS")), write(self, *args))[1],
+        job.FileWriter, "write", lambda *args: (resident.append(benchmark.status_kb("VmRSS")), write(*args))[1]
     )
     prompts = write_prompts(tmp_path / "prompts.json", 5000)
     more = ["--prompt_keys", "normal", "--max_new_tokens", "2", "--raw_layers", "0"]
@@ -513,8 +476,6 @@ def test_a_prompt_that_fits_alone_waits_for_room(model_dir, prompt_file, undistu
 
 
 def test_a_stopped_run_says_so_though_prompts_failed(model_dir, tmp_path, monkeypatch):
-    from capture import batching
-
     monkeypatch.setattr(batching, "ROWS_PER_FILE", 3)
     path = write_prompts(tmp_path / "prompts.json", 20)
     rows = json.loads(path.read_text())
@@ -529,7 +490,7 @@ def test_a_stopped_run_says_so_though_prompts_failed(model_dir, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(decoding.Generator, "_forward", interrupting)
-        assert run(model_dir, path, tmp_path / "run", "--batch_size", "2") == attn_act_logi.EXIT_STOPPED
+        assert run(model_dir, path, tmp_path / "run", "--batch_size", "2") == job.EXIT_STOPPED
     assert run(model_dir, path, tmp_path / "run") == 1
 
 
@@ -582,14 +543,14 @@ def test_preflight_refuses_what_the_disk_cannot_hold(model_dir, prompt_file, tmp
 
 
 @pytest.mark.parametrize("more", [[], ["--raw_layers", "none"], ["--neurons", "--topk_positions", "all", "--entropy"]])
-def test_the_estimate_is_within_a_tenth_of_what_is_written(model_dir, tmp_path, more, monkeypatch):
-    told = []
-    estimate = attn_act_logi.preflight
-    monkeypatch.setattr(attn_act_logi, "preflight", lambda *args: told.append(estimate(*args)))
+def test_the_estimate_is_within_a_tenth_of_what_is_written(model_dir, tmp_path, more):
     prompts = write_prompts(tmp_path / "prompts.json", 200)
+    flags = arguments(model_dir, prompts, tmp_path / "run", *more)
+    estimate = attn_act_logi.bytes_to_write(attn_act_logi.parse_args(flags))
     assert run(model_dir, prompts, tmp_path / "run", *more) == 0
     written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.pt"))
-    assert abs(told[0] - written) <= 0.1 * written
+    assert abs(estimate - written) <= 0.1 * written
+    assert attn_act_logi.bytes_to_write(attn_act_logi.parse_args(flags)) == 0
 
 
 @pytest.mark.parametrize(
@@ -626,14 +587,22 @@ def test_mistakes_are_told_in_one_line(model_dir, prompt_file, tmp_path, more, m
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [
-        ("all", (0, 1, 2, 3, 4)), ("0-2", (0, 1, 2)), ("-1", (4,)), ("-2 0 1-2 2", (0, 1, 2, 3)), ("none", ()),
-        ("0 5 10 15", (0,)), ("3", (3,)), ("4 all", (0, 1, 2, 3, 4)),
+        ("all", (0, 1, 2, 3, 4)),
+        ("0-2", (0, 1, 2)),
+        ("-1", (4,)),
+        ("-2 0 1-2 2", (0, 1, 2, 3)),
+        ("none", ()),
+        ("0 5 10 15", (0,)),
+        ("", (0,)),
+        ("3", (3,)),
+        ("4 all", (0, 1, 2, 3, 4)),
     ],
-)  # fmt: skip
+)
 def test_raw_layers_may_be_ranges_and_count_from_the_end(wanted, found):
     needed = ["--model_name", "m", "--prompt_file", "p", "--output_dir", "o"]
-    args = attn_act_logi.parse_args([*needed, "--raw_layers", *wanted.split()])
-    assert attn_act_logi.raw_layers(args.raw_layers, 4) == found
+    flags = ["--raw_layers", *wanted.split()] if wanted else []
+    args = attn_act_logi.parse_args([*needed, *flags])
+    assert chosen_raw_layers(args.raw_layers, 4) == found
 
 
 def test_a_model_folder_that_is_not_there_is_told_at_once_with_the_nearest(
@@ -646,11 +615,12 @@ def test_a_model_folder_that_is_not_there_is_told_at_once_with_the_nearest(
     (tmp_path / "models" / "SmolLM2-135M-Instruct" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     for name, near in [
-        ("models/SmolLM", "; did you mean models/SmolLM2-135M-Instruct?"), ("models/smol", "did you mean models/Smol"),
+        ("models/SmolLM", "; did you mean models/SmolLM2-135M-Instruct?"),
+        ("models/smol", "did you mean models/Smol"),
         ("models/SmolLM2-135M-Instrcut", "; did you mean models/SmolLM2-135M-Instruct?"),
         ("models/gpt2", "models/gpt2: no such folder; models holds SmolLM2-135M-Instruct"),
         ("./gpt2", "./gpt2: no such folder; check --model_name"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UserError) as caught:
             run(name, prompt_file, tmp_path / "run")
         assert near in str(caught.value)
@@ -827,10 +797,8 @@ def test_a_key_that_cannot_name_a_folder_is_refused(model_dir, tmp_path, key):
 
 def test_prompts_run_alone_where_positions_depend_on_the_longest_row(tmp_path, prompt_file):
     half = 4  # of the rotary dimensions of a head
-    rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * half, "long_factor": [4.0] * half,
-        "original_max_position_embeddings": 48, "factor": 4.0,
-    }  # fmt: skip
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48, "factor": 4.0}
+    rope |= {"short_factor": [1.0] * half, "long_factor": [4.0] * half}
     changes = {"rope_parameters": rope, "original_max_position_embeddings": 48}
     phi = tiny_models.save(tmp_path / "model", "phi3", **changes)
     assert run(phi, prompt_file, tmp_path / "a", "--batch_size", "1", "--no_prefix_reuse") == 0
@@ -907,8 +875,6 @@ def test_a_stop_string_may_be_or_hold_a_control_token(tmp_path, kind, stop, kept
 
 @pytest.mark.parametrize("more", [[], ["--stop_strings", "e", "a"], ["--num_samples", "2", "--temperature", "1"]])
 def test_the_time_left_is_right_within_a_factor_of_two(model_dir, prompt_file, tmp_path, monkeypatch, more, capsys):
-    from capture import progress
-
     forward, told, clock = decoding.Generator._forward, [], [0.0]
     monkeypatch.setattr(progress, "REFRESH", 0.0)
     monkeypatch.setattr(decoding, "time", SimpleNamespace(perf_counter=lambda: clock[0]))  # one that load cannot touch
@@ -940,23 +906,19 @@ def test_the_time_left_is_right_within_a_factor_of_two(model_dir, prompt_file, t
 def test_the_writer_makes_the_rows_while_copies_are_under_way(
     model_dir, prompt_file, undisturbed, tmp_path, monkeypatch
 ):
-    import threading
-
-    from capture import recorder as capture
-
     waited, made = [], []
-    monkeypatch.setattr(capture.HostCopies, "pending", True)  # as with results on a GPU
-    monkeypatch.setattr(capture.HostCopies, "wait", lambda copies: waited.append(threading.current_thread().name))
+    monkeypatch.setattr(recorder.HostCopies, "pending", True)  # as with results on a GPU
+    monkeypatch.setattr(recorder.HostCopies, "wait", lambda copies: waited.append(threading.current_thread().name))
     rows_of = decoding.rows_of
     monkeypatch.setattr(
         decoding, "rows_of", lambda *args: (made.append(threading.current_thread().name), rows_of(*args))[1]
     )
-    checked = attn_act_logi.checked_batching
+    checked = job.checked_batching
     monkeypatch.setattr(  # the check of the model is over by then
-        attn_act_logi, "checked_batching", lambda *args: (checked(*args), waited.clear(), made.clear())[0]
+        job, "checked_batching", lambda *args: (checked(*args), waited.clear(), made.clear())[0]
     )
     assert run(model_dir, prompt_file, tmp_path / "run", "--batch_size", "7") == 0
-    assert set(waited) == set(made) == {"writer"}
+    assert set(waited) == set(made) == {"writer_0"}
     assert len(waited) == 2 * len(made) > 4  # of the prompts and of their shared prefix
     assert_same_run(tmp_path / "run", undisturbed)
 
@@ -964,7 +926,7 @@ def test_the_writer_makes_the_rows_while_copies_are_under_way(
 # --- products of few rows
 
 
-@pytest.mark.skipif(not cpu_speed._has_onednn(), reason="needs oneDNN on x86")
+@pytest.mark.skipif(not cpu_speed.onednn_product(), reason="needs oneDNN on x86")
 @pytest.mark.parametrize("bias", [True, False])
 def test_onednn_gives_the_same_products_and_leaves_no_trace(bias):
     model = torch.nn.Sequential(torch.nn.Linear(48, 96, bias=bias), torch.nn.Linear(96, 20, bias=bias))
@@ -980,6 +942,21 @@ def test_onednn_gives_the_same_products_and_leaves_no_trace(bias):
         assert count == 2
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert not any("forward" in vars(module) for module in model[:2])
+
+
+@pytest.mark.parametrize("how", ["gone", "other arguments", "refused"])
+def test_without_onednns_operator_pytorchs_own_products_are_used(monkeypatch, how):
+    def refuse(*_):
+        raise RuntimeError("mkldnn: not here")
+
+    operators = {"gone": {}, "other arguments": {"_linear_pointwise": lambda rows: rows}}
+    operators["refused"] = {"_linear_pointwise": refuse}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**operators[how]))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    states = torch.randn(2, 8)
+    with cpu_speed.onednn_linears(model) as count:
+        assert count == 0
+        assert torch.equal(model(states), torch.nn.functional.linear(states, model[0].weight, model[0].bias))
 
 
 # --- memory that is kept
@@ -1001,7 +978,7 @@ print(kept, faults[0], sum(faults[-8:]))
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_kept_heap_is_not_given_back_page_by_page(keep):
-    script = FREED_TWICE.format(paths=[str(SCRIPT.parent)], keep=keep)
+    script = FREED_TWICE.format(paths=[str(SCRIPT.parents[1])], keep=keep)
     options = {"THP_MEM_ALLOC_ENABLE": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | options)
     kept, first, last = done.stdout.split()
@@ -1012,7 +989,7 @@ def test_a_kept_heap_is_not_given_back_page_by_page(keep):
 
 def test_the_heap_is_kept_for_raw_maps_alone(model_dir, prompt_file, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu_speed, "keep_heap", lambda device: calls.append(device.type) or True)
+    monkeypatch.setattr(job, "keep_heap", lambda device: calls.append(device.type) or True)
     for name, layers in (("raw", "0"), ("none", "none")):
         assert run(model_dir, prompt_file, tmp_path / name, "--raw_layers", layers, "--max_samples", "2") == 0
     assert calls == ["cpu"]

@@ -152,10 +152,8 @@ def test_long_prompts_with_a_typo_in_every_word_are_cut_in_time_that_grows_with_
 
 
 def arguments(model_dir, path, output, *keys, batch="1"):
-    return [
-        "--model_name", model_dir, "--prompt_file", str(path), "--output_dir", str(output), "--prompt_keys", *keys,
-        "--max_new_tokens", "4", "--batch_size", batch,
-    ]  # fmt: skip
+    own = ["--model_name", model_dir, "--prompt_file", str(path), "--output_dir", str(output)]
+    return [*own, "--max_new_tokens", "4", "--batch_size", batch, "--prompt_keys", *keys]
 
 
 def rows_of(folder, style):

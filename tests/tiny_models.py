@@ -151,7 +151,7 @@ SIZES = {
     256: "max_position_embeddings n_positions n_ctx max_target_positions max_seq_len model_max_length",
     512: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
     1: "n_group topk_group bos_token_id num_kv_shared_layers prompt_length first_k_dense_replace",
-}  # fmt: skip
+}
 SMALL: dict[str, Any] = {name: size for size, names in SIZES.items() for name in names.split()}
 SMALL |= {
     "qk_head_dim": 12,
@@ -168,6 +168,9 @@ SHARED_KEYS = {
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+HYBRID = {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "mamba_headdim": 8}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+MIXED_LAYERS = ["sliding_attention", "full_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"head_dim": 8, "n_group": 1, "topk_group": 1},
     "longcat_flash": {"head_dim": 4},
@@ -177,7 +180,8 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_moe": {"moe_k": 2},
     "gemma3n_text": {
-        "num_kv_shared_layers": 1, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+        "layer_types": MIXED_LAYERS,
         "activation_sparsity_pattern": [0.0] * 3,
     },
     "gemma4_text": SHARED_KEYS,
@@ -186,14 +190,12 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
     "zamba": {"num_hidden_layers": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "mamba_headdim": 8,
-               "attention_hidden_size": 64, "attention_head_dim": 16},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0,
-                            "mrope_section": [1, 1, 2]}}},
+    "zamba2": HYBRID | {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "xmod": {"default_language": "en_XX"},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 32}},
     "zaya": {"num_experts_per_tok": 1},
-}  # fmt: skip
+}
 # Refused in one line: layers without attention, or attention and states of another kind.
 REFUSED_FAMILIES = """
 axk2 bailing_hybrid bamba big_bird bloom camembert codegen cpmant data2vec-text deepseek_v32 deepseek_v4

@@ -113,12 +113,8 @@ def bytes_to_write(planned: Sequence[Planned]) -> dict[int, int]:
     for number, item in enumerate(planned):
         if item.step.name == "capture" and item.state == "missing":
             stage2 = script_module(item.step.script)
-            own = stage2.parse_args(item.step.arguments)
-            own.force = True
             try:
-                prompts = stage2.read_prompt_file(own.prompt_file)
-                jobs, _ = stage2.plan_jobs(own, prompts, stage2.chosen_styles(prompts, own.prompt_keys))
-                found[number] = stage2.preflight([job for job in jobs if job.files], own.output_dir, True)
+                found[number] = stage2.bytes_to_write(stage2.parse_args(item.step.arguments))
             except (UserError, ImportError):
                 continue
     return found

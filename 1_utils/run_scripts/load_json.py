@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from command_line import UserError, did_you_mean, one_line
-from token_spans import MATCHED
+from token_spans import MATCHED, matched_style
 
 CLEAN_KEYS = ("normal", "instruction")
 RESERVED_KEYS = frozenset({"element_index", "answer", "task"})
@@ -185,6 +185,30 @@ def read_prompt_file(file_path: str | Path) -> PromptFile:
         raise UserError(f'{path}: no row holds a prompt; expected objects such as {{"normal": "2 + 2 ="}}')
     problems = [problem for index, row in enumerate(rows) for problem in _row_problems(index, row, counts)]
     return PromptFile(path, hashlib.sha256(content).hexdigest(), content, rows, counts, problems)
+
+
+def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
+    """The styles of `--prompt_keys`, the clean form first, controls last; without keys the file's only style.
+
+    Raises UserError if the choice is ambiguous or names a style that the file lacks.
+    """
+    available = list(prompts.style_counts)
+    if keys is None:
+        if len(available) > 1:
+            have = ", ".join(f"{style} ({count})" for style, count in prompts.style_counts.items())
+            raise UserError(f"{prompts.path}: holds several styles: {have}; choose with --prompt_keys, or all")
+        return available
+    for key in keys:
+        typo = matched_style(key)
+        if typo is not None and (prompts.clean_key is None or typo == prompts.clean_key):
+            raise UserError(f"--prompt_keys {key}: a control needs a clean form and another style; leave it out")
+        if key != "all":
+            prompts.prompts(typo or key, 0)  # raises for a key nobody has
+    styles = [style for style in available if style in keys or "all" in keys]
+    for style in styles:
+        if reason := style_problem(style):
+            raise UserError(f"{prompts.path}: the key {style!r} cannot name a folder; rename it ({reason})")
+    return styles + [f"{MATCHED}{style}" for style in available if f"{MATCHED}{style}" in keys]
 
 
 def load_json_prompts(file_path: str | Path, prompt_key: str, max_samples: int | None = None) -> list[tuple[int, str]]:

@@ -30,7 +30,7 @@ from typing import Any
 
 from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, make_parser, run_main
-from load_json import PromptFile, read_prompt_file
+from load_json import PromptFile, chosen_styles, read_prompt_file
 from run_store import open_run, outdated, row_indices, unfinished
 from stamps import is_done, place_of, read_stamp
 from token_spans import matched_style
@@ -96,7 +96,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     if len(set(names)) < len(names):
         raise UserError(f"--prompt_file: two of {', '.join(names)} have one name; rename a file, or run them apart")
     for file in files:
-        script_module(CAPTURE_SCRIPT).chosen_styles(file, args.styles)
+        chosen_styles(file, args.styles)
     if args.maths_items is not None and len(files) > 1:
         raise UserError("--maths_items holds the scores of one prompt file; run the files one by one")
     if args.maths_items is not None and not args.maths_items.is_file():

@@ -5,6 +5,7 @@ The files of a run depend on the prompts alone (never on batches, shards or rest
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,9 +70,8 @@ def attention_layers(config: Any) -> int:
     config = config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ())
     layers = getattr(config, "num_hidden_layers", 0)
-    if not layers or not _largest(config, "num_attention_heads") or any(
-        "attention" not in kind or "linear" in kind for kind in kinds
-    ):  # fmt: skip
+    without = any("attention" not in kind or "linear" in kind for kind in kinds)
+    if not layers or not _largest(config, "num_attention_heads") or without:
         raise UserError(
             f"{config.model_type}: not all its layers have attention, so it cannot be captured; choose another model"
         )
@@ -231,8 +231,6 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on a device; for the CPU, what the system and a container's limit leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import os
-
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     with_limit = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
     available = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if "MemAvailable" in line), free)

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from command_line import one_line
 from token_spans import control_tokens
-from transformers import Cache, DynamicLayer
+from transformers import (
+    Cache,
+    DynamicLayer,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from capture.recorder import PREFIX_REGIONS, Capture, PassRows, Recorder, all_position_logits, rows_of, top_logits
 
@@ -208,8 +215,6 @@ class TokenChooser:
         return tokens.tolist(), logprobs
 
     def _warped(self, scores: torch.Tensor) -> torch.Tensor:
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
         unused = torch.empty(0, dtype=torch.long)
         scores = TemperatureLogitsWarper(self.options.temperature)(unused, scores)
         if self.options.top_k > 0:
@@ -219,8 +224,6 @@ class TokenChooser:
         return scores
 
     def _penalised(self, logits: torch.Tensor, responses: list[Response]) -> torch.Tensor:
-        from transformers import RepetitionPenaltyLogitsProcessor
-
         penalise = RepetitionPenaltyLogitsProcessor(self.options.repetition_penalty)
         rows = [  # row by row, for a pad among the ids would be penalised too
             penalise(torch.tensor([r.prompt.input_ids + r.ids], device=logits.device), logits[b : b + 1])

@@ -33,8 +33,9 @@ class Batching:
     prefix: bool = True
 
 
-def check_model(model: Any, tokenizer: Any, options: CaptureOptions, ids: Sequence[list[int]], wanted: Batching,
-                new_tokens: int) -> Batching:  # fmt: skip
+def check_model(
+    model: Any, tokenizer: Any, options: CaptureOptions, ids: Sequence[list[int]], wanted: Batching, new_tokens: int
+) -> Batching:
     """The quickest way, from `wanted` on, in which a batch gives what a prompt alone gives.
 
     `ids` are the tokens of one or two prompts. Raises UserError where the capture of one prompt alone is not what an
@@ -130,10 +131,8 @@ class _Trial:
         answer = found.responses[0].ids
         try:
             self.model.set_attn_implementation("eager")
-            expected = self.model(
-                torch.tensor([ids + answer[:-1]], device=self.model.get_input_embeddings().weight.device),
-                output_hidden_states=True, output_attentions=True, use_cache=False,
-            )  # fmt: skip
+            text = torch.tensor([ids + answer[:-1]], device=self.model.get_input_embeddings().weight.device)
+            expected = self.model(text, output_hidden_states=True, output_attentions=True, use_cache=False)
         finally:
             self.model.set_attn_implementation(base)
         tokens = slice(len(PREFIX_REGIONS), len(PREFIX_REGIONS) + len(ids))

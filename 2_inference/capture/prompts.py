@@ -216,8 +216,8 @@ class PromptReader:
             if number not in self._control or not start <= a < b <= end:
                 continue
             # After a line's end, so that no tokenizer puts its mark of a first word there.
-            plain = self.tokenizer("\n" + text[a:b], add_special_tokens=False, split_special_tokens=True,
-                                   return_offsets_mapping=True)  # fmt: skip
+            as_plain_text = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+            plain = self.tokenizer("\n" + text[a:b], **as_plain_text)
             pairs = zip(plain["input_ids"], plain["offset_mapping"], strict=True)
             pieces = [(one, (a + c - 1, a + d - 1)) for one, (c, d) in pairs if c > 0]
             read.controls[self._control[number]] = as_text = bool(pieces) and number not in dict(pieces)

@@ -11,11 +11,12 @@ and, beside it, each query's exact mass on each region: the columns of M ride al
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+RAW_LAYERS = (0, 5, 10, 15)  # the default, as in the reference pipeline
 # Regions that tokens of a prefix shared by all prompts can lie in; the rest of a prompt never touches them there.
 PREFIX_REGIONS = ("all", "context", "first")
 FLASH_HEAD_SIZE = 256  # the widest head of the fused kernels
@@ -38,11 +40,49 @@ DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2
 class CaptureOptions:
     """What is recorded. `raw_layers` index like Hugging Face's `hidden_states` and `attentions`."""
 
-    raw_layers: tuple[int, ...] = (0, 5, 10, 15)
+    raw_layers: tuple[int, ...] = RAW_LAYERS
     topk_logits: int = 10
     topk_positions: str = "last"
     neurons: bool = False
     entropy: bool = False
+
+
+def chosen_raw_layers(wanted: Sequence[str] | None, layers: int) -> tuple[int, ...]:
+    """Layer numbers of `--raw_layers` for a model of so many layers; RAW_LAYERS (default) as far as it has them."""
+    default = [str(number) for number in RAW_LAYERS]
+    if wanted is None or [*wanted] == default:
+        return tuple(number for number in RAW_LAYERS if number < layers)
+    if [*wanted] == ["none"]:
+        return ()
+    numbers: set[int] = set()
+    for text in wanted:
+        found = re.fullmatch(r"(-?\d+)(?:-(\d+))?", f"0-{layers}" if text == "all" else text)
+        if found is None:
+            raise UserError(f"--raw_layers {text}: give layer numbers, ranges (0-5), -1 for the last, all, or none")
+        first = int(found[1]) + (layers + 1 if found[1].startswith("-") else 0)
+        last = int(found[2] or first)
+        if not 0 <= first <= last <= layers:
+            raise UserError(f"--raw_layers {text}: the model has layers 0 to {layers}; choose among these")
+        numbers |= {*range(first, last + 1)}
+    return tuple(sorted(numbers))
+
+
+@dataclass
+class AttentionCall:
+    """A call of a layer's attention function. q [B,H,S,D], k and v [B,Hkv,Sk,D], the mask as the kernel takes it."""
+
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    module: Any
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+
+    def run(self, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [B,S,H,D], and the map of eager attention; `changes` replace tensors of the call."""
+        call = replace(self, **changes) if changes else self
+        return call.function(call.module, call.q, call.k, call.v, call.mask, **call.kwargs)
 
 
 @dataclass
@@ -113,7 +153,7 @@ class Recorder:
         self.model, self.options = model, options
         self.config = model.config.get_text_config(decoder=True)
         self.backbone, self.layers = find_layers(model)
-        self.raw_layers = self._checked_raw_layers()
+        self.raw_layers = options.raw_layers
         self.base_attention = install_attention(model)
         self._handles = [
             layer.register_forward_pre_hook(self._on_layer(i), with_kwargs=True) for i, layer in self._each()
@@ -145,12 +185,12 @@ class Recorder:
         `pooled` are the columns whose tokens' states are averaged. The result is `pass.finish()` after the forward.
         """
         current = _Pass(self, regions, pooled, num_queries)
-        self._current, Recorder.active = current, self
+        self.current, Recorder.active = current, self
         try:
             yield current
         finally:
             Recorder.active = None
-            del self._current  # or the pass's states and maps would stay in memory while responses are made
+            del self.current  # or the pass's states and maps would stay in memory while responses are made
 
     # --- hooks
 
@@ -160,28 +200,22 @@ class Recorder:
     def _on_layer(self, layer: int) -> Callable[..., None]:
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
             if Recorder.active is self:
-                self._current.add_state(layer, args[0] if args else kwargs["hidden_states"])
+                self.current.add_state(layer, args[0] if args else kwargs["hidden_states"])
 
         return hook
 
     def _on_mlp(self, layer: int) -> Callable[..., None]:
         def hook(_module: Any, args: Any) -> None:
             if Recorder.active is self:
-                self._current.add_neurons(layer, args[0])
+                self.current.add_neurons(layer, args[0])
 
         return hook
 
     def _on_backbone(self, _module: Any, _args: Any, output: Any) -> None:
         if Recorder.active is self:
-            self._current.add_state(
+            self.current.add_state(
                 self.num_layers, output[0] if isinstance(output, tuple) else output.last_hidden_state
             )
-
-    def _checked_raw_layers(self) -> tuple[int, ...]:
-        wrong = [layer for layer in self.options.raw_layers if not 0 <= layer <= self.num_layers]
-        if wrong:
-            raise UserError(f"--raw_layers {wrong[0]}: the model has layers 0 to {self.num_layers}; choose among these")
-        return tuple(sorted(set(self.options.raw_layers)))
 
 
 class _Pass:
@@ -222,46 +256,45 @@ class _Pass:
         activation = activation.reshape(self.pools.shape[0], self.num_queries, -1)
         self.neurons[layer] = torch.bmm(self.on(self.pools, activation), activation.float())
 
-    def attend(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, None]:
         """The layer's attention output; the mass of its queries on the regions is kept."""
-        layer, (keys, regions) = module.layer_idx, self.keys.shape[1:]
+        layer, q, k = call.module.layer_idx, call.q, call.k
+        keys, regions = self.keys.shape[1:]
         if q.dim() != 4 or q.shape[2] != self.num_queries or k.shape[2] != keys:
             raise cannot_capture(f"layer {layer} attends from {[*q.shape]} to {[*k.shape]} over {keys} tokens")
         if layer in self.mass:
             raise cannot_capture(f"layer {layer} attends more than once")
-        if kwargs.get("scaling") is None:
-            kwargs["scaling"] = q.shape[-1] ** -0.5  # before the heads are widened
+        if call.kwargs.get("scaling") is None:
+            call.kwargs["scaling"] = q.shape[-1] ** -0.5  # before the heads are widened
         wants_map = layer in self.recorder.raw_layers and layer < self.recorder.num_layers
         if wants_map or self.options.entropy or self.recorder.base_attention == "eager":
-            output, mass = self._by_map(delegate, module, q, k, v, mask, keep_map=wants_map, **kwargs)
+            output, mass = self._by_map(call, keep_map=wants_map)
         else:
-            output, mass = self._by_values(delegate, module, q, k, v, mask, **kwargs)
+            output, mass = self._by_values(call)
         batch, queries, heads, _ = mass.shape
         sums = torch.bmm(self.on(self.queries, mass), mass.float().reshape(batch, queries, heads * regions))
         self.mass[layer] = sums.view(batch, -1, heads, regions).transpose(1, 2)
         return output, None
 
-    def _by_values(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                   mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def _by_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [B,S,H,D] and mass [B,S,H,R]: the regions are extra value dimensions of the fused kernel."""
+        q, v = call.q, call.v
         regions = self.on(self.keys, v, v.dtype)[:, None].expand(-1, v.shape[1], -1, -1)  # [B, Hkv, Sk, R]
         size, count = v.shape[-1], regions.shape[-1]
         width = -(-max(q.shape[-1], size + count) // 8) * 8
         if width > FLASH_HEAD_SIZE >= max(q.shape[-1], size) and count <= size:
-            output, _ = delegate(module, q, k, v, mask, **kwargs)
-            mass, _ = delegate(module, q, k, F.pad(regions, (0, size - count)), mask, **kwargs)
-            return output, mass[..., :count]
+            return call.run()[0], call.run(v=F.pad(regions, (0, size - count)))[0][..., :count]
         wide = torch.cat([v, regions, v.new_zeros(*v.shape[:-1], width - size - count)], dim=-1)
         fill = (0, width - q.shape[-1])
-        both, _ = delegate(module, F.pad(q, fill), F.pad(k, fill), wide, mask, **kwargs)  # [B, S, H, width]
+        both, _ = call.run(q=F.pad(q, fill), k=F.pad(call.k, fill), v=wide)  # [B, S, H, width]
         return both[..., :size].contiguous(), both[..., size : size + count]
 
-    def _by_map(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                mask: torch.Tensor | None, keep_map: bool, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip  # noqa: E501
+    def _by_map(self, call: AttentionCall, keep_map: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_by_values`, by explicit maps of a block of queries at a time: raw layers, entropy, eager models.
 
         Only the keys that a block's queries may see are multiplied: half of them for a causal model.
         """
+        q, k, v = call.q, call.k, call.v
         batch, heads, queries, _ = q.shape
         keys, size = k.shape[2], v.shape[-1]
         eager = self.recorder.base_attention == "eager"
@@ -274,14 +307,13 @@ class _Pass:
         step = max(16, (MAP_ELEMENTS if eager or q.is_cuda else CACHE_ELEMENTS) // (batch * heads * keys))
         for start in range(0, queries, step):
             block = slice(start, min(start + step, queries))
-            seen = self._block_mask(mask, q, k, block, kwargs.get("sliding_window"))
+            seen = self._block_mask(call, block)
             visible = slice(0, keys) if eager else _visible_keys(seen, keys)
             seen = None if seen is None else seen[..., visible]
-            whole[:, block], probs = self._eager(
-                delegate, module, q[:, :, block], k[:, :, visible], wide[:, :, visible], seen, **kwargs
-            )
+            part = replace(call, q=q[:, :, block], k=k[:, :, visible], v=wide[:, :, visible], mask=seen)
+            whole[:, block], probs = part.run() if eager else self._explicit_map(part)
             shares = probs
-            if kwargs.get("s_aux", kwargs.get("sinks")) is not None:
+            if call.kwargs.get("s_aux", call.kwargs.get("sinks")) is not None:
                 shares = _shares(probs)  # some eager functions take out the sink's share after the softmax
                 probs = shares * whole[:, block, :, -1:].transpose(1, 2)
             if entropy is not None:
@@ -290,24 +322,22 @@ class _Pass:
                 kept[:, :, block, visible] = probs
         if entropy is not None:
             weights = self.on(self.queries, q)[:, None]  # [B, 1, Q, S]
-            self.entropy[module.layer_idx] = (weights @ entropy[..., None])[..., 0]
+            self.entropy[call.module.layer_idx] = (weights @ entropy[..., None])[..., 0]
         if kept is not None:
-            self.maps[module.layer_idx] = kept
+            self.maps[call.module.layer_idx] = kept
         return whole[..., :size].contiguous(), whole[..., size:-1]
 
-    def _eager(self, delegate: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def _explicit_map(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B,S,H,D] and probabilities [B,H,S,Sk]; grouped heads share their keys, which are not repeated."""
-        if self.recorder.base_attention == "eager":
-            return delegate(module, q, k, v, mask, **kwargs)
+        q, mask = call.q, call.mask
         batch, heads, queries, size = q.shape
-        groups = k.shape[1]
-        grouped = (q * kwargs["scaling"]).reshape(batch, groups, -1, size)  # [B, Hkv, Hq / Hkv * S, D]
-        scores = (grouped @ k.transpose(2, 3)).view(batch, heads, queries, -1)
-        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        groups = call.k.shape[1]
+        grouped = (q * call.kwargs["scaling"]).reshape(batch, groups, -1, size)  # [B, Hkv, Hq / Hkv * S, D]
+        scores = (grouped @ call.k.transpose(2, 3)).view(batch, heads, queries, -1)
+        softcap, sinks = call.kwargs.get("softcap"), call.kwargs.get("s_aux")
         if self.recorder.base_attention == "sdpa":
             softcap = sinks = None  # SDPA knows neither
-        if kwargs.get("position_bias") is not None:
+        if call.kwargs.get("position_bias") is not None:
             raise UserError(
                 "raw layers and entropy of attention with a position bias need --attn_implementation eager; "
                 "or run with --raw_layers none and without --entropy"
@@ -322,19 +352,18 @@ class _Pass:
         probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         if sinks is not None:
             probs = probs[..., :-1]
-        output = (probs.view(batch, groups, -1, probs.shape[-1]) @ v).view(batch, heads, queries, -1)
+        output = (probs.view(batch, groups, -1, probs.shape[-1]) @ call.v).view(batch, heads, queries, -1)
         return output.transpose(1, 2), probs
 
-    def _block_mask(
-        self, mask: Any, q: torch.Tensor, k: torch.Tensor, block: slice, sliding_window: int | None
-    ) -> torch.Tensor | None:
+    def _block_mask(self, call: AttentionCall, block: slice) -> torch.Tensor | None:
         """What the block's queries may see, [B or 1, 1 or H, S, Sk], bool or additive; None where that is all.
 
         SDPA and eager come with it or with None, flash with the keys that are no pads [B, Sk], flex with a BlockMask.
         """
-        queries, keys = q.shape[2], k.shape[2]
+        q, mask, window = call.q, call.mask, call.kwargs.get("sliding_window")
+        queries, keys = q.shape[2], call.k.shape[2]
         if hasattr(mask, "mask_mod"):
-            from torch.nn.attention.flex_attention import create_mask
+            from torch.nn.attention.flex_attention import create_mask  # imports the compiler, for flex alone
 
             def shifted(b: Any, h: Any, row: Any, column: Any) -> Any:
                 return mask.mask_mod(b, h, row + block.start, column)
@@ -350,9 +379,9 @@ class _Pass:
         if mask is None:
             mask = torch.ones(1, keys, dtype=torch.bool, device=q.device)
         seen = mask[:, None, None, :keys].bool() & (columns <= rows)
-        if flash and sliding_window is not None:  # pads are taken out before the window is laid
+        if flash and window is not None:  # pads are taken out before the window is laid
             place = mask.long().cumsum(-1)
-            seen = seen & (place[:, None, rows] - place[:, None, None] < sliding_window)
+            seen = seen & (place[:, None, rows] - place[:, None, None] < window)
         return seen
 
     def _relative_entropy(self, probs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -616,19 +645,16 @@ def install_attention(model: Any) -> str:
 
 
 def _recording_attention(base: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
         if base == "eager":
-            delegate = sys.modules[type(module).__module__].eager_attention_forward
+            kernel = sys.modules[type(module).__module__].eager_attention_forward
         else:
-            delegate = function or ALL_ATTENTION_FUNCTIONS[base]
+            kernel = function or ALL_ATTENTION_FUNCTIONS[base]
         recorder = Recorder.active
         if base in RENAMED or recorder is not None:
             kwargs.pop("output_attentions", None)
-        if recorder is None:
-            return delegate(module, query, key, value, attention_mask, **kwargs)
-        return recorder._current.attend(delegate, module, query, key, value, attention_mask, **kwargs)
+        call = AttentionCall(kernel, module, query, key, value, attention_mask, kwargs)
+        return call.run() if recorder is None else recorder.current.attend(call)
 
     attention.records = base  # type: ignore[attr-defined]
     return attention

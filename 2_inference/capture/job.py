@@ -1,0 +1,580 @@
+"""One command of stage 2: plan its files, load the model, run what is missing, write the files, report failures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from command_line import UserError, one_line
+from file_output import atomic_path, gigabytes, remove_leftovers
+from load_json import PromptFile, chosen_styles, read_prompt_file
+from load_model import load_config, load_model, load_tokenizer, model_fingerprint, resolve_dtype
+from logger import get_logger
+from run_store import (
+    SCHEMA_VERSION,
+    begin_run,
+    differences,
+    load_pt,
+    locked,
+    pack_rows,
+    planned_ends,
+    read_failures,
+    read_json_file,
+    record_failures,
+    save_pt,
+    unpack_rows,
+)
+from token_spans import matched_style, template_text
+
+from capture.batching import RowCost, attention_layers, batch_limit, file_bytes, plan_files, row_cost, windows_of
+from capture.cpu_speed import keep_heap, onednn_linears
+from capture.decode import GenerationOptions, Generator, Prompt, Response, Result
+from capture.model_check import Batching, check_model, positions_follow_the_longest_row
+from capture.progress import Progress
+from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt, read_few_shot
+from capture.recorder import CaptureOptions, Recorder, attention_windows, chosen_raw_layers
+
+EXIT_STOPPED = 75
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed")
+GENERATION_FLAGS = ("max_new_tokens", *SAMPLING_FLAGS, "stop_strings", "response_logprobs")
+CAPTURE_FLAGS = ("raw_layers", "topk_logits", "topk_positions", "neurons", "entropy")
+SHOWN_PROBLEMS = 3  # of a prompt file; --verbose shows all
+log = get_logger("attn_act_logi")
+
+
+def run_command(args: argparse.Namespace, model: Any = None) -> int:
+    """Do what the command line asks for, with `model` if one is loaded already; returns the exit code."""
+    prompts = read_prompt_file(args.prompt_file)
+    styles = chosen_styles(prompts, args.prompt_keys)
+    for number, problem in enumerate(prompts.problems):
+        (log.warning if number < SHOWN_PROBLEMS else log.debug)(f"{prompts.path}: {problem}")
+    if len(prompts.problems) > SHOWN_PROBLEMS:
+        log.warning(f"{prompts.path}: {len(prompts.problems)} such problems in all; --verbose lists them")
+    jobs, reader = plan_jobs(args, prompts, styles)
+    todo = [job for job in jobs if job.files]
+    with locked(args.output_dir):  # a folder that cannot be written is reported now, not after an hour
+        pass
+    check_disk(jobs, args.output_dir, args.force)
+    if not todo:
+        begin_jobs(args, jobs, None, prompts)
+        log.info(f"{args.output_dir}: nothing to do, all prompts that can be run are done")
+        return report_failures(jobs)
+
+    if model is None:
+        options = (args.dtype, args.device_map, args.revision, args.trust_remote_code, args.attn_implementation)
+        model, _ = load_model(args.model_name, *options)
+    kept = bool(args.raw_layers) and keep_heap(model.device)
+    with onednn_linears(model) as linears:
+        batching = checked_batching(args, jobs, reader, model)
+        where = environment(args, model) | {"heap_kept": kept, "onednn_linears": linears, "batches": batching.rows}
+        begin_jobs(args, jobs, where, prompts)
+        stopped = run_jobs(args, jobs, reader, model, batching)
+    if not stopped:
+        names = " ".join(job.style.style for job in todo)
+        log.info(f"{args.output_dir}: {sum(job.missing for job in todo)} prompts run, in the styles {names}")
+    failed = report_failures(jobs)
+    return EXIT_STOPPED if stopped else failed  # a stopped run is not over, whatever failed so far
+
+
+# --- plan
+
+
+@dataclass
+class StyleJob:
+    """One style: all its files, and those of this shard that are not whole yet."""
+
+    style: StylePrompts
+    folder: Path
+    settings: dict[str, Any]
+    cost: RowCost
+    ends: list[int]  # see `planned_ends`
+    layout: list[range]  # positions of all files
+    files: list[range]
+    windows: list[int]  # the layers' attention windows
+    kept: set[int] = field(default_factory=set)  # positions whose rows incomplete files already hold
+
+    def path(self, positions: range) -> Path:
+        """Name of a file."""
+        return self.folder / f"activations_{positions.start:05d}_{positions.stop:05d}.pt"
+
+    @property
+    def missing(self) -> int:
+        """Prompts still to run."""
+        return sum(map(len, self.files)) - len(self.kept)
+
+
+def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) -> tuple[list[StyleJob], PromptReader]:
+    """The jobs of all styles, from config and tokenizer alone (no weights yet). Resolves `args.raw_layers`.
+
+    Raises UserError if a folder holds another run.
+    """
+    config = load_config(args.model_name, args.revision, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model_name, args.revision, args.trust_remote_code)
+    args.raw_layers = chosen_raw_layers(args.raw_layers, attention_layers(config))
+    rendering = Rendering(
+        read_few_shot(args.few_shot_file), args.apply_chat_template, args.system_prompt, args.task_regex
+    )
+    room = longest_prompt(config, args.max_new_tokens)
+    reader = PromptReader(prompts, tokenizer, rendering, room, args.pool_regions)
+    settings = settings_of_all_styles(args, reader, config)
+    jobs = [plan_style(args, reader, style, config, settings) for style in styles]
+    for job in jobs if not args.overwrite else ():
+        if (job.folder / "run.json").is_file():
+            begin_run(job.folder, job.settings, None, ends=job.ends, rows=prompts.rows)
+        find_done(job)
+    if args.prompt_keys is not None:
+        check_other_styles(args.output_dir, jobs, prompts)
+    return jobs, reader
+
+
+def planned_bytes(args: argparse.Namespace) -> int:
+    """Bytes that a command has still to write."""
+    prompts = read_prompt_file(args.prompt_file)
+    return bytes_left(plan_jobs(args, prompts, chosen_styles(prompts, args.prompt_keys))[0])
+
+
+def settings_of_all_styles(args: argparse.Namespace, reader: PromptReader, config: Any) -> dict[str, Any]:
+    """`settings` of run.json that all styles share: all that decides the content of the files, and nothing else."""
+    folder, rendering = Path(args.model_name), reader.rendering
+    chat = args.apply_chat_template
+    return {
+        "schema_version": SCHEMA_VERSION,
+        # The fingerprint separates folders of one name.
+        "model_name": folder.resolve().name if folder.is_dir() else args.model_name,
+        "revision": args.revision,
+        "model_fingerprint": model_fingerprint(args.model_name, config),
+        "dtype": resolve_dtype(args.dtype, config, args.device_map),
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+        "prompt_sha256": reader.file.sha256,
+        "few_shot_text": rendering.few_shot,
+        "apply_chat_template": chat,
+        "system_prompt": args.system_prompt,
+        "chat_template_text": template_text(reader.tokenizer, args.system_prompt) if chat else None,
+        "task_regex": args.task_regex,
+        "generation": {name: getattr(args, name) for name in GENERATION_FLAGS},
+        "capture": {name: getattr(args, name) for name in CAPTURE_FLAGS},
+    }
+
+
+def plan_style(
+    args: argparse.Namespace, reader: PromptReader, name: str, config: Any, settings: dict[str, Any]
+) -> StyleJob:
+    """Tokenise a style and lay out its files; this shard has every n-th of them."""
+    folder = args.output_dir / name if args.prompt_keys is not None else args.output_dir
+    wanted = min(args.max_samples or len(reader.file.rows), len(reader.file.rows))
+    ends = [wanted] if args.overwrite else planned_ends(folder, reader.file.rows, wanted)
+    if wanted < ends[-1]:
+        log.warning(f"{folder}: this run has {ends[-1]} samples and goes on with these, not with {wanted}")
+    style = reader.style(name, ends[-1])
+    if style.unmatched:
+        count = f"{style.unmatched} of {style.unmatched + len(style.texts)}"
+        why = "the words of their clean form cannot be cut into as many tokens as the typo has"
+        log.info(f"{name}: {count} prompts are left out: {why}")
+    warn_control_tokens(style)
+    itemsize = getattr(torch, settings["dtype"]).itemsize
+    cost = row_cost(config, capture_options(args), len(style.names), len(style.pooled), itemsize)
+    layout, start = [], 0
+    for end in ends:  # a run that grew keeps the files it had; its new rows are in new ones
+        stop = sum(index < end for index, _ in style.texts)
+        layout += [range(start + p.start, start + p.stop) for p in plan_files(style.lengths[start:stop], cost)]
+        start = stop
+    index, count = args.shard
+    # Each style begins with another shard, else the only file of every small style fell to shard 0.
+    first = [*reader.file.style_counts].index(matched_style(name) or name) + bool(matched_style(name))
+    files = [positions for i, positions in enumerate(layout, first) if i % count == index]
+    own = {"style": name, "max_samples": ends[-1], "regions": style.names}
+    own["capture"] = settings["capture"] | {"pooled_regions": style.pooled}
+    return StyleJob(style, folder, settings | own, cost, ends, layout, files, attention_windows(config))
+
+
+def warn_control_tokens(style: StylePrompts) -> None:
+    """Warn if prompts hold control tokens: they were read as text, or could not be."""
+    for as_text, fate in ((True, "they are read as plain text"), (False, "this tokenizer has no plain text for them")):
+        found = [(index, name) for index, names in style.controls.items() for name in names if names[name] is as_text]
+        if found:
+            names = " ".join(sorted({name for _, name in found}))
+            count = f"{len({index for index, _ in found})} prompts (the first in row {found[0][0] + 1})"
+            log.warning(f"{style.style}: {count} hold the control tokens {names}; {fate}")
+
+
+def find_done(job: StyleJob) -> None:
+    """Leave in `job` only files that are not whole; rows of incomplete files are kept, damaged files run again."""
+    left = []
+    for positions in job.files:
+        expected = {job.style.texts[position][0]: position for position in positions}
+        path = job.path(positions)
+        if path.is_file():
+            try:
+                indices = load_pt(path)["original_indices"]
+                if indices == list(expected):
+                    continue
+                job.kept |= {expected[index] for index in indices}
+            except (UserError, KeyError) as error:
+                log.warning(f"{error}; it is run again")
+        left.append(positions)
+    job.files = left
+
+
+def check_other_styles(output_dir: Path, jobs: list[StyleJob], prompts: PromptFile) -> None:
+    """Refuse a run folder whose other styles were made by another model, prompt file or settings."""
+    own = {job.folder for job in jobs}
+    wanted = _without_style(json.loads(json.dumps(jobs[0].settings)))
+    for path in sorted(output_dir.glob("*/run.json")):
+        if path.parent in own:
+            continue
+        if found := differences(_without_style(read_json_file(path).get("settings", {})), wanted):
+            raise UserError(
+                f"{path.parent}: a style of another run ({'; '.join(found)}); styles of one run are compared, "
+                "so use its settings or another --output_dir"
+            )
+        rows, own_rows = planned_ends(path.parent, prompts.rows, 0)[-1], jobs[0].ends[-1]
+        if rows != own_rows:
+            both = "styles are compared on the rows that both have"
+            log.warning(f"{path.parent.name} has {rows} samples, not {own_rows}: {both}")
+
+
+def _without_style(settings: dict[str, Any]) -> dict[str, Any]:
+    capture = {key: value for key, value in settings.get("capture", {}).items() if key != "pooled_regions"}
+    return {key: value for key, value in settings.items() if key not in ("style", "regions")} | {"capture": capture}
+
+
+def bytes_left(jobs: list[StyleJob]) -> int:
+    """Estimated size of the files that are not whole yet."""
+    return sum(file_bytes(positions, job.style.lengths, job.cost) for job in jobs for positions in job.files)
+
+
+def check_disk(jobs: list[StyleJob], output_dir: Path, force: bool) -> None:
+    """Log how much will be written. Raises UserError if the disk cannot hold it, unless forced."""
+    wanted = bytes_left(jobs)
+    free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.resolve().parents) if p.exists())).free
+    if wanted:
+        log.info(f"about {gigabytes(wanted)} will be written to {output_dir} ({gigabytes(free)} free)")
+    if wanted > free and not force:
+        raise UserError(
+            f"{output_dir}: the run needs about {gigabytes(wanted)}, the disk has {gigabytes(free)} free; free space, "
+            "use --raw_layers none, or --force"
+        )
+
+
+# --- begin
+
+
+def capture_options(args: argparse.Namespace) -> CaptureOptions:
+    """CaptureOptions of the command line."""
+    return CaptureOptions(**{name: getattr(args, name) for name in CAPTURE_FLAGS})
+
+
+def generation_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> GenerationOptions:
+    """GenerationOptions of the command line; end-of-text tokens as the model's generation config names them."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    named = tokenizer.eos_token_id if named is None else named
+    ends = frozenset(i for i in (named if isinstance(named, list) else [named]) if i is not None)
+    return GenerationOptions(**{name: getattr(args, name) for name in GENERATION_FLAGS}, eos_token_ids=ends)
+
+
+def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any) -> Batching:
+    """How prompts may share a batch (see `check_model`). Raises UserError if the model cannot be captured."""
+    first = next(job for job in jobs if job.style.texts)
+    lengths = first.style.lengths
+    other = next((p for p, length in enumerate(lengths) if length != lengths[0]), 0)
+    longest = max(max(job.style.lengths, default=0) for job in jobs) + args.max_new_tokens
+    uneven = positions_follow_the_longest_row(model.config, longest)
+    rows = "alone" if args.batch_size == "1" else "equal" if uneven else "padded"
+    # A padded prompt has its padding between a shared prefix and its own tokens, so a window would reach less far.
+    reaches = all(window == 0 or 2 * longest <= window for window in attention_windows(model.config))
+    prefix = not args.no_prefix_reuse and not uneven and reaches and bool(reader.shared_prefix())
+    ids = [reader.prompt(first.style, position).input_ids for position in (0, other)]
+    wanted = Batching(rows, prefix)
+    found = check_model(model, reader.tokenizer, capture_options(args), ids, wanted, args.max_new_tokens)
+    if rows != "alone" and (uneven or found.rows != rows):
+        how = "only prompts of equal length share a batch" if found.rows == "equal" else "prompts are run one by one"
+        log.info(f"in a padded batch this model's numbers would be others: {how}")
+    return found
+
+
+def environment(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Where a run took place: versions, device, threads, commit. Recorded, not compared."""
+    commit = None
+    with contextlib.suppress(OSError):  # git is not installed
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    on_gpu = model.device.type == "cuda"
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "threads": torch.get_num_threads(),
+        "attention": model.config.get_text_config(decoder=True)._attn_implementation,
+        "git_commit": commit or None,
+        "prompt_file": str(args.prompt_file),
+    }
+
+
+def begin_jobs(
+    args: argparse.Namespace, jobs: list[StyleJob], where: dict[str, Any] | None, prompts: PromptFile
+) -> None:
+    """Write prompts.json and every style's run.json, or find them the same."""
+    for job in jobs:
+        begin_run(job.folder, job.settings, where or {}, args.overwrite, job.ends, prompts.rows, len(job.style.texts))
+        record_failures(job.folder, job.style.style, job.style.failures, job.style.failures)
+        for positions in job.files:
+            remove_leftovers(job.path(positions))
+    copy = args.output_dir / "prompts.json"
+    with locked(args.output_dir):
+        remove_leftovers(copy)
+        if not copy.is_file() or copy.read_bytes() != prompts.content:
+            with atomic_path(copy) as temporary:
+                temporary.write_bytes(prompts.content)
+
+
+# --- run
+
+
+class Stop:
+    """Set by a signal: what is being read or decoded is finished and kept, nothing new is begun."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        log.warning("stopping: prompts under way are finished and kept; the same command goes on from there")
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class FileWriter:
+    """Packs and writes files in a thread of its own while the model works; two at most are under way.
+
+    An error there is raised by the next `write`, or by `close`.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._files: deque[Future[None]] = deque()
+
+    def write(self, path: Path, rows: list[tuple[dict[str, Any], Result | None]], *shared: Any) -> None:
+        """Write one file of (row, its result, whose captured fields may still be on their way from a GPU)."""
+        while self._files and (len(self._files) > 1 or self._files[0].done()):
+            self._files.popleft().result()
+        self._files.append(self._pool.submit(_write_file, path, rows, *shared))
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._pool.shutdown()
+        for file in self._files:
+            file.result()
+
+
+def _write_file(path: Path, rows: list[tuple[dict[str, Any], Result | None]], shared: dict[str, Any], pad: int) -> None:
+    whole = [row if result is None else row | result.fields for row, result in rows]
+    save_pt(path, pack_rows(whole, shared, pad))
+
+
+# (row, result) of a finished prompt; the result is None for a row that a file already holds, the row for a failed one.
+Finished = tuple[dict[str, Any] | None, Result | None]
+
+
+def run_jobs(
+    args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any, batching: Batching
+) -> bool:
+    """Run all styles with one loaded model. Returns whether a signal stopped the run."""
+    recorder = Recorder(model, capture_options(args))
+    batch_size = "1" if batching.rows == "alone" else args.batch_size
+    equal = batching.rows == "equal"
+    limit = batch_limit(batch_size, model, jobs[0].cost, args.num_samples, args.max_new_tokens, equal)
+    generator = Generator(model, reader.tokenizer, recorder, generation_options(args, model, reader.tokenizer), limit)
+    writer, stop = FileWriter(), Stop()
+    generator.stop = stop
+    clean = next((job for job in jobs if job.style.style == reader.file.clean_key), None)
+    forced = normal_responses(clean, reader, generator) if args.response_logprobs and clean else None
+    try:
+        generator.set_prefix(reader.shared_prefix() if batching.prefix else [])
+        prefix = len(generator.prefix.ids) if generator.prefix else 0
+        lengths = [job.style.lengths[p] - prefix for job in jobs for one in job.files for p in one if p not in job.kept]
+        progress = Progress(len(lengths), sum(lengths), args.num_samples, args.max_new_tokens)
+        generator.progress = progress
+        with contextlib.closing(progress):
+            for job in jobs:
+                progress.style = job.style.style
+                run_style(job, reader, generator, writer, forced if job is not clean else None)
+                if stop.asked:
+                    break
+    finally:
+        recorder.close()
+        stop.restore()
+        writer.close()
+    log.debug(f"read {generator.prefill_tokens:,} tokens for prompts of {generator.prompt_tokens:,} tokens in all")
+    return stop.asked
+
+
+# For positions of a job: the token ids of the clean prompt's response.
+Forced = Callable[[StyleJob, list[int]], dict[int, list[int]]]
+
+
+def run_style(
+    job: StyleJob, reader: PromptReader, generator: Generator, writer: FileWriter, forced: Forced | None
+) -> None:
+    """Run what is missing of one style and hand its files to the writer."""
+    positions_of = {job.style.texts[p][0]: p for positions in job.files for p in positions}
+    file_of = {p: positions for positions in job.files for p in positions}
+    done: dict[range, dict[int, Finished]] = {positions: {} for positions in job.files}
+    for position in job.kept:
+        done[file_of[position]][position] = (None, None)  # read when its file is completed
+    tried: list[int] = []
+    failed: dict[int, tuple[int | str, str]] = {}
+    generator.set_regions(job.style.names, job.style.pooled)
+    for result in generator.run(prompt_windows(job, reader, generator.stop, forced)):
+        key = result.prompt.key
+        position = positions_of[key]
+        positions = file_of[position]
+        tried.append(key)
+        if result.error is None:
+            done[positions][position] = result_row(result, job, reader, position, generator, forced is not None), result
+        else:
+            failed[key] = (reader.file.element_index(key), result.error)
+            done[positions][position] = None, result
+        generator.progress.finished([response.finish_reason for response in result.responses])
+        if len(done[positions]) == len(positions):
+            complete_file(job, positions, done.pop(positions), reader, writer)
+    for positions, rows in done.items():  # only after a stop: what there is of unfinished files
+        if len(rows) > sum(p in job.kept for p in positions):
+            complete_file(job, positions, rows, reader, writer)
+    record_failures(job.folder, job.style.style, tried, failed)
+
+
+def prompt_windows(job: StyleJob, reader: PromptReader, stop: Stop, forced: Forced | None) -> Iterator[list[Prompt]]:
+    """Windows of prompts, longest first."""
+    for files in windows_of(job.files, job.style.lengths, job.cost):
+        if stop.asked:
+            return
+        positions = [p for positions in files for p in positions if p not in job.kept]
+        positions.sort(key=lambda p: -job.style.lengths[p])
+        responses = forced(job, positions) if forced else {}
+        yield [reader.prompt(job.style, p, responses.get(p)) for p in positions]
+
+
+def complete_file(
+    job: StyleJob, positions: range, rows: dict[int, Finished], reader: PromptReader, writer: FileWriter
+) -> None:
+    """Hand a file's rows, in the prompt file's order, to the writer; a file without rows is not made."""
+    earlier: dict[int, dict[str, Any]] = {}
+    if any(result is None for _, result in rows.values()):
+        earlier = {row["original_index"]: row for row in unpack_rows(load_pt(job.path(positions)))}
+    good: list[tuple[dict[str, Any], Result | None]] = []
+    for position, (row, result) in sorted(rows.items()):
+        if result is None:
+            good.append((earlier[job.style.texts[position][0]], None))
+        elif row is not None:
+            good.append((row, result))
+    if good:
+        shared = {
+            "style": job.style.style,
+            "regions": job.style.names,
+            "pooled_regions": job.style.pooled,
+            "topk_positions": job.settings["capture"]["topk_positions"],
+            "attention_windows": job.windows,
+        }
+        writer.write(job.path(positions), good, shared, reader.tokenizer.pad_token_id)
+
+
+def result_row(
+    result: Result, job: StyleJob, reader: PromptReader, position: int, generator: Generator, has_normal: bool
+) -> dict[str, Any]:
+    """One row of a .pt file; the captured fields join it when the file is written."""
+    index, text = job.style.texts[position]
+    first, ids = result.responses[0], result.prompt.input_ids
+    row: dict[str, Any] = {
+        "original_index": index,
+        "element_index": reader.file.element_index(index),
+        "prompt": text,
+        "response": first.text,
+        "final_prediction": whole_text(reader.tokenizer, ids, first),
+        "finish_reason": first.finish_reason,
+        "response_token_count": len(first.ids),
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.ones(len(ids), dtype=torch.bool),
+    }
+    if generator.options.num_samples > 1:
+        row["response_samples"] = [response.text for response in result.responses]
+    if generator.options.response_logprobs:
+        row["response_ids"] = torch.tensor(first.ids, dtype=torch.long)
+        row["response_logprobs"] = torch.tensor(first.logprobs)
+        if has_normal:  # NaN if this row has no normal response
+            row["normal_response_logprob"] = float("nan") if result.forced_logprob is None else result.forced_logprob
+            row["normal_response_token_count"] = len(result.prompt.forced_ids or ())
+    return row
+
+
+def whole_text(tokenizer: Any, ids: list[int], response: Response) -> str:
+    """Prompt and response decoded together; what follows a stop string is cut off as in the response."""
+    text = str(tokenizer.decode(ids + response.ids, skip_special_tokens=True))
+    if response.finish_reason == "stop":
+        full = str(tokenizer.decode(response.ids, skip_special_tokens=True))
+        text = text[: len(text) - (len(full) - len(response.text))]
+    return text
+
+
+def normal_responses(normal: StyleJob, reader: PromptReader, generator: Generator) -> Forced:
+    """For rows of a style: the token ids of the clean prompt's response, read from disk, else generated."""
+    position_of = {index: p for p, (index, _) in enumerate(normal.style.texts)}
+
+    def look_up(job: StyleJob, positions: list[int]) -> dict[int, list[int]]:
+        wanted = {job.style.texts[p][0]: p for p in positions if job.style.texts[p][0] in position_of}
+        known: dict[int, list[int]] = {}
+        for file in normal.layout:
+            if not normal.path(file).is_file() or not wanted.keys() & {normal.style.texts[p][0] for p in file}:
+                continue
+            try:
+                content = load_pt(normal.path(file))
+            except UserError:
+                continue  # damaged, so its responses are generated below
+            for index, ids in zip(content["original_indices"], content["response_ids"], strict=True):
+                if index in wanted:
+                    known[index] = ids[ids >= 0].tolist()
+        missing = [reader.prompt(normal.style, position_of[index]) for index in wanted if index not in known]
+        if missing:
+            results = generator.twin(normal.style.names, normal.style.pooled).run([missing])
+            known |= {result.prompt.key: result.responses[0].ids for result in results if not result.error}
+        return {wanted[index]: ids for index, ids in known.items()}
+
+    return look_up
+
+
+# --- end
+
+
+def report_failures(jobs: list[StyleJob]) -> int:
+    """1 if prompts of any style failed, else 0; warns where to look, and which ones are tried again."""
+    failed = False
+    for job in jobs:
+        lines = read_failures(job.folder)
+        never = [lines[index] for index in sorted(lines) if index in job.style.failures]
+        again, where = len(lines) - len(never), job.folder / "failures.csv"
+        name = job.style.style
+        if never:
+            why = f"cannot be run with these settings (the first: {one_line(never[0][-1], 200)})"
+            log.warning(f"{name}: {len(never)} prompts {why}; see {where}")
+        if again:
+            log.warning(f"{name}: {again} prompts were not run; the same command tries them again; see {where}")
+        failed = failed or bool(lines)
+    return int(failed)
