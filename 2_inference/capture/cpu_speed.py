@@ -30,7 +30,7 @@ def onednn_linears(model: Any) -> Iterator[int]:
     without it, or one that refuses, keeps its own products. Modules whose `forward` somebody else has replaced
     (accelerate's offloading) are left alone.
     """
-    product = onednn_product()
+    product: Any = onednn_product()
     chosen = [module for module in model.modules() if _can_use_onednn(module)] if product else []
     for module in chosen if product else ():
         module.forward = partial(_few_rows, product, module)
