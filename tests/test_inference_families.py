@@ -178,7 +178,8 @@ def test_a_capture_that_is_not_what_the_model_attends_to_is_refused(tmp_path, mo
 
     def late(self, call):
         found = attend(self, call)
-        self.mass[call.module.layer_idx] = self.mass[call.module.layer_idx].roll(1, -1)
+        mass = self.sums["mass"]
+        mass[call.module.layer_idx] = mass[call.module.layer_idx].roll(1, -1)
         return found
 
     monkeypatch.setattr(capture._Pass, "attend", late)

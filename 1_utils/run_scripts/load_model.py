@@ -117,6 +117,13 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def scaled_logits(config: Any, logits: Any) -> Any:
+    """What a model makes of its head's logits, by its text config: scale and soft cap."""
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return (logits / softcap).tanh() * softcap if softcap else logits
+
+
 def model_fingerprint(model_name: str, config: Any) -> str:
     """What tells two models of one name apart: the hub's commit, or a hash over a local folder's files."""
     folder = Path(model_name)

@@ -5,19 +5,21 @@ The files of a run depend on the prompts alone (never on batches, shards or rest
 
 from __future__ import annotations
 
-import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from command_line import UserError
 
 from capture.decode import Prompt
 from capture.recorder import CaptureOptions
 
+CGROUP = Path("/sys/fs/cgroup")  # of the container
 ROWS_PER_FILE = 64
 BYTES_PER_FILE = 256 << 20
 WINDOW_ROWS = 256  # prompts sorted by length together
@@ -231,23 +233,10 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on a device; for the CPU, what the system and a container's limit leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    with_limit = _read_number("/sys/fs/cgroup/memory.max"), _read_number("/sys/fs/cgroup/memory.current")
-    available = next((int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if "MemAvailable" in line), free)
-    if not with_limit[0] or not with_limit[1]:
-        return available
-    stat = (line.split() for line in _lines("/sys/fs/cgroup/memory.stat"))
-    cached = next((int(words[1]) for words in stat if words[0] == "inactive_file"), 0)  # given back when asked for
-    return min(available, with_limit[0] - with_limit[1] + cached)
-
-
-def _read_number(path: str) -> int | None:
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _lines(path: str) -> list[str]:
+    available = int(psutil.virtual_memory().available)
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.findall(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return available
+    return min(available, limit - used + sum(map(int, cached)))  # the cache is given back when memory is asked for

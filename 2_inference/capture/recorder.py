@@ -16,11 +16,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from command_line import UserError
+from load_model import scaled_logits
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -87,21 +89,19 @@ class AttentionCall:
 
 @dataclass
 class Capture:
-    """Sums over the queries (tokens) of each region for one forward pass, not yet divided by their number.
+    """What one forward pass over [B, S] tokens leaves, on the CPU once `copies` are whole.
 
-    mass [L,B,H,Q,R], entropy [L,B,H,Q], hidden [L+1,B,P,D], neurons [L,B,P,F], all float32; raw states
-    {layer: [B,S,D]}, raw maps {layer: [B,H,S,Sk]}; logits of the recorded positions as top-k and logsumexp.
+    `sums` over the queries (tokens) of each region, not yet divided by their number, float32: mass [L,B,H,Q,R], hidden
+    [L+1,B,P,D] and, if asked for, entropy [L,B,H,Q] and neurons [L,B,P,F]. Raw states {layer: [B,S,D]}, raw maps
+    {layer: [B,H,S,Sk]}; logits of the recorded positions as top-k and logsumexp.
     """
 
     num_queries: int
-    mass: torch.Tensor
-    hidden: torch.Tensor
-    entropy: torch.Tensor | None = None
-    neurons: torch.Tensor | None = None
-    states: dict[int, torch.Tensor] = field(default_factory=dict)
-    maps: dict[int, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str, torch.Tensor]
+    states: dict[int, torch.Tensor]
+    maps: dict[int, torch.Tensor]
+    copies: HostCopies
     topk: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    copies: HostCopies = field(default_factory=lambda: HostCopies())
 
 
 class HostCopies:
@@ -155,14 +155,11 @@ class Recorder:
         self.backbone, self.layers = find_layers(model)
         self.raw_layers = options.raw_layers
         self.base_attention = install_attention(model)
-        self._handles = [
-            layer.register_forward_pre_hook(self._on_layer(i), with_kwargs=True) for i, layer in self._each()
-        ]
-        self._handles.append(self.backbone.register_forward_hook(self._on_backbone))
-        if options.neurons:
-            self._handles += [
-                down_projection(layer).register_forward_pre_hook(self._on_mlp(i)) for i, layer in self._each()
-            ]
+        self._handles = [self.backbone.register_forward_hook(self._on_backbone)]
+        for i, layer in enumerate(self.layers):
+            self._handles.append(layer.register_forward_pre_hook(partial(self._on_layer, i), with_kwargs=True))
+            if options.neurons:
+                self._handles.append(down_projection(layer).register_forward_pre_hook(partial(self._on_mlp, i)))
 
     def close(self) -> None:
         """Take the hooks off and give the model its own attention back."""
@@ -194,28 +191,18 @@ class Recorder:
 
     # --- hooks
 
-    def _each(self) -> list[tuple[int, torch.nn.Module]]:
-        return list(enumerate(self.layers))
+    def _on_layer(self, layer: int, _module: Any, args: Any, kwargs: Any) -> None:
+        if Recorder.active is self:
+            self.current.add_state(layer, args[0] if args else kwargs["hidden_states"])
 
-    def _on_layer(self, layer: int) -> Callable[..., None]:
-        def hook(_module: Any, args: Any, kwargs: Any) -> None:
-            if Recorder.active is self:
-                self.current.add_state(layer, args[0] if args else kwargs["hidden_states"])
-
-        return hook
-
-    def _on_mlp(self, layer: int) -> Callable[..., None]:
-        def hook(_module: Any, args: Any) -> None:
-            if Recorder.active is self:
-                self.current.add_neurons(layer, args[0])
-
-        return hook
+    def _on_mlp(self, layer: int, _module: Any, args: Any) -> None:
+        if Recorder.active is self:
+            self.current.add_neurons(layer, args[0])
 
     def _on_backbone(self, _module: Any, _args: Any, output: Any) -> None:
         if Recorder.active is self:
-            self.current.add_state(
-                self.num_layers, output[0] if isinstance(output, tuple) else output.last_hidden_state
-            )
+            last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            self.current.add_state(self.num_layers, last)
 
 
 class _Pass:
@@ -228,10 +215,7 @@ class _Pass:
         self.queries = self.keys[:, -num_queries:].transpose(1, 2).contiguous()  # [B, Q, S]
         self.pools = self.queries[:, pooled]  # [B, P, S]
         self._moved: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
-        self.mass: dict[int, torch.Tensor] = {}
-        self.entropy: dict[int, torch.Tensor] = {}
-        self.hidden: dict[int, torch.Tensor] = {}
-        self.neurons: dict[int, torch.Tensor] = {}
+        self.sums: dict[str, dict[int, torch.Tensor]] = {"mass": {}, "hidden": {}, "entropy": {}, "neurons": {}}
         self.states: dict[int, torch.Tensor] = {}
         self.maps: dict[int, torch.Tensor] = {}
         self.last_state: torch.Tensor | None = None
@@ -246,7 +230,7 @@ class _Pass:
     def add_state(self, layer: int, state: torch.Tensor) -> None:
         if state.dim() != 3 or state.shape[1] != self.num_queries:
             raise cannot_capture(f"the states of layer {layer} are {[*state.shape]} for {self.num_queries} tokens")
-        self.hidden[layer] = torch.bmm(self.on(self.pools, state), state.float())
+        self.sums["hidden"][layer] = torch.bmm(self.on(self.pools, state), state.float())
         if layer in self.recorder.raw_layers:
             self.states[layer] = state.detach()
         if layer == self.recorder.num_layers:
@@ -254,7 +238,7 @@ class _Pass:
 
     def add_neurons(self, layer: int, activation: torch.Tensor) -> None:
         activation = activation.reshape(self.pools.shape[0], self.num_queries, -1)
-        self.neurons[layer] = torch.bmm(self.on(self.pools, activation), activation.float())
+        self.sums["neurons"][layer] = torch.bmm(self.on(self.pools, activation), activation.float())
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, None]:
         """The layer's attention output; the mass of its queries on the regions is kept."""
@@ -262,7 +246,7 @@ class _Pass:
         keys, regions = self.keys.shape[1:]
         if q.dim() != 4 or q.shape[2] != self.num_queries or k.shape[2] != keys:
             raise cannot_capture(f"layer {layer} attends from {[*q.shape]} to {[*k.shape]} over {keys} tokens")
-        if layer in self.mass:
+        if layer in self.sums["mass"]:
             raise cannot_capture(f"layer {layer} attends more than once")
         if call.kwargs.get("scaling") is None:
             call.kwargs["scaling"] = q.shape[-1] ** -0.5  # before the heads are widened
@@ -273,7 +257,7 @@ class _Pass:
             output, mass = self._by_values(call)
         batch, queries, heads, _ = mass.shape
         sums = torch.bmm(self.on(self.queries, mass), mass.float().reshape(batch, queries, heads * regions))
-        self.mass[layer] = sums.view(batch, -1, heads, regions).transpose(1, 2)
+        self.sums["mass"][layer] = sums.view(batch, -1, heads, regions).transpose(1, 2)
         return output, None
 
     def _by_values(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -322,7 +306,7 @@ class _Pass:
                 kept[:, :, block, visible] = probs
         if entropy is not None:
             weights = self.on(self.queries, q)[:, None]  # [B, 1, Q, S]
-            self.entropy[call.module.layer_idx] = (weights @ entropy[..., None])[..., 0]
+            self.sums["entropy"][call.module.layer_idx] = (weights @ entropy[..., None])[..., 0]
         if kept is not None:
             self.maps[call.module.layer_idx] = kept
         return whole[..., :size].contiguous(), whole[..., size:-1]
@@ -393,27 +377,23 @@ class _Pass:
         return torch.where(seen > 1, torch.special.entr(probs).sum(-1) / seen.clamp(min=2).float().log(), 0.0)
 
     def finish(self) -> Capture:
-        """The sums of the pass, on the CPU once their `copies` are whole."""
-        copies = HostCopies()
-        layers = range(self.recorder.num_layers)
-        if set(self.mass) != set(layers):
-            missing = next(layer for layer in layers if layer not in self.mass)
-            raise cannot_capture(f"layer {missing} does not use transformers' attention interface")
-        if len({len(neurons[0, 0]) for neurons in self.neurons.values()}) > 1:
+        """What the pass leaves. Raises UserError if some layer did not take part, or the layers differ in size."""
+        missing = [layer for layer in range(self.recorder.num_layers) if layer not in self.sums["mass"]]
+        if missing:
+            raise cannot_capture(f"layer {missing[0]} does not use transformers' attention interface")
+        for name, parts in self.sums.items():
+            if parts and len(parts) != self.recorder.num_layers + (name == "hidden"):
+                raise cannot_capture(f"only {len(parts)} of its layers give their {name}")
+        if len({one.shape[-1] for one in self.sums["neurons"].values()}) > 1:
             raise UserError("--neurons: the MLPs of this model's layers differ in size; run without it")
-        for what, tensors, axis in (("hidden size", self.hidden, -1), ("number of heads", self.mass, 1)):
-            if len(sizes := {tensor.shape[axis] for tensor in tensors.values()}) > 1:
+        for what, name, axis in (("hidden size", "hidden", -1), ("number of heads", "mass", 1)):
+            if len(sizes := {tensor.shape[axis] for tensor in self.sums[name].values()}) > 1:
                 raise cannot_capture(f"the {what} differs between layers: {', '.join(map(str, sorted(sizes)))}")
-        return Capture(
-            num_queries=self.num_queries,
-            mass=copies.stack([self.mass[layer] for layer in layers]),
-            hidden=copies.stack([self.hidden[layer] for layer in range(len(layers) + 1)]),
-            entropy=copies.stack([self.entropy[layer] for layer in layers]) if self.entropy else None,
-            neurons=copies.stack([self.neurons[layer] for layer in layers]) if self.neurons else None,
-            states={layer: copies.copy(state) for layer, state in self.states.items()},
-            maps={layer: copies.copy(probs) for layer, probs in self.maps.items()},
-            copies=copies,
-        )
+        copies = HostCopies()
+        in_order = {name: [parts[layer] for layer in sorted(parts)] for name, parts in self.sums.items() if parts}
+        sums = {name: copies.stack(parts) for name, parts in in_order.items()}
+        states, maps = ({i: copies.copy(one) for i, one in raw.items()} for raw in (self.states, self.maps))
+        return Capture(self.num_queries, sums, states, maps, copies)
 
 
 def cannot_capture(what: str) -> UserError:
@@ -484,31 +464,30 @@ def rows_of(
     first = torch.stack([mask[0] for mask in masks]).float()
     counts[counts == 0] = float("nan")
     of_pooled = counts[:, [names.index(name) for name in pooled]]
-    mass = (capture.mass / counts[None, :, None, :, None]).half()
-    hidden = (capture.hidden / of_pooled[None, :, :, None]).to(dtype)
+    mass = (capture.sums["mass"] / counts[None, :, None, :, None]).half()
+    hidden = (capture.sums["hidden"] / of_pooled[None, :, :, None]).to(dtype)
     rows = []
     for b, mask in enumerate(masks):
         row: dict[str, Any] = {"region_mask": mask, "span_mass": mass[:, b], "hidden_pooled": hidden[:, b]}
-        if capture.neurons is not None:
-            row["mlp_pooled"] = (capture.neurons[:, b] / of_pooled[b, :, None]).half()
-        if capture.entropy is not None:
+        if "neurons" in capture.sums:
+            row["mlp_pooled"] = (capture.sums["neurons"][:, b] / of_pooled[b, :, None]).half()
+        if "entropy" in capture.sums:
             seen_more = counts[b] - first[b]  # the first token sees one key: its entropy says nothing
-            row["attention_entropy"] = (capture.entropy[:, b] / seen_more.where(seen_more > 0, torch.nan)).half()
+            means = capture.sums["entropy"][:, b] / seen_more.where(seen_more > 0, torch.nan)
+            row["attention_entropy"] = means.half()
         rows.append(row | _raw_fields(capture, prefix, b, len(mask)))
     return rows
 
 
 def _add_prefix(capture: Capture, prefix: Capture, names: list[str], pooled: list[str]) -> None:
     into = torch.tensor([names.index(name) for name in PREFIX_REGIONS])
-    capture.mass[:, :, :, into[:, None], into[None]] += prefix.mass
-    if capture.entropy is not None and prefix.entropy is not None:
-        capture.entropy[..., into] += prefix.entropy
-    for position, name in enumerate(pooled):
-        if name in PREFIX_REGIONS:
-            source = PREFIX_REGIONS.index(name)
-            capture.hidden[:, :, position] += prefix.hidden[:, :, source]
-            if capture.neurons is not None and prefix.neurons is not None:
-                capture.neurons[:, :, position] += prefix.neurons[:, :, source]
+    capture.sums["mass"][:, :, :, into[:, None], into[None]] += prefix.sums["mass"]
+    if "entropy" in capture.sums:
+        capture.sums["entropy"][..., into] += prefix.sums["entropy"]
+    shared = [(place, PREFIX_REGIONS.index(name)) for place, name in enumerate(pooled) if name in PREFIX_REGIONS]
+    for field in {"hidden", "neurons"} & capture.sums.keys():
+        for place, source in shared:
+            capture.sums[field][:, :, place] += prefix.sums[field][:, :, source]
 
 
 def _raw_fields(capture: Capture, prefix: Capture | None, b: int, length: int) -> dict[str, Any]:
@@ -562,10 +541,11 @@ def all_position_logits(
     Raises UserError where the model does more to its logits than head, scale and softcap: that is seen at the last
     position, whose logits the model has computed itself.
     """
+    head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     step = max(1, (1 << 26) // (states.shape[0] * last_logits.shape[-1]))
     parts = []
     for start in range(0, states.shape[1], step):
-        logits = _head(model, states[:, start : start + step])
+        logits = scaled_logits(config, head(states[:, start : start + step].to(head.weight.device)))
         parts.append(top_logits(logits, k))
     own = logits[:, -1].float()
     last_logits = last_logits.to(own.device)
@@ -573,15 +553,6 @@ def all_position_logits(
         raise UserError(f"{type(model).__name__} computes its logits in a way of its own; use --topk_positions last")
     values, indices, sums = zip(*parts, strict=True)
     return torch.cat(values, 1), torch.cat(indices, 1), torch.cat(sums, 1)
-
-
-def _head(model: Any, states: torch.Tensor) -> torch.Tensor:
-    config = model.config.get_text_config(decoder=True)
-    head = model.get_output_embeddings()
-    logits = head(states.to(head.weight.device))
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
 # --- finding the parts of a model

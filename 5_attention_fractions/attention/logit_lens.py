@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from command_line import UserError
+from load_model import scaled_logits
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class LogitLens:
         with torch.no_grad():
             states = states.to(head.weight.device, head.weight.dtype)
             logits = head(states if normed else self.norm(states))
-            return _scaled(self.model.config.get_text_config(decoder=True), logits).float().cpu()
+            return scaled_logits(self.model.config.get_text_config(decoder=True), logits).float().cpu()
 
     def change(self, clean: torch.Tensor, style: torch.Tensor, clean_top1: torch.Tensor) -> dict[str, torch.Tensor]:
         """What each layer's lens says; clean, style [L+1,b,D], clean_top1 [b] the clean run's first token. All [L+1,b]:
@@ -92,11 +93,3 @@ def find_final_norm(model: Any) -> Any:
         if lists and (norms := [m for m in children[lists[0] :] if "norm" in type(m).__name__.lower()]):
             return norms[-1]
     raise UserError(f"{type(model).__name__}: its final norm cannot be found; run without --model_name")
-
-
-def _scaled(config: Any, logits: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
