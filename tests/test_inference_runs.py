@@ -303,7 +303,10 @@ def kill_and_resume(model_dir, prompt_file, folder: Path, seed: int) -> int:
     """Kill -9 the script at a random moment, again and again, until it ends by itself; returns the kills."""
     chance = random.Random(seed)
     processes = multiprocessing.get_context("forkserver")  # imports torch once, not for every process
-    processes.set_forkserver_preload(["attn_act_logi", "capture.job"])
+    # What takes long to import; the project's own folders are not on the server's path.
+    processes.set_forkserver_preload(
+        ["accelerate", "transformers.masking_utils", "transformers.models.llama.modeling_llama"]
+    )
     kills = 0
     while True:
         process = processes.Process(target=one_process, args=(arguments(model_dir, prompt_file, folder),))
