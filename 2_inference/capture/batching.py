@@ -56,19 +56,12 @@ class RowCost:
         entropy = self.layers * self.heads * self.regions * 2 if self.options.entropy else 0
         raw = self.raw_states * length * self.hidden + self.raw_maps * self.heads * length**2
         tokens = length * (8 + 1 + self.regions)
-        return (
-            mass
-            + pooled
-            + neurons
-            + entropy
-            + raw * self.itemsize
-            + tokens
-            + topk_rows * (self.options.topk_logits * 12 + 4)
-        )
+        logits = topk_rows * (self.options.topk_logits * 12 + 4)
+        return mass + pooled + neurons + entropy + raw * self.itemsize + tokens + logits
 
 
 def attention_layers(config: Any) -> int:
-    """Number of layers. Raises UserError where they are not known, or not all of them have attention."""
+    """Number of layers. Raises UserError if they are not known, or not all of them have attention."""
     config = config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ())
     layers = getattr(config, "num_hidden_layers", 0)
@@ -93,7 +86,7 @@ def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, it
 
 
 def _largest(config: Any, *names: str) -> int:
-    """The first of these settings that a config has, over its layers where it differs between them; 0: none."""
+    """The first of these settings that a config has, the largest of its layers if they differ; 0: none."""
     for one in (config, *(getattr(config, "per_layer_config", None) or ())):
         for name in names:
             try:
@@ -106,7 +99,7 @@ def _largest(config: Any, *names: str) -> int:
 
 
 def plan_files(lengths: Sequence[int], cost: RowCost) -> list[range]:
-    """The positions of the prompts of each file: at most ROWS_PER_FILE, and BYTES_PER_FILE where rows are large."""
+    """The positions of the prompts of each file: at most ROWS_PER_FILE, and BYTES_PER_FILE if rows are large."""
     files, start, longest = [], 0, 0
     for position, length in enumerate(lengths):
         wide = max(longest, length)
@@ -156,24 +149,21 @@ class MemoryModel:
         return rows * ((longest + new_tokens) * self.per_position + longest**2 * self.per_pair) <= 0.6 * self.free
 
 
+@dataclass
 class BatchLimit:
     """How many rows may run together: the number given, or what memory takes (`memory`), learning from shortage.
 
     `equal_lengths`: prompts of one length only, so that no row is padded.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        memory: MemoryModel | None = None,
-        samples: int = 1,
-        new_tokens: int = 0,
-        equal_lengths: bool = False,
-    ):
-        self.most = self.rows = rows
-        self.equal_lengths = equal_lengths
-        self.memory, self.samples, self.new_tokens = memory, samples, new_tokens
-        self.calm_steps = 0
+    rows: int
+    memory: MemoryModel | None = None
+    samples: int = 1
+    new_tokens: int = 0
+    equal_lengths: bool = False
+
+    def __post_init__(self) -> None:
+        self.most, self.calm_steps = self.rows, 0
 
     def may_join(self, running: int, waiting: int) -> bool:
         """Whether it is time to read more prompts: half the batch is free (joining copies the cache once)."""
@@ -206,14 +196,12 @@ class BatchLimit:
             self.calm_steps = 0
 
 
-def batch_limit(
-    batch_size: str, model: Any, cost: RowCost, samples: int, new_tokens: int, equal_lengths: bool = False
-) -> BatchLimit:
-    """The limit for `--batch_size` (a number or `auto`), from the memory that is free now."""
+def batch_limit(batch_size: str, model: Any, cost: RowCost, **options: Any) -> BatchLimit:
+    """The limit for `--batch_size` (a number or `auto`), from the memory that is free now; `options` of BatchLimit."""
     if batch_size != "auto":
-        return BatchLimit(int(batch_size), None, samples, new_tokens, equal_lengths)
+        return BatchLimit(int(batch_size), **options)
     rows = CPU_ROWS if model.device.type == "cpu" else GPU_ROWS
-    return BatchLimit(rows, memory_model(model, cost), samples, new_tokens, equal_lengths)
+    return BatchLimit(rows, memory_model(model, cost), **options)
 
 
 def memory_model(model: Any, cost: RowCost) -> MemoryModel:

@@ -39,7 +39,7 @@ TAIL_TOKENS = 24  # a stop string is looked for in the text of this many last to
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to run. `key` tells rows apart and is the same in every style: random numbers hang on it."""
+    """One prompt to run. `key` tells rows apart and is the same in every style: random numbers depend on it."""
 
     key: int
     input_ids: list[int]
@@ -200,7 +200,7 @@ class TokenChooser:
         self.options = options
 
     def choose(self, logits: torch.Tensor, responses: list[Response]) -> tuple[list[int], list[float]]:
-        """Token ids and, where wanted, their log-probabilities (of the model, before temperature), from [B, V]."""
+        """Token ids and, if wanted, their log-probabilities (of the model, before temperature), from [B, V]."""
         logits = logits.float()
         scores = self._penalised(logits, responses) if self.options.repetition_penalty != 1.0 else logits
         if self.options.temperature > 0:
@@ -283,7 +283,7 @@ class Generator:
         self.prefix: _Prefix | None = None
         self.prefill_tokens = self.prompt_tokens = 0
         self.crowded = False  # one prompt more did not fit beside those that are decoded
-        self.progress: Any = None  # told what is read and decoded (see `Progress`)
+        self.progress: Any = None  # is given what is read and decoded (see `Progress`)
         self.stop: Any = None  # an object whose `asked` turns true when nothing new is to be begun
 
     def twin(self, names: list[str], pooled: list[str]) -> Generator:

@@ -400,8 +400,8 @@ def run_jobs(
     """Run all styles with one loaded model. Returns whether a signal stopped the run."""
     recorder = Recorder(model, capture_options(args))
     batch_size = "1" if batching.rows == "alone" else args.batch_size
-    equal = batching.rows == "equal"
-    limit = batch_limit(batch_size, model, jobs[0].cost, args.num_samples, args.max_new_tokens, equal)
+    options = {"samples": args.num_samples, "new_tokens": args.max_new_tokens}
+    limit = batch_limit(batch_size, model, jobs[0].cost, **options, equal_lengths=batching.rows == "equal")
     generator = Generator(model, reader.tokenizer, recorder, generation_options(args, model, reader.tokenizer), limit)
     writer, stop = FileWriter(), Stop()
     generator.stop = stop

@@ -1,13 +1,10 @@
 """The control `split@<style>`: the clean prompt, each edited word cut into as many tokens as its typo has.
 
-A typo is cut into more tokens than the word that was meant, and that alone moves most heads and neurons. In this
-control no character differs from the clean prompt: only the token ids of the edited words do. So what remains between
-the typo and it is the typo (the split of Tsuji et al. 2025, arXiv 2502.19669). Each word is cut into entries of the
-vocabulary, at the places nearest to where the typo is cut.
-
-A prompt is in the control where every edited word can be matched so: a word whose typo has as many tokens as itself
-stays as it is; where a typo has fewer tokens, words were put in or left out, or the vocabulary has no such pieces, the
-prompt is not in it.
+Only the token ids of the edited words differ from the clean prompt, no character does, so the difference between typo
+and control is the typo and not the number of tokens (Tsuji et al. 2025, arXiv 2502.19669). Each word is cut into
+entries of the vocabulary, at the places nearest to where the typo is cut. A word whose typo has as many tokens as
+itself stays as it is. If a typo has fewer tokens, words were inserted or left out, or the vocabulary has no such
+pieces, the prompt is not in the control.
 """
 
 from __future__ import annotations
@@ -75,7 +72,7 @@ class WordCutter:
         if cuts is None:
             return None
         edges = list(zip([0, *cuts], [*cuts, len(signs)], strict=True))
-        spans = [_visible(clean.text, start + signs[a], start + signs[b - 1] + 1) for a, b in edges]
+        spans = [_trimmed(clean.text, start + signs[a], start + signs[b - 1] + 1) for a, b in edges]
         return [pieces[edge] for edge in edges], spans
 
     def _pieces(self, text: str, written: str, signs: list[int]) -> dict[Span, int]:
@@ -92,14 +89,14 @@ class WordCutter:
 
 def new_cuts(clean: TokenisedText, offsets: list[Span]) -> list[int]:
     """Characters before which `offsets` cut the clean text and the tokenizer would not."""
-    known, cut = (Counter(_visible(clean.text, *span)[0] for span in spans) for spans in (clean.offsets, offsets))
+    known, cut = (Counter(_trimmed(clean.text, *span)[0] for span in spans) for spans in (clean.offsets, offsets))
     return sorted(cut - known)  # two pieces of one character begin at the same one
 
 
 def best_cuts(pieces: dict[Span, int], length: int, wanted: list[float]) -> list[int] | None:
     """Where to cut a text of `length` signs into `pieces`: a cut for each of `wanted`, as near to them as can be.
 
-    Minimises the sum of |cut - wanted cut|; None where so many pieces cannot be had.
+    Minimises the sum of |cut - wanted cut|; None if the vocabulary does not allow so many pieces.
     """
     by_start: dict[int, list[int]] = {}
     for a, b in pieces:
@@ -127,9 +124,9 @@ def best_cuts(pieces: dict[Span, int], length: int, wanted: list[float]) -> list
 
 
 def _paired_words(clean: TokenisedText, typo: TokenisedText) -> list[tuple[Span, Span]]:
-    """(tokens of the clean text, tokens of the typo) of each edited word; [] where they cannot be paired.
+    """(tokens of the clean text, tokens of the typo) of each edited word; [] if they cannot be paired.
 
-    Edited words that stand side by side are paired one by one where both texts have as many, else as one.
+    Adjacent edited words are paired one by one if both texts have as many of them, else as one.
     """
     runs = _runs(clean.edited), _runs(typo.edited)
     if len(runs[0]) != len(runs[1]):
@@ -148,10 +145,10 @@ def _runs(edited: list[bool]) -> list[Span]:
 
 
 def _words(one: TokenisedText, run: Span) -> list[Span]:
-    """A run of tokens cut before each token that stands after white space."""
+    """A run of tokens cut before each token that follows white space."""
     starts = [run[0]]
     for token in range(run[0] + 1, run[1]):
-        start = _visible(one.text, *one.offsets[token])[0]
+        start = _trimmed(one.text, *one.offsets[token])[0]
         if one.text[start - 1].isspace():
             starts.append(token)
     return list(zip(starts, [*starts[1:], run[1]], strict=True))
@@ -164,7 +161,7 @@ def _shares(one: TokenisedText, run: Span) -> list[float]:
 
 
 def _characters(text: str, written: str) -> list[int]:
-    """For each sign of a vocabulary's way to write a text: the character it stands for; [] where that is not known."""
+    """For each sign of a vocabulary's way to write a text: the character it stands for; [] if that is not known."""
     if len(written) == len(text):
         return list(range(len(text)))
     signs = [place for place, character in enumerate(text) for _ in character.encode()]  # byte-level: a sign a byte
@@ -173,8 +170,8 @@ def _characters(text: str, written: str) -> list[int]:
 
 def _span(one: TokenisedText, run: Span) -> Span:
     """Characters of a run of tokens, from its first that is no white space."""
-    return _visible(one.text, one.offsets[run[0]][0], one.offsets[run[1] - 1][1])
+    return _trimmed(one.text, one.offsets[run[0]][0], one.offsets[run[1] - 1][1])
 
 
-def _visible(text: str, start: int, end: int) -> Span:
+def _trimmed(text: str, start: int, end: int) -> Span:
     return start + len(text[start:end]) - len(text[start:end].lstrip()), end

@@ -38,8 +38,8 @@ def check_model(
 ) -> Batching:
     """The quickest way, from `wanted` on, in which a batch gives what a prompt alone gives.
 
-    `ids` are the tokens of one or two prompts. Raises UserError where the capture of one prompt alone is not what an
-    eager pass gives, or fails.
+    `ids` are the tokens of one or two prompts. Raises UserError if the capture of one prompt alone is not what an eager
+    pass gives, or fails.
     """
     pieces = [_piece(ids[0], LONG), _piece(ids[-1], SHORT)]
     pieces[1][:SHARED] = pieces[0][:SHARED]
@@ -61,18 +61,16 @@ def check_model(
 
 
 def positions_follow_the_longest_row(config: Any, longest: int) -> bool:
-    """True where rotary embeddings are chosen by the longest row of a batch (longrope, dynamic NTK), seen beyond the
-    model's original context only. A padded row and a prefix read alone would then be rotated by other frequencies."""
+    """Whether the longest row of a batch decides its rotary embeddings (longrope, dynamic NTK): only beyond the model's
+    original context. A padded row and a prefix read alone would then be rotated by other frequencies."""
     config = config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if one.get("rope_type", one.get("type")) in ("longrope", "dynamic"):
-            original = one.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            if longest > (original or config.max_position_embeddings):
-                return True
-    return False
+    own = getattr(config, "original_max_position_embeddings", None)
+    return any(
+        one.get("rope_type", one.get("type")) in ("longrope", "dynamic")
+        and longest > (one.get("original_max_position_embeddings") or own or config.max_position_embeddings)
+        for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    )
 
 
 def _piece(ids: list[int], length: int) -> list[int]:
@@ -126,7 +124,7 @@ class _Trial:
 
     @torch.inference_mode()
     def against_eager(self, ids: list[int], found: Result) -> str:
-        """What differs from transformers' eager pass over the piece and its response; "" where nothing does."""
+        """What differs from transformers' eager pass over the piece and its response; "" if nothing does."""
         base = self.model.config.get_text_config(decoder=True)._attn_implementation
         answer = found.responses[0].ids
         try:

@@ -45,7 +45,7 @@ class Progress:
         self._show()
 
     def finished(self, reasons: Sequence[str]) -> None:
-        """A prompt is done; its responses ended for these reasons (none where it failed)."""
+        """A prompt is done; its responses ended for these reasons (none if it failed)."""
         self.done += 1
         self.early += sum(reason != "length" for reason in reasons)
         self._show()
@@ -71,7 +71,7 @@ class Progress:
         return (1 - (1 - chance) ** room) / chance if chance else room
 
     def close(self) -> None:
-        """Leave the bar as it stands at the end, which a signal may bring early."""
+        """Show the last state, also if a signal ends the run early."""
         self._shown = 0.0
         self._show()
         self.bar.close()

@@ -81,8 +81,10 @@ class PromptReader:
         self._cutter = WordCutter(tokenizer)
         self._control = control_tokens(tokenizer)
         self._common: list[int] | None = None
-        if rendering.task_regex is not None:
-            _check_regex(rendering.task_regex)
+        try:
+            re.compile(rendering.task_regex or "")
+        except re.error as error:
+            raise UserError(f"--task_regex: not a regular expression: {error}") from None
 
     def style(self, style: str, max_samples: int | None = None) -> StylePrompts:
         """Lengths of all prompts of a style; those that cannot be run are in `failures`."""
@@ -111,7 +113,7 @@ class PromptReader:
         return found
 
     def shared_prefix(self) -> list[int]:
-        """Tokens that all prompts read so far begin with, before any prompt's own text; [] where too few."""
+        """Tokens that all prompts read so far begin with, before any prompt's own text; [] if too few."""
         common = self._common or []
         return common if len(common) >= SHORTEST_PREFIX else []
 
@@ -124,13 +126,13 @@ class PromptReader:
         return Prompt(index, read.ids, mask, forced_ids)
 
     def _read(self, style: str, index: int) -> _ReadPrompt | None:
-        """A row's prompt in a style, rendered and tokenised; None where a control does not have it."""
+        """A row's prompt in a style, rendered and tokenised; None if a control does not have it."""
         typo = matched_style(style)
         own = self._encode(self._text(style, index))
         return own if typo is None else self._matched(own, style, index)
 
     def _matched(self, clean: _ReadPrompt, style: str, index: int) -> _ReadPrompt | None:
-        """The clean prompt of a row with as many tokens in each edited word as its typo has; None where that fails."""
+        """The clean prompt of a row with as many tokens in each edited word as its typo has; None if that fails."""
         typo = str(matched_style(style))
         other = self._encode(self._text(typo, index))
         own = TokenisedText(clean.rendered.text, clean.ids, clean.offsets, self._edited(clean, style, index))
@@ -209,7 +211,7 @@ class PromptReader:
         return self._without_control_tokens(_ReadPrompt(rendered, ids, offsets, text))
 
     def _without_control_tokens(self, read: _ReadPrompt) -> _ReadPrompt:
-        """The prompt with each control token of its own text as the tokens of plain text, where the vocabulary can."""
+        """The prompt with each control token of its own text as the tokens of plain text, if the vocabulary can."""
         (start, end), text = read.rendered.own, read.rendered.text
         for at in range(len(read.ids) - 1, -1, -1):
             number, (a, b) = read.ids[at], read.offsets[at]
@@ -239,18 +241,9 @@ def _common_prefix(known: list[int] | None, ids: list[int]) -> list[int]:
     return known[:same]
 
 
-def _check_regex(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--task_regex: not a regular expression: {error}") from None
-
-
 def read_few_shot(path: Path | None) -> str:
-    """Text of a few-shot file, as it is. Raises UserError where it cannot be read."""
-    if path is None:
-        return ""
-    return read_text(path, "a text file after --few_shot_file")
+    """Text of a few-shot file, as it is. Raises UserError if it cannot be read."""
+    return "" if path is None else read_text(path, "a text file after --few_shot_file")
 
 
 def longest_prompt(config: Any, max_new_tokens: int) -> int:

@@ -1,12 +1,8 @@
 """Everything that touches a model's inside: what is recorded while the model reads a prompt, without a second pass.
 
-A `Recorder` puts its own function in front of the model's attention (SDPA, flash, flex or eager)
-and hooks on its layers. While `recording`, one forward pass yields, for every layer and head, the
-attention mass from regions to regions; the mean residual stream and MLP activations of regions; raw layers; and the
-top-k logits. At all other times the model runs as if nothing were there.
-
-The mass needs no [S, S] map. With M [S, R] the one-hot regions of the keys, softmax(QKᵀ)·[V | M] is the layer's output
-and, beside it, each query's exact mass on each region: the columns of M ride along as extra value dimensions.
+A `Recorder` puts its own function in front of the model's attention and hooks on its layers. `_Pass` collects what one
+forward pass leaves, `rows_of` makes the fields of a .pt file's rows of it. The mass needs no [S, S] map: with M [S, R]
+the one-hot regions of the keys, softmax(QKᵀ)·[V | M] is the layer's output and each query's exact mass on each region.
 """
 
 from __future__ import annotations
@@ -105,7 +101,7 @@ class Capture:
 
 
 class HostCopies:
-    """A pass's results on their way to the CPU: from a GPU, on a stream of their own beside what the GPU does next."""
+    """Copies of a pass's results to the CPU; from a GPU, on a stream of their own while the GPU goes on."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -340,7 +336,7 @@ class _Pass:
         return output.transpose(1, 2), probs
 
     def _block_mask(self, call: AttentionCall, block: slice) -> torch.Tensor | None:
-        """What the block's queries may see, [B or 1, 1 or H, S, Sk], bool or additive; None where that is all.
+        """What the block's queries may see, [B or 1, 1 or H, S, Sk], bool or additive; None: all of them.
 
         SDPA and eager come with it or with None, flash with the keys that are no pads [B, Sk], flex with a BlockMask.
         """
@@ -369,7 +365,7 @@ class _Pass:
         return seen
 
     def _relative_entropy(self, probs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """H(attention) / log(number of keys the query may see), [B,H,S]; 0 where that is one key (not counted)."""
+        """H(attention) / log(number of keys the query may see), [B,H,S]; 0 if that is one key (not counted)."""
         if mask is None:
             seen = torch.full(probs.shape[:-1], probs.shape[-1], device=probs.device)
         else:
@@ -397,12 +393,12 @@ class _Pass:
 
 
 def cannot_capture(what: str) -> UserError:
-    """The one line for a model of another kind."""
+    """The error for a model of another kind."""
     return UserError(f"this model's attention cannot be captured: {what}; choose another model")
 
 
 def _shares(probs: torch.Tensor) -> torch.Tensor:
-    """Attention as shares of what reaches the keys: it sums to 1 where a sink takes a part, too. [B,H,S,Sk] float32."""
+    """Attention [B,H,S,Sk] as shares of what reaches the keys: its sum is 1 even if a sink takes a part. float32."""
     probs = probs.float()
     return probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
@@ -420,10 +416,8 @@ def _visible_keys(mask: torch.Tensor | None, keys: int) -> slice:
 
 
 class PassRows:
-    """The rows of one forward pass (see `rows_of`), made as soon as its results are on the CPU.
-
-    While copies from a GPU are under way that is when the first row is asked for: by the thread that writes the file.
-    """
+    """The rows of one forward pass (see `rows_of`): made at once, or, if copies from a GPU are under way, when the
+    first row is asked for, which the thread that writes the file does."""
 
     def __init__(self, make: Callable[[], list[dict[str, Any]]], copies: list[HostCopies]):
         self._make, self._copies = make, copies
@@ -538,7 +532,7 @@ def all_position_logits(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Top-k, indices and logsumexp at every position of `states` [B,S,D], a few positions' logits in memory at a time.
 
-    Raises UserError where the model does more to its logits than head, scale and softcap: that is seen at the last
+    Raises UserError if the model does more to its logits than head, scale and softcap: that is seen at the last
     position, whose logits the model has computed itself.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)

@@ -116,7 +116,7 @@ def shard_of(text: str | None, environment: Mapping[str, str]) -> tuple[int, int
     place = number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)
     task = place // number("SLURM_ARRAY_TASK_STEP", 1) if tasks > 1 else 0
     if task >= tasks:
-        raise UserError("this SLURM array has gaps, so its tasks do not tell the shards apart; give each --shard i/n")
+        raise UserError("this SLURM array has gaps, so its task numbers do not give the shards; give each --shard i/n")
     return task * ranks + number("RANK", 0), tasks * ranks
 
 
