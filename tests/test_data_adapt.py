@@ -15,6 +15,7 @@ import pytest
 from command_line import UserError
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from typos.dataset_formats import _NO_ANSWER, bad_lines_path
 
 FORMATS = ("gsm8k", "quora", "paws", "csv", "tsv", "jsonl")
 QUORA_HEADER = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
@@ -25,7 +26,7 @@ def adapt(tmp_path: Path, name: str, content: str | bytes, *flags: str) -> tuple
     source, output = tmp_path / "source.txt", tmp_path / "out.json"
     source.write_bytes(content.encode() if isinstance(content, str) else content)
     code = adapt_dataset.main(["--format", name, "--input_file", str(source), "--output_file", str(output), *flags])
-    bad = adapt_dataset.bad_lines_path(output)
+    bad = bad_lines_path(output)
     bad_lines = list(csv.reader(bad.open(encoding="utf-8")))[1:] if bad.exists() else []
     rows = json.loads(output.read_text(encoding="utf-8"))
     assert load_json.read_prompt_file(output).problems == []
@@ -285,7 +286,7 @@ def test_whatever_pandas_writes_is_read_back(tmp_path: Path, pairs: list[tuple[s
     table = pd.DataFrame(pairs, columns=["question", "gold"])
     text = table.to_csv(sep="\t" if name == "tsv" else ",", index=False, lineterminator="\n")
     flags = ("--prompt_column", "question", "--answer_column", "gold", "--template_column", "gold")
-    assume(not any(adapt_dataset._NO_ANSWER.fullmatch(gold.strip().rstrip(".")) for _, gold in pairs))
+    assume(not any(_NO_ANSWER.fullmatch(gold.strip().rstrip(".")) for _, gold in pairs))
     code, rows, bad = adapt(tmp_path, name, text, *flags)
     assert (code, bad) == (0, [])
     assert [(row["normal"], row["answer"], row["_template"]) for row in rows] == [

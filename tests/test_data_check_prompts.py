@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 
 import check_prompts
-import make_variants
 import pytest
-from check_prompts import check_rows, fix_rows, main, read_rows
+from check_prompts import main
 from command_line import UserError
-from typos import rules
+from load_json import STYLES
+from typos.checks import ERRORS, WARNINGS, check_rows, fix_rows, read_rows
+from typos.style_rules import verify_variant
+from typos.variants import make_variants
 
 PROMPTS = [
     "Work out the sum of 12 and 7, then write the answer down: 12 + 7 =",
@@ -26,7 +28,7 @@ PROMPTS = [
 def sound_rows() -> list[dict]:
     rows = [{"element_index": i, "normal": prompt, "answer": "x"} for i, prompt in enumerate(PROMPTS, 1)]
     rows[0]["task"] = "12 + 7"
-    made, _, summary = make_variants.make_variants(rows)
+    made, _, summary = make_variants(rows)
     assert all(counts["made"] == len(rows) for counts in summary["styles"].values())
     return made
 
@@ -42,9 +44,7 @@ def test_a_sound_file_has_no_finding():
 @pytest.mark.parametrize("intensity", [2, 3])
 def test_intensity_has_to_be_told(intensity):
     long = [{"normal": " ".join(PROMPTS[1:])}]
-    rows, _, _ = make_variants.make_variants(
-        long, ["main", "swap", "punctuation", "grammar", "split"], intensity=intensity
-    )
+    rows, _, _ = make_variants(long, ["main", "swap", "punctuation", "grammar", "split"], intensity=intensity)
     assert check_rows(rows, intensity) == []
     assert {kind for kind, _ in kinds(rows)} == {"edit_count"}
 
@@ -130,7 +130,7 @@ def test_a_fault_put_in_is_found_and_mended_where_that_is_safe(break_it, kind, k
     fixed, _ = fix_rows(rows)
     assert ((kind, key) not in kinds(fixed)) == mendable
     errors = {f.kind for f in check_rows(fixed) if f.severity == "error"}
-    kind = "" if kind in check_prompts.WARNINGS else kind
+    kind = "" if kind in WARNINGS else kind
     assert errors <= ({kind} if not mendable else set())
 
 
@@ -256,7 +256,7 @@ def test_styles_that_are_not_run_are_not_checked(tmp_path, capsys):
             {("no_op", "main"), ("bad_key", "typo/1"), ("looks_like_data", "url"), ("misspelled_key", "homynom")},
         ),
     ):
-        expected = {kind for kind, _ in found if kind not in check_prompts.WARNINGS}
+        expected = {kind for kind, _ in found if kind not in WARNINGS}
         assert main(["--prompt_file", source, "--styles", *styles]) == bool(expected)
         assert found <= kinds(rows, styles=styles)
         told = capsys.readouterr().out
@@ -280,11 +280,11 @@ def test_random_damage_to_digits_never_passes():
     rng = random.Random(5)
     rows = sound_rows()
     for _ in range(300):
-        style = rng.choice([s for s in rules.STYLES if s not in ("polite", "urgent")])
+        style = rng.choice([s for s in STYLES if s not in ("polite", "urgent")])
         text = rows[0][style]
         at = rng.choice([m.start() for m in re.finditer(r"[\d+=]", text)])
         damaged = rng.choice([text[:at] + text[at + 1 :], text[:at] + rng.choice("0123456789*-") + text[at:]])
-        assert rules.verify_variant(PROMPTS[0], damaged, style, rows[0]), (style, damaged)
+        assert verify_variant(PROMPTS[0], damaged, style, rows[0]), (style, damaged)
 
 
 # --- as a command
@@ -361,7 +361,7 @@ def test_the_given_file_is_not_overwritten_and_options_are_checked(tmp_path):
         main(["--prompt_file", str(tmp_path / "none.json")])
 
 
-def test_every_kind_that_the_help_names_is_one_that_can_be_found():
-    named = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", (check_prompts.__doc__ or "").split("Errors,")[1]))
-    source = Path(check_prompts.__file__).read_text() + Path(rules.__file__).read_text()
-    assert {name for name in named if f'"{name}"' not in source} == set()
+def test_every_kind_in_the_table_is_one_that_can_be_found():
+    package = (Path(check_prompts.__file__).parents[1] / "typos").glob("*.py")
+    source = "".join(path.read_text(encoding="utf-8") for path in package)
+    assert [kind for kind in (*ERRORS, *WARNINGS) if source.count(f'"{kind}"') < 2] == []

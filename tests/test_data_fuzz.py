@@ -20,10 +20,10 @@ import file_output
 import make_variants
 import pytest
 from command_line import UserError
-from typos import rules
+from load_json import STYLES
 
 KEYS = ["normal", "instruction", "element_index", "answer", "task", "_template", "_", "", "homo,nym", "Main", "mainn",
-        "elementindex", "other", "mine", "\x00", "\ud800", "ключ", "a" * 5000, *rules.STYLES]  # fmt: skip
+        "elementindex", "other", "mine", "\x00", "\ud800", "ключ", "a" * 5000, *STYLES]  # fmt: skip
 TEXTS = ["What is 12 + 7?", "Explain how plants make sugar.", "", " ", "\x00", "\ud83d", "\udc00 form", "a\u0301" * 50,
          "\u202egnp", "```", '"', "'" * 300, "{" * 500, "[" * 500, "<" * 500, "`" * 501, "12 + " * 200, "5 " * 500,
          "١٢ + ٣", "⅚²₂", "\u00ad" * 20, "\r\n\t\x0b\x0c", "= =", "=1+1", "é" * 40, "the the the", "word " * 300,
@@ -66,7 +66,7 @@ def any_object(rng: random.Random, depth: int = 0) -> str:
     if rng.random() < 0.7:
         pairs.append(("normal", json.dumps(any_text(rng))))
     if rng.random() < 0.5:
-        pairs.append((rng.choice(rules.STYLES), json.dumps(any_text(rng))))
+        pairs.append((rng.choice(STYLES), json.dumps(any_text(rng))))
     return "{" + ",".join(f"{json.dumps(key)}:{value}" for key, value in pairs) + "}"
 
 

@@ -10,11 +10,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import check_prompts
 import make_maths
 import make_variants
 import pytest
 from command_line import UserError
+from typos.checks import check_rows
+from typos.maths_problems import draw_problems, read_wordings
 from wordfreq import zipf_frequency
 
 DATA = Path(__file__).resolve().parents[1] / "0_data"
@@ -137,8 +138,8 @@ def test_homonyms_are_homophones_by_ear(variants: list[tuple[Row, str, str]]) ->
 
 
 def test_the_linter_agrees(maths: list[Row], instructions: list[Row]) -> None:
-    assert check_prompts.check_rows(maths) == []
-    assert check_prompts.check_rows(instructions) == []
+    assert check_rows(maths) == []
+    assert check_rows(instructions) == []
 
 
 # --- the maths problems
@@ -220,11 +221,8 @@ def test_make_maths_rebuilds_the_file_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_another_seed_gives_other_problems() -> None:
-    wordings = make_maths.read_wordings(DATA / "maths_wordings.csv")
-    problems = [
-        [next(make_maths.draw_problems("addition", "whole", 3, random.Random(seed))) for _ in range(3)]
-        for seed in (1, 2)
-    ]
+    wordings = read_wordings(DATA / "maths_wordings.csv")
+    problems = [[next(draw_problems("addition", "whole", 3, random.Random(seed))) for _ in range(3)] for seed in (1, 2)]
     assert problems[0] != problems[1]
     assert len(wordings) == 292
 
@@ -247,7 +245,7 @@ def test_a_wrong_wording_is_named_by_its_line(tmp_path: Path, line: str) -> None
     path = tmp_path / "wordings.csv"
     path.write_text(f"template,operation,results,wording\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(str(path))):
-        make_maths.read_wordings(path)
+        read_wordings(path)
 
 
 # --- the instructions

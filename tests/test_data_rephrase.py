@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import check_prompts
 import pytest
 import rephrase_with_llm
 from command_line import UserError
 from local_openai_server import LocalOpenAIServer, Messages
+from typos.checks import check_rows
 
 SMOLLM = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 KEY = "sk-test-4f1c9e"
@@ -68,7 +68,7 @@ def test_good_answers_are_accepted_and_pass_the_linter(run: Any) -> None:
         ("1", "swap", "True"),
     ]
     plain = [{key.removesuffix("_llm"): value for key, value in row.items()} for row in rows]
-    assert [f for f in check_prompts.check_rows(plain) if f.kind != "missing_style"] == []
+    assert [f for f in check_rows(plain) if f.kind != "missing_style"] == []
 
 
 BAD = {
@@ -197,7 +197,7 @@ def test_a_real_model_behind_a_real_server(run: Any) -> None:
     assert sum(line["accepted"] == "True" for line in log) == sum(key.endswith("_llm") for row in rows for key in row)
     assert all(bool(line["reason"]) == (line["accepted"] == "False") for line in log)
     plain = [{key.removesuffix("_llm"): value for key, value in row.items()} for row in rows]
-    assert [f for f in check_prompts.check_rows(plain) if f.severity == "error"] == []
+    assert [f for f in check_rows(plain) if f.severity == "error"] == []
 
 
 def test_user_errors(tmp_path: Path) -> None:

@@ -13,18 +13,32 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import make_homophones
-import make_variants
 import pytest
 import token_spans
 from command_line import UserError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from make_variants import FRAMINGS, edit_log_path, main
+from load_json import STYLES
+from make_variants import main
 from rapidfuzz.distance import Levenshtein
-from typos import rules
+from typos.edits import KEYBOARDS, key_neighbours, operation_of, osa_distance, real_word_options
+from typos.homophone_tables import homophone_tables, read_pronunciations
+from typos.protection import protected_spans, protected_texts
+from typos.variants import FRAMINGS, edit_log_path, make_variants
+from typos.words import (
+    FUNCTION_WORDS,
+    NUMBER_WORDS,
+    OFFENSIVE_WORDS,
+    PROTECTED_WORDS,
+    homophones,
+    is_real_word,
+    word_frequencies,
+    word_set,
+    words_in,
+    zipf,
+)
 
-SCRIPT = Path(make_variants.__file__)
+SCRIPT = Path(main.__code__.co_filename)
 ONE_TYPO = ("main", "swap", "missing", "repeated", "noise_words", "real_word")
 NON_WORD = ("main", "swap", "missing", "repeated", "two", "three", "noise_words")
 PROMPTS = [
@@ -58,7 +72,7 @@ def rows_of(prompts: list[str]) -> list[dict]:
 
 
 def variants_of(row: dict) -> dict[str, str]:
-    return {style: row[style] for style in rules.STYLES if style in row}
+    return {style: row[style] for style in STYLES if style in row}
 
 
 def differing(clean: str, variant: str) -> list[tuple[str, str]]:
@@ -105,7 +119,7 @@ def assert_sound(clean: str, variants: dict[str, str], intensity: int = 1) -> No
 # --- properties over arbitrary prompts
 
 WORDS = sorted(
-    rules.word_set("calculate the following apples please explain write number which plant water often is are house")
+    word_set("calculate the following apples please explain write number which plant water often is are house")
 )
 PROTECTED = ["42", "3.5", "-7", "12 + 5", "seven", "twenty-one", "5 km", "`form()`", '"form of words"', "{name}", "50%",
              "https://a.org/from", "x_1", "$5", "×", "<b>", "10:30", "the form", "ANSWER"]  # fmt: skip
@@ -122,10 +136,10 @@ QUICK = settings(max_examples=250, deadline=None, suppress_health_check=list(Hea
 
 
 @QUICK
-@given(ANY_PROMPT, st.integers(1, 3), st.integers(0, 5), st.sampled_from(rules.KEYBOARDS))
+@given(ANY_PROMPT, st.integers(1, 3), st.integers(0, 5), st.sampled_from(KEYBOARDS))
 def test_any_prompt_keeps_protected_text_and_has_exactly_k_edits(prompt, intensity, seed, keyboard):
     row = {"normal": prompt, "task": "the form", "answer": "answer"}
-    (out,), _, summary = make_variants.make_variants([row], rules.STYLES, seed, intensity, keyboard)
+    (out,), _, summary = make_variants([row], STYLES, seed, intensity, keyboard)
     variants = variants_of(out)
     if summary["bad_rows"]:
         assert not variants
@@ -137,8 +151,8 @@ def test_any_prompt_keeps_protected_text_and_has_exactly_k_edits(prompt, intensi
         for text, count in expected.items():
             assert variant.count(text) - kept.count(text) == count, (style, text)
         if style not in FRAMINGS:
-            assert [variant[a:b] for a, b in rules.protected_spans(variant, row)] == [
-                prompt[a:b] for a, b in rules.protected_spans(prompt, row)
+            assert [variant[a:b] for a, b in protected_spans(variant, row)] == [
+                prompt[a:b] for a, b in protected_spans(prompt, row)
             ]
             assert variant.count(":") == prompt.count(":")
 
@@ -146,7 +160,7 @@ def test_any_prompt_keeps_protected_text_and_has_exactly_k_edits(prompt, intensi
 @QUICK
 @given(st.text(max_size=300))
 def test_any_text_at_all_gives_sound_variants_or_none(prompt):
-    (out,), _, _ = make_variants.make_variants([{"normal": prompt}])
+    (out,), _, _ = make_variants([{"normal": prompt}])
     assert_sound(prompt, variants_of(out))
 
 
@@ -154,10 +168,10 @@ def test_any_text_at_all_gives_sound_variants_or_none(prompt):
 @given(st.lists(ANY_PROMPT, min_size=1, max_size=6, unique=True), st.randoms(), st.booleans(), st.integers(0, 3))
 def test_order_and_absence_of_other_rows_and_styles_change_nothing(prompts, rnd, with_ids, seed):
     rows = rows_of(prompts) if with_ids else [{"normal": prompt} for prompt in prompts]
-    whole, _, _ = make_variants.make_variants(rows, seed=seed)
+    whole, _, _ = make_variants(rows, seed=seed)
     kept = rnd.sample(rows, rnd.randint(1, len(rows)))
-    styles = rnd.sample(rules.STYLES, rnd.randint(1, len(rules.STYLES)))
-    part, _, _ = make_variants.make_variants(kept, styles, seed=seed)
+    styles = rnd.sample(STYLES, rnd.randint(1, len(STYLES)))
+    part, _, _ = make_variants(kept, styles, seed=seed)
     for row, out in zip(kept, part, strict=True):
         twin = whole[rows.index(row)]
         assert {style: twin.get(style) for style in styles} == {style: out.get(style) for style in styles}
@@ -166,7 +180,7 @@ def test_order_and_absence_of_other_rows_and_styles_change_nothing(prompts, rnd,
 @QUICK
 @given(ANY_PROMPT)
 def test_the_edit_log_replays_to_the_variant(prompt):
-    (out,), log, _ = make_variants.make_variants([{"normal": prompt}], intensity=2)
+    (out,), log, _ = make_variants([{"normal": prompt}], intensity=2)
     for style, variant in variants_of(out).items():
         text = prompt
         for line in sorted((e for e in log if e["style"] == style), key=lambda e: -e["char_position"]):
@@ -183,7 +197,7 @@ def test_the_edit_log_replays_to_the_variant(prompt):
 
 @pytest.fixture(scope="module")
 def made():
-    return make_variants.make_variants(rows_of(PROMPTS))
+    return make_variants(rows_of(PROMPTS))
 
 
 def test_every_prompt_of_the_set_is_sound_and_every_style_is_made(made):
@@ -213,26 +227,26 @@ def test_single_typo_styles_do_what_their_name_says(made):
     ("keyboard", "near"), [("qwerty", "wsz"), ("qwertz", "wsyq"), ("azerty", "zq"), ("dvorak", "o")]
 )
 def test_main_takes_a_neighbour_on_the_chosen_keyboard(keyboard, near):
-    assert set(near) & set(rules.key_neighbours(keyboard)["a"])
-    _, log, _ = make_variants.make_variants(rows_of(PROMPTS), ["main"], keyboard=keyboard)
+    assert set(near) & set(key_neighbours(keyboard)["a"])
+    _, log, _ = make_variants(rows_of(PROMPTS), ["main"], keyboard=keyboard)
     assert len(log) == len(PROMPTS)
     for line in log:
         ((old, new),) = [(a, b) for a, b in zip(line["before"], line["after"], strict=True) if a != b]
-        assert new in rules.key_neighbours(keyboard)[old]
+        assert new in key_neighbours(keyboard)[old]
 
 
-@pytest.mark.parametrize("keyboard", rules.KEYBOARDS)
+@pytest.mark.parametrize("keyboard", KEYBOARDS)
 def test_neighbourhood_of_keys_is_mutual_and_whole(keyboard):
-    near = rules.key_neighbours(keyboard)
+    near = key_neighbours(keyboard)
     assert sorted(near) == list(string.ascii_lowercase)
     assert all(key in near[other] and key != other for key in near for other in near[key])
 
 
 def test_known_neighbours_of_each_layout():
-    assert set(rules.key_neighbours("qwerty")["g"]) == set("ftyhbv")
-    assert "z" in rules.key_neighbours("qwertz")["t"]
-    assert "q" in rules.key_neighbours("azerty")["a"]
-    assert set("ou") <= set(rules.key_neighbours("dvorak")["e"])
+    assert set(key_neighbours("qwerty")["g"]) == set("ftyhbv")
+    assert "z" in key_neighbours("qwertz")["t"]
+    assert "q" in key_neighbours("azerty")["a"]
+    assert set("ou") <= set(key_neighbours("dvorak")["e"])
 
 
 def test_two_and_three_mix_kinds_of_typo(made):
@@ -259,13 +273,13 @@ def test_split_sits_at_the_letter_that_main_replaces(made):
 def test_noise_words_leaves_content_words_alone(made):
     noise = [line for line in made[1] if line["style"] == "noise_words"]
     assert noise
-    assert all(line["word"].lower() in rules.FUNCTION_WORDS for line in noise)
+    assert all(line["word"].lower() in FUNCTION_WORDS for line in noise)
 
 
 def test_homonyms_sound_the_same_and_are_written_differently(made):
     changed = [(e["before"].lower(), e["after"].lower()) for e in made[1] if e["style"] == "homonym"]
     assert len(changed) >= 5
-    assert all(after in rules.homophones(before) and before != after for before, after in changed)
+    assert all(after in homophones(before) and before != after for before, after in changed)
 
 
 def test_framings_leave_the_task_as_it_is(made):
@@ -281,12 +295,12 @@ def test_framings_hold_nothing_that_a_task_could_be_confused_with():
     for sentences in FRAMINGS.values():
         assert len(set(sentences)) == len(sentences) >= 12
         for sentence in sentences:
-            assert rules.protected_texts(sentence, {"answer": "5"}) == []
+            assert protected_texts(sentence, {"answer": "5"}) == []
             assert not re.search(r"[:\d\"“”{}\n]", sentence)
 
 
 def test_framings_vary_over_rows():
-    rows, _, _ = make_variants.make_variants([{"element_index": i, "normal": "12 + 3 ="} for i in range(200)])
+    rows, _, _ = make_variants([{"element_index": i, "normal": "12 + 3 ="} for i in range(200)])
     assert len({row["polite"] for row in rows}) == len(FRAMINGS["polite"])
 
 
@@ -311,14 +325,14 @@ def test_every_variant_has_something_to_mark_as_edited(made):
     ],
 )
 def test_a_prompt_without_a_free_word_gets_framings_alone(prompt, row):
-    (out,), _, summary = make_variants.make_variants([{"normal": prompt, **row}])
+    (out,), _, summary = make_variants([{"normal": prompt, **row}])
     assert set(variants_of(out)) == set(FRAMINGS)
-    assert sum(sum(c["lacking"].values()) for c in summary["styles"].values()) == len(rules.STYLES) - 2
+    assert sum(sum(c["lacking"].values()) for c in summary["styles"].values()) == len(STYLES) - 2
 
 
 def test_operator_words_units_and_labels_stay_in_arithmetic():
     prompt = "Question: take seven from twenty, plus half of the remaining kilometres. Answer:"
-    protected = rules.protected_texts(prompt)
+    protected = protected_texts(prompt)
     for text in ("Question:", "take", "seven", "from", "twenty", "plus", "half", "remaining", "kilometres", "Answer:"):
         assert any(text in piece for piece in protected), text
 
@@ -339,7 +353,7 @@ def test_operator_words_units_and_labels_stay_in_arithmetic():
     ],
 )
 def test_what_is_protected(text, protected):
-    found = rules.protected_texts(text)
+    found = protected_texts(text)
     for piece in protected:
         assert any(piece in one for one in found), (piece, found)
     assert bool(found) == bool(protected)
@@ -348,36 +362,36 @@ def test_what_is_protected(text, protected):
 
 
 def test_words_that_only_decide_arithmetic_are_free_elsewhere():
-    assert rules.protected_texts("Explain the difference between power and a product from France.") == []
+    assert protected_texts("Explain the difference between power and a product from France.") == []
 
 
 def test_task_and_answer_of_the_row_are_protected_wherever_they_stand():
     text = "Is Paris the capital? Think of paris, then solve: apples and pears"
-    protected = rules.protected_texts(text, {"task": "apples and pears", "answer": "Paris"})
+    protected = protected_texts(text, {"task": "apples and pears", "answer": "Paris"})
     assert protected == ["Paris", "paris", "apples and pears"]
 
 
 @pytest.mark.parametrize("intensity", [1, 2, 3])
 def test_intensity_is_the_number_of_edits(intensity):
     prompt = PROMPTS[2] + " " + PROMPTS[6] + " " + PROMPTS[8]
-    (row,), log, summary = make_variants.make_variants([{"normal": prompt}], intensity=intensity)
+    (row,), log, summary = make_variants([{"normal": prompt}], intensity=intensity)
     assert all(counts["made"] for counts in summary["styles"].values())
     per_style = Counter(line["style"] for line in log)
     fixed = {"two": 2, "three": 3, "polite": 1, "urgent": 1}
-    assert per_style == {style: fixed.get(style, intensity) for style in rules.STYLES}
+    assert per_style == {style: fixed.get(style, intensity) for style in STYLES}
     assert_sound(prompt, variants_of(row), intensity)
 
 
 def test_another_seed_gives_other_variants_and_the_same_targets():
-    first, log_a, _ = make_variants.make_variants(rows_of(PROMPTS), seed=1)
-    second, log_b, _ = make_variants.make_variants(rows_of(PROMPTS), seed=2)
+    first, log_a, _ = make_variants(rows_of(PROMPTS), seed=1)
+    second, log_b, _ = make_variants(rows_of(PROMPTS), seed=2)
     assert first != second
     assert [e["word"] for e in log_a if e["style"] == "main"] == [e["word"] for e in log_b if e["style"] == "main"]
 
 
 def all_variants_of(prompt: str, style: str, seeds: int = 60) -> set[str]:
     """What any of many seeds makes of a prompt."""
-    made = [make_variants.make_variants([{"normal": prompt}], [style], seed)[0][0] for seed in range(seeds)]
+    made = [make_variants([{"normal": prompt}], [style], seed)[0][0] for seed in range(seeds)]
     return {row[style] for row in made if style in row}
 
 
@@ -469,7 +483,7 @@ def test_a_slip_of_form_that_is_wrong_for_sure_is_made(prompt, slip):
 
 def edited_first(prompt: str) -> str:
     """The word that takes the first typo."""
-    (line,) = make_variants.make_variants([{"normal": prompt}], ["main"])[1]
+    (line,) = make_variants([{"normal": prompt}], ["main"])[1]
     return line["word"]
 
 
@@ -506,7 +520,7 @@ def test_a_capital_after_the_end_of_a_sentence_makes_no_name(prompt, first):
 def free_text(prompt: str, row: dict | None = None) -> str:
     """What an edit may touch."""
     parts, done = [], 0
-    for start, end in [*rules.protected_spans(prompt, row), (len(prompt), len(prompt))]:
+    for start, end in [*protected_spans(prompt, row), (len(prompt), len(prompt))]:
         parts, done = [*parts, prompt[done:start]], end
     return " | ".join(parts)
 
@@ -532,9 +546,9 @@ def free_text(prompt: str, row: dict | None = None) -> str:
     ],
 )
 def test_words_that_decide_a_calculation_are_protected_in_maths(prompt, words):
-    free = set(rules.words_in(free_text(prompt)))
+    free = set(words_in(free_text(prompt)))
     assert free.isdisjoint(words.split())
-    assert free.isdisjoint(word for word in rules.words_in(prompt) if word in rules.NUMBER_WORDS)
+    assert free.isdisjoint(word for word in words_in(prompt) if word in NUMBER_WORDS)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +599,7 @@ def test_whatever_stands_in_quotation_marks_code_or_a_formula_is_protected_and_n
     ],
 )
 def test_marks_that_quote_nothing_protect_no_words(prompt):
-    words = [word for word in rules.words_in(prompt) if word not in rules.PROTECTED_WORDS and word not in ("US", "A")]
+    words = [word for word in words_in(prompt) if word not in PROTECTED_WORDS and word not in ("US", "A")]
     assert [word for word in words if word in free_text(prompt)] == words
 
 
@@ -605,7 +619,7 @@ def test_marks_that_quote_nothing_protect_no_words(prompt):
     ],
 )
 def test_labels_are_protected(prompt, labels):
-    assert rules.protected_texts(prompt) == labels
+    assert protected_texts(prompt) == labels
     for style in ("main", "three", "punctuation"):
         for text in all_variants_of(prompt, style, 10):
             assert all(label in text for label in labels)
@@ -643,18 +657,18 @@ def test_a_stray_comma_stands_where_none_can_be_right():
 
 @pytest.mark.parametrize(("word", "other"), [("practise", "practice"), ("forget", "forgot"), ("defence", "defense")])
 def test_real_word_makes_no_other_form_or_spelling_of_the_word(word, other):
-    assert rules.is_real_word(other)
-    assert rules.osa_distance(word, other) == 1
-    assert other not in rules.real_word_options(word)
-    assert word not in rules.real_word_options(other)
+    assert is_real_word(other)
+    assert osa_distance(word, other) == 1
+    assert other not in real_word_options(word)
+    assert word not in real_word_options(other)
 
 
 def test_no_edit_makes_an_insult():
     prompts = [f"Please count every {word} on the list" for word in ("sheet", "duck", "beach", "count", "cook", "fact")]
     for seed in range(30):
-        rows, _, _ = make_variants.make_variants(rows_of(prompts), seed=seed)
-        words = {w for row in rows for v in variants_of(row).values() for w in rules.words_in(v.lower())}
-        assert not words & rules.OFFENSIVE_WORDS
+        rows, _, _ = make_variants(rows_of(prompts), seed=seed)
+        words = {w for row in rows for v in variants_of(row).values() for w in words_in(v.lower())}
+        assert not words & OFFENSIVE_WORDS
 
 
 # --- the log
@@ -681,7 +695,7 @@ def test_token_counts_are_those_of_the_words_in_their_places(made):
     raw = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")  # every character is a token
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
-    _, log, _ = make_variants.make_variants(rows_of(PROMPTS[:4]), intensity=2, tokenizer=tokenizer)
+    _, log, _ = make_variants(rows_of(PROMPTS[:4]), intensity=2, tokenizer=tokenizer)
     assert log
     for line in log:
         assert line["tokens_before"] == len(line["before"])
@@ -695,7 +709,7 @@ def test_zipf_is_that_of_wordfreq():
     from wordfreq import zipf_frequency
 
     for word in ("the", "From", "calculate", "photosynthesis", "teh", "it's", "qzxv"):
-        assert rules.zipf(word) == pytest.approx(zipf_frequency(word, "en"), abs=0.011)
+        assert zipf(word) == pytest.approx(zipf_frequency(word, "en"), abs=0.011)
 
 
 def test_homophones_are_mutual_and_no_spelling_variants():
@@ -715,8 +729,8 @@ def test_homophones_are_mutual_and_no_spelling_variants():
 def test_homophone_tables_follow_the_pronunciations(tmp_path):
     source = tmp_path / "cmudict.dict"
     source.write_text("wood W UH1 D\nwould W UH1 D\nred R EH1 D\nread R EH1 D\nread(2) R IY1 D\nreed R IY1 D # plant\n")
-    pronunciations = make_homophones.read_pronunciations(source)
-    sure, sometimes = make_homophones.homophone_tables(pronunciations, pronunciations)
+    pronunciations = read_pronunciations(source)
+    sure, sometimes = homophone_tables(pronunciations, pronunciations)
     assert sure == {"wood": ["would"], "would": ["wood"]}
     assert sometimes == {"read": ["red", "reed"], "red": ["read"], "reed": ["read"]}
 
@@ -731,7 +745,7 @@ def test_operations_are_named_rightly():
         ("hotel", "Hotel", None),
         ("hotel", "hoetls", None),
     ):
-        assert rules.operation_of(before, after) == operation
+        assert operation_of(before, after) == operation
 
 
 # --- as a command
@@ -779,7 +793,7 @@ def test_two_processes_write_the_same_bytes(prompt_file, tmp_path):
 
 
 def test_clean_prompts_under_instruction_stay_there(tmp_path):
-    rows, _, _ = make_variants.make_variants([{"instruction": PROMPTS[2]}])
+    rows, _, _ = make_variants([{"instruction": PROMPTS[2]}])
     assert rows[0]["instruction"] == PROMPTS[2]
     assert "normal" not in rows[0]
     assert "main" in rows[0]
@@ -806,9 +820,9 @@ def test_the_prompt_file_is_not_overwritten(prompt_file):
 
 @pytest.mark.stress
 def test_a_thousand_prompts_in_every_style_take_under_ten_seconds():
-    rules.word_frequencies()
+    word_frequencies()
     texts = [f"{PROMPTS[i % len(PROMPTS)]} Case {i}." for i in range(1000)]
     started = time.process_time()
-    rows, _, _ = make_variants.make_variants(rows_of(texts))
+    rows, _, _ = make_variants(rows_of(texts))
     assert time.process_time() - started < 10
     assert sum(len(variants_of(row)) for row in rows) > 12000

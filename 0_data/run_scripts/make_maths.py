@@ -5,9 +5,9 @@ Writes  0_data/maths.json           1,000 rows: element_index, normal, one key p
                                     _template, _operation, _digits, _result to group by
         0_data/maths_edits.csv      what was edited where, one line per edit
 
-The rows are ordered by difficulty: first 300 rows with one-digit numbers, then 350 whose larger number has
-two digits, then 350 with three. So `--max_samples 60` later on is an easy run over 60 different wordings,
-and a run that is meant to speak for all problems takes the whole file. Same code, same seed: same bytes.
+The rows are ordered by difficulty: 300 rows with one-digit numbers, 350 with two digits, 350 with three. So
+`--max_samples 60` is an easy run over 60 wordings; take the whole file to speak for all problems. Same code, same
+seed: same bytes.
 
     python 0_data/run_scripts/make_maths.py
 """
@@ -15,208 +15,17 @@ and a run that is meant to speak for all problems takes the whole file. Same cod
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import itertools
-import operator
-import random
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from command_line import UserError, make_parser, run_main
+from command_line import make_parser, run_main
 from file_output import write_csv, write_json
-from load_json import read_text
 from logger import get_logger
-from make_variants import edit_log_path, log_table, make_variants
-from typos.rules import STYLES, shuffled
-
-Row = dict[str, Any]
 
 DATA = Path(__file__).resolve().parents[1]
-OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
-    "addition": operator.add,
-    "subtraction": operator.sub,
-    "multiplication": operator.mul,
-    "division": operator.truediv,
-}
-SIGNS = {"addition": "+", "subtraction": "-", "multiplication": "×*", "division": "÷/"}
-# Digits of the larger number -> how many rows with each kind of result.
-COUNTS: dict[int, dict[tuple[str, str], int]] = {
-    digits: {
-        ("addition", "whole"): whole,
-        ("subtraction", "whole"): whole - signed,
-        ("subtraction", "negative"): signed,
-        ("multiplication", "whole"): whole,
-        ("division", "whole"): exact,
-        ("division", "fraction"): fraction,
-    }
-    for digits, whole, signed, exact, fraction in ((1, 90, 30, 8, 22), (2, 90, 30, 50, 30), (3, 90, 30, 50, 30))
-}
-POOL = 60  # numbers per operand from which one group of problems is drawn
-
-
-@dataclass(frozen=True)
-class Wording:
-    """One row of the wordings file: `{x}` stands for the expression, or `[…]` marks the task with {a} {s} {b}."""
-
-    template: str
-    operation: str
-    results: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    operation: str
-    a: int
-    b: int
-
-    @property
-    def value(self) -> Fraction:
-        return OPERATIONS[self.operation](Fraction(self.a), self.b)
-
-    @property
-    def result(self) -> str:
-        """Kind of the result: `negative`, `fraction` or `whole` (zero or more)."""
-        if self.value < 0:
-            return "negative"
-        return "whole" if self.value.denominator == 1 else "fraction"
-
-
-# What few_shot_maths.txt gives away must not be asked.
-FEW_SHOT = frozenset(
-    [
-        Problem("addition", 5, 6), Problem("addition", 6, 5), Problem("subtraction", 3, 7),
-        Problem("multiplication", 4, 3), Problem("multiplication", 3, 4),
-    ]
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------
-
-
-def read_wordings(path: Path) -> list[Wording]:
-    """Read and check the wordings; raises UserError with the line that is wrong."""
-    lines = io.StringIO(read_text(path, "a CSV file of wordings"), newline="")
-    try:
-        rows = [Wording(*row) for row in itertools.islice(csv.reader(lines), 1, None)]
-    except (TypeError, csv.Error) as error:
-        raise UserError(f"{path}: {error}; each line needs template, operation, results, wording") from None
-    for line, row in enumerate(rows, start=2):
-        known = row.operation in (*OPERATIONS, "any") and row.results in ("whole", "any")
-        if not known or not re.fullmatch(r"\w*\d\d", row.template) or not _WORDING.fullmatch(row.text):
-            raise UserError(
-                f"{path} line {line}: needs template_NN, a known operation and results, one {{x}} or [task]"
-            )
-    return rows
-
-
-_WORDING = re.compile(r"[^\[\]{}]*(\{x\}|\[([^\[\]{}]|\{[abs]\})+\])[^\[\]{}]*")
-
-
-def draw_problems(operation: str, result: str, digits: int, rng: random.Random) -> Iterator[Problem]:
-    """Problems without end, none twice before all of a random pool were used; every number is 2 or more."""
-    larger = range(2 if digits == 1 else 10 ** (digits - 1), 10**digits)
-    largest_other = {"addition": 999, "subtraction": 999, "multiplication": 12, "division": 20}[operation]
-    smaller = range(2, min(larger[-1], largest_other) + 1)
-    pairs = itertools.product(*(shuffled(rng, list(numbers))[:POOL] for numbers in (larger, smaller)))
-    pool = {Problem(operation, *pair) for a, b in pairs if a >= b for pair in ((a, b), (b, a))}
-    fitting = sorted((p for p in pool if p.result == result and _is_fair(p)), key=lambda p: (p.a, p.b))
-    return itertools.cycle(shuffled(rng, fitting))
-
-
-def _is_fair(problem: Problem) -> bool:
-    """No zero results, no quotient of one, none with more than three decimals, and nothing of the few-shot text."""
-    if problem in FEW_SHOT:
-        return False
-    if problem.operation == "division":
-        return problem.value != 1 and (problem.value * 1000).denominator == 1
-    return problem.value != 0
-
-
-def format_number(value: Fraction) -> str:
-    """Exact decimal notation of a terminating fraction: 7/2 -> 3.5."""
-    return f"{(Decimal(value.numerator) / Decimal(value.denominator)).normalize():f}"
-
-
-def write_prompt(problem: Problem, wording: Wording) -> tuple[str, str]:
-    """The prompt and its task, which is a substring of it."""
-    signs = SIGNS[problem.operation]
-    sign = signs[int(wording.template[-2:]) % len(signs)]  # a wording keeps one notation: × or *, ÷ or /
-    fields = {"a": problem.a, "b": problem.b, "s": sign, "x": f"[{problem.a} {sign} {problem.b} =]"}
-    marked = wording.text.format(**fields)
-    before, task, after = re.split(r"[\[\]]", marked)
-    return before + task + after, task
-
-
-def make_rows(wordings: Sequence[Wording], seed: int) -> tuple[list[Row], list[Row]]:
-    """(rows with all their styles, edit log) in file order, see the docstring of this script."""
-    rng = random.Random(f"maths {seed}")
-    wordings = shuffled(rng, list(wordings))
-    used: dict[str, list[Problem]] = {wording.template: [] for wording in wordings}
-    rows: list[Row] = []
-    log: list[Row] = []
-    for digits, counts in COUNTS.items():
-        problems = [
-            problem
-            for (operation, result), count in counts.items()
-            for problem in itertools.islice(draw_problems(operation, result, digits, rng), count)
-        ]
-        for problem in shuffled(rng, problems):
-            fitting = by_fitness(problem, wordings, used)
-            row, edits = _first_complete(len(rows) + 1, problem, digits, fitting, seed)
-            used[row["_template"]].append(problem)
-            rows.append(row)
-            log += edits
-    return rows, log
-
-
-def by_fitness(problem: Problem, wordings: Sequence[Wording], used: dict[str, list[Problem]]) -> list[Wording]:
-    """The wordings that fit the problem and were not used for it, the least used first."""
-    fitting = [
-        wording
-        for wording in wordings
-        if wording.operation in (problem.operation, "any")
-        and wording.results in (problem.result, "any")
-        and problem not in used[wording.template]
-    ]
-    return sorted(fitting, key=lambda wording: len(used[wording.template]))
-
-
-def _first_complete(
-    element_index: int, problem: Problem, digits: int, wordings: Sequence[Wording], seed: int
-) -> tuple[Row, list[Row]]:
-    """The row in the first wording that can take every style (a change of wording changes what is drawn for it)."""
-    for wording in wordings:
-        (row,), log, _ = make_variants([_clean_row(element_index, problem, wording, digits)], seed=seed)
-        if len({row[key] for key in ("normal", *STYLES) if key in row}) == 1 + len(STYLES):
-            return row, [{**edit, "original_index": element_index - 1} for edit in log]
-    raise UserError(f"no wording for {problem} can take every style; add wordings with more words")
-
-
-def _clean_row(element_index: int, problem: Problem, wording: Wording, digits: int) -> Row:
-    prompt, task = write_prompt(problem, wording)
-    return {
-        "element_index": element_index,
-        "normal": prompt,
-        "answer": format_number(problem.value),
-        "task": task,
-        "_template": wording.template,
-        "_operation": problem.operation,
-        "_digits": digits,
-        "_result": problem.result,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -233,13 +42,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the prompt file and its edit log."""
     args = parse_args(argv)
+    from typos.maths_problems import make_rows, read_wordings
+    from typos.variants import edit_log_path, log_table
+
     rows, log = make_rows(read_wordings(args.wordings_file), args.seed)
     log_file = edit_log_path(args.output_file)
     write_json(args.output_file, rows, indent=1)
     write_csv(log_file, log_table(log))
-    get_logger("make_maths").info(
-        f"wrote {args.output_file} ({len(rows)} rows, each in {len(STYLES)} styles) and {log_file}"
-    )
+    get_logger("make_maths").info(f"wrote {args.output_file} ({len(rows)} rows in all styles) and {log_file}")
     return 0
 
 

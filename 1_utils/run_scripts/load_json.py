@@ -20,6 +20,8 @@ from command_line import UserError, did_you_mean, one_line
 from token_spans import MATCHED, matched_style
 
 CLEAN_KEYS = ("normal", "instruction")
+TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
+STYLES = (*TYPO_STYLES, "polite", "urgent", "noise_words", "split", "real_word")  # all that make_variants.py makes
 RESERVED_KEYS = frozenset({"element_index", "answer", "task"})
 RUN_NAMES = frozenset({"all", "prompts.json", "run.json", "failures.csv"})  # taken in a run folder and its flags
 LONGEST_STYLE = 200  # bytes: a folder's name has at most 255
@@ -109,6 +111,11 @@ def style_problem(style: str) -> str | None:
     if not style.isprintable():
         return "it holds a character that cannot be shown"
     return f"it is longer than {LONGEST_STYLE} bytes" if len(style.encode()) > LONGEST_STYLE else None
+
+
+def has_half_character(text: str) -> bool:
+    """True for text with half of a surrogate pair, which no tokenizer reads."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -263,7 +270,7 @@ def _text_problem(value: Any) -> str | None:
         return f"is a JSON {_json_type(value)}, not a string; quote it or remove it"
     if not value.strip():
         return "is an empty prompt; fill it or remove it"
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if has_half_character(value):
         return "holds half of a surrogate pair, which no tokenizer reads; correct the character"
     return None
 

@@ -1,0 +1,497 @@
+"""What would bias a comparison of styles in a prompt file: `check_rows` finds it, `fix_rows` removes what is safe.
+
+Styles of the user's own and `other` are held to less: no_op and duplicates, and the former to changed_numbers too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from command_line import UserError
+from load_json import (
+    CLEAN_KEYS,
+    RESERVED_KEYS,
+    STYLES,
+    UnreadLine,
+    has_half_character,
+    id_problem,
+    is_style_key,
+    parse_rows,
+    read_text,
+    style_problem,
+)
+from token_spans import matched_style
+
+from typos.edits import osa_distance
+from typos.style_rules import verify_variant
+
+KNOWN_STYLES = (*CLEAN_KEYS, *STYLES, "other")
+# Kinds of finding. An error biases a comparison.
+ERRORS = {
+    "no_op": "a variant that equals the clean prompt",
+    "duplicate_variant": "a variant that equals another variant of its row",
+    "duplicate_prompt": "rows with the same clean prompt",
+    "duplicate_id": "rows with the same element_index",
+    "duplicate_key": "a key given twice in a row",
+    "misspelled_key": "a key that is a slip for one that is known or frequent (`homo,nym`)",
+    "changed_numbers": "digits or operators differ from the clean prompt",
+    "changed_protected": "other protected text differs from the clean prompt",
+    "edit_count": "more or fewer edits than the style's name says",
+    "wrong_edit": "another kind of edit than the style's name says",
+    "accidental_real_word": "a typo that is a word of Zipf frequency 3 or more",
+    "false_homophone": "a homonym that sounds different",
+    "wrong_type": "a row or value of the wrong JSON type",
+    "empty_prompt": "a prompt without text",
+    "no_clean_prompt": "a row without `normal` or `instruction`",
+    "task_not_in_prompt": "the row's `task` is not in its prompt word for word",
+    "surrogate": "half of a surrogate pair",
+    "not_json": "a line that is not JSON",
+    "bad_key": "a key that cannot be a style's folder (`typo/1`), or differs from another in case alone",
+}
+WARNINGS = {
+    "missing_style": "rows that lack a style that others have; they are left out of its pairs",
+    "no_op_unicode": "a variant that differs from the clean prompt in Unicode normalisation alone",
+    "looks_like_data": "numbers, ids, addresses or labels under a key that would be run as a style",
+    "mixed_ids": "some rows have numbers as element_index, others texts",
+    "request_changed": "a polite or urgent form that rewords the request",
+    "task_split": "a polite or urgent form that moves the first colon",
+    "control_character": "an invisible control character in a prompt",
+}
+FEWEST_FOR_LABELS = 8  # rows: fewer may share a text by chance
+DEEPEST = 50  # levels of lists and objects; a prompt file needs three
+FINDING_COLUMNS = ["style", "original_index", "element_index", "severity", "kind", "detail", "fix"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong. `original_index` (from 0) is None for the file as a whole, `fix` empty for none.
+
+    `fix` is `drop row`, `drop variant`, `keep one` or `rename to KEY`.
+    """
+
+    kind: str
+    detail: str
+    original_index: int | None = None
+    element_index: Any = None
+    style: str = ""
+    fix: str = ""
+
+    @property
+    def severity(self) -> str:
+        return "warning" if self.kind in WARNINGS else "error"
+
+
+class JsonObject(dict[str, Any]):
+    """A JSON object that remembers which keys stood in it more than once, and whether with the same value."""
+
+    repeated: dict[str, bool]
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs)
+        self.repeated = {
+            key: all(_same(value, self[key]) for other, value in pairs if other == key)
+            for key, count in counts.items()
+            if count > 1
+        }
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and isinstance(a, str | int | float) and a == b
+
+
+def read_rows(prompt_file: str | Path) -> list[Any]:
+    """The rows of a prompt file, whatever is wrong inside them. UserError where it is no JSON list at all."""
+    path = Path(prompt_file)
+    rows = parse_rows(read_text(path, "a prompt file"), path, JsonObject)
+    if _is_deeper(rows, DEEPEST):
+        raise UserError(f"{path}: nested deeper than {DEEPEST} levels; expected a flat list of objects")
+    return rows
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        inner = [v for v in level if isinstance(v, list | dict) and v]
+        level = [item for v in inner for item in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return False
+    return True
+
+
+# --- checks
+
+
+def check_rows(rows: list[Any], intensity: int = 1, styles: Sequence[str] = ()) -> list[Finding]:
+    """Everything that is wrong with the rows of a prompt file, in row order, then the file as a whole.
+
+    `intensity` is the number of edits that the styles were made with. `styles` are those that will be run, which
+    every row should have; the file's others are not looked at (default, or `all`: all that any row has).
+    """
+    wanted = [matched_style(style) or style for style in styles if "all" not in styles]
+    meant = _meant_keys(rows)
+    rows = [_considered(row, wanted, meant) for row in rows]
+    bad_keys, data = _bad_keys(rows, meant), _data_columns(rows, meant)
+    has_clean = any(key in row for row in rows if isinstance(row, dict) for key in CLEAN_KEYS)
+    findings = [] if has_clean else [Finding("no_clean_prompt", "no row has `normal` or `instruction` to compare with")]
+    for index, row in enumerate(rows):
+        if isinstance(row, dict):
+            findings += _check_keys(index, row, meant)
+            for problem in _type_problems({key: row[key] for key in row if key not in {*meant, *data}}):
+                findings.append(_finding(index, row, problem))
+            if has_clean:
+                findings += _check_variants(index, row, {*meant, *data}, intensity)
+        elif isinstance(row, UnreadLine):
+            findings.append(Finding("not_json", f"the line is not JSON: {row.reason}", index, fix="drop row"))
+        else:
+            findings.append(
+                Finding("wrong_type", f"the row is {_json_type(row)}, not an object", index, fix="drop row")
+            )
+    findings += _duplicates(rows, data)
+    findings.sort(key=lambda finding: finding.original_index or 0)
+    findings += [Finding("bad_key", reason, style=key) for key, reason in bad_keys.items()]
+    findings += [Finding("looks_like_data", reason, style=key) for key, reason in data.items()]
+    findings += _missing_styles(rows, wanted, {*meant, *data})
+    ids = [_id_of(row, index) for index, row in enumerate(rows) if isinstance(row, dict)]
+    texts = sum(isinstance(own_id, str) for own_id in ids)
+    if 0 < texts < len(ids):
+        detail = f"{texts} of {len(ids)} ids are texts, the others numbers"
+        findings.append(Finding("mixed_ids", detail, style="element_index"))
+    return findings
+
+
+def _considered(row: Any, wanted: Sequence[str], meant: dict[str, str]) -> Any:
+    """The row without what is null, and without the styles that are not wanted (none named: all are)."""
+    if not isinstance(row, dict):
+        return row
+    kept = JsonObject([])
+    for key, value in row.items():
+        chosen = not wanted or not _is_variant(key) or key in wanted or meant.get(key) in (*wanted, *RESERVED_KEYS)
+        if chosen and value is not None:
+            kept[key] = value
+    kept.repeated = {key: same for key, same in getattr(row, "repeated", {}).items() if key in kept}
+    return kept
+
+
+# --- keys
+
+
+def _bad_keys(rows: list[Any], meant: dict[str, str]) -> dict[str, str]:
+    """Style key -> why it can have no folder of its own."""
+    keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row if is_style_key(key))
+    found, first = {}, dict[str, str]()
+    for key in keys:
+        other = first.setdefault(key.casefold(), key)
+        if key not in meant and (reason := style_problem(key)):
+            found[key] = f"{_shown(key)} cannot name a folder: {reason}; rename it, or begin it with _ if it is data"
+        elif key not in meant and other != key:
+            found[key] = f"differs from {_shown(other)} in case alone: one folder on macOS and Windows; rename it"
+    return found
+
+
+_DATA_KINDS = {
+    "numbers": re.compile(r"[-+−]?[$€£¥]?\d[\d.,:]*\s?[%€$£¥]?|\d{1,4}([-/.])\d{1,2}\1\d{1,4}"),
+    "addresses": re.compile(r"(?:https?|ftp|file)://\S+|www\.\S+|\S+@\S+\.\w+"),
+    "ids": re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[\w.:/#-]+"),
+}
+
+
+def _data_columns(rows: list[Any], meant: dict[str, str]) -> dict[str, str]:
+    """Key of the user's own -> what its texts seem to be instead of prompts."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        for key, value in row.items() if isinstance(row, dict) else ():
+            own = is_style_key(key) and key not in KNOWN_STYLES and key not in meant
+            if own and isinstance(value, str | int | float) and not isinstance(value, bool):
+                texts.setdefault(key, []).append(str(value).strip())
+    told = {}
+    clean = [str(row[key]) for row in rows if isinstance(row, dict) and (key := _clean_key(row))]
+    for key, values in texts.items():
+        kind = _data_kind(values)
+        if kind and kind != _data_kind(clean):  # prompts may be as short
+            told[key] = f"holds {kind}, not prompts; begin its name with _ to keep it as data"
+    return told
+
+
+def _data_kind(values: list[str]) -> str | None:
+    for kind, pattern in _DATA_KINDS.items():
+        if sum(pattern.fullmatch(value) is not None for value in values) >= 0.9 * len(values):
+            return kind
+    distinct = set(values)
+    few = len(values) >= FEWEST_FOR_LABELS and len(distinct) <= max(2, len(values) // 10)
+    return "a few labels" if few and max(len(value.split()) for value in distinct) <= 3 else None
+
+
+def _meant_keys(rows: list[Any]) -> dict[str, str]:
+    """Key -> the key that was meant, for every key that is a slip for a known one or for a far more frequent one."""
+    counts = Counter(key for row in rows if isinstance(row, dict) for key in row if not key.startswith("_"))
+    known = [*KNOWN_STYLES, *RESERVED_KEYS]
+    meant = {}
+    for key, count in counts.items():
+        frequent = [other for other, number in counts.items() if number >= 20 * count] if len(counts) < 200 else []
+        if key not in known and (target := _slip_for(key, [*known, *frequent])):
+            meant[key] = target
+    return meant
+
+
+def _slip_for(key: str, targets: list[str]) -> str | None:
+    bare = _bare(key)
+    for target in targets:
+        if bare == _bare(target) and bare:
+            return target
+    if any(character.isdigit() for character in key):
+        return None  # main_2, v3: names, not slips
+    for target in targets:
+        if sorted(bare) == sorted(_bare(target)) and osa_distance(bare, _bare(target), limit=2) <= 2:
+            return target  # tow, homynom
+    if len(bare) < 4:
+        return None
+    for target in targets:
+        allowed = 1 if len(target) < 8 else 2
+        if len(target) >= 4 and osa_distance(bare, _bare(target), limit=allowed) <= allowed:
+            return target
+    return None
+
+
+def _bare(key: str) -> str:
+    return re.sub(r"[\W_]+", "", key).lower()
+
+
+def _check_keys(index: int, row: dict[str, Any], meant: dict[str, str]) -> Iterator[Finding]:
+    for key, same in getattr(row, "repeated", {}).items():
+        lost = "drop variant" if _is_variant(key) else "drop row"
+        detail = f"the key {_shown(key)} stands there twice, {'with the same value' if same else 'with two values'}"
+        yield Finding("duplicate_key", detail, index, _id_of(row, index), key, "keep one" if same else lost)
+    for key in row:
+        if key in meant:
+            fix = f"rename to {meant[key]}" if meant[key] not in row else ""
+            detail = f"the key {_shown(key)} is probably {meant[key]!r}"
+            yield Finding("misspelled_key", detail, index, _id_of(row, index), key, fix)
+
+
+# --- values
+
+
+Problem = tuple[str, str, str, str]  # kind, detail, key, fix
+
+
+def _finding(index: int, row: dict[str, Any], problem: Problem) -> Finding:
+    kind, detail, key, fix = problem
+    return Finding(kind, detail, index, _id_of(row, index), key, fix)
+
+
+def _type_problems(row: dict[str, Any]) -> Iterator[Problem]:
+    if reason := id_problem(row.get("element_index", 0)):
+        yield "wrong_type", f"element_index {reason}", "element_index", ""
+    if "answer" in row and not _is_answer(row["answer"]):
+        yield "wrong_type", f"answer is {_json_type(row['answer'])}, not a string or a finite number", "answer", ""
+    if "task" in row and not isinstance(row["task"], str):
+        yield "wrong_type", f"task is {_json_type(row['task'])}, not a string", "task", ""
+    for key, value in row.items():
+        if is_style_key(key):
+            fix = "drop variant" if _is_variant(key) else "drop row"
+            yield from (
+                (kind, detail, key, fix if kind not in WARNINGS else "") for kind, detail in _text_faults(value)
+            )
+
+
+def _is_answer(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def _text_faults(value: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, str):
+        yield "wrong_type", f"the prompt is {_json_type(value)}, not a string"
+    elif not value.strip():
+        yield "empty_prompt", "the prompt is empty"
+    elif has_half_character(value):
+        yield "surrogate", "half of a surrogate pair, which no tokenizer reads"
+    elif control := _CONTROLS.search(value):
+        yield "control_character", f"U+{ord(control[0]):04X} at character {control.start()}"
+
+
+def _check_variants(index: int, row: dict[str, Any], skipped: set[str], intensity: int) -> Iterator[Finding]:
+    own_id = _id_of(row, index)
+    clean_key = _clean_key(row)
+    if clean_key is None:
+        yield Finding("no_clean_prompt", "no `normal` or `instruction` to compare with", index, own_id, fix="drop row")
+        return
+    clean = row[clean_key]
+    if not _is_prompt(clean):
+        return
+    for problem in _task_problems(row, clean_key):
+        yield _finding(index, row, problem)
+    for style, text in row.items():
+        if _is_variant(style) and _is_prompt(text) and style not in skipped:
+            for fault in verify_variant(clean, text, style, row, intensity):
+                fix = "" if fault.kind in WARNINGS else "drop variant"
+                yield Finding(fault.kind, fault.detail, index, own_id, style, fix)
+
+
+def _task_problems(row: dict[str, Any], clean_key: str) -> Iterator[Problem]:
+    task = row.get("task")
+    if not isinstance(task, str) or not task:
+        return
+    for key, text in row.items():
+        known = key == clean_key or key in STYLES
+        if known and isinstance(text, str) and task not in text:
+            fix = "" if key == clean_key else "drop variant"
+            yield "task_not_in_prompt", "the row's task does not stand in it word for word", key, fix
+
+
+def _clean_key(row: dict[str, Any]) -> str | None:
+    return next((key for key in CLEAN_KEYS if key in row), None)
+
+
+def _id_of(row: dict[str, Any], index: int) -> Any:
+    own_id = row.get("element_index", index + 1)
+    return own_id if id_problem(own_id) is None else _shown(own_id)
+
+
+def _is_variant(key: str) -> bool:
+    return is_style_key(key) and key not in CLEAN_KEYS
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+# --- rows beside each other
+
+
+def _duplicates(rows: list[Any], data: dict[str, str]) -> Iterator[Finding]:
+    ids: dict[str, int] = {}
+    prompts: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            continue
+        own_id = _id_of(row, index)
+        if (first := ids.setdefault(str(own_id), index)) != index:  # 5 and "5" are one in a table
+            yield Finding("duplicate_id", f"row {first + 1} has this id too", index, own_id, "element_index")
+        clean_key = _clean_key(row)
+        if clean_key and _is_prompt(row[clean_key]) and (first := prompts.setdefault(row[clean_key], index)) != index:
+            fix = "drop row" if _same_row(rows[first], row) else ""
+            detail = f"row {first + 1} has the same clean prompt"
+            yield Finding("duplicate_prompt", detail, index, own_id, clean_key, fix)
+        yield from _duplicate_variants(index, {key: text for key, text in row.items() if key not in data})
+
+
+def _same_row(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return {k: v for k, v in a.items() if k != "element_index"} == {k: v for k, v in b.items() if k != "element_index"}
+
+
+def _duplicate_variants(index: int, row: dict[str, Any]) -> Iterator[Finding]:
+    first: dict[str, str] = {}
+    for style, text in row.items():
+        if _is_variant(style) and _is_prompt(text) and (other := first.setdefault(text, style)) != style:
+            detail = f"equals {_shown(other)}"
+            yield Finding("duplicate_variant", detail, index, _id_of(row, index), style, "drop variant")
+
+
+def _missing_styles(rows: list[Any], styles: Sequence[str], skipped: set[str]) -> Iterator[Finding]:
+    objects = [row for row in rows if isinstance(row, dict)]
+    counts = Counter(key for row in objects for key in row if is_style_key(key) and key not in skipped)
+    for style in styles or [key for key in counts if key not in CLEAN_KEYS]:
+        if counts[style] < len(objects):
+            detail = f"{len(objects) - counts[style]} of {len(objects)} rows lack it"
+            yield Finding("missing_style", detail, style=style)
+
+
+def _json_type(value: Any) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
+
+
+# --- fixes
+
+
+def fix_rows(rows: list[Any], intensity: int = 1) -> tuple[list[Any], Counter[str]]:
+    """(rows without what can be dropped or renamed safely, number of each fix); the given rows are left as they are.
+
+    A renamed key is checked under its new name, so the rounds go on until nothing is left to fix. Rows that had no id
+    of their own keep their old position + 1 as `element_index`, so that a dropped row renumbers nobody.
+    """
+    fixed = [_considered(row, (), {}) for row in rows]
+    done: Counter[str] = Counter()
+    while fixes := [finding for finding in check_rows(fixed, intensity) if finding.fix]:
+        fixed = _fix_once(fixed, fixes, done)
+    return fixed, done
+
+
+def _fix_once(rows: list[Any], fixes: list[Finding], done: Counter[str]) -> list[Any]:
+    by_row: dict[int, list[Finding]] = {}
+    for finding in fixes:
+        by_row.setdefault(finding.original_index or 0, []).append(finding)
+    dropped = {index for index, found in by_row.items() if any(finding.fix == "drop row" for finding in found)}
+    done["rows dropped"] += len(dropped)
+    kept = []
+    for index, row in enumerate(rows):
+        if index in dropped:
+            continue
+        if isinstance(row, dict):
+            row = _fix_row(row, by_row.get(index, []), done)
+            if dropped:
+                row.setdefault("element_index", index + 1)
+        kept.append(row)
+    return kept
+
+
+def _fix_row(row: dict[str, Any], found: list[Finding], done: Counter[str]) -> dict[str, Any]:
+    drops = {finding.style for finding in found if finding.fix == "drop variant"}
+    new_names = {f.style: f.fix.removeprefix("rename to ") for f in found if f.fix.startswith("rename to ")}
+    done["variants dropped"] += len(drops)
+    fixed: dict[str, Any] = {}
+    for key, value in row.items():
+        new_key = new_names.get(key, key)
+        if key in drops or new_key in fixed:  # two slips for one key: the second stays as it is
+            new_key = key
+        if key not in drops:
+            done["keys renamed"] += new_key != key
+            fixed[new_key] = value
+    return fixed
+
+
+# --- report
+
+
+def findings_table(findings: list[Finding]) -> pd.DataFrame:
+    """All findings as a table, in the order in which they were found."""
+    lines = [{**asdict(finding), "severity": finding.severity} for finding in findings]
+    return pd.DataFrame(lines, columns=FINDING_COLUMNS, dtype=object)
+
+
+def summary_text(rows: list[Any], findings: list[Finding]) -> str:
+    """A table with one line for each kind of finding and style, with its first example."""
+    if not findings:
+        return f"{len(rows)} rows: no finding"
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.kind, finding.style), []).append(finding)
+    lines = [f"{'severity':9}{'kind':22}{'key':18}{'n':>7}  first"]
+    for (severity, kind, style), found in sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1]))):
+        where = "" if found[0].original_index is None else f"row {found[0].original_index + 1}: "
+        lines.append(f"{severity:9}{kind:22}{_plain(style):18}{len(found):>7}  {_plain(where + found[0].detail, 110)}")
+    errors = sum(finding.severity == "error" for finding in findings)
+    return "\n".join([*lines, f"{len(rows)} rows: {errors} errors, {len(findings) - errors} warnings"])
+
+
+def _plain(text: str, limit: int = 17) -> str:
+    """`text` as a terminal can show it, on one line."""
+    shown = "".join(c if c.isprintable() else "?" for c in text.encode("utf-8", "replace").decode())
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
