@@ -15,6 +15,7 @@ import pytest
 from command_line import UserError
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from typos import dataset_formats
 from typos.dataset_formats import _NO_ANSWER, bad_lines_path
 
 FORMATS = ("gsm8k", "quora", "paws", "csv", "tsv", "jsonl")
@@ -151,7 +152,7 @@ def test_bytes_that_are_no_utf8_spoil_their_line_alone(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapt_dataset, "LONGEST_LINE", 200)
+    monkeypatch.setattr(dataset_formats, "LONGEST_LINE", 200)
     good = gsm8k_line("Good?", "#### 1")
     _, rows, bad = adapt(tmp_path, "gsm8k", "\n".join([good, "x" * 1000, good]))
     assert len(rows) == 2

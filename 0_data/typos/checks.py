@@ -33,36 +33,10 @@ from typos.edits import osa_distance
 from typos.style_rules import verify_variant
 
 KNOWN_STYLES = (*CLEAN_KEYS, *STYLES, "other")
-# Kinds of finding. An error biases a comparison.
-ERRORS = {
-    "no_op": "a variant that equals the clean prompt",
-    "duplicate_variant": "a variant that equals another variant of its row",
-    "duplicate_prompt": "rows with the same clean prompt",
-    "duplicate_id": "rows with the same element_index",
-    "duplicate_key": "a key given twice in a row",
-    "misspelled_key": "a key that is a slip for one that is known or frequent (`homo,nym`)",
-    "changed_numbers": "digits or operators differ from the clean prompt",
-    "changed_protected": "other protected text differs from the clean prompt",
-    "edit_count": "more or fewer edits than the style's name says",
-    "wrong_edit": "another kind of edit than the style's name says",
-    "accidental_real_word": "a typo that is a word of Zipf frequency 3 or more",
-    "false_homophone": "a homonym that sounds different",
-    "wrong_type": "a row or value of the wrong JSON type",
-    "empty_prompt": "a prompt without text",
-    "no_clean_prompt": "a row without `normal` or `instruction`",
-    "task_not_in_prompt": "the row's `task` is not in its prompt word for word",
-    "surrogate": "half of a surrogate pair",
-    "not_json": "a line that is not JSON",
-    "bad_key": "a key that cannot be a style's folder (`typo/1`), or differs from another in case alone",
-}
+# All other kinds of finding are errors: they bias a comparison.
 WARNINGS = {
-    "missing_style": "rows that lack a style that others have; they are left out of its pairs",
-    "no_op_unicode": "a variant that differs from the clean prompt in Unicode normalisation alone",
-    "looks_like_data": "numbers, ids, addresses or labels under a key that would be run as a style",
-    "mixed_ids": "some rows have numbers as element_index, others texts",
-    "request_changed": "a polite or urgent form that rewords the request",
-    "task_split": "a polite or urgent form that moves the first colon",
-    "control_character": "an invisible control character in a prompt",
+    *("missing_style", "no_op_unicode", "looks_like_data", "mixed_ids"),
+    *("request_changed", "task_split", "control_character"),
 }
 FEWEST_FOR_LABELS = 8  # rows: fewer may share a text by chance
 DEEPEST = 50  # levels of lists and objects; a prompt file needs three
@@ -139,26 +113,27 @@ def check_rows(rows: list[Any], intensity: int = 1, styles: Sequence[str] = ()) 
     meant = _meant_keys(rows)
     rows = [_considered(row, wanted, meant) for row in rows]
     bad_keys, data = _bad_keys(rows, meant), _data_columns(rows, meant)
+    skipped = {*meant, *data}
     has_clean = any(key in row for row in rows if isinstance(row, dict) for key in CLEAN_KEYS)
     findings = [] if has_clean else [Finding("no_clean_prompt", "no row has `normal` or `instruction` to compare with")]
     for index, row in enumerate(rows):
         if isinstance(row, dict):
-            findings += _check_keys(index, row, meant)
-            for problem in _type_problems({key: row[key] for key in row if key not in {*meant, *data}}):
-                findings.append(_finding(index, row, problem))
+            problems = [*_key_problems(row, meant), *_type_problems(row, skipped)]
             if has_clean:
-                findings += _check_variants(index, row, {*meant, *data}, intensity)
+                problems += _variant_problems(row, skipped, intensity)
+            problems += _duplicate_variants(row, data)
         elif isinstance(row, UnreadLine):
-            findings.append(Finding("not_json", f"the line is not JSON: {row.reason}", index, fix="drop row"))
+            problems = [("not_json", f"the line is not JSON: {row.reason}", "", "drop row")]
         else:
-            findings.append(
-                Finding("wrong_type", f"the row is {_json_type(row)}, not an object", index, fix="drop row")
-            )
-    findings += _duplicates(rows, data)
+            problems = [("wrong_type", f"the row is {_json_type(row)}, not an object", "", "drop row")]
+        own_id = _id_of(row, index) if isinstance(row, dict) else None
+        for kind, detail, key, fix in problems:
+            findings.append(Finding(kind, detail, index, own_id, key, "" if kind in WARNINGS else fix))
+    findings += _duplicate_rows(rows)
     findings.sort(key=lambda finding: finding.original_index or 0)
     findings += [Finding("bad_key", reason, style=key) for key, reason in bad_keys.items()]
     findings += [Finding("looks_like_data", reason, style=key) for key, reason in data.items()]
-    findings += _missing_styles(rows, wanted, {*meant, *data})
+    findings += _missing_styles(rows, wanted, skipped)
     ids = [_id_of(row, index) for index, row in enumerate(rows) if isinstance(row, dict)]
     texts = sum(isinstance(own_id, str) for own_id in ids)
     if 0 < texts < len(ids):
@@ -264,30 +239,24 @@ def _bare(key: str) -> str:
     return re.sub(r"[\W_]+", "", key).lower()
 
 
-def _check_keys(index: int, row: dict[str, Any], meant: dict[str, str]) -> Iterator[Finding]:
+Problem = tuple[str, str, str, str]  # of one row: kind, detail, key, fix
+
+
+def _key_problems(row: dict[str, Any], meant: dict[str, str]) -> Iterator[Problem]:
     for key, same in getattr(row, "repeated", {}).items():
-        lost = "drop variant" if _is_variant(key) else "drop row"
-        detail = f"the key {_shown(key)} stands there twice, {'with the same value' if same else 'with two values'}"
-        yield Finding("duplicate_key", detail, index, _id_of(row, index), key, "keep one" if same else lost)
+        detail = f"the key {_shown(key)} is there twice, {'with the same value' if same else 'with two values'}"
+        yield "duplicate_key", detail, key, "keep one" if same else _drop(key)
     for key in row:
         if key in meant:
             fix = f"rename to {meant[key]}" if meant[key] not in row else ""
-            detail = f"the key {_shown(key)} is probably {meant[key]!r}"
-            yield Finding("misspelled_key", detail, index, _id_of(row, index), key, fix)
+            yield "misspelled_key", f"the key {_shown(key)} is probably {meant[key]!r}", key, fix
 
 
 # --- values
 
 
-Problem = tuple[str, str, str, str]  # kind, detail, key, fix
-
-
-def _finding(index: int, row: dict[str, Any], problem: Problem) -> Finding:
-    kind, detail, key, fix = problem
-    return Finding(kind, detail, index, _id_of(row, index), key, fix)
-
-
-def _type_problems(row: dict[str, Any]) -> Iterator[Problem]:
+def _type_problems(row: dict[str, Any], skipped: set[str]) -> Iterator[Problem]:
+    row = {key: value for key, value in row.items() if key not in skipped}
     if reason := id_problem(row.get("element_index", 0)):
         yield "wrong_type", f"element_index {reason}", "element_index", ""
     if "answer" in row and not _is_answer(row["answer"]):
@@ -295,11 +264,21 @@ def _type_problems(row: dict[str, Any]) -> Iterator[Problem]:
     if "task" in row and not isinstance(row["task"], str):
         yield "wrong_type", f"task is {_json_type(row['task'])}, not a string", "task", ""
     for key, value in row.items():
-        if is_style_key(key):
-            fix = "drop variant" if _is_variant(key) else "drop row"
-            yield from (
-                (kind, detail, key, fix if kind not in WARNINGS else "") for kind, detail in _text_faults(value)
-            )
+        if not is_style_key(key):
+            continue
+        if not isinstance(value, str):
+            yield "wrong_type", f"the prompt is {_json_type(value)}, not a string", key, _drop(key)
+        elif not value.strip():
+            yield "empty_prompt", "the prompt is empty", key, _drop(key)
+        elif has_half_character(value):
+            yield "surrogate", "half of a surrogate pair, which no tokenizer reads", key, _drop(key)
+        elif control := _CONTROLS.search(value):
+            yield "control_character", f"U+{ord(control[0]):04X} at character {control.start()}", key, ""
+
+
+def _drop(key: str) -> str:
+    """The fix for a key that has to go: the variant, or the row with its clean prompt, answer …"""
+    return "drop variant" if _is_variant(key) else "drop row"
 
 
 def _is_answer(value: Any) -> bool:
@@ -311,44 +290,23 @@ def _is_answer(value: Any) -> bool:
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-def _text_faults(value: Any) -> Iterator[tuple[str, str]]:
-    if not isinstance(value, str):
-        yield "wrong_type", f"the prompt is {_json_type(value)}, not a string"
-    elif not value.strip():
-        yield "empty_prompt", "the prompt is empty"
-    elif has_half_character(value):
-        yield "surrogate", "half of a surrogate pair, which no tokenizer reads"
-    elif control := _CONTROLS.search(value):
-        yield "control_character", f"U+{ord(control[0]):04X} at character {control.start()}"
-
-
-def _check_variants(index: int, row: dict[str, Any], skipped: set[str], intensity: int) -> Iterator[Finding]:
-    own_id = _id_of(row, index)
+def _variant_problems(row: dict[str, Any], skipped: set[str], intensity: int) -> Iterator[Problem]:
     clean_key = _clean_key(row)
     if clean_key is None:
-        yield Finding("no_clean_prompt", "no `normal` or `instruction` to compare with", index, own_id, fix="drop row")
+        yield "no_clean_prompt", "no `normal` or `instruction` to compare with", "", "drop row"
         return
-    clean = row[clean_key]
+    clean, task = row[clean_key], row.get("task")
     if not _is_prompt(clean):
-        return
-    for problem in _task_problems(row, clean_key):
-        yield _finding(index, row, problem)
-    for style, text in row.items():
-        if _is_variant(style) and _is_prompt(text) and style not in skipped:
-            for fault in verify_variant(clean, text, style, row, intensity):
-                fix = "" if fault.kind in WARNINGS else "drop variant"
-                yield Finding(fault.kind, fault.detail, index, own_id, style, fix)
-
-
-def _task_problems(row: dict[str, Any], clean_key: str) -> Iterator[Problem]:
-    task = row.get("task")
-    if not isinstance(task, str) or not task:
         return
     for key, text in row.items():
         known = key == clean_key or key in STYLES
-        if known and isinstance(text, str) and task not in text:
+        if isinstance(task, str) and known and isinstance(text, str) and task not in text:
             fix = "" if key == clean_key else "drop variant"
-            yield "task_not_in_prompt", "the row's task does not stand in it word for word", key, fix
+            yield "task_not_in_prompt", "the row's task is not in it word for word", key, fix
+    for style, text in row.items():
+        if _is_variant(style) and _is_prompt(text) and style not in skipped:
+            for fault in verify_variant(clean, text, style, row, intensity):
+                yield fault.kind, fault.detail, style, "drop variant"
 
 
 def _clean_key(row: dict[str, Any]) -> str | None:
@@ -371,7 +329,15 @@ def _is_prompt(value: Any) -> bool:
 # --- rows beside each other
 
 
-def _duplicates(rows: list[Any], data: dict[str, str]) -> Iterator[Finding]:
+def _duplicate_variants(row: dict[str, Any], data: dict[str, str]) -> Iterator[Problem]:
+    first: dict[str, str] = {}
+    for style, text in row.items():
+        variant = _is_variant(style) and style not in data and _is_prompt(text)
+        if variant and (other := first.setdefault(text, style)) != style:
+            yield "duplicate_variant", f"equals {_shown(other)}", style, "drop variant"
+
+
+def _duplicate_rows(rows: list[Any]) -> Iterator[Finding]:
     ids: dict[str, int] = {}
     prompts: dict[str, int] = {}
     for index, row in enumerate(rows):
@@ -382,22 +348,9 @@ def _duplicates(rows: list[Any], data: dict[str, str]) -> Iterator[Finding]:
             yield Finding("duplicate_id", f"row {first + 1} has this id too", index, own_id, "element_index")
         clean_key = _clean_key(row)
         if clean_key and _is_prompt(row[clean_key]) and (first := prompts.setdefault(row[clean_key], index)) != index:
-            fix = "drop row" if _same_row(rows[first], row) else ""
+            fix = "drop row" if {**rows[first], "element_index": 0} == {**row, "element_index": 0} else ""
             detail = f"row {first + 1} has the same clean prompt"
             yield Finding("duplicate_prompt", detail, index, own_id, clean_key, fix)
-        yield from _duplicate_variants(index, {key: text for key, text in row.items() if key not in data})
-
-
-def _same_row(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return {k: v for k, v in a.items() if k != "element_index"} == {k: v for k, v in b.items() if k != "element_index"}
-
-
-def _duplicate_variants(index: int, row: dict[str, Any]) -> Iterator[Finding]:
-    first: dict[str, str] = {}
-    for style, text in row.items():
-        if _is_variant(style) and _is_prompt(text) and (other := first.setdefault(text, style)) != style:
-            detail = f"equals {_shown(other)}"
-            yield Finding("duplicate_variant", detail, index, _id_of(row, index), style, "drop variant")
 
 
 def _missing_styles(rows: list[Any], styles: Sequence[str], skipped: set[str]) -> Iterator[Finding]:
