@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from file_output import save_figure
 from token_spans import matched_style
 
-from attention.activation_rows import SPLIT_STYLE, is_control
+from style_rows import SPLIT_STYLE, is_control
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
 from command_line import UserError
-from load_model import scaled_logits
-
-if TYPE_CHECKING:
-    import torch
+from load_model import load_model, scaled_logits
 
 AGREEMENT = 0.02  # relative error allowed between the lens at the last layer and the logits of the run (16-bit states)
+ROWS_AT_ONCE = 64  # a row's logits are as large as the vocabulary
 
 
 @dataclass
@@ -28,44 +28,44 @@ class LogitLens:
 
     def logits(self, states: torch.Tensor, normed: bool) -> torch.Tensor:
         """Logits [..., V] float32 of states [..., D]; `normed`: they are after the final norm."""
-        import torch
-
         head = self.model.get_output_embeddings()
         with torch.no_grad():
             states = states.to(head.weight.device, head.weight.dtype)
             logits = head(states if normed else self.norm(states))
             return scaled_logits(self.model.config.get_text_config(decoder=True), logits).float().cpu()
 
-    def change(self, clean: torch.Tensor, style: torch.Tensor, clean_top1: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What each layer's lens says; clean, style [L+1,b,D], clean_top1 [b] the clean run's first token. All [L+1,b]:
+    def change(self, clean: np.ndarray, style: np.ndarray, clean_top1: np.ndarray) -> dict[str, np.ndarray]:
+        """What each layer's lens says; clean, style [n,L+1,D], clean_top1 [n] the clean run's first token. All [n,L+1]:
 
-        A layer whose states are all NaN, for it is not at hand, stays NaN.
         `lens_kl`: KL(clean || style) in nats; `lens_top1_probability`: of the clean run's first token under the style;
-        `lens_top1_probability_change`: that minus its probability in the clean prompt.
+        `lens_top1_probability_change`: that minus its probability in the clean prompt. A layer whose states are all
+        NaN, because the run does not hold it, stays NaN.
         """
-        import torch
-
-        found = torch.full((3, *clean.shape[:2]), torch.nan)
-        for layer in range(len(clean)):
-            if clean[layer].isnan().all():
+        found = np.full((3, *clean.shape[:2]), np.nan, dtype=np.float32)
+        for layer in range(clean.shape[1]):
+            if np.isnan(clean[:, layer]).all():
                 continue
-            pair = torch.stack([clean[layer], style[layer]])
-            log_p, log_q = self.logits(pair, normed=layer == self.layer_count).log_softmax(-1)
-            before, after = (side.gather(-1, clean_top1[:, None])[:, 0].exp() for side in (log_p, log_q))
-            found[:, layer] = torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1), after, after - before])
+            for start in range(0, len(clean), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                pair = torch.from_numpy(np.stack([clean[rows, layer], style[rows, layer]]))
+                log_p, log_q = self.logits(pair, normed=layer == self.layer_count).log_softmax(-1)
+                first = torch.from_numpy(clean_top1[rows, None])
+                before, after = (side.gather(-1, first)[:, 0].exp() for side in (log_p, log_q))
+                kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+                found[:, rows, layer] = torch.stack([kl, after, after - before]).numpy()
         return dict(zip(("lens_kl", "lens_top1_probability", "lens_top1_probability_change"), found, strict=True))
 
-    def check(self, last_states: torch.Tensor, values: torch.Tensor, indices: torch.Tensor) -> None:
-        """Raise UserError where the head does not give the logits that the run holds (another model, another head).
+    def check(self, last_states: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
+        """Raise UserError if the head does not give the logits that the run holds (another model, another head).
 
-        last_states [b,D] of hidden_states[L]; topk_vals, topk_indices [b,k] at the last token.
+        last_states [n,D] of hidden_states[L]; topk_vals, topk_indices [n,k] at the last token.
         """
-        own = self.logits(last_states, normed=True).gather(-1, indices)
-        if not float((own - values).abs().max()) <= AGREEMENT * float(values.abs().max()):
+        own = self.logits(torch.from_numpy(last_states), normed=True).gather(-1, torch.from_numpy(indices)).numpy()
+        if not np.abs(own - values).max() <= AGREEMENT * np.abs(values).max():
             raise UserError("--model_name: its head does not give this run's logits; name the model that made the run")
 
     def check_size(self, layers: int, hidden_size: int) -> None:
-        """Raise UserError where the model has another number of layers or hidden size than the run."""
+        """Raise UserError if the model has another number of layers or hidden size than the run."""
         own = (self.layer_count, int(self.model.get_output_embeddings().weight.shape[-1]))
         if own != (layers, hidden_size):
             raise UserError(
@@ -75,17 +75,13 @@ class LogitLens:
 
 
 def open_lens(model_name: str, dtype: str = "auto", device_map: str | None = None) -> LogitLens:
-    """Load a model for its norm and head. Raises UserError where it cannot be loaded or keeps no final norm."""
-    from load_model import load_model
-
+    """Load a model for its norm and head. Raises UserError if it cannot be loaded or keeps no final norm."""
     model, _ = load_model(model_name, dtype=dtype, device_map=device_map)
     return LogitLens(find_final_norm(model), model)
 
 
 def find_final_norm(model: Any) -> Any:
     """The norm that follows the decoder's layers: the last norm among the modules beside the list of layers."""
-    import torch
-
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     for module in model.modules():
         children = list(module.children())

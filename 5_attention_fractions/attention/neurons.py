@@ -1,0 +1,330 @@
+"""Typo neurons and typo heads: found on one half of the templates, confirmed on the other (docs/METHODS.md).
+
+Arrays of unit values are [n, k, U]: rows, k layers at a time, U units of a layer (neurons or heads).
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from command_line import UserError
+from file_output import save_figure
+from logger import get_logger
+from matplotlib.ticker import MaxNLocator
+from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal
+from run_store import Run, warn_unfinished
+from scipy import stats
+from style_rows import (
+    StyleRows,
+    clean_and_styles,
+    control_of,
+    is_control,
+    like_control,
+    paired_rows,
+    templates_of,
+    twin_region,
+    warn_missing_controls,
+)
+
+from attention.layer_curves import count_label
+from attention.layer_slices import layer_slices
+
+NEURON, HEAD = "neuron", "head"
+FIELDS = {NEURON: "mlp_pooled", HEAD: "attention_entropy"}
+FLAGS = {NEURON: "--neurons", HEAD: "--entropy"}
+ALPHA = 0.05
+NO_SPREAD = 1e-6  # a spread below this share of the mean is rounding
+FIND, CONFIRM = 0, 1
+
+
+@dataclass
+class Study:
+    """One kind of unit in one run; `regions`: pooled regions of a neuron's score, query region of a head's."""
+
+    run: Run
+    args: argparse.Namespace
+    unit: str
+    share: float  # of all units that is taken
+    regions: list[str]
+    clean: StyleRows
+    styles: dict[str, StyleRows]
+    halves: dict[str, int]  # of each template, see `deal`
+
+    def compared(self, style: str) -> list[StyleRows]:
+        """The tables whose values a style's score compares: the style, the clean form, its control if it has one."""
+        control = self.styles.get(str(control_of(self.run, style)))
+        return [self.styles[style], self.clean] + ([] if control is None else [control])
+
+    def half(self, rows: list[int]) -> np.ndarray:
+        """[n] FIND or CONFIRM of each row."""
+        return np.array([self.halves[self.run.template(row)] for row in rows], dtype=int)
+
+
+def open_studies(run: Run, args: argparse.Namespace) -> list[Study]:
+    """The kinds of units that the run has. Raises UserError if it has none, or no typo style."""
+    clean_style, styles = clean_and_styles(run, args.styles)
+    warn_unfinished(run, args.styles, args.max_samples)
+    if all(is_control(style) for style in styles):
+        raise UserError(f"{run.path}: only controls are there beside the clean form; run stage 2 with a typo style too")
+    warn_missing_controls(run, styles)
+    clean = StyleRows(run, clean_style, args.max_samples)
+    tables = {style: StyleRows(run, style, args.max_samples) for style in styles}
+    halves = deal(templates_of(run), 2, args.seed)
+    studies = []
+    for unit, share, regions in (
+        (NEURON, args.neuron_share, args.neuron_regions),
+        (HEAD, args.head_share, [args.head_region]),
+    ):
+        if not 0 < share < 1:
+            raise UserError(f"--{unit}_share {share}: give a share between 0 and 1")
+        if all(table.has(FIELDS[unit]) for table in (clean, *tables.values())):
+            studies.append(Study(run, args, unit, share, list(regions), clean, tables, halves))
+        else:
+            get_logger().warning(f"no {unit}s: the run holds no {FIELDS[unit]} (stage 2 with {FLAGS[unit]})")
+    if not studies:
+        raise UserError(f"{run.path}: neither mlp_pooled nor attention_entropy; run stage 2 again with --neurons")
+    return studies
+
+
+def study_style(study: Study, style: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
+    """(table of the found units, summary line) of a style; None, with a warning, if it has too few rows."""
+    halves = half_means(study, style, compared_rows(study, style))
+    if any(len({study.run.template(row) for row in rows}) < 2 for rows in halves.rows):
+        get_logger().warning(
+            f"no {study.unit}s for {style}: a half of its rows has fewer than two templates (if the run has a control, "
+            "only the rows that it matches count)"
+        )
+        return None
+    found = top_units(halves.delta[FIND], study.share)
+    changes = found_changes(study, style, halves.rows[CONFIRM], found)
+    clusters = study.clean.clusters(halves.rows[CONFIRM])
+    units = clustered_mean(changes, clusters)
+    excess = clustered_mean(excess_over_layers(changes, halves.layer_changes, halves.delta.shape[2], found), clusters)
+    table = _unit_table(study, style, halves, found, units)
+    return table, _summary_line(study, style, halves, found, excess, table)
+
+
+# --- values of units
+
+
+def compared_rows(study: Study, style: str) -> list[int]:
+    """Rows that the style changes, that its control matches, and whose edited words are not on the first token."""
+    own, *others = study.compared(style)
+    rows = paired_rows(own, study.clean).changed
+    for control in others[1:]:
+        rows = like_control(own, control, rows, None)
+    if study.args.first_token == "excluded" and "edited" in study.regions and rows:
+        on_first = own.holds_first(rows, "edited") | study.clean.holds_first(rows, twin_region("edited", style))
+        for control in others[1:]:
+            on_first |= control.holds_first(rows, "edited")
+        rows = [row for row, on in zip(rows, on_first, strict=True) if not on]
+    return rows
+
+
+def unit_values(study: Study, table: StyleRows, rows: list[int], style: str, layers: slice) -> np.ndarray:
+    """[n, k, U] activations of neurons, or 1 - normalised entropy of heads; `style`: whose edited words are meant."""
+    names = [twin_region(region, style) if table is study.clean else region for region in study.regions]
+    values = table.field(FIELDS[study.unit], rows, names[0], layers)
+    for name in names[1:]:
+        values += table.field(FIELDS[study.unit], rows, name, layers)
+    values /= len(names)
+    return values if study.unit == NEURON else 1 - values
+
+
+@dataclass
+class HalfMeans:
+    """What both halves of a style's rows say about every unit."""
+
+    rows: list[list[int]]  # of each half: those in which every compared prompt has a value for every unit
+    means: np.ndarray  # [2 halves, style clean (control), L, U]
+    delta: np.ndarray  # [2 halves, L, U] the score
+    layer_changes: np.ndarray  # [n confirming rows, L, clean (control)] sum over a layer's units of style - it
+
+
+def half_means(study: Study, style: str, rows: list[int]) -> HalfMeans:
+    """Read all units of some rows, a few layers at a time, and average them over each half."""
+    tables = study.compared(style)
+    shape = study.clean.first_content()[FIELDS[study.unit]].shape
+    count, width = int(shape[0]), int(shape[-1] if study.unit == NEURON else shape[2])
+    parts: list[tuple[np.ndarray, ...]] = []
+    todo = list(layer_slices(len(rows), width, count))
+    while len(parts) < len(todo):
+        values = [unit_values(study, table, rows, style, todo[len(parts)]) for table in tables]
+        missing = np.any([~np.isfinite(part).all(axis=(1, 2)) for part in values], axis=0)
+        if missing.any():  # such rows count in no layer: begin again without them
+            rows, parts = [row for row, out in zip(rows, missing, strict=True) if not out], []
+            continue
+        halves = study.half(rows)
+        parts.append(_half_statistics(values, [halves == FIND, halves == CONFIRM], study.args.score))
+    means, delta, changes = (
+        np.concatenate(one, axis=axis) for one, axis in zip(zip(*parts, strict=True), (2, 1, 1), strict=True)
+    )
+    by_half = [
+        [row for row, own in zip(rows, study.half(rows), strict=True) if own == half] for half in (FIND, CONFIRM)
+    ]
+    return HalfMeans(by_half, means, delta, changes)
+
+
+def _half_statistics(
+    values: list[np.ndarray], halves: list[np.ndarray], score: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(means, delta, layer_changes) of `HalfMeans` for a few layers; values [n, k, U] of style, clean (and control).
+
+    The score is style - max(clean, control) of the means; an effect size is that over the standard deviation of the
+    rows' change from the larger of the two, 0 without variance.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a half without rows: NaN, and the style is passed over
+        means = np.array([[part[half].mean(axis=0, dtype=np.float64) for part in values] for half in halves])
+        delta = means[:, 0] - means[:, 1:].max(axis=1)
+        changes = [values[0] - part for part in values[1:]]
+        if score == "effect_size":
+            spreads = np.array(
+                [[change[half].std(axis=0, ddof=1, dtype=np.float64) for change in changes] for half in halves]
+            )
+            larger = means[:, 1:].argmax(axis=1)[:, None]  # clean if both are equal
+            spread = np.take_along_axis(spreads, larger, axis=1)[:, 0]
+            delta = np.divide(delta, spread, out=np.zeros_like(delta), where=spread > NO_SPREAD * np.abs(delta))
+    sums = [change[halves[CONFIRM]].sum(axis=2, dtype=np.float64) for change in changes]
+    return means, delta, np.stack(sums, axis=-1)
+
+
+# --- finding and confirming
+
+
+def top_units(delta: np.ndarray, share: float) -> np.ndarray:
+    """[k, 2] (layer, unit) of the best `share` of all units by delta [L,U], best first; at least one."""
+    count = max(1, round(share * delta.size))
+    best = np.argsort(-delta, axis=None, kind="stable")[:count]
+    return np.stack(np.unravel_index(best, delta.shape), axis=1)
+
+
+def found_changes(study: Study, style: str, rows: list[int], found: np.ndarray) -> np.ndarray:
+    """[n, k, clean (control)] of the found units: the style's values less those of the clean form and the control."""
+    layers, units = found.T
+
+    def values(table: StyleRows) -> np.ndarray:
+        whole = np.zeros((len(rows), len(found)), dtype=np.float32)
+        for layer in np.unique(layers):
+            here = layers == layer
+            whole[:, here] = unit_values(study, table, rows, style, slice(layer, layer + 1))[:, 0, units[here]]
+        return whole
+
+    own, *others = (values(table) for table in study.compared(style))
+    return np.stack([own - other for other in others], axis=-1)
+
+
+def excess_over_layers(changes: np.ndarray, layer_changes: np.ndarray, width: int, found: np.ndarray) -> np.ndarray:
+    """[n, clean (control)]: mean change of the found units less the mean change of their layers' other units.
+
+    changes [n, k, .] of the found units, layer_changes [n, L, .] sums over all `width` units of a layer. Layers are
+    weighted as in the set.
+    """
+    total = np.zeros((len(changes), changes.shape[2]))
+    for layer, count in zip(*np.unique(found[:, 0], return_counts=True), strict=True):
+        mine = changes[:, found[:, 0] == layer].sum(axis=1, dtype=np.float64)
+        if others := width - count:
+            total += mine - count * (layer_changes[:, layer] - mine) / others
+    return total / len(found)
+
+
+def random_set_means(delta: np.ndarray, found: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Mean delta [draws] of random sets with as many units in each layer as `found`, none of them found."""
+    rng = np.random.default_rng(seed)
+    totals, count = np.zeros(draws), 0
+    for layer in np.unique(found[:, 0]):
+        own = found[found[:, 0] == layer, 1]
+        others = np.delete(delta[layer], own)
+        take = min(len(own), len(others))
+        count += take
+        if take:
+            totals += [rng.choice(others, take, replace=False, shuffle=False).sum() for _ in range(draws)]
+    return totals / count if count else np.full(draws, np.nan)
+
+
+def one_sided(estimate: Estimate) -> np.ndarray:
+    """p of `the change is positive` against the clean form and the control (last axis): the larger one."""
+    p = np.where(estimate.t > 0, estimate.p / 2, 1 - estimate.p / 2)
+    known = ~np.isnan(p)
+    return np.where(known.any(axis=-1), np.where(known, p, -np.inf).max(axis=-1), np.nan)
+
+
+# --- tables
+
+
+def _unit_table(study: Study, style: str, halves: HalfMeans, found: np.ndarray, units: Estimate) -> pd.DataFrame:
+    """One line per found unit, best first; units: estimates [k, clean (control)] of its change."""
+    at = (found[:, 0], found[:, 1])
+    table = pd.DataFrame({"style": style, "layer": found[:, 0], study.unit: found[:, 1]})
+    table["score"], table["rank"] = study.args.score, np.arange(1, len(found) + 1)
+    table["n_find"], table["n"], table["n_clusters"] = len(halves.rows[FIND]), units.n[:, 0], units.n_clusters[:, 0]
+    table["delta_find"], table["delta"] = halves.delta[FIND][at], halves.delta[CONFIRM][at]
+    means = halves.means[CONFIRM]
+    for number, name in enumerate(("style", "clean", "control")):
+        table[f"mean_{name}"] = means[number][at] if number < len(means) else np.nan
+    for number, name in enumerate(("clean", "control")):
+        there = number < units.mean.shape[1]
+        table[f"difference_to_{name}"] = units.mean[:, number] if there else np.nan
+        table[f"difference_to_{name}_ci_low"] = units.ci_low[:, number] if there else np.nan
+        table[f"difference_to_{name}_ci_high"] = units.ci_high[:, number] if there else np.nan
+    table["p"] = one_sided(units)
+    table["p_adjusted"] = benjamini_hochberg(table["p"])
+    table["confirmed"] = (table["p_adjusted"] <= ALPHA).astype(int)
+    return table
+
+
+def _summary_line(
+    study: Study, style: str, halves: HalfMeans, found: np.ndarray, excess: Estimate, table: pd.DataFrame
+) -> dict[str, Any]:
+    """The found set as a whole; excess: estimates [clean (control)] of its excess over its layers."""
+    find, confirm = halves.delta
+    random = random_set_means(confirm, found, study.args.random_sets, study.args.seed)
+    again = {tuple(unit) for unit in top_units(confirm, len(found) / confirm.size).tolist()}
+    line: dict[str, Any] = {"style": style, "unit": study.unit, "control": control_of(study.run, style) or "none"}
+    line |= {"score": study.args.score, "n_find": len(halves.rows[FIND]), "n": len(halves.rows[CONFIRM])}
+    line |= {"n_clusters": excess.n_clusters[0], "n_units": find.size, "n_found": len(found)}
+    line |= {"n_confirmed": int(table["confirmed"].sum()), "delta_find": float(table["delta_find"].mean())}
+    line |= {"delta": float(confirm[found[:, 0], found[:, 1]].mean()), "random_delta": random.mean()}
+    line |= {"random_low": np.quantile(random, 0.025), "random_high": np.quantile(random, 0.975)}
+    for number, name in enumerate(("clean", "control")):
+        there = number < len(excess.mean)
+        line[f"excess_over_{name}"] = excess.mean[number] if there else np.nan
+        line[f"excess_over_{name}_ci_low"] = excess.ci_low[number] if there else np.nan
+        line[f"excess_over_{name}_ci_high"] = excess.ci_high[number] if there else np.nan
+    line |= {"p": float(one_sided(excess))}
+    line |= {"found_again_share": sum(tuple(unit) in again for unit in found.tolist()) / len(found)}
+    line |= {"found_again_by_chance": len(found) / find.size}
+    line["split_half_rank_correlation"] = stats.spearmanr(find.ravel(), confirm.ravel()).statistic
+    return line
+
+
+def plot_units(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, path: Path) -> None:
+    """Confirmed units by style and layer, a panel for each kind."""
+    styles = list(summary["style"].unique())
+    size = (max(6.0, 0.17 * layers + 3) * len(tables), 0.32 * len(styles) + 1.8)
+    figure, panels = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
+    for axes, (unit, table) in zip(panels[0], tables.items(), strict=True):
+        counts = np.zeros((len(styles), layers), dtype=int)
+        good = table[table["confirmed"] == 1]
+        np.add.at(counts, ([styles.index(style) for style in good["style"]], good["layer"].to_numpy()), 1)
+        image = axes.imshow(counts, aspect="auto", cmap="Blues", vmin=0, vmax=max(1, counts.max()))
+        lines = summary[summary["unit"] == unit].set_index("style").reindex(styles)
+        labels = [
+            f"{style} (too few rows)" if np.isnan(count) else f"{style} ({good_ones:.0f} of {count:.0f})"
+            for style, good_ones, count in zip(styles, lines["n_confirmed"], lines["n_found"], strict=True)
+        ]
+        axes.set_yticks(range(len(styles)), labels)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
+        axes.set_xlabel(f"layer ({count_label(lines['n'].dropna())} confirming prompts a style)")
+        axes.set_title(
+            f"Typo {unit}s by {summary['score'].iloc[0]}, confirmed on held-out templates (of those found)", fontsize=10
+        )
+        figure.colorbar(image, ax=axes, label=f"confirmed {unit}s", ticks=MaxNLocator(integer=True), pad=0.01)
+    save_figure(path, figure)
