@@ -6,11 +6,11 @@ import evaluate_predictions
 import head_sensitivity
 import neuron_sensitivity
 import pytest
-from attention.activation_rows import templates_of
 from file_output import read_csv
 from logger import set_verbose
 from paired_stats import deal
 from run_store import open_run
+from style_rows import templates_of
 from synthetic_run import prompt_rows, with_controls, write_run
 
 ROWS, TEMPLATES = 300, 257
@@ -116,7 +116,7 @@ def test_the_closing_lines_of_activation_diffs_are_its_result(controlled, tmp_pa
     assert (
         f"from layer {row['estimate']:.1f} on [{row['ci_low']:.1f}, {row['ci_high']:.1f}], n = {row['n']:.0f}" in line
     )
-    assert f"{row['difference_to_split']:+.1f} layers to split@swap [{row['difference_ci_low']:+.1f}, " in line
+    assert f"{row['difference_to_control']:+.1f} layers to split@swap [{row['difference_ci_low']:+.1f}, " in line
     assert [line for line in lines if line.startswith("warning")] == [
         "warning: without a control: main; their differences may come from the number of tokens alone. "
         "Stage 2 makes controls with --prompt_keys split@<style>"

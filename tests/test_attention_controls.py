@@ -41,7 +41,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     arguments = ["--run_dir", str(run_dir), "--results_dir", str(folder)]
-    probes = ["--targets", "typo", "typo_vs_split", "style", "--layers", "1"]
+    probes = ["--targets", "typo", "typo_vs_control", "style", "--layers", "1"]
     shares = ["--neuron_share", "0.2", "--head_share", "0.2"]
     items = [
         (style, i, style != "swap" or i % 3 > 0) for style in ("normal", "split@swap", "swap") for i in range(ROWS)
@@ -176,7 +176,7 @@ def test_states_are_compared_with_the_matched_control(run_dir, results):
     curves = pd.read_csv(results / "activation_diffs.csv")
     lines = curves.query("style == 'swap' and region == 'edited' and measure == 'relative_l2'").sort_values("layer")
     assert set(lines["control"]) == {"split@swap"}
-    assert set(lines["n_with_split"]) == {len(MATCHED)}
+    assert set(lines["n_with_control"]) == {len(MATCHED)}
     clean, own, control = (rows_of(run_dir, style) for style in ("normal", "swap", "split@swap"))
     pooled = {
         style: open_run(run_dir).load(next((run_dir / style).glob("*.pt")))["pooled_regions"]
@@ -190,16 +190,16 @@ def test_states_are_compared_with_the_matched_control(run_dir, results):
             after = rows[index]["hidden_pooled"][:, edited].numpy()
             found[style].append(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1))
     difference = np.mean(np.array(found["swap"]) - np.array(found["split@swap"]), axis=0)
-    np.testing.assert_allclose(lines["difference_to_split"], difference, atol=1e-5)
-    np.testing.assert_allclose(lines["split_estimate"], np.mean(found["split@swap"], axis=0), atol=1e-5)
+    np.testing.assert_allclose(lines["difference_to_control"], difference, atol=1e-5)
+    np.testing.assert_allclose(lines["control_estimate"], np.mean(found["split@swap"], axis=0), atol=1e-5)
     assert np.array(found["split@swap"])[[MATCHED.index(i) for i in IDENTICAL]].max() == 0
     summary = pd.read_csv(results / "activation_diffs_summary.csv").set_index(["style", "measure"])
     # A control's own lines hold the rows that needed no cut, at distance 0.
     assert summary.loc[("split@swap", "next_token_kl"), ["n", "n_identical"]].tolist() == [ROWS, 8]
     assert summary.loc[("split@swap", "log10_next_token_kl"), "n"] == ROWS - 8
-    assert summary.loc[("swap", "next_token_kl"), "n_with_split"] == len(MATCHED)
+    assert summary.loc[("swap", "next_token_kl"), "n_with_control"] == len(MATCHED)
     # A control that is the clean prompt itself has a KL of 0 and no logarithm of it.
-    assert summary.loc[("swap", "log10_next_token_kl"), "n_with_split"] == len(MATCHED) - len(IDENTICAL)
+    assert summary.loc[("swap", "log10_next_token_kl"), "n_with_control"] == len(MATCHED) - len(IDENTICAL)
     items = pd.read_csv(results / "activation_diffs_items.csv").query("style == 'split@swap'")
     assert sorted(items["original_index"]) == list(range(ROWS))
     assert (items[items["original_index"].isin(IDENTICAL)]["next_token_kl"] == 0).all()
@@ -219,10 +219,10 @@ def test_units_are_scored_against_the_matched_control(results):
 
 def test_probes_of_typos_against_their_matched_control_have_no_token_counts_to_read(results):
     table = pd.read_csv(results / "probe_layers.csv").set_index(["target", "region"])
-    line = table.loc[("typo_vs_split", "edited")]
+    line = table.loc[("typo_vs_control", "edited")]
     assert line[["n", "n_positive"]].tolist() == [2 * len(MATCHED), len(MATCHED)]
-    assert line["baseline_auc"] == pytest.approx(0.5, abs=0.1)
-    last = table.loc[("typo_vs_split", "last")]
+    assert line["token_count_auc"] == pytest.approx(0.5, abs=0.1)
+    last = table.loc[("typo_vs_control", "last")]
     assert last["n_positive"] > len(MATCHED)  # with `main`, against the `split` that edits its words
     assert table.loc[("style", "edited"), "n_classes"] == 3  # main, split, swap; a matched control is no style
 
@@ -246,5 +246,5 @@ def test_blocks_without_a_cut_row_are_no_obstacle(tmp_path):
     assert head_sensitivity.main(arguments) == 0
     assert neuron_sensitivity.main([*arguments, "--neuron_share", "0.2", "--head_share", "0.3"]) == 0
     table = pd.read_csv(tmp_path / "activation_diffs.csv").query("style == 'swap' and measure == 'cosine'")
-    assert set(table["n_with_split"]) == {70}
+    assert set(table["n_with_control"]) == {70}
     assert set(pd.read_csv(tmp_path / "neuron_sensitivity.csv")["score"]) == {"delta"}

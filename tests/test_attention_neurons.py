@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attention import neurons
 from command_line import UserError
-from paired_stats import deal
+from paired_stats import clustered_mean, deal
 from run_store import open_run
 from scipy import stats
 from synthetic_run import prompt_rows, with_first_word_typo, write_run
@@ -19,7 +20,7 @@ LAYERS, NEURONS, HEADS = 3, 40, 4
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     if "picture" not in request.node.name:
-        monkeypatch.setattr(ns, "_plot", lambda *_: None)
+        monkeypatch.setattr(neurons, "plot_units", lambda *_: None)
 
 
 def noise(seed_parts, *shape):
@@ -69,15 +70,15 @@ def plant_typo(row, style):
 
 def test_planted_units_come_first_and_fragmentation_does_not(tmp_path):
     found = study(run_of(tmp_path, plant_typo), tmp_path)
-    neurons, heads = found["neuron_sensitivity"], found["typo_heads"]
-    assert neurons.loc[0, ["layer", "neuron", "confirmed"]].tolist() == [1, 7, 1]
+    table, heads = found["neuron_sensitivity"], found["typo_heads"]
+    assert table.loc[0, ["layer", "neuron", "confirmed"]].tolist() == [1, 7, 1]
     assert heads.loc[0, ["layer", "head", "confirmed"]].tolist() == [0, 2, 1]
-    moved = neurons.query("layer == 1 and neuron == 3")
+    moved = table.query("layer == 1 and neuron == 3")
     assert moved.empty or not moved["confirmed"].any()
     assert not heads.query("head == 1 and layer == 0")["confirmed"].any()
     # mean of the two regions `edited` (+4) and `last` (0)
-    assert neurons.loc[0, "difference_to_clean"] == pytest.approx(2, abs=0.5)
-    assert neurons.loc[0, "difference_to_split"] == pytest.approx(2, abs=0.5)
+    assert table.loc[0, "difference_to_clean"] == pytest.approx(2, abs=0.5)
+    assert table.loc[0, "difference_to_control"] == pytest.approx(2, abs=0.5)
     summary = found["summary"].loc[("swap", "neuron")]
     assert summary["p"] < 0.01
     assert summary["delta"] > summary["random_high"]
@@ -94,7 +95,7 @@ def test_without_the_control_fragmentation_passes_and_the_table_says_so(tmp_path
         map(tuple, found["neuron_sensitivity"].query("confirmed == 1")[["layer", "neuron"]].values)
     )
     assert set(found["summary"]["control"]) == {"none"}
-    assert found["neuron_sensitivity"]["difference_to_split"].isna().all()
+    assert found["neuron_sensitivity"]["difference_to_control"].isna().all()
 
 
 def test_planted_null_shows_no_excess_more_often_than_it_may(tmp_path):
@@ -110,9 +111,9 @@ def test_planted_null_shows_no_excess_more_often_than_it_may(tmp_path):
     for seed in range(runs):
         folder = tmp_path / str(seed)
         run = open_run(run_of(folder, shared, rows=40, seed=seed, templates=0, scale=scale))
-        args = ns.parse_args(["--run_dir", str(run.path)])
-        (one, _), _ = ns.open_studies(run, args)
-        table, line = ns.study_style(one, "swap", 0.05, 50)
+        args = ns.parse_args(["--run_dir", str(run.path), "--neuron_share", "0.05", "--random_sets", "50"])
+        one, _ = neurons.open_studies(run, args)
+        table, line = neurons.study_style(one, "swap")
         hits += line["p"] < 0.05
         confirmed += table["confirmed"].any()
     # 24 runs at a true rate of 5 % have more than 4 hits in 1 % of cases
@@ -168,16 +169,14 @@ def test_random_sets_have_as_many_units_in_each_layer_and_none_found():
     delta[0], delta[1], delta[2] = 1, 10, 100
     found = np.array([[0, 0], [0, 1], [1, 5]])
     delta[0, :2] = delta[1, 5] = 1e6  # a found unit among the random ones would show
-    means = ns.random_set_means(delta, found, 50, seed=0)
+    means = neurons.random_set_means(delta, found, 50, seed=0)
     np.testing.assert_allclose(means, (1 + 1 + 10) / 3)
 
 
 def test_larger_p_counts_and_a_fall_is_no_rise():
-    from paired_stats import clustered_mean
-
     rng = np.random.default_rng(0)
     values = rng.standard_normal((30, 3, 2)) + np.array([[[2.0, 0.0], [2.0, 2.0], [-2.0, -2.0]]])
-    p = ns.one_sided(clustered_mean(values))
+    p = neurons.one_sided(clustered_mean(values))
     expected = stats.ttest_1samp(values, 0, axis=0, alternative="greater").pvalue.max(axis=-1)
     np.testing.assert_allclose(p, expected, rtol=1e-9)
     assert p[0] > 0.01
@@ -186,10 +185,8 @@ def test_larger_p_counts_and_a_fall_is_no_rise():
 
 
 def test_picture_shows_style_by_layer_with_counts(tmp_path, monkeypatch):
-    import file_output
-
     drawn = {}
-    monkeypatch.setattr(file_output, "save_figure", lambda path, figure: drawn.update({path.name: figure}))
+    monkeypatch.setattr(neurons, "save_figure", lambda path, figure: drawn.update({path.name: figure}))
     study(run_of(tmp_path, plant_typo), tmp_path)
     panels = [axes for axes in drawn["neuron_sensitivity.png"].axes if axes.images]
     assert panels[0].images[0].get_array()[0].tolist()[1] >= 1

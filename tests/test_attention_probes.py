@@ -7,12 +7,16 @@ import pandas as pd
 import probe_layers as pl
 import pytest
 import torch
+from attention import layer_curves, probes
 from attention.grouped_auc import cross_validation_factor, fold_auc, macro_auc
 from command_line import UserError
 from file_output import read_csv
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from synthetic_run import prompt_rows, with_controls, write_run
 
 ROWS, TEMPLATES, WIDTH = 60, 20, 24
@@ -20,8 +24,6 @@ ROWS, TEMPLATES, WIDTH = 60, 20, 24
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    from attention import layer_curves
-
     if "picture" not in request.node.name:
         monkeypatch.setattr(layer_curves, "plot_probes", lambda *_: None)
 
@@ -59,21 +61,21 @@ def test_planted_typo_direction_is_found_at_its_layer_and_region(tmp_path):
             states[2, regions.index("last"), :4] += 2.5
         return states
 
-    table = probe(probe_run(tmp_path, make), tmp_path, "--targets", "typo", "typo_vs_split")
+    table = probe(probe_run(tmp_path, make), tmp_path, "--targets", "typo", "typo_vs_control")
     table = table.set_index(["target", "style", "region", "layer"])
     for style in ("swap", "main", "all_typos"):
         line = table.loc[("typo", style, "edited", 1)]
         assert line["auc"] > 0.95
         assert line["ci_low"] > 0.6  # every pair in order: the exact binomial end, over few clusters
         assert line["p_adjusted"] < 0.05
-        assert line["control_ci_low"] < 0.5 < line["control_ci_high"]
+        assert line["shuffled_ci_low"] < 0.5 < line["shuffled_ci_high"]
         for layer, region in ((0, "edited"), (2, "edited"), (1, "last")):
             assert table.loc[("typo", style, region, layer), "p_adjusted"] > 0.01
     assert table.loc[("typo", "split", "edited", 1), "auc"] < 0.75
-    assert table.loc[("typo_vs_split", "all_typos", "last", 2), "auc"] > 0.9
-    assert ("typo_vs_split", "all_typos", "edited", 1) not in table.index
+    assert table.loc[("typo_vs_control", "all_typos", "last", 2), "auc"] > 0.9
+    assert ("typo_vs_control", "all_typos", "edited", 1) not in table.index
     # letters exchanged leave the number of tokens as it was; a cut does not
-    baseline = table["baseline_auc"].xs(1, level="layer")
+    baseline = table["token_count_auc"].xs(1, level="layer")
     assert baseline["typo", "swap", "edited"] == pytest.approx(0.5, abs=0.1)
     assert baseline["typo", "split", "edited"] > 0.8
     assert table.loc[("typo", "swap", "edited", 1), ["n", "n_positive", "n_clusters"]].tolist() == [120, 60, 20]
@@ -112,10 +114,6 @@ def test_which_style_and_wrong_answers_are_found(tmp_path):
 
 
 def test_auc_is_that_of_scikit_learns_own_cross_validation(tmp_path):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     rng = np.random.default_rng(0)
     labels = np.tile([0, 1], 100)
     groups = np.repeat(np.arange(25), 8)
@@ -126,7 +124,7 @@ def test_auc_is_that_of_scikit_learns_own_cross_validation(tmp_path):
         folds[test] = number
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
     expected = cross_val_score(model, features, labels, cv=splits, scoring="roc_auc")
-    found, converged = pl.probe_auc(features, labels, folds, groups)
+    found, converged = probes.probe_auc(features, labels, folds, groups)
     assert found.auc == pytest.approx(expected.mean(), abs=1e-6)  # folds of equal size: 40 items, half of each label
     assert converged
 
@@ -142,9 +140,6 @@ def row_memory(style, index, regions):
 
 def naive_auc(features, labels):
     """Random folds, as they are commonly used: twins and templates on both sides."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold
-
     model = LogisticRegression(C=0.01, max_iter=300)
     return cross_val_score(
         model, features, labels, cv=StratifiedKFold(5, shuffle=True, random_state=0), scoring="roc_auc"
@@ -167,7 +162,7 @@ def test_a_label_that_leaks_through_pairing_scores_half_with_grouped_folds():
         ):
             folds[test] = number
         leaky.append(naive_auc(features, labels))
-        honest.append(pl.probe_auc(features, labels, folds, templates)[0].auc)
+        honest.append(probes.probe_auc(features, labels, folds, templates)[0].auc)
     assert min(leaky) > 0.99
     assert np.mean(honest) == pytest.approx(0.5, abs=3 * np.std(honest) / 2)
     assert abs(np.mean(honest) - 0.5) < 0.15
@@ -225,12 +220,12 @@ def test_a_label_that_leaks_through_length_scores_half(tmp_path):
     assert naive_auc(content["hidden_states"]["layer_0"].mean(1).numpy(), long.astype(int)) > 0.99
     assert table["auc"].mean() == pytest.approx(0.5, abs=0.12)
     assert (table["p_adjusted"] > 0.05).all()
-    states = pl.open_states(pl.open_run(run), pl.parse_args(["--run_dir", str(run)]))
+    states = probes.open_states(pl.parse_args(["--run_dir", str(run)]))
     for region in ("instruction", "task"):  # the instruction is where the length is
-        items = pl.Items("wrong", "normal", region)
+        items = probes.Items("wrong", "normal", region)
         items.add(("normal", region), list(range(ROWS)), long.astype(int).tolist(), ["normal"] * ROWS)
-        plan = pl.plan_probe(items, states, 5, 0)
-        found, _ = pl.probe_auc(states.features(items, 1), plan.labels, plan.folds, plan.clusters)
+        plan = probes.plan_probe(items, states, 5, 0)
+        found, _ = probes.probe_auc(states.features(items, 1), plan.labels, plan.folds, plan.clusters)
         assert found.ci_low < 0.5
         assert found.auc < 0.7
 
@@ -248,7 +243,7 @@ def test_p_under_the_null_keeps_its_level(positives):
         folds = np.empty(100, dtype=int)
         for kind in (0, 1):
             folds[labels == kind] = rng.permutation((labels == kind).sum()) % 5
-        found, _ = pl.probe_auc(features, labels, folds, np.arange(100))
+        found, _ = probes.probe_auc(features, labels, folds, np.arange(100))
         small += found.p < 0.05
         t = stats.t.isf(found.p, positives - 1) * np.sqrt(cross_validation_factor(folds))
         wide += stats.t.sf(t, positives - 1) < 0.05
@@ -318,9 +313,9 @@ def test_macro_auc_is_the_mean_over_classes():
 def test_folds_keep_templates_rows_and_twins_together(tmp_path):
     run = probe_run(tmp_path, noise_states)
     args = pl.parse_args(["--run_dir", str(run)])
-    states = pl.open_states(pl.open_run(run), args)
-    for items in (one for one in pl.all_items(states, args, None) if one.labels):
-        plan = pl.plan_probe(items, states, 5, 0)
+    states = probes.open_states(args)
+    for items in (one for one in probes.all_items(states, args, None) if one.labels):
+        plan = probes.plan_probe(items, states, 5, 0)
         templates = np.array([row % TEMPLATES for row in items.rows])
         for template in range(TEMPLATES):
             assert len(set(plan.folds[templates == template])) == 1
@@ -330,11 +325,11 @@ def test_folds_keep_templates_rows_and_twins_together(tmp_path):
 
 def test_shuffled_labels_stay_within_their_pair():
     labels, pairs = np.tile([0, 1], 500), np.repeat(np.arange(500), 2)
-    shuffled = pl.shuffled_within(labels, pairs, np.random.default_rng(0))
+    shuffled = probes.shuffled_within(labels, pairs, np.random.default_rng(0))
     assert (shuffled.reshape(500, 2).sum(1) == 1).all()
     assert 0.4 < (shuffled == labels).mean() < 0.6
     mixed = np.random.default_rng(1).permutation(1000)
-    again = pl.shuffled_within(labels[mixed], pairs[mixed], np.random.default_rng(0))
+    again = probes.shuffled_within(labels[mixed], pairs[mixed], np.random.default_rng(0))
     assert (np.bincount(pairs[mixed], weights=again) == 1).all()
 
 
@@ -359,14 +354,12 @@ def test_ten_thousand_items_of_3584_numbers_converge():
     shared = rng.standard_normal((10_000, 40)).astype(np.float32) @ rng.standard_normal((40, 3584)).astype(np.float32)
     features = shared + rng.standard_normal((10_000, 3584)).astype(np.float32)
     features[:, 0] += labels
-    found, converged = pl.probe_auc(features, labels, clusters % 5, clusters)
+    found, converged = probes.probe_auc(features, labels, clusters % 5, clusters)
     assert converged
     assert found.auc > 0.6
 
 
 def test_picture_has_a_panel_for_each_target_and_region_with_its_control(tmp_path, monkeypatch):
-    from attention import layer_curves
-
     drawn = {}
     monkeypatch.setattr(layer_curves, "save_figure", lambda path, figure: drawn.update({path.name: figure}))
     probe(probe_run(tmp_path, noise_states), tmp_path, "--layers", "0", "2")
@@ -402,9 +395,9 @@ def test_a_style_with_its_own_control_is_a_typo_style(tmp_path, capsys):
     rows = with_controls(prompt_rows(24, ["t1", "t2"]), "t1", cut)
     run = write_run(tmp_path / "run", rows, layers=2, hidden=16, raw_layers=())
     command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--layers", "2", "--regions", "last"]
-    assert pl.main([*command, "--targets", "typo", "typo_vs_split"]) == 0
+    assert pl.main([*command, "--targets", "typo", "typo_vs_control"]) == 0
     table = read_csv(tmp_path / "probe_layers.csv").set_index(["target", "style"])
-    assert table.loc[("typo_vs_split", "all_typos"), "n_positive"] > 0
+    assert table.loc[("typo_vs_control", "all_typos"), "n_positive"] > 0
     assert table.loc[("typo", "all_typos"), "n_positive"] == 24
     assert {"t1", "t2", "split@t1"} <= set(table.loc["typo"].index)
     assert "not probed" not in capsys.readouterr().err
@@ -419,6 +412,6 @@ def test_what_is_not_probed_is_one_line_for_each_reason(tmp_path, capsys):
     assert pl.main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--layers", "1"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "not probed" in line]
     assert len(told) == 3
-    assert "typo_vs_split at edited; typo_vs_split at last: no typo style has a control" in told[0]
+    assert "typo_vs_control at edited; typo_vs_control at last: no typo style has a control" in told[0]
     assert "style at edited; style at last: there is one style only" in told[1]
     assert "wrong at last (normal, swap); flipped at last (swap): the answers are all right, or all wrong" in told[2]

@@ -257,12 +257,12 @@ def test_intervals_of_other_names_are_merged_too():
         "auc": 0.9,
         "ci_low": 0.8,
         "ci_high": 1.0,
-        "control_auc": 0.5,
-        "control_ci_low": 0.4,
-        "control_ci_high": 0.6,
+        "shuffled_auc": 0.5,
+        "shuffled_ci_low": 0.4,
+        "shuffled_ci_high": 0.6,
     }
     merged = merge_intervals(pd.DataFrame([line]))
-    assert merged.iloc[0].to_dict() == {"auc": "0.900 [0.800, 1.000]", "control_auc": "0.500 [0.400, 0.600]"}
+    assert merged.iloc[0].to_dict() == {"auc": "0.900 [0.800, 1.000]", "shuffled_auc": "0.500 [0.400, 0.600]"}
 
 
 def test_long_tables_say_how_long_they_are():

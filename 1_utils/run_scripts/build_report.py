@@ -138,8 +138,9 @@ def to_table(frame: pd.DataFrame, source: str, columns: Sequence[str] = (), tota
 INTERVALS = {
     "estimate": ("ci_low", "ci_high"),
     "auc": ("ci_low", "ci_high"),
-    "control_auc": ("control_ci_low", "control_ci_high"),
-    "difference_to_split": ("difference_ci_low", "difference_ci_high"),
+    "shuffled_auc": ("shuffled_ci_low", "shuffled_ci_high"),
+    "token_count_auc": ("token_count_ci_low", "token_count_ci_high"),
+    "difference_to_control": ("difference_ci_low", "difference_ci_high"),
     "difference_vs_split": ("difference_ci_low_vs_split", "difference_ci_high_vs_split"),
 }
 

@@ -184,24 +184,23 @@ SECTIONS = (
             ),
             Plots(
                 "probe_layers.png",
-                "How well a linear probe tells typos apart, by layer; the control has shuffled labels and should lie "
-                "at 0.5.",
+                "How well a linear probe tells typos apart, by layer; with shuffled labels it should lie at 0.5.",
             ),
         ),
         (
             TableOf(
                 "probe_layers.csv",
-                "Is there a typo? AUC of a probe of the last token, all typo styles together; control: shuffled "
-                "labels; baseline: token counts alone",
-                ("style", "layer", "n", "n_clusters", "auc", "p_adjusted", "control_auc", "baseline_auc"),
+                "Is there a typo? AUC of a probe of the last token, all typo styles together; beside it the AUC with "
+                "shuffled labels, and of token counts alone",
+                ("style", "layer", "n", "n_clusters", "auc", "p_adjusted", "shuffled_auc", "token_count_auc"),
                 (("style", "all_typos"), ("target", "typo"), ("region", "last")),
             ),
             TableOf(
                 "activation_diffs_summary.csv",
                 "Recovery depth and next-token change by style, beside the control: the word in other tokens",
                 (
-                    "style", "measure", "n", "n_censored", "median", "estimate", "control", "split_estimate",
-                    "n_with_split", "difference_to_split", "p", "p_adjusted",
+                    "style", "measure", "n", "n_censored", "median", "estimate", "control", "control_estimate",
+                    "n_with_control", "difference_to_control", "p", "p_adjusted",
                 ),
             ),
         ),
@@ -215,7 +214,7 @@ SECTIONS = (
                 "Found and confirmed units by style; chance: random sets of the same size",
                 (
                     "style", "unit", "control", "score", "n", "n_units", "n_found", "n_confirmed", "delta",
-                    "random_low", "random_high", "excess_over_clean", "excess_over_split", "p", "p_adjusted",
+                    "random_low", "random_high", "excess_over_clean", "excess_over_control", "p", "p_adjusted",
                 ),
             ),
         ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
+from scipy.stats import rankdata
 
 
 class Auc(NamedTuple):
@@ -29,8 +31,6 @@ def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters
     the logit scale. With every pair in the right order there is no variance: then the lower end is the exact binomial
     one, a cluster of the rarer class being one trial (fewer, by the same factor).
     """
-    from scipy import stats
-
     auc, influence = placement_influence(labels, scores, folds)
     if np.isnan(auc):
         return Auc(*[float("nan")] * 4)
@@ -56,8 +56,6 @@ def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters
 
 def macro_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters: np.ndarray) -> Auc:
     """Mean over classes of the one-against-rest `fold_auc`; labels [n] of 0 … K-1, scores [n, K]."""
-    from scipy import stats
-
     parts = [placement_influence(labels == k, scores[:, k], folds) for k in range(scores.shape[1])]
     auc = float(np.mean([value for value, _ in parts]))
     _, slots = np.unique(clusters, return_inverse=True)
@@ -89,8 +87,6 @@ def cross_validation_factor(folds: np.ndarray) -> float:
 
 def placement_influence(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray) -> tuple[float, np.ndarray]:
     """(AUC over within-fold pairs, what each item's sampling adds to its error [n]); NaN without a pair."""
-    from scipy.stats import rankdata
-
     labels = np.asarray(labels, dtype=bool)
     influence, parts = np.zeros(len(labels)), []
     for fold in np.unique(folds):

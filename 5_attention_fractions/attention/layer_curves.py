@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
 from file_output import save_figure
-from token_spans import matched_style
-
+from matplotlib.ticker import MaxNLocator
 from style_rows import SPLIT_STYLE, is_control
-
-if TYPE_CHECKING:
-    import pandas as pd
+from token_spans import matched_style
 
 MANY_STYLES = 6
 NOTES = {"real_word": "real_word (another word)"}
@@ -34,8 +34,6 @@ DEPTH_LABELS = {
 
 def style_colours(styles: list[str]) -> dict[str, Any]:
     """A colour per style, the same in every picture of a run; `split@swap` has that of `swap`, `split` is black."""
-    import matplotlib as mpl
-
     pairs = mpl.colormaps["tab20"](range(20))  # dark and light by turns: first all the dark ones
     palette = [*pairs[0::2], *pairs[1::2]]
     names = {style: matched_style(style) or style for style in styles if style != SPLIT_STYLE}
@@ -71,8 +69,6 @@ def count_label(n: pd.Series) -> str:
 
 def layer_axis(axes: Any, label: str = "layer (0 = embeddings)") -> None:
     """Whole layers on the x axis, and a light grid."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     axes.set_xlabel(label)
     axes.grid(alpha=0.25)
@@ -95,8 +91,6 @@ def shared_legend(figure: Any, axes: Any) -> None:
 
 def plot_distances(curves: pd.DataFrame, path: str | Path) -> None:
     """Panels of measure (rows) by region (columns) from the table of activation_diffs.csv."""
-    import matplotlib.pyplot as plt
-
     measures = [m for m in ("cosine_centred", "relative_l2", "cka") if (curves["measure"] == m).any()]
     regions = [region for region in REGION_LABELS if (curves["region"] == region).any()]
     regions += [region for region in curves["region"].unique() if region not in regions]
@@ -121,8 +115,6 @@ def plot_distances(curves: pd.DataFrame, path: str | Path) -> None:
 
 def plot_lens(curves: pd.DataFrame, path: str | Path) -> None:
     """What the logit lens says at the last token, layer by layer; nothing where the lens was not applied."""
-    import matplotlib.pyplot as plt
-
     measures = ("lens_kl", "lens_top1_probability_change")
     if not curves["measure"].isin(measures).any():
         return
@@ -141,8 +133,6 @@ def plot_lens(curves: pd.DataFrame, path: str | Path) -> None:
 
 def plot_recovery(curves: pd.DataFrame, summary: pd.DataFrame, path: str | Path) -> None:
     """Share of edited words nearest to their own twin by layer, and the two recovery depths by style."""
-    import matplotlib.pyplot as plt
-
     nearest = curves[curves["measure"] == "own_nearest"]
     if nearest.empty:
         return
@@ -190,7 +180,7 @@ def _depth_panel(axes: Any, summary: pd.DataFrame, last_layer: int) -> None:
 
 TARGET_LABELS = {
     "typo": "clean form or style?",
-    "typo_vs_split": "typo or only split?",
+    "typo_vs_control": "typo or only other tokens?",
     "style": "which style?",
     "wrong": "will the answer be wrong?",
     "flipped": "right when clean: wrong now?",
@@ -198,9 +188,7 @@ TARGET_LABELS = {
 
 
 def plot_probes(table: pd.DataFrame, path: str | Path) -> None:
-    """AUC by layer: a panel per target and region, one line per style, the controls with shuffled labels in grey."""
-    import matplotlib.pyplot as plt
-
+    """AUC by layer: a panel per target and region, one line per style, shuffled labels in grey."""
     targets = [target for target in TARGET_LABELS if (table["target"] == target).any()]
     regions = list(table["region"].unique())
     size = (5.4 * len(regions) + 0.5, 3.1 * len(targets) + 0.4)
@@ -227,8 +215,8 @@ def _probe_panel(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None
     if part.empty:
         axes.text(0.5, 0.5, "not probed", ha="center", va="center", transform=axes.transAxes, color="grey")
         return
-    _draw_controls(axes, part)
-    _draw_baselines(axes, part, colours)
+    _draw_shuffled(axes, part)
+    _draw_token_counts(axes, part, colours)
     draw_curves(axes, part, colours, ("auc", "ci_low", "ci_high"))
     axes.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
     layer_axis(axes, "")
@@ -236,22 +224,23 @@ def _probe_panel(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None
     axes.set_xticks([tick for tick in ticks if 0 <= tick <= last])
 
 
-def _draw_baselines(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None:
+def _draw_token_counts(axes: Any, part: pd.DataFrame, colours: dict[str, Any]) -> None:
     """Diamonds right of the curves: what the numbers of tokens alone tell about each style."""
-    known = part.dropna(subset=["baseline_auc"]).drop_duplicates("style")
     last = part["layer"].max()
-    for position, row in enumerate(known.itertuples()):
-        label = "token counts alone (baseline; open: of a control)" if position == 0 else None
+    for position, row in enumerate(part.dropna(subset=["token_count_auc"]).drop_duplicates("style").itertuples()):
+        label = "token counts alone (open: of a control)" if position == 0 else None
         place = last + (0.02 + 0.012 * position) * max(1, last)
         look = {"color": colours[row.style], "markersize": 4, "clip_on": False, "label": label}
-        axes.plot([place], [row.baseline_auc], "D", markerfacecolor="white" if is_control(row.style) else None, **look)
+        face = "white" if is_control(row.style) else None
+        axes.plot([place], [row.token_count_auc], "D", markerfacecolor=face, **look)
 
 
-def _draw_controls(axes: Any, part: pd.DataFrame) -> None:
+def _draw_shuffled(axes: Any, part: pd.DataFrame) -> None:
+    """The AUC with shuffled labels, in grey."""
+    look: dict[str, Any] = {"color": "grey", "linewidth": 0.8, "linestyle": "--", "zorder": 1}
     for position, (_, own) in enumerate(part.groupby("style", sort=False)):
         own = own.sort_values("layer")
-        label = "shuffled labels" if position == 0 else None
-        axes.plot(own["layer"], own["control_auc"], color="grey", linewidth=0.8, linestyle="--", label=label, zorder=1)
+        axes.plot(own["layer"], own["shuffled_auc"], label="shuffled labels" if position == 0 else None, **look)
     # One band around all intervals: a band for each style would add up to black.
-    ends = part.groupby("layer").agg(low=("control_ci_low", "min"), high=("control_ci_high", "max"))
+    ends = part.groupby("layer").agg(low=("shuffled_ci_low", "min"), high=("shuffled_ci_high", "max"))
     axes.fill_between(ends.index, ends["low"], ends["high"], color="grey", alpha=0.15, lw=0)
