@@ -17,7 +17,7 @@ import torch
 from command_line import UserError
 from logger import get_logger
 from paired_stats import benjamini_hochberg, clustered_mean, holm
-from run_store import Run, open_run, warn_unfinished
+from run_store import Run, open_run
 from style_rows import (
     StyleRows,
     clean_and_styles,
@@ -108,7 +108,6 @@ def open_comparison(args: argparse.Namespace) -> Comparison:
     """The run, opened and checked. Raises UserError if it holds nothing to compare."""
     run = open_run(args.run_dir)
     clean_style, styles = clean_and_styles(run, args.styles)
-    warn_unfinished(run, args.styles, args.max_samples)
     clean = StyleRows(run, clean_style, args.max_samples)
     if not clean.indices:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
@@ -201,9 +200,9 @@ def style_values(study: Comparison, style: str) -> StyleValues:
             _add_state_measures(study, style, region, found)
     values, rows, stay = found.values, found.rows, study.args.stay_layers
     if study.lens is not None and (lens_rows := _lens_rows(study, rows)):
-        states = [table.states(lens_rows, "last") for table in (study.clean, own)]
+        clean, other = (table.states(lens_rows, "last") for table in (study.clean, own))
         top1 = study.clean.extract(last_logits, lens_rows)["topk_indices"][:, 0]
-        for name, numbers in study.lens.change(*states, top1).items():
+        for name, numbers in study.lens.change(clean, other, top1).items():
             values["last", name] = np.full((len(rows), numbers.shape[1]), np.nan, dtype=np.float32)
             values["last", name][np.isin(rows, lens_rows)] = numbers
     if ("edited", "own_nearest") in values:
@@ -361,8 +360,8 @@ def _cka_lines(study: Comparison, style: str, region: str, rows: list[int]) -> p
     """CKA of all these rows at once, layer by layer."""
     twin, table, lines = twin_region(region, style), study.styles[style], []
     for layer in sorted({*study.clean.state_layers(twin)} & {*table.state_layers(region)}) if rows else ():
-        pair = [one.states(rows, name, layer) for one, name in ((study.clean, twin), (table, region))]
-        if found := clustered_cka(*pair, table.clusters(rows)):
+        clean, other = study.clean.states(rows, twin, layer), table.states(rows, region, layer)
+        if found := clustered_cka(clean, other, table.clusters(rows)):
             value, low, high, n, clusters = found
             line = {"style": style, "region": region, "measure": "cka", "layer": layer, "p": np.nan, "n": n}
             lines.append(line | {"n_clusters": clusters, "estimate": value, "ci_low": low, "ci_high": min(high, 1)})

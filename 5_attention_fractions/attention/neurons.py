@@ -19,7 +19,7 @@ from file_output import save_figure
 from logger import get_logger
 from matplotlib.ticker import MaxNLocator
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal
-from run_store import Run, warn_unfinished
+from run_store import Run
 from scipy import stats
 from style_rows import (
     StyleRows,
@@ -70,7 +70,6 @@ class Study:
 def open_studies(run: Run, args: argparse.Namespace) -> list[Study]:
     """The kinds of units that the run has. Raises UserError if it has none, or no typo style."""
     clean_style, styles = clean_and_styles(run, args.styles)
-    warn_unfinished(run, args.styles, args.max_samples)
     if all(is_control(style) for style in styles):
         raise UserError(f"{run.path}: only controls are there beside the clean form; run stage 2 with a typo style too")
     warn_missing_controls(run, styles)

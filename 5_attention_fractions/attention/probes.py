@@ -14,7 +14,7 @@ import pandas as pd
 from command_line import UserError
 from load_json import TYPO_STYLES
 from paired_stats import benjamini_hochberg
-from run_store import Run, open_run, warn_unfinished
+from run_store import Run, open_run
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
@@ -113,7 +113,6 @@ def open_states(args: argparse.Namespace) -> States:
     """The run, opened and checked; the rows to probe. Raises UserError if it holds nothing to probe."""
     run = open_run(args.run_dir)
     clean, styles = clean_and_styles(run, args.styles)
-    warn_unfinished(run, args.styles, args.max_samples)
     if args.folds < 2:
         raise UserError(f"--folds {args.folds}: at least 2 are needed")
     tables = {style: StyleRows(run, style, args.max_samples) for style in (clean, *styles)}

@@ -59,10 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from attention import activations, layer_curves
     from file_output import write_csv
     from logger import get_logger
+    from run_store import warn_unfinished
     from style_rows import is_control
 
     log = get_logger()
     study = activations.open_comparison(args)
+    warn_unfinished(study.run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / study.run.name
     order = sorted(study.styles, key=lambda style: not is_control(style))  # styles are compared with their controls
     measured = {style: activations.style_values(study, style) for style in order}

@@ -58,13 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from file_output import write_csv
     from logger import get_logger
     from paired_stats import holm
-    from run_store import open_run
+    from run_store import open_run, warn_unfinished
     from style_rows import is_control
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
     tables, lines = {}, []
     studies = neurons.open_studies(run, args)
+    warn_unfinished(run, args.styles, args.max_samples)
     for study in studies:
         done = [neurons.study_style(study, style) for style in study.styles if not is_control(style)]
         if found := [one for one in done if one is not None]:

@@ -59,8 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from attention.answer_flips import open_answers
     from file_output import write_csv
     from logger import get_logger
+    from run_store import warn_unfinished
 
     log, states = get_logger(), probes.open_states(args)
+    warn_unfinished(states.run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / states.run.name
     wanted = {"wrong", "flipped"} & {*args.targets}
     answers = open_answers(args.maths_items, folder) if wanted else None
