@@ -11,21 +11,21 @@ import pandas as pd
 import pytest
 import torch
 from command_line import UserError
-from compare_responses import (
+from compare_responses import main
+from run_store import open_run
+from scipy import stats
+from semantics.refusals import is_refusal
+from semantics.responses import response_rows
+from semantics.similarity import (
     Embedder,
-    compare_run,
+    compare_rows,
     compare_texts,
     default_embedding_model,
-    is_refusal,
     load_embedder,
-    main,
     noise_floor,
     summarise,
     tokens_of,
 )
-from run_store import open_run
-from scipy import stats
-from semantics.aligned_responses import aligned_rows, chosen_styles
 from synthetic_run import prompt_rows, write_run
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -74,7 +74,8 @@ def sentence(rng: np.random.Generator, length: int = 8) -> str:
 
 
 def items_of(folder: Path, embedder: Embedder, **options: Any) -> pd.DataFrame:
-    return pd.DataFrame(compare_run(open_run(folder), embedder, **options))
+    run = open_run(folder)
+    return compare_rows(response_rows(run, **options), str(run.clean_style), embedder)
 
 
 # --- measures
@@ -204,7 +205,7 @@ def test_noise_floor_and_difference_by_hand(tmp_path: Path, embedder: Embedder):
     rows = prompt_rows(9, ["swap"], templates=0)
     answers = {(style, i): [sentence(rng) for _ in range(3)] for style in ("normal", "swap") for i in range(9)}
     run = open_run(write_run(tmp_path / "run", rows, change=set_responses(answers)))
-    items = pd.DataFrame(compare_run(run, embedder))
+    items = compare_rows(response_rows(run), "normal", embedder)
     vector = lambda text: embedder.model.encode([text], normalize_embeddings=True)[0].astype(float)  # noqa: E731
     floors, values = [], []
     for i in range(9):
@@ -227,7 +228,7 @@ def test_a_style_that_changes_nothing_lies_on_the_noise_floor(tmp_path: Path, em
     answers: dict[tuple[str, int], Any] = {("normal", i): [sentence(rng) for _ in range(3)] for i in range(8)}
     answers |= {("swap", i): answers["normal", i] for i in range(8)}
     run = open_run(write_run(tmp_path / "run", prompt_rows(8), change=set_responses(answers)))
-    table = summarise(pd.DataFrame(compare_run(run, embedder)), run).set_index(["style", "measure"])
+    table = summarise(compare_rows(response_rows(run), "normal", embedder), run).set_index(["style", "measure"])
     assert table.loc[("swap", "similarity"), "difference"] == pytest.approx(0, abs=1e-9)
     assert table.loc[("swap", "edit_distance"), "difference"] == pytest.approx(0, abs=1e-9)
     assert table.loc[("swap", "exact_match"), "difference"] == pytest.approx(0, abs=1e-9)
@@ -236,7 +237,7 @@ def test_a_style_that_changes_nothing_lies_on_the_noise_floor(tmp_path: Path, em
 def test_without_samples_there_is_no_floor(tmp_path: Path, embedder: Embedder):
     answers = {(style, i): f"yes {style} {i}" for style in ("normal", "swap") for i in range(4)}
     run = open_run(write_run(tmp_path / "run", prompt_rows(4), change=set_responses(answers)))
-    items = pd.DataFrame(compare_run(run, embedder))
+    items = compare_rows(response_rows(run), "normal", embedder)
     assert noise_floor(items, "normal") is None
     table = summarise(items, run).set_index(["style", "measure"])
     assert math.isnan(table.loc[("swap", "similarity"), "p"])
@@ -257,7 +258,7 @@ def test_rows_are_paired_by_their_index(tmp_path: Path, embedder: Embedder):
         skip=lambda style, index: (style, index) == ("normal", 7),
     )  # fmt: skip
     run = open_run(folder)
-    seen = {row.original_index: row for row in aligned_rows(run, chosen_styles(run, None))}
+    seen = {row.original_index: row for row in response_rows(run)}
     assert sorted(seen) == list(range(11))
     for index, row in seen.items():
         assert set(row.responses) == {"normal", "swap", "main"} - ({"swap"} if index == 3 else set()) - (

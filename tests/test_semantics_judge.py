@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 from chat_client import ChatClient, ChatReply, ChatRequest, ReplyCache
 from command_line import UserError
-from judge_responses import RATINGS, VERDICTS, main, read_answer
+from judge_responses import main
 from local_openai_server import LocalOpenAIServer, sent_in
 from scipy import stats
+from semantics.judging import RATINGS, VERDICTS, read_answer
 from synthetic_run import prompt_rows, write_run
 
 KEY = "sk-test-0123456789abcdefSECRET"

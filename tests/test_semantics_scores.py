@@ -15,7 +15,9 @@ import pandas as pd
 import pytest
 import torch
 from command_line import UserError
-from score_scripts import aggregate, as_reward_model, load_reward_model, main, score_predictions_and_save
+from score_scripts import load_reward_model, main, score_predictions_and_save
+from semantics.reward_models import as_reward_model
+from semantics.rewards import aggregate
 from synthetic_run import prompt_rows, write_run
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (

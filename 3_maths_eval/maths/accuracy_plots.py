@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from command_line import one_line
 from file_output import save_figure
-
-if TYPE_CHECKING:
-    import pandas as pd
+from matplotlib.figure import Figure
 
 CLEAN_COLOUR, STYLE_COLOUR, LOST_COLOUR, WON_COLOUR = "#7f7f7f", "#4c78a8", "#d62728", "#2ca02c"
 
@@ -17,9 +16,9 @@ CLEAN_COLOUR, STYLE_COLOUR, LOST_COLOUR, WON_COLOUR = "#7f7f7f", "#4c78a8", "#d6
 def plot_accuracy(summary: pd.DataFrame, path: Path, baseline: str, title: str) -> None:
     """Left: accuracy of each style with its Wilson interval. Right: paired difference to the clean form with the
     clustered interval; the grey band is what n could not detect with 80 % power."""
-    plt = _pyplot()
     height = 1.9 + 0.36 * len(summary)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, height), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9.5, height), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     for position, line in enumerate(summary.itertuples()):
         colour = CLEAN_COLOUR if line.style == baseline else STYLE_COLOUR
         _interval(left, line.estimate, line.ci_low, line.ci_high, position, colour)
@@ -45,17 +44,16 @@ def plot_accuracy(summary: pd.DataFrame, path: Path, baseline: str, title: str) 
 
 def plot_flips(summary: pd.DataFrame, path: Path, baseline: str, title: str) -> None:
     """How many answers each style turned from right to wrong (to the left) and from wrong to right (to the right)."""
-    plt = _pyplot()
     table = summary[(summary["style"] != baseline) & summary["right_to_wrong"].notna()]
-    figure, axes = plt.subplots(figsize=(7.5, 1.9 + 0.36 * len(table)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.9 + 0.36 * len(table)), layout="constrained")
+    axes = figure.subplots()
     widest = max([1.0, *table["right_to_wrong"], *table["wrong_to_right"]])
     for position, line in enumerate(table.itertuples()):
         for count, side, colour in ((line.right_to_wrong, -1, LOST_COLOUR), (line.wrong_to_right, 1, WON_COLOUR)):
             axes.barh(position, side * count, color=colour, height=0.7)
-            axes.annotate(
-                f"{count:.0f}", (side * count, position), xytext=(3 * side, 0), textcoords="offset points",
-                ha="left" if side > 0 else "right", va="center", fontsize=8,
-            )  # fmt: skip
+            end, shift = (side * count, position), (3 * side, 0)
+            name = "left" if side > 0 else "right"
+            axes.annotate(f"{count:.0f}", end, shift, textcoords="offset points", ha=name, va="center", fontsize=8)
     axes.set_yticks(range(len(table)), [f"{_plain(line.style)} (n = {line.n_paired})" for line in table.itertuples()])
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
@@ -68,8 +66,8 @@ def plot_flips(summary: pd.DataFrame, path: Path, baseline: str, title: str) -> 
 
 def plot_edits(table: pd.DataFrame, path: Path, title: str) -> None:
     """Accuracy against the number of edits, with clustered intervals; 0 edits are the clean prompts of these rows."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(5.6, 3.9), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+    axes = figure.subplots()
     positions = list(range(len(table)))
     axes.plot(positions, table["estimate"], color=STYLE_COLOUR, linewidth=1, zorder=1)
     for position, line in zip(positions, table.itertuples(), strict=True):
@@ -102,12 +100,3 @@ def _interval(
 def _plain(text: str) -> str:
     """`text` for a figure: a $ begins no formula."""
     return one_line(text, 80).replace("$", r"\$")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from command_line import one_line
 from file_output import save_figure
-
-if TYPE_CHECKING:
-    import pandas as pd
+from matplotlib.figure import Figure
 
 CLEAN_COLOUR, STYLE_COLOUR, MEAN_COLOUR = "#7f7f7f", "#4c78a8", "#111111"
 
@@ -29,10 +28,8 @@ def plot_similarity(
     figure, axes = _violins(items.dropna(subset=["similarity"]), "similarity", summary)
     if noise_floor is not None:
         axes.axhline(noise_floor, color="#d62728", linestyle="--", linewidth=1.2, zorder=1)
-        axes.annotate(
-            f"noise floor {noise_floor:.2f}:\ntwo normal samples",
-            (1.01, noise_floor), xycoords=("axes fraction", "data"), color="#d62728", fontsize=8, va="center",
-        )  # fmt: skip
+        text, place = f"noise floor {noise_floor:.2f}:\ntwo normal samples", ("axes fraction", "data")
+        axes.annotate(text, (1.01, noise_floor), xycoords=place, color="#d62728", fontsize=8, va="center")
     axes.set_ylabel("cosine similarity to the normal response")
     axes.set_title(f"Response similarity, by prompt style\n{_short(embedding_model)}", fontsize=10)
     save_figure(path, figure)
@@ -40,8 +37,8 @@ def plot_similarity(
 
 def plot_preferences(summary: pd.DataFrame, path: Path, judge: str) -> None:
     """Stacked shares of rows in which the judge preferred the normal answer, neither, or the style's answer."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.4 * len(summary)), layout="constrained")
+    figure = Figure(figsize=(7, 1.6 + 0.4 * len(summary)), layout="constrained")
+    axes = figure.subplots()
     names = {"losses": "normal answer better", "ties": "tie", "wins": "style's answer better"}
     left = 0 * summary["n"].astype(float)
     for (column, label), colour in zip(names.items(), ("#d62728", "#cccccc", "#4c78a8"), strict=True):
@@ -69,17 +66,17 @@ def plot_ratings(items: pd.DataFrame, summary: pd.DataFrame, path: Path, judge: 
 
 def _violins(items: pd.DataFrame, column: str, summary: pd.DataFrame) -> tuple[Any, Any]:
     """One violin a style, in the order of `summary`, whose estimates and intervals are drawn over it."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(max(5.0, 1.6 + 0.75 * len(summary)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.6 + 0.75 * len(summary)), 4.2), layout="constrained")
+    axes = figure.subplots()
     for position, line in enumerate(summary.itertuples()):
         values = items.loc[items["style"] == line.style, column].to_numpy()
         colour = CLEAN_COLOUR if line.style in ("normal", "instruction") else STYLE_COLOUR
         if len(values) > 1 and values.min() < values.max():
-            body = axes.violinplot(values, [position], widths=0.8, showextrema=False)["bodies"][0]
-            body.set(facecolor=colour, alpha=0.35, edgecolor="none")
-            axes.boxplot(values, positions=[position], widths=0.12, showfliers=False, manage_ticks=False,
-                         medianprops={"color": colour}, boxprops={"color": colour},
-                         whiskerprops={"color": colour}, capprops={"visible": False})  # fmt: skip
+            violin: Any = axes.violinplot(values, [position], widths=0.8, showextrema=False)
+            violin["bodies"][0].set(facecolor=colour, alpha=0.35, edgecolor="none")
+            lines: dict[str, Any] = {name: {"color": colour} for name in ("medianprops", "boxprops", "whiskerprops")}
+            lines |= {"capprops": {"visible": False}, "manage_ticks": False, "showfliers": False}
+            axes.boxplot(values, positions=[position], widths=0.12, **lines)
         elif len(values):
             axes.plot([position], values[:1], "_", color=colour, markersize=18)
         if line.n:
@@ -97,12 +94,3 @@ def _violins(items: pd.DataFrame, column: str, summary: pd.DataFrame) -> tuple[A
 
 def _short(name: str) -> str:
     return one_line("/".join(Path(name).parts[-2:]), 80).replace("$", r"\$")
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
