@@ -287,6 +287,11 @@ def test_random_damage_to_digits_never_passes():
         assert verify_variant(PROMPTS[0], damaged, style, rows[0]), (style, damaged)
 
 
+def test_protected_text_that_is_lost_at_the_end_is_found_whatever_it_says():
+    row = {"normal": "Please explain why they said nothing", "answer": "nothing"}
+    assert ("changed_protected", "main") in kinds([{**row, "main": "Please explain why they said nothinh"}])
+
+
 # --- as a command
 
 

@@ -42,13 +42,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the prompt file and its edit log."""
     args = parse_args(argv)
-    from typos.maths_problems import make_rows, read_wordings
-    from typos.variants import edit_log_path, log_table
+    from typos import maths_problems, variants
 
-    rows, log = make_rows(read_wordings(args.wordings_file), args.seed)
-    log_file = edit_log_path(args.output_file)
+    rows, log = maths_problems.make_rows(maths_problems.read_wordings(args.wordings_file), args.seed)
+    log_file = variants.edit_log_path(args.output_file)
     write_json(args.output_file, rows, indent=1)
-    write_csv(log_file, log_table(log))
+    write_csv(log_file, variants.log_table(log))
     get_logger("make_maths").info(f"wrote {args.output_file} ({len(rows)} rows in all styles) and {log_file}")
     return 0
 

@@ -59,8 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask, check, write. Returns 1 if requests failed."""
     args = parse_args(argv)
-    from typos.rephrasing import log_table, make_jobs, rephrase
-    from typos.variants import bad_row
+    from typos import rephrasing, variants
 
     logger = get_logger("rephrase")
     styles = list(dict.fromkeys(args.styles))
@@ -76,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         timeout=args.timeout,
     )
     if args.dry_run:
-        logger.info(str(client.estimate(job.request(args.max_tokens) for job in make_jobs(chosen, styles))))
+        logger.info(str(client.estimate(job.request(args.max_tokens) for job in rephrasing.make_jobs(chosen, styles))))
         return 0
-    done, log = rephrase(chosen, styles, client, args.attempts, args.max_tokens, args.suffix)
-    write_csv(_beside(args.output_file, "_rephrasings.csv"), log_table(log))
+    done, log = rephrasing.rephrase(chosen, styles, client, args.attempts, args.max_tokens, args.suffix)
+    write_csv(_beside(args.output_file, "_rephrasings.csv"), rephrasing.log_table(log))
     write_json(args.output_file, [*done, *rows[len(chosen) :]])
     for index, row in enumerate(chosen):
-        if reason := bad_row(row):
+        if reason := variants.bad_row(row):
             logger.warning(f"row {index + 1} {reason}; it was copied as it is")
     logger.info(f"prompts with an accepted variant: {_counts(log, styles)}; wrote {args.output_file}")
     return 1 if any(line["reason"].startswith("request failed") for line in log) else 0

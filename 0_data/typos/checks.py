@@ -23,6 +23,7 @@ from load_json import (
     has_half_character,
     id_problem,
     is_style_key,
+    json_type,
     parse_rows,
     read_text,
     style_problem,
@@ -71,14 +72,11 @@ class JsonObject(dict[str, Any]):
         super().__init__(pairs)
         counts = Counter(key for key, _ in pairs)
         self.repeated = {
-            key: all(_same(value, self[key]) for other, value in pairs if other == key)
+            key: isinstance(self[key], str | int | float)
+            and all((type(value), value) == (type(self[key]), self[key]) for other, value in pairs if other == key)
             for key, count in counts.items()
             if count > 1
         }
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and isinstance(a, str | int | float) and a == b
 
 
 def read_rows(prompt_file: str | Path) -> list[Any]:
@@ -125,7 +123,7 @@ def check_rows(rows: list[Any], intensity: int = 1, styles: Sequence[str] = ()) 
         elif isinstance(row, UnreadLine):
             problems = [("not_json", f"the line is not JSON: {row.reason}", "", "drop row")]
         else:
-            problems = [("wrong_type", f"the row is {_json_type(row)}, not an object", "", "drop row")]
+            problems = [("wrong_type", f"the row is a JSON {json_type(row)}, not an object", "", "drop row")]
         own_id = _id_of(row, index) if isinstance(row, dict) else None
         for kind, detail, key, fix in problems:
             findings.append(Finding(kind, detail, index, own_id, key, "" if kind in WARNINGS else fix))
@@ -186,13 +184,13 @@ def _data_columns(rows: list[Any], meant: dict[str, str]) -> dict[str, str]:
             own = is_style_key(key) and key not in KNOWN_STYLES and key not in meant
             if own and isinstance(value, str | int | float) and not isinstance(value, bool):
                 texts.setdefault(key, []).append(str(value).strip())
-    told = {}
+    found = {}
     clean = [str(row[key]) for row in rows if isinstance(row, dict) and (key := _clean_key(row))]
     for key, values in texts.items():
         kind = _data_kind(values)
         if kind and kind != _data_kind(clean):  # prompts may be as short
-            told[key] = f"holds {kind}, not prompts; begin its name with _ to keep it as data"
-    return told
+            found[key] = f"holds {kind}, not prompts; begin its name with _ to keep it as data"
+    return found
 
 
 def _data_kind(values: list[str]) -> str | None:
@@ -259,15 +257,17 @@ def _type_problems(row: dict[str, Any], skipped: set[str]) -> Iterator[Problem]:
     row = {key: value for key, value in row.items() if key not in skipped}
     if reason := id_problem(row.get("element_index", 0)):
         yield "wrong_type", f"element_index {reason}", "element_index", ""
-    if "answer" in row and not _is_answer(row["answer"]):
-        yield "wrong_type", f"answer is {_json_type(row['answer'])}, not a string or a finite number", "answer", ""
+    answer = row.get("answer", "")
+    finite = not isinstance(answer, float) or math.isfinite(answer)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not finite:
+        yield "wrong_type", f"answer is a JSON {json_type(answer)}, not a string or a finite number", "answer", ""
     if "task" in row and not isinstance(row["task"], str):
-        yield "wrong_type", f"task is {_json_type(row['task'])}, not a string", "task", ""
+        yield "wrong_type", f"task is a JSON {json_type(row['task'])}, not a string", "task", ""
     for key, value in row.items():
         if not is_style_key(key):
             continue
         if not isinstance(value, str):
-            yield "wrong_type", f"the prompt is {_json_type(value)}, not a string", key, _drop(key)
+            yield "wrong_type", f"the prompt is a JSON {json_type(value)}, not a string", key, _drop(key)
         elif not value.strip():
             yield "empty_prompt", "the prompt is empty", key, _drop(key)
         elif has_half_character(value):
@@ -279,12 +279,6 @@ def _type_problems(row: dict[str, Any], skipped: set[str]) -> Iterator[Problem]:
 def _drop(key: str) -> str:
     """The fix for a key that has to go: the variant, or the row with its clean prompt, answer …"""
     return "drop variant" if _is_variant(key) else "drop row"
-
-
-def _is_answer(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -360,11 +354,6 @@ def _missing_styles(rows: list[Any], styles: Sequence[str], skipped: set[str]) -
         if counts[style] < len(objects):
             detail = f"{len(objects) - counts[style]} of {len(objects)} rows lack it"
             yield Finding("missing_style", detail, style=style)
-
-
-def _json_type(value: Any) -> str:
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return "null" if value is None else names.get(type(value), "an object")
 
 
 def _shown(value: Any) -> str:

@@ -171,21 +171,17 @@ def _first_complete(
 
 def _clean_row(element_index: int, problem: Problem, wording: Wording, digits: int) -> Row:
     prompt, task = write_prompt(problem, wording)
+    exact = (Decimal(problem.value.numerator) / Decimal(problem.value.denominator)).normalize()  # 7/2 -> 3.5
     return {
         "element_index": element_index,
         "normal": prompt,
-        "answer": format_number(problem.value),
+        "answer": f"{exact:f}",
         "task": task,
         "_template": wording.template,
         "_operation": problem.operation,
         "_digits": digits,
         "_result": problem.result,
     }
-
-
-def format_number(value: Fraction) -> str:
-    """Exact decimal notation of a terminating fraction: 7/2 -> 3.5."""
-    return f"{(Decimal(value.numerator) / Decimal(value.denominator)).normalize():f}"
 
 
 def write_prompt(problem: Problem, wording: Wording) -> tuple[str, str]:

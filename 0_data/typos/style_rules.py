@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from load_json import STYLES
@@ -66,8 +67,7 @@ def _number_faults(clean: str, variant: str) -> list[Fault]:
 
 
 def _first_change(before: list[str], after: list[str]) -> tuple[str, str]:
-    pairs = zip([*before, "nothing"], [*after, "nothing"], strict=False)
-    return next((a, b) for a, b in pairs if a != b)
+    return next((a or "nothing", b or "nothing") for a, b in zip_longest(before, after, fillvalue="") if a != b)
 
 
 _NUMBERS_AND_OPERATORS = re.compile(

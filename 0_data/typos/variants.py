@@ -128,7 +128,15 @@ def make_variants(
     summary["bad_rows"] [(original index, reason)]; summary["styles"][style] holds `made` and `lacking`
     {reason: rows}. `tokenizer` is a fast Hugging Face tokenizer. Raises UserError for an unknown style or keyboard.
     """
-    _check_settings(styles, intensity, keyboard)
+    unknown = [style for style in styles if style not in STYLES]
+    if unknown:
+        raise UserError(f"no such style: {', '.join(unknown)}; choose from {', '.join(STYLES)}")
+    if len(set(styles)) < len(styles):
+        raise UserError("a style is named twice; name each once")
+    if intensity < 1:
+        raise UserError(f"--intensity {intensity}: the number of edits must be 1 or more")
+    if keyboard not in KEYBOARDS:
+        raise UserError(f"no such keyboard: {keyboard}; choose from {', '.join(KEYBOARDS)}")
     settings = Settings(seed, intensity, keyboard)
     summary: Summary = {
         "rows": len(rows),
@@ -159,18 +167,6 @@ def make_variants(
                 _count_tokens(log[-len(edits) :], prompt, variant, edits, tokenizer)
         rows_out.append(new_row)
     return rows_out, log, summary
-
-
-def _check_settings(styles: Sequence[str], intensity: int, keyboard: str) -> None:
-    unknown = [style for style in styles if style not in STYLES]
-    if unknown:
-        raise UserError(f"no such style: {', '.join(unknown)}; choose from {', '.join(STYLES)}")
-    if len(set(styles)) < len(styles):
-        raise UserError("a style is named twice; name each once")
-    if intensity < 1:
-        raise UserError(f"--intensity {intensity}: the number of edits must be 1 or more")
-    if keyboard not in KEYBOARDS:
-        raise UserError(f"no such keyboard: {keyboard}; choose from {', '.join(KEYBOARDS)}")
 
 
 def clean_text(row: dict[str, Any]) -> Any:
@@ -230,21 +226,15 @@ def _typos(prompt: Prompt, words: list[Word], operations: list[str], count: int,
     edits: list[Edit] = []
     for word in words:
         used = Counter(edit.operation for edit in edits)
-        edit = _typo(prompt, word, sorted(operations, key=lambda operation: used[operation]), rng)
-        if edit:
-            edits.append(edit)
+        for operation in sorted(operations, key=lambda operation: used[operation]):
+            options = shuffled(rng, typo_options(word.text, operation, prompt.settings.keyboard))
+            after = next((typo for _, typo in options if is_clear_typo(word.lower, typo.lower())), None)
+            if after is not None:
+                edits.append(Edit(word.start, word.end, after, operation, word))
+                break
         if len(edits) == count:
             return edits
     raise Lacks(f"fewer than {count} {where}s that can take the edit" if count > 1 else f"no {where} that can take it")
-
-
-def _typo(prompt: Prompt, word: Word, operations: list[str], rng: Random) -> Edit | None:
-    for operation in operations:
-        options = typo_options(word.text, operation, prompt.settings.keyboard)
-        for _, after in shuffled(rng, options):
-            if is_clear_typo(word.lower, after.lower()):
-                return Edit(word.start, word.end, after, operation, word)
-    return None
 
 
 def _one_kind(prompt: Prompt, style: str) -> list[Edit]:
@@ -399,7 +389,7 @@ def _log_lines(prompt: Prompt, style: str, edits: list[Edit], index: int) -> lis
     lines = []
     for number, edit in enumerate(edits, 1):
         before = prompt.text[edit.start : edit.end]
-        place = {
+        line = {
             "style": style,
             "original_index": index,
             "element_index": prompt.row.get("element_index", index + 1),
@@ -407,25 +397,18 @@ def _log_lines(prompt: Prompt, style: str, edits: list[Edit], index: int) -> lis
             "word": edit.word.text if edit.word else "",
             "word_position": edit.word.index if edit.word else 0,
             "char_position": edit.start + first_difference(before, edit.after),
+            "operation": edit.operation,
+            "before": before,
+            "after": edit.after,
         }
-        lines.append({**place, **_change(edit.operation, before, edit.after)})
+        if before:  # a tone has no distance or frequency; a soft hyphen is not a letter, so it is left out
+            old, new = (words_in(text.replace(SOFT_HYPHEN, "")) for text in (before, edit.after))
+            line["osa_distance"] = osa_distance(before, edit.after, limit=len(edit.after))
+            line["zipf_before"] = zipf(old[0]) if len(old) == 1 else None
+            line["zipf_after"] = zipf(new[0]) if len(new) == 1 else None
+            line["real_word"] = all(is_real_word(word) for word in new)
+        lines.append(line)
     return lines
-
-
-def _change(operation: str, before: str, after: str) -> dict[str, Any]:
-    """The columns that follow from the changed piece of text alone; a soft hyphen is no letter, so it is left out."""
-    if not before:
-        return {"operation": operation, "before": before, "after": after}
-    old, new = (words_in(text.replace(SOFT_HYPHEN, "")) for text in (before, after))
-    return {
-        "operation": operation,
-        "before": before,
-        "after": after,
-        "osa_distance": osa_distance(before, after, limit=len(after)),
-        "zipf_before": zipf(old[0]) if len(old) == 1 else None,
-        "zipf_after": zipf(new[0]) if len(new) == 1 else None,
-        "real_word": all(is_real_word(word) for word in new),
-    }
 
 
 def _count_tokens(lines: list[dict[str, Any]], prompt: Prompt, variant: str, edits: list[Edit], tokenizer: Any) -> None:

@@ -160,7 +160,7 @@ def parse_rows(text: str, path: Path, pairs_hook: Callable[[list[tuple[str, Any]
         raise UserError(f"{path}: not usable JSON: {error}") from None
     rows = [value] if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        raise UserError(f"{path}: holds a JSON {_json_type(rows)}; expected a list of objects, or one object a line")
+        raise UserError(f"{path}: holds a JSON {json_type(rows)}; expected a list of objects, or one object a line")
     if not rows:
         raise UserError(f"{path}: the list is empty; expected at least one object with a prompt")
     return rows if pairs_hook else [without_nulls(row) for row in rows]
@@ -179,7 +179,7 @@ def id_problem(own_id: Any) -> str | None:
         return None if abs(own_id) < 2**63 else "is a number of more than 64 bits"
     if isinstance(own_id, str):
         return None if _text_problem(own_id) is None else "is a text that is empty or no valid Unicode"
-    return f"is a JSON {_json_type(own_id)}, not a whole number or a text"
+    return f"is a JSON {json_type(own_id)}, not a whole number or a text"
 
 
 def read_prompt_file(file_path: str | Path) -> PromptFile:
@@ -256,7 +256,7 @@ def _row_problems(index: int, row: Any, styles: dict[str, int]) -> list[Problem]
     if isinstance(row, UnreadLine):
         return [Problem(index, None, f"is not JSON: {row.reason}; correct or remove the line")]
     if not isinstance(row, dict):
-        return [Problem(index, None, f'is a JSON {_json_type(row)}, not an object; make it {{"normal": …}}')]
+        return [Problem(index, None, f'is a JSON {json_type(row)}, not an object; make it {{"normal": …}}')]
     if reason := id_problem(row.get("element_index", index + 1)):
         return [Problem(index, None, f"element_index {reason}; correct or remove it")]
     found = [Problem(index, key, reason) for key in styles if key in row and (reason := _text_problem(row[key]))]
@@ -267,7 +267,7 @@ def _row_problems(index: int, row: Any, styles: dict[str, int]) -> list[Problem]
 
 def _text_problem(value: Any) -> str | None:
     if not isinstance(value, str):
-        return f"is a JSON {_json_type(value)}, not a string; quote it or remove it"
+        return f"is a JSON {json_type(value)}, not a string; quote it or remove it"
     if not value.strip():
         return "is an empty prompt; fill it or remove it"
     if has_half_character(value):
@@ -275,7 +275,8 @@ def _text_problem(value: Any) -> str | None:
     return None
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What JSON calls a value: null, boolean, number, string, list or object."""
     if value is None:
         return "null"
     names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
