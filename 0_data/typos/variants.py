@@ -63,15 +63,6 @@ class Lacks(Exception):
     """The prompt has nothing that the style could change; the text says what is missing, for the summary."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the user chooses once for all rows."""
-
-    seed: int
-    intensity: int
-    keyboard: str
-
-
 @dataclass
 class Prompt:
     """One clean prompt with what its styles share; `row_id` seeds every choice made for it."""
@@ -79,7 +70,9 @@ class Prompt:
     text: str
     row: dict[str, Any]
     row_id: str
-    settings: Settings
+    seed: int
+    intensity: int
+    keyboard: str
     offsets: list[Span] | None = None  # of the clean prompt's tokens, read when a log line asks for them
 
     @cached_property
@@ -107,7 +100,7 @@ class Prompt:
 
     def rng(self, style: str) -> Random:
         """A generator of its own for each (seed, row, style), so that no variant depends on which others are made."""
-        return Random(f"{self.settings.seed}|{self.row_id}|{style}".encode("utf-8", "surrogatepass"))
+        return Random(f"{self.seed}|{self.row_id}|{style}".encode("utf-8", "surrogatepass"))
 
 
 Summary = dict[str, Any]
@@ -137,7 +130,6 @@ def make_variants(
         raise UserError(f"--intensity {intensity}: the number of edits must be 1 or more")
     if keyboard not in KEYBOARDS:
         raise UserError(f"no such keyboard: {keyboard}; choose from {', '.join(KEYBOARDS)}")
-    settings = Settings(seed, intensity, keyboard)
     summary: Summary = {
         "rows": len(rows),
         "bad_rows": [],
@@ -153,7 +145,7 @@ def make_variants(
             continue
         text, own_id = clean_text(row), row.get("element_index")
         row_id = str(own_id) if own_id is not None else hashlib.sha256(text.encode()).hexdigest()
-        prompt = Prompt(text, row, row_id, settings)
+        prompt = Prompt(text, row, row_id, seed, intensity, keyboard)
         new_row = {key: value for key, value in row.items() if key not in styles}
         for style in styles:
             variant, edits, reason = make_variant(prompt, style)
@@ -198,7 +190,7 @@ def make_variant(prompt: Prompt, style: str) -> tuple[str | None, list[Edit], st
     except Lacks as reason:
         return None, [], str(reason)
     variant = apply_edits(prompt.text, edits)
-    faults = verify_variant(prompt.text, variant, style, prompt.row, prompt.settings.intensity)
+    faults = verify_variant(prompt.text, variant, style, prompt.row, prompt.intensity)
     if faults:
         return None, [], f"no variant that passes the checks ({faults[0].kind})"
     return variant, edits, ""
@@ -227,7 +219,7 @@ def _typos(prompt: Prompt, words: list[Word], operations: list[str], count: int,
     for word in words:
         used = Counter(edit.operation for edit in edits)
         for operation in sorted(operations, key=lambda operation: used[operation]):
-            options = shuffled(rng, typo_options(word.text, operation, prompt.settings.keyboard))
+            options = shuffled(rng, typo_options(word.text, operation, prompt.keyboard))
             after = next((typo for _, typo in options if is_clear_typo(word.lower, typo.lower())), None)
             if after is not None:
                 edits.append(Edit(word.start, word.end, after, operation, word))
@@ -239,7 +231,7 @@ def _typos(prompt: Prompt, words: list[Word], operations: list[str], count: int,
 
 def _one_kind(prompt: Prompt, style: str) -> list[Edit]:
     operations = [OPERATIONS[style]]
-    return _typos(prompt, prompt.content, operations, prompt.settings.intensity, prompt.rng(style), "content word")
+    return _typos(prompt, prompt.content, operations, prompt.intensity, prompt.rng(style), "content word")
 
 
 def _mixed_kinds(prompt: Prompt, style: str) -> list[Edit]:
@@ -255,7 +247,7 @@ def _noise_words(prompt: Prompt, style: str) -> list[Edit]:
     rng = prompt.rng(style)
     words = shuffled(rng, prompt.function_words)
     operations = shuffled(rng, TYPO_OPERATIONS)
-    return _typos(prompt, words, operations, prompt.settings.intensity, rng, "function word")
+    return _typos(prompt, words, operations, prompt.intensity, rng, "function word")
 
 
 def _split(prompt: Prompt, style: str) -> list[Edit]:
@@ -275,7 +267,7 @@ def _real_word(prompt: Prompt, style: str) -> list[Edit]:
         if options:
             after = in_case_of(word.text, options[0])
             edits.append(Edit(word.start, word.end, after, operation_of(word.text, after) or "", word))
-        if len(edits) == prompt.settings.intensity:
+        if len(edits) == prompt.intensity:
             return edits
     raise Lacks("too few content words one letter away from another word")
 
@@ -291,7 +283,7 @@ def _homonym(prompt: Prompt, _: str) -> list[Edit]:
         if choices:
             after = in_case_of(word.text, max(choices, key=lambda h: (zipf(h), h)))
             edits.append(Edit(word.start, word.end, after, "homophone", word))
-        if len(edits) == prompt.settings.intensity:
+        if len(edits) == prompt.intensity:
             return edits
     raise Lacks("too few words that have a homophone")
 
@@ -312,12 +304,12 @@ def _pick_by_kind(prompt: Prompt, style: str, slips: Iterable[Edit]) -> list[Edi
         by_kind.setdefault(slip.operation, []).append(slip)
     chosen: list[Edit] = []
     # The kinds in turn, often enough for all edits even if one kind alone can give them.
-    turns = min(prompt.settings.intensity, sum(len(edits) for edits in by_kind.values()))
+    turns = min(prompt.intensity, sum(len(edits) for edits in by_kind.values()))
     for kind in shuffled(rng, sorted(by_kind)) * turns:
         free = [e for e in by_kind[kind] if all(e.end <= c.start or c.end <= e.start for c in chosen)]
         if free:
             chosen.append(free[int(rng.random() * len(free))])
-        if len(chosen) == prompt.settings.intensity:
+        if len(chosen) == prompt.intensity:
             return chosen
     raise Lacks(f"too few places for a slip of {style}")
 
@@ -330,7 +322,7 @@ def _punctuation(prompt: Prompt, style: str) -> list[Edit]:
     slips = list(_punctuation_slips(prompt))
     # A mark that is merely gone leaves no token that could be marked as edited: the last resort.
     visible = [slip for slip in slips if slip.operation != "missing_mark"]
-    return _pick_by_kind(prompt, style, visible if len(visible) >= prompt.settings.intensity else slips)
+    return _pick_by_kind(prompt, style, visible if len(visible) >= prompt.intensity else slips)
 
 
 def _punctuation_slips(prompt: Prompt) -> Iterator[Edit]:
