@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +24,10 @@ STAGE_SCRIPTS = [path for path in SCRIPTS if path.parents[1].name != SHARED]
 PATH_LINE = (
     'sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]'
 )
+SHORT_DOCSTRINGS = "0123"  # stages
+INNER_IMPORTS = 223
+FORMATTER_SKIPS = 35
+FUNCTIONS_TWICE = 18
 OWN_NAMES = {path.stem for path in MODULES} | set(PACKAGES.values())
 
 
@@ -228,6 +233,46 @@ def test_functions_are_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             assert length <= 100, f"{node.name} has {length} lines"
+
+
+@every([path for path in SCRIPTS if path.parents[1].name[0] in SHORT_DOCSTRINGS])
+def test_the_docstring_of_a_script_is_short(path):
+    docstring = ast.get_docstring(tree_of(path)) or ""
+    assert len(docstring.splitlines()) <= 15, "long prose belongs in docs/METHODS.md"
+
+
+def functions_of(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_imports_are_at_the_top():
+    inner = Counter()
+    for path in MODULES:
+        found = {node for function in functions_of(path) for node in ast.walk(function)}
+        inner[name_of(path)] = sum(isinstance(node, ast.Import | ast.ImportFrom) for node in found)
+    assert inner.total() <= INNER_IMPORTS, inner.most_common(10)
+
+
+def test_the_formatter_is_rarely_told_to_skip():
+    skips = Counter({name_of(path): path.read_text(encoding="utf-8").count("fmt: skip") for path in MODULES})
+    assert skips.total() <= FORMATTER_SKIPS, skips.most_common(10)
+
+
+def test_a_file_has_few_functions():
+    assert statistics.median(len(functions_of(path)) for path in MODULES) <= 12
+
+
+def test_no_function_is_there_twice():
+    """One name with one body in two files is one function that belongs in one of them, or in 1_utils."""
+    places: dict[tuple[str, str], set[str]] = {}
+    for path in MODULES:
+        for function in functions_of(path):
+            body = function.body[ast.get_docstring(function) is not None :]
+            code = "\n".join(ast.unparse(node) for node in body)
+            if function.name not in ("main", "parse_args"):
+                places.setdefault((function.name, code), set()).add(name_of(path))
+    twice = {name: sorted(files) for (name, _), files in places.items() if len(files) > 1}
+    assert len(twice) <= FUNCTIONS_TWICE, twice
 
 
 # --- commands that the documentation promises
