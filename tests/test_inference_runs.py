@@ -534,6 +534,26 @@ def test_a_full_disk_is_one_line_and_no_partial_file(model_dir, prompt_file, und
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def test_an_error_of_the_writer_comes_with_the_next_file_or_at_the_end(tmp_path):
+    (tmp_path / "taken").write_text("")
+    rows = [({"original_index": 0, "input_ids": torch.ones(2, dtype=torch.int64)}, None)]
+
+    def write(writer, *names):
+        for name in names:
+            writer.write(tmp_path / name, rows, {}, 0)
+
+    writer = job.FileWriter()
+    write(writer, "a.pt", "taken/b.pt")
+    with pytest.raises(UserError, match="taken: is a file"):
+        writer.close()
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["input_ids"].tolist() == [[1, 1]]
+    writer = job.FileWriter()
+    with pytest.raises(UserError, match="taken: is a file"):
+        write(writer, "taken/b.pt", "c.pt", "d.pt", "e.pt")
+    writer.close()  # the error was raised once
+    assert not (tmp_path / "e.pt").exists()
+
+
 def test_preflight_refuses_what_the_disk_cannot_hold(model_dir, prompt_file, tmp_path, monkeypatch):
     import shutil
 

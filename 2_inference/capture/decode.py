@@ -131,7 +131,7 @@ def _buffer(kept: torch.Tensor | None, added: torch.Tensor, length: int, room: i
 
 
 def new_cache(layers: int, source: Any = None, batch: int = 1) -> Any:
-    """An empty cache, or one that begins with the single row of `source` in each of `batch` rows (not copied)."""
+    """An empty cache, or one of `batch` rows that begins with those of `source`, or its single one (not copied)."""
     cache: Any = Cache(layers=[GrowingLayer() for _ in range(layers)])
     if source is not None:
         for layer, given in zip(cache.layers, source.layers, strict=True):
@@ -372,7 +372,7 @@ class Generator:
                     waiting.appendleft(group[0])
                     return None
                 if len(group) == 1:
-                    under_way[id(group[0])] = Result(group[0], error=error.reason)
+                    under_way[id(group[0])] = Result(group[0], error=str(error))
                     return None
                 self.limit.shrink(len(group))
                 half = len(group) // 2
@@ -408,8 +408,7 @@ class Generator:
         k = self.recorder.options.topk_logits
         if self.recorder.options.topk_positions == "all":
             return all_position_logits(self.model, recorded.last_state, logits, k)
-        values, indices, sums = top_logits(logits, k)
-        return values[:, None], indices[:, None], sums[:, None]
+        return top_logits(logits[:, None], k)
 
     def _begin_responses(
         self, group: list[Prompt], rows: PassRows, logits: torch.Tensor, cache: Any, mask: torch.Tensor
@@ -443,10 +442,7 @@ class Generator:
         first = logits.float().log_softmax(-1).gather(1, ids[:, :1])
         total = first
         if width > 1:  # teacher forcing: position i predicts token i + 1
-            fork = new_cache(self.recorder.num_layers)
-            for layer, given in zip(fork.layers, cache.layers, strict=True):
-                if given.is_initialized:
-                    layer.replace(given.keys, given.values)
+            fork = new_cache(self.recorder.num_layers, cache, len(group))
             grown = torch.cat([mask, mask.new_ones(len(group), width - 1)], dim=1)
             later = self._forward(ids[:, :-1], grown, fork, keep=width - 1)
             total = torch.cat([first, later.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]], dim=1)
@@ -538,7 +534,7 @@ class Generator:
             under_way.pop(id(result.prompt))
         self.limit.shrink(len(unfinished))
         if len(unfinished) == 1:
-            yield Result(unfinished[0].prompt, error=error.reason)
+            yield Result(unfinished[0].prompt, error=str(error))
         else:
             waiting.extendleft(result.prompt for result in reversed(unfinished))
 
@@ -548,9 +544,7 @@ def _is_done(result: Result) -> bool:
 
 
 class _OutOfMemory(Exception):
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    """Its text is the reason for failures.csv."""
 
 
 @contextlib.contextmanager

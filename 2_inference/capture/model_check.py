@@ -138,7 +138,7 @@ class _Trial:
         hidden, mass = found.fields["hidden_pooled"][:, tokens], found.fields["span_mass"][:, :, tokens, tokens]
         if states and len(states) == len(hidden):
             whole = torch.stack([state[0, : len(ids)].cpu() for state in states])
-            if (gap := self._state_gap(hidden, whole)) > self.tolerance:
+            if (gap := _state_gap(hidden, whole)) > self.tolerance:
                 return f"its hidden states differ by {gap:.0%} from those of a plain pass with eager attention"
         if maps and len(maps) == len(mass) and all(one is not None and one.dim() == 4 for one in maps):
             whole = torch.stack([one[0, :, : len(ids), : len(ids)].float().cpu() for one in maps])
@@ -157,17 +157,18 @@ class _Trial:
         rows = [*range(len(PREFIX_REGIONS)), *range(len(PREFIX_REGIONS) + SHARED, len(PREFIX_REGIONS) + SHORT)]
         one, two = found.fields, alone.fields
         mass = _mass_gap(one["span_mass"][:, :, rows][..., rows], two["span_mass"][:, :, rows][..., rows])
-        hidden = self._state_gap(one["hidden_pooled"][:, rows], two["hidden_pooled"][:, rows])
+        hidden = _state_gap(one["hidden_pooled"][:, rows], two["hidden_pooled"][:, rows])
         text = self.exact and found.responses[0].ids != alone.responses[0].ids
         return max(mass, hidden) > self.tolerance or text
 
-    def _state_gap(self, found: torch.Tensor, expected: torch.Tensor) -> float:
-        """Largest relative error of a layer [L+1, S, D], the mean over its tokens; of the embeddings, which are not
-        rounded yet, five times as much, so that a wrong position is seen in half precision, too."""
-        found, expected = found.float(), expected.float()
-        errors = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)).mean(-1)
-        errors[0] *= 5
-        return float(errors.max())
+
+def _state_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest relative error of a layer [L+1, S, D], the mean over its tokens; of the embeddings, which are not
+    rounded yet, five times as much, so that a wrong position is seen in half precision, too."""
+    found, expected = found.float(), expected.float()
+    errors = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)).mean(-1)
+    errors[0] *= 5
+    return float(errors.max())
 
 
 def _normalised(maps: torch.Tensor) -> torch.Tensor:
