@@ -1,5 +1,6 @@
 """bench_capture: every round is reported, and a stopped run ends with the rounds that it has."""
 
+import json
 import os
 import signal
 
@@ -55,3 +56,12 @@ def test_a_stopped_run_gives_the_finished_rounds(tmp_path, monkeypatch, capfd, n
     assert set(table.prompt_tokens) == {4}
     assert list(table.rounds) == [2, 2]
     assert "stopped: these are the finished rounds" in capfd.readouterr().err
+
+
+def test_a_whole_job_compares_its_texts_with_a_generate_loop(tmp_path):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps([{"normal": f"Please add: {n} + {n} =" + " 1" * n} for n in range(5)]))
+    code, csv = bench(tmp_path, "--prompt_file", str(prompts), "--repeats", "1", "--stop_strings", "nothing")
+    table = pd.read_csv(csv)
+    assert code == 0
+    assert list(table.prompts) == list(table.texts_equal) == [5, 5]
