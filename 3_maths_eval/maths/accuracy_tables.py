@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from paired_stats import (
     clustered_mean,
     design_effect,
@@ -16,9 +17,6 @@ from paired_stats import (
     sign_flip_test,
     wilson_interval,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ROW_FACTORS = ("operation", "digits", "result")  # the same in every style of a row
 RESAMPLES = 4999
@@ -36,8 +34,6 @@ def row_scores(items: pd.DataFrame) -> pd.DataFrame:
 def detectable_differences(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """What this n could detect, before any p value: style, n_paired, n_clusters, and the smallest true difference that
     a test at 0.05, and one at 0.05 / number of styles, finds with 80 % power."""
-    import pandas as pd
-
     scores = row_scores(items)
     styles = [style for style in pd.unique(scores["style"]) if style != baseline]
     lines = []
@@ -135,8 +131,6 @@ def break_down(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
     in the log; token_change: tokens more than the clean prompt) pair the items of a level with their clean rows.
     p_adjusted is Holm's over the styles and levels of one factor.
     """
-    import pandas as pd
-
     tables = []
     for factor in (*ROW_FACTORS, *STYLE_FACTORS):
         levels = sorted(items.loc[items["style"] != baseline, factor].dropna().unique(), key=_level_order)
@@ -171,8 +165,6 @@ def accuracy_by_edits(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
     Columns edits, n, estimate, ci_low, ci_high; rows (and templates) are clusters, since styles share them.
     """
-    import pandas as pd
-
     scored = items[items["correct"].notna()]
     edited = scored[scored["edits"].notna() & (scored["style"] != baseline) & ~scored["identical"]]
     clean = scored[(scored["style"] == baseline) & scored["original_index"].isin(edited["original_index"])]

@@ -26,9 +26,9 @@ class PercentGold(Fraction):
 
 
 def matches_gold(parsed: ParsedAnswer, gold: Fraction) -> bool:
-    """True where the parsed value is the gold value.
+    """True if the parsed value is the gold value.
 
-    Exact as fractions. A decimal shown with d >= 2 decimals and 2 or more significant digits also matches where gold
+    Exact as fractions. A decimal shown with d >= 2 decimals and 2 or more significant digits also matches if gold
     rounded to d decimals (half up or half even) equals it: 0.67 is 2/3, 13.33 is 40/3, but 13 or 0.7 are not. With
     three dots the digits may be cut off instead of rounded. 10 % matches 1/10 and 10, and 10 matches a gold of 10 %.
     """
@@ -112,7 +112,7 @@ def judge(response: str | None, prompt: str | None, gold: Gold) -> tuple[ParsedA
 
 
 def number_text(value: Fraction | None) -> str | None:
-    """A number as people write it: 12, 0.75; 1/3 where no decimal is exact."""
+    """A number as people write it: 12, 0.75, or 1/3 if no decimal is exact."""
     if value is None or value.denominator == 1:
         return None if value is None else str(value.numerator)
     scale = next((d for d in range(1, 13) if 10**d % value.denominator == 0), None)
@@ -138,7 +138,7 @@ def clean_text(row: dict[str, Any]) -> str | None:
 
 @lru_cache(maxsize=4096)
 def arithmetic_value(prompt: str) -> Fraction | None:
-    """The value of the last sum in a prompt, by the usual precedence; None where there is none or it has brackets."""
+    """The value of the last sum in a prompt, by the usual precedence; None if there is none or it has brackets."""
     text = plain_text(prompt)
     marks = mark_numbers(text)
     chain: list[Mark] = []

@@ -16,7 +16,7 @@ from multiprocessing.pool import Pool
 from command_line import UserError
 
 from maths.marked_answers import answer_phrase
-from maths.numerals import plain_text
+from maths.numerals import plain_text, word_set
 
 SECONDS = 10.0  # for one comparison
 START_SECONDS = 120.0  # for the start of the process, which imports sympy
@@ -25,23 +25,7 @@ MAX_LENGTH = 300
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
-_KNOWN_WORDS = {
-    "sqrt",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "exp",
-    "and",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "infinity",
-    "inf",
-}
+_KNOWN_WORDS = word_set("sqrt sin cos tan cot sec csc log exp and arcsin arccos arctan infinity inf")
 _MATHS = re.compile(r"\d|[=<>≤≥+^√π∞]|\\(?:frac|sqrt|pi|infty|begin|emptyset|le|ge|in)\b")
 _NO_EXPRESSION = re.compile(
     r"\d ?:\d\d|\d ?[ap]\.?m\b|\d[/.]\d+[/.]\d|\d{4}-\d\d|\d(?:st|nd|rd|th)\b|['\"]|\A[A-Z]{1,6}-?\d[\w-]*\Z",
@@ -51,11 +35,10 @@ _SEGMENT = re.compile(r"\$([^$\n]{1,200})\$")
 _EQUATION = re.compile(r"\d ?[a-z]\b|(?<![A-Za-z\\])[A-Za-z] ?[-+*/^|]|[-+*/^|] ?[A-Za-z]\b")
 _UNIT = re.compile(r"(?: (?!and\b|or\b)[A-Za-z]{2,15}){1,3}\Z")
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf) ?\{([^{}]*)\}")
-_SYMBOLS = {
-    "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
-    "±": r"\pm ", "×": r"\cdot ", "·": r"\cdot ", "−": "-", "–": "-", "°": r"^{\circ}", "<=": r"\le ", ">=": r"\ge ",
-    "**": "^", "$": "", r"\(": "", r"\)": "", r"\[": "", r"\]": "",
-}  # fmt: skip
+_SIGNS = (
+    r"π=\pi ∞=\infty ≤=\le ≥=\ge ≠=\ne ∈=\in ∪=\cup ∩=\cap ±=\pm ×=\cdot ·=\cdot −=- –=- °=^{\circ} $= \(= \)= \[= \]="
+)
+_SYMBOLS = dict(pair.split("=") for pair in _SIGNS.split()) | {"<=": r"\le", ">=": r"\ge", "**": "^"}
 _RAISED = {**{c: str(i) for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, "⁻": "-"}
 
 
@@ -105,7 +88,7 @@ def _latex(text: str) -> str:
     """`text` in the LaTeX that Math-Verify reads."""
     text = _TEXT.sub(lambda match: f" {match[1].strip()} " if match[1].strip() in ("and", "or") else " ", text)
     for sign, command in _SYMBOLS.items():
-        text = text.replace(sign, command)
+        text = text.replace(sign, f"{command} " if command[:1] == "\\" else command)
     text = re.sub(f"[{''.join(_RAISED)}]+", lambda match: f"^{{{''.join(_RAISED[c] for c in match[0])}}}", text)
     text = re.sub(r"√ ?(?:\(([^()]{1,60})\)|\{([^{}]{1,60})\}|(\w+))", r"\\sqrt{\1\2\3}", text)
     text = re.sub(r"\^ ?(?:\(([^()]{1,40})\)|(-?\d+))", r"^{\1\2}", text)

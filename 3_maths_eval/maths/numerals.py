@@ -23,23 +23,19 @@ _TRANSLATION: dict[int, str] = {
     **{ord(c): "\u2009" for c in "\u2009\u202f\u2007"},  # thin spaces part thousands
     **{ord(c): "" for c in "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f\ufe0f\u20e3"},
     **{ord(a): b for a, b in zip("⁄∕∙⋅•＝＋，．％（）：＄’٫٬٪。、；！", "//··*=+,.%():$'.,%.,;!", strict=True)},
-}  # fmt: skip
-_VULGAR = {
-    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
-    "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
-}  # fmt: skip
+}
+_VULGAR = {c: Fraction(unicodedata.numeric(c)).limit_denominator(8) for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _TRANSLATION |= {ord(sign): f" {text}" for sign, text in _VULGAR.items()}  # 2½ is 2 1/2, not 21/2
 _OVERSTRUCK = re.compile("(?:\\S[\u0335\u0336])+")
 _RAISED = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
 _OTHER_DIGITS = re.compile(rf"(?P<raised>[{_RAISED}]+)|(?![0-9])\d")  # every digit of Unicode: ٣ ۳ ३ ３ 𝟑
 
-_PLAIN_COMMANDS = {
-    "times": "×", "cdot": "·", "ast": "·", "div": "÷", "approx": "≈", "dots": "...", "ldots": "...", "cdots": "...",
-    "sqrt": "√", "pi": "π", "pm": "±", "mp": "±", "infty": "∞", "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥",
-    "geq": "≥", "geqslant": "≥", "lt": "<", "gt": ">", "ne": "≠", "neq": "≠", "degree": "°", "circ": "°",
-    "Rightarrow": "→", "implies": "→", "to": "→", "rightarrow": "→", "left": " ", "right": " ", "quad": " ",
-    "qquad": " ", "displaystyle": " ", "cup": "∪", "cap": "∩", "lbrace": "{", "rbrace": "}",
-}  # fmt: skip
+_COMMANDS = (
+    "times=× cdot=· ast=· div=÷ approx=≈ dots=... ldots=... cdots=... sqrt=√ pi=π pm=± mp=± infty=∞ le=≤ leq=≤ "
+    "leqslant=≤ ge=≥ geq=≥ geqslant=≥ lt=< gt=> ne=≠ neq=≠ degree=° circ=° Rightarrow=→ implies=→ to=→ "
+    "rightarrow=→ cup=∪ cap=∩ lbrace={ rbrace=} left= right= quad= qquad= displaystyle="
+)
+_PLAIN_COMMANDS = {name: sign or " " for name, sign in (pair.split("=") for pair in _COMMANDS.split())}
 NO_VALUE = "□"  # stands for a matrix or a system of equations, which has no value
 _TEXT = "text|textbf|textit|textrm|mathrm|mathbf|mbox|bf|bold|boldsymbol|operatorname"
 _BRACED = r"\{ ?(-? ?[\d.,]{1,40}) ?\}"
@@ -158,11 +154,10 @@ _SHORT = re.compile(
     r"|(?=[.,](?![\d.(€])))",
     re.ASCII,
 )
-_SCALES = {
-    "dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7,
-    "billion": 10**9, "trillion": 10**12, "lac": 10**5, "cr": 10**7, "mn": 10**6, "mln": 10**6, "mio": 10**6,
-    "bn": 10**9, "mld": 10**9,
-}  # fmt: skip
+_POWERS = (  # of ten
+    "hundred=2 thousand=3 lakh=5 million=6 crore=7 billion=9 trillion=12 lac=5 cr=7 mn=6 mln=6 mio=6 bn=9 mld=9"
+)
+_SCALES = {"dozen": 12} | {word: 10 ** int(power) for word, power in (pair.split("=") for pair in _POWERS.split())}
 _SCALE_WORDS = "|".join(f"{word}s?" if word in ("lakh", "lac", "crore", "dozen") else word for word in _SCALES)
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _SUFFIXES |= dict.fromkeys("千천", 10**3) | dict.fromkeys("万萬만", 10**4) | dict.fromkeys("亿億억", 10**8)
@@ -354,17 +349,8 @@ _TEN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _ONES = {word: value for value, word in enumerate(_ONE_WORDS.split())}
 _TENS = {word: 10 * (value + 2) for value, word in enumerate(_TEN_WORDS.split())}
 _BIG = {word: size for word, size in _SCALES.items() if len(word) > 4 or word == "lakh"}
-_PARTS = {
-    "half": 2,
-    "halve": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "eighth": 8,
-    "tenth": 10,
-}
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4}
+_PARTS |= {"fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 _WORD = "|".join([*sorted([*_ONES, *_TENS], key=len, reverse=True), *_BIG])
 _PART = "|".join(f"{part}s?" for part in _PARTS)
 NUMBER_WORDS = (

@@ -4,13 +4,10 @@ them sample and response. `read_predictions.py --csv` writes such a table withou
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from command_line import UserError, one_line
 from file_output import read_csv
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 HINT = "give a CSV with style, original_index, correct (1 or 0)"
 NEEDED = ("style", "original_index", "correct")

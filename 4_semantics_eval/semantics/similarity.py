@@ -76,10 +76,8 @@ class Embedder:
         distinct = sorted({text for text in texts if text.strip()}, key=len)
         if not distinct:
             return {}
-        vectors = self.model.encode(
-            distinct, batch_size=self.batch_size, normalize_embeddings=True, convert_to_numpy=True,
-            show_progress_bar=False,
-        )  # fmt: skip
+        options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": False}
+        vectors = self.model.encode(distinct, batch_size=self.batch_size, **options)
         lengths = [len(ids) for ids in self.model.tokenizer(distinct, truncation=False, verbose=False)["input_ids"]]
         limit = self.model.max_seq_length or math.inf
         return {text: (vector, length > limit) for text, vector, length in zip(distinct, vectors, lengths, strict=True)}
