@@ -79,7 +79,7 @@ def number(record: Record, key: str = "value", decimals: int = 2) -> str:
 
 
 def _way(record: Record) -> str:
-    return WAYS[f"{record['way']} {record['raw_layers']}"]
+    return WAYS.get(f"{record['way']} {record['raw_layers']}") or str(record["way"])
 
 
 def _batch(record: Record) -> str:
@@ -130,7 +130,7 @@ def files(stage: Path) -> str:
     for path in sorted(stage.glob("*/*.py")):
         text = path.read_text(encoding="utf-8")
         paragraph = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
-        about = paragraph.partition(". ")[0].removesuffix(".") + "."
+        about = re.sub(r"(?<![.?!])$", ".", paragraph.partition(". ")[0])
         if path.name != "__init__.py":
             is_script = '__name__ == "__main__"' in text
             lines[is_script].append(f"- [{path.parent.name}/{path.name}]({path.parent.name}/{path.name}): {about}\n")

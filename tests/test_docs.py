@@ -4,10 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import bench_capture
 import pytest
 import render_tables
+import tiny_models
 from test_house import check_command, commands_in
-from test_semantics_scores import deberta  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = render_tables.pages()
@@ -43,6 +44,18 @@ def test_tables_are_those_of_their_json(page):
     assert [found[0] for found in render_tables.PLACE.finditer(shown)] == [
         found[0] for found in render_tables.PLACE.finditer(wanted)
     ], "run: python docs/render_tables.py"
+
+
+def test_what_bench_capture_writes_fills_a_table(tmp_path):
+    model = tiny_models.save(tmp_path / "model")
+    flags = ["--lengths", "4", "--repeats", "1", "--max_new_tokens", "2", "--ways", "generate", "ours"]
+    bench_capture.main(["--model_name", model, *flags, "--json", str(tmp_path / "bench.json")])
+    content = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    layout = render_tables.LAYOUTS["capture_batches"]
+    assert [layout.column(record) for record in content["rows"]] == ["8 × 4 tokens"] * 2
+    assert layout.cell(content["rows"][0]) == "1.00"
+    assert layout.row(content["rows"][1]).startswith("error_interp: all layers")
+    assert content["commands"][0].startswith("python 2_inference/run_scripts/bench_capture.py --model_name")
 
 
 def test_every_measured_file_is_in_a_page():

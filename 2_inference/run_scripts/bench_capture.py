@@ -1,6 +1,6 @@
 """Measure what capture costs: ours, `generate()` alone, and other ways, batch by batch in turn, as ratios in one run.
 
-Writes  a table to standard output and, with --csv, one row per way and prompt length
+Writes  a table to standard output and, with --csv or --json, one row per way and prompt length
 
     python 2_inference/run_scripts/bench_capture.py --model_name models/SmolLM2-135M-Instruct --lengths 12 400
     python 2_inference/run_scripts/bench_capture.py --random_weights google/gemma-2-9b-it --batch_size 64
@@ -15,6 +15,7 @@ or --time_limit end the run with a table of the finished rounds (exit code 130).
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--output_dir", type=Path, help="where ours writes; default: a temporary folder")
 
     parser.add_argument("--csv", type=Path, help="write the table here too")
+    parser.add_argument("--json", type=Path, help="write it in the form of docs/measured/*.json")
     parser.add_argument("--time_limit", type=int, help="seconds until the run ends with what it has")
     args = parser.parse_args(argv)
     if (args.model_name is None) == (args.random_weights is None):
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     signal.alarm(args.time_limit or 0)
     from capture.benchmark import measure
-    from file_output import write_csv
+    from capture.recorder import RAW_LAYERS
+    from file_output import write_csv, write_json
 
     title, table, stopped = measure(args)
     print(title)
@@ -79,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
         if args.csv:
             write_csv(args.csv, table)
+        if args.json:
+            command = shlex.join(["python", "2_inference/run_scripts/bench_capture.py", *(argv or sys.argv[1:])])
+            rows = table.assign(raw_layers=" ".join(args.raw_layers or map(str, RAW_LAYERS))).to_dict("records")
+            write_json(args.json, {"what": title, "commands": [command], "rows": rows})
     if stopped:
         end = "stopped before a round was finished" if table.empty else "stopped: these are the finished rounds"
         print(end, file=sys.stderr, flush=True)
