@@ -1,4 +1,11 @@
-"""Find the number that a response gives as its answer."""
+"""Find the number that a response gives as its answer, by the first rule that applies.
+
+boxed, marker, answer_is   marked_answers.py: the last marked answer decides, even if it is not a number
+completion                 the response opens with the value; before answer_is if the prompt breaks off (`8 + 6 =`)
+conclusion                 a closing sentence with So, Therefore, Thus … and one number
+equals                     right of the last finished `=`
+sole, last                 the only number left, or the last of several (status `ambiguous`)
+"""
 
 from __future__ import annotations
 
