@@ -14,7 +14,7 @@ import stamps
 import torch
 from command_line import UserError
 from run_pipeline import Step
-from run_store import FAILURE_COLUMNS, begin_run, save_pt
+from run_store import FAILURE_COLUMNS, begin_run, read_json_file, save_pt
 
 STAGE_2_WORDS = ("--run_name", "r", "--model_name", "m")
 
@@ -71,10 +71,10 @@ def test_rate_and_time_left_by_hand(tmp_path):
     second = write_run(tmp_path / "swap", "swap", rows(100), [(range(20), 1200.0)])
     styles = [run_status.read_style(folder) for folder in (first, second)]
     progress = run_status.progress_of(styles, tmp_path)
-    assert (progress.done, progress.missing, progress.last_written) == (120, 80, 1200.0)
-    assert progress.rate == pytest.approx(120 / 200)  # 120 prompts in the 200 s since run.json
-    assert progress.seconds_left == pytest.approx(80 / 0.6)
-    assert progress.bytes_left == pytest.approx(progress.bytes / 120 * 80, abs=1)
+    assert (progress["done"], progress["missing"], progress["last_written"]) == (120, 80, 1200.0)
+    assert progress["rate"] == pytest.approx(120 / 200)  # 120 prompts in the 200 s since run.json
+    assert progress["seconds_left"] == pytest.approx(80 / 0.6)
+    assert progress["bytes_left"] == pytest.approx(progress["bytes"] / 120 * 80, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +320,6 @@ def test_a_control_is_counted_by_what_was_planned(tmp_path):
     """The prompt file has no `split@swap`: how many rows it has is in run.json."""
     folder = write_run(tmp_path / "split@swap", "split@swap", rows(10), [((0, 1), 1060.0)], failed=(3,))
     assert run_status.read_style(folder).missing == 0
-    begin_run(folder, run_status.read_json_file(folder / "run.json")["settings"], {}, planned=8)
+    begin_run(folder, read_json_file(folder / "run.json")["settings"], {}, planned=8)
     status = run_status.read_style(folder)
     assert (status.done, status.failed, status.missing) == (2, 1, 5)

@@ -50,6 +50,11 @@ class Planned:
         return ROOT / Path(self.step.script).parents[1] / "hpc" / f"{self.step.stem}.slurm"
 
     @property
+    def place(self) -> Path:
+        """The folder that it writes into; with the script's name it tells a job from others."""
+        return self.step.place.resolve()
+
+    @property
     def settings(self) -> dict[str, str]:
         """The `#SBATCH --name=value` lines of the job file."""
         return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", self.slurm_file.read_text(encoding="utf-8"), re.M))
@@ -130,7 +135,7 @@ def sbatch_words(item: Planned, ids: dict[int, str], site: Site, shards: int) ->
         return next(iter(site.get(name, [])[place:]), "")
 
     name, stage = item.step.stem, int(item.step.script[0])
-    words = ["--parsable", f"--job-name={name}", f"--comment={item.step.place.resolve()}", "--kill-on-invalid-dep=yes"]
+    words = ["--parsable", f"--job-name={name}", f"--comment={item.place}", "--kill-on-invalid-dep=yes"]
     words.append(f"--output={Path('logs').resolve()}/{name}_%A_%a.out")
     words += [f"--{option}={value(option.upper())}" for option in ("account", "qos") if value(option.upper())]
     words += site.get("SBATCH_OPTIONS", [])
@@ -152,68 +157,65 @@ def sbatch_words(item: Planned, ids: dict[int, str], site: Site, shards: int) ->
     return words + ([f"--dependency={','.join(waits)}"] if waits else [])
 
 
-def jobs_in_queue(planned: Sequence[Planned], queue: str) -> dict[int, str]:
-    """The Slurm job of each step that is in the queue, by the step's number. queue: lines `id|job name|comment`."""
-    lines = [line.rstrip(" ").split("|", 2) for line in queue.splitlines() if line.count("|") >= 2]
+def jobs_in_queue(planned: Sequence[Planned], site: Site) -> dict[int, str]:
+    """The Slurm job of each step that is in the queue, by the step's number."""
+    lines = [line.rstrip(" ").split("|", 2) for line in "".join(site.get("QUEUE", [])).splitlines() if "|" in line]
     known = {(name, comment): job for job, name, comment in lines}
-    keys = {number: (item.step.stem, str(item.step.place.resolve())) for number, item in enumerate(planned)}
+    keys = {number: (item.step.stem, str(item.place)) for number, item in enumerate(planned)}
     return {number: known[key] for number, key in keys.items() if key in known and planned[number].state != "done"}
 
 
 def shell_lines(planned: Sequence[Planned], site: Site, args: argparse.Namespace) -> Iterator[str]:
-    """Lines for submit.sh: `fetch`, `job` or `check` (its functions) for what is to be done, `echo` for the rest."""
+    """What to do with each step: `fetch`, `job`, `check`, `watch` call submit.sh's functions."""
     if not args.test_only:
         for model, revision in models_of(planned, args.pipeline):
             make = model in EMBEDDED_MODELS and not Path(model).is_dir()
             options = ["--models_dir", "models"] if make else ["--model_name", model]
             yield shlex.join(["fetch", model, *options, *(["--revision", revision] if revision else [])])
-    queued = jobs_in_queue(planned, "".join(site.get("QUEUE", [])))
-    ids = dict(queued)
+    queued = jobs_in_queue(planned, site)
+    ids = {} if args.test_only else dict(queued)  # a dependency needs a job's number, which nothing has yet
     for number, item in enumerate(planned):
-        name, place = item.step.stem, str(item.step.place.resolve())
+        name = item.step.stem
         if number in queued:
-            yield f"ids[{number}]={queued[number]}\n" + shlex.join(
-                ["echo", f"in the queue: {queued[number]}  {name}  {place}"]
-            )
+            yield f"ids[{number}]={queued[number]}"
+            yield shlex.join(["echo", f"in the queue: {queued[number]}  {name}  {item.place}"])
         elif item.state == "done":
-            yield shlex.join(["echo", f"done before: {name}  {place}"])
-        elif item.state == "missing" and args.test_only:  # a dependency needs a job's number, which nothing has yet
-            words = [*sbatch_words(item, {}, site, args.shards), str(item.slurm_file), *item.step.arguments]
-            yield shlex.join(["check", name, *words])
+            yield shlex.join(["echo", f"done before: {name}  {item.place}"])
         elif item.state == "missing":
-            words = [*sbatch_words(item, ids, site, args.shards), str(item.slurm_file), *item.step.arguments]
-            quoted = [f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word) for word in words]
-            yield " ".join(["job", str(number), name, shlex.quote(place), *quoted])
+            words = sbatch_words(item, ids, site, args.shards)
+            command = [*words, str(item.slurm_file), *item.step.arguments]
+            quoted = [f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word) for word in command]
+            if args.test_only:
+                yield " ".join(["check", name, *quoted])
+                continue
+            yield " ".join(["job", str(number), name, shlex.quote(str(item.place)), *quoted])
             ids[number] = f"${{ids[{number}]}}"
     for item in planned:
         if ids and item.step.name == "capture":
-            yield shlex.join(["watch", str(item.step.place.resolve())])
-
-
-# --- the dry run
+            yield shlex.join(["watch", str(item.place)])
 
 
 def table_lines(planned: Sequence[Planned], site: Site, args: argparse.Namespace) -> Iterator[str]:
-    """One line for each job that would be submitted, and the sum of their GPU-hours."""
+    """A dry run: one line for each job that would be submitted, and the sum of their GPU-hours."""
     form = "{:<6} {:<22} {:>6} {:>12} {:>8} {:>10} {:>10}  {}"
     yield form.format("job", "script", "tasks", "time limit", "memory", "GPU-hours", "disk", "waits for")
-    sizes, ids, hours = bytes_to_write(planned), jobs_in_queue(planned, "".join(site.get("QUEUE", []))), []
+    sizes, queued, hours = bytes_to_write(planned), jobs_in_queue(planned, site), []
+    ids = dict(queued)
     for number, item in enumerate(planned):
-        name, place = item.step.stem, item.step.place.resolve()
-        if number in ids:
-            yield f"in the queue: {ids[number]}  {name}  {place}"
+        name = item.step.stem
+        if number in queued:
+            yield f"in the queue: {queued[number]}  {name}  {item.place}"
         elif item.state == "done":
-            yield f"done before: {name}  {place}"
+            yield f"done before: {name}  {item.place}"
         elif item.state == "missing":
             words = sbatch_words(item, ids, site, args.shards)
             ids[number] = f"JOB{number}"
             given = item.settings | {flag: text for flag, _, text in (word[2:].partition("=") for word in words)}
             tasks = args.shards if item.step.name == "capture" else 1
-            used = "-"
             if gpus := given.get("gpus-per-node", given.get("gres")):
                 count = gpus.rpartition(":")[2]
                 hours.append(tasks * (int(count) if count.isdigit() else 1) * hours_of(given["time"]))
-                used = f"{hours[-1]:.1f}"
+            used = f"{hours[-1]:.1f}" if gpus else "-"
             size = gigabytes(sizes[number]) if number in sizes else ""
             waits = given.get("dependency", "-")
             waits = waits if len(waits) <= 50 else f"{waits[:47]}..."
