@@ -36,7 +36,7 @@ run: $(VENV)/.installed
 	  --styles normal swap three real_word split polite urgent split@swap \
 	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE)
 
-# One thread a worker: the workers share the cores, and so do not fight over them.
+# One thread a worker, because the workers share the cores.
 test: $(VENV)/.installed-dev check
 	@$(PY) 1_utils/run_scripts/fetch_models.py
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not stress"
@@ -67,7 +67,7 @@ $(PY):
 	       echo "error: $(PYTHON) can make no virtual environment; on Debian or Ubuntu: sudo apt install python3-venv" >&2; \
 	       exit 2; }
 
-# torch comes first and alone, so that where it comes from (a CPU or CUDA index, a folder) is settled before the rest.
+# torch comes first and alone: its source (a CPU or CUDA index, a folder) is settled before the rest.
 $(VENV)/.installed: requirements.txt | $(PY)
 	@echo "installing requirements.txt into $(VENV) (a few minutes the first time)"
 	@$(PIP_INSTALL) $$(grep '^torch==' requirements.txt)

@@ -4,7 +4,7 @@
 #   stage.sh [--resumes] [--process-per-gpu] SCRIPT ARGUMENTS…
 #
 # It reads site.env, runs the script, and passes its exit code through. Before the time limit Slurm sends SIGUSR1:
-# a script that --resumes is then told to finish what is under way, and this array task alone goes back into the queue.
+# a script that --resumes then finishes what is under way, and this array task alone goes back into the queue.
 # So does one whose process was killed (a node short of memory), three times at most. With --process-per-gpu, several
 # GPUs on the node get one process each by `accelerate launch`, unless the arguments say --device_map.
 #
@@ -15,9 +15,9 @@ set -euo pipefail
 # shellcheck source=1_utils/hpc/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-STOPPED=75    # exit code of a script that was told to stop and has kept everything: it goes on when called again
+STOPPED=75    # exit code of a script that a signal stopped: it has kept everything, and goes on when called again
 KILLED=137    # by SIGKILL
-BY_USR1=138   # by SIGUSR1, before it could listen to it: nothing had been begun
+BY_USR1=138   # by SIGUSR1, before it could handle it: nothing had begun
 KILLED_MOST=3 # a process that is killed each time is not tried for ever
 MARGIN=20     # seconds before the time limit at which a task that is still not finished is put back all the same
 
@@ -68,7 +68,7 @@ one_process='code=0
 ( echo "$BASHPID" >"$STAGE_NOTES/pid.${RANK:-0}"; exec "$@" ) || code=$?
 echo "$code" >"$STAGE_NOTES/code.${RANK:-0}"'
 
-launch_command() { # sets the array `launch`; the last word of `python` is the interpreter, a container stands before it
+launch_command() { # sets the array `launch`; the last word of `python` is the interpreter, the words before it start a container
     local last=$((${#python[@]} - 1)) gpus=${SLURM_GPUS_ON_NODE:-1}
     launch=("${python[@]}")
     processes=1
@@ -95,7 +95,7 @@ exit_code() { # of the script: what its processes left, the gravest first; witho
             return
         fi
     done
-    # One that was stopped is to go on, though some prompts of another failed (1); wrong usage (2 …) will not mend itself.
+    # A stopped one must go on, even if prompts of another failed (1); wrong usage (2 …) would only fail again.
     { grep -vx -e 0 -e 1 -e "$STOPPED" <<<"$found" || grep -x "$STOPPED" <<<"$found" || grep -x 1 <<<"$found" || echo 0; } |
         head -n 1
 }
