@@ -54,7 +54,7 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % interval; NaN where there is none."""
+    """An estimate with its 95 % interval; NaN if there is none."""
 
     estimate: float
     low: float = math.nan
@@ -62,11 +62,11 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """True where there is an estimate."""
+        """True if there is an estimate."""
         return not math.isnan(self.estimate)
 
     def text(self, percent: bool = False, signed: bool = False) -> str:
-        """`58.3 [45.7, 69.9]`, in percent where asked, with a sign where asked; a dash where unknown."""
+        """`58.3 [45.7, 69.9]`, in percent or with a sign if asked for; a dash if unknown."""
         if not self.known:
             return DASH
         digits = 1 if percent else self.digits
@@ -118,7 +118,7 @@ class Table:
 
 
 def read_table(path: Path) -> pd.DataFrame | None:
-    """A CSV of stages 3 to 5; None where it is missing or empty. Raises UserError where it is damaged."""
+    """A CSV of stages 3 to 5; None if it is missing or empty. Raises UserError if it is damaged."""
     if not path.is_file() or not path.stat().st_size:
         return None
     return read_csv(path, hint="delete it and run its stage again")
@@ -226,13 +226,13 @@ def by_style(frame: pd.DataFrame | None, measure: str | None = None) -> dict[str
 
 
 def interval_in(row: dict[str, Any] | None, name: str) -> Interval:
-    """An estimate with its interval from a summary row; NaN where it has none."""
+    """An estimate with its interval from a summary row; NaN if it has none."""
     low, high = ("ci_low", "ci_high") if name == "estimate" else (f"{name}_ci_low", f"{name}_ci_high")
     return Interval(number_in(row, name), number_in(row, low), number_in(row, high))
 
 
 def number_in(row: dict[str, Any] | None, name: str) -> float:
-    """A number from a summary row; NaN where there is none."""
+    """A number from a summary row; NaN if there is none."""
     value = (row or {}).get(name)
     return float(value) if isinstance(value, int | float) else math.nan
 
@@ -247,7 +247,7 @@ class Whisker:
 
 
 def whiskers(rows: Sequence[HeadlineRow]) -> tuple[list[Whisker | None], float]:
-    """(a drawing of each row's difference, the difference at its right edge); None where there is no interval."""
+    """(a drawing of each row's difference, the difference at its right edge); None if there is no interval."""
     drawn = [
         row.difference for row in rows if row.difference.text().endswith("]") and not math.isnan(row.difference.low)
     ]
@@ -354,7 +354,7 @@ def answer_of(one: Prediction) -> str:
 
 
 def verdicts_in(results: Path) -> dict[tuple[str, int], str]:
-    """(style, row) → right or wrong, from maths_items.csv; empty where there is none."""
+    """(style, row) → right or wrong, from maths_items.csv; empty if there is none."""
     items = read_table(results / "maths_items.csv")
     if items is None:
         return {}
@@ -433,13 +433,13 @@ def headline_note(columns: Sequence[str], results: Path) -> str:
         "similarity": "similarity: cosine between the embeddings of the answer and of the clean answer",
         "attention on task": f"attention on task: share {whose.get(query, 'of attention')}, mean over layers and heads",
     }
-    told = [notes[name] for name in columns if name in notes]
-    told.append(f"[{DASH}]: no interval, for nothing varied")
-    return "; ".join([*told, *detectable(read_table(results / "maths_summary.csv"))]) + "."
+    parts = [notes[name] for name in columns if name in notes]
+    parts.append(f"[{DASH}]: no interval, because nothing varied")
+    return "; ".join([*parts, *detectable(read_table(results / "maths_summary.csv"))]) + "."
 
 
 def detectable(summary: pd.DataFrame | None) -> list[str]:
-    """The smallest accuracy difference that the run could have found, as a phrase; nothing where it is unknown."""
+    """The smallest accuracy difference that the run could have found, as a phrase; nothing if it is unknown."""
     name = "minimum_detectable_difference"
     if summary is None or name not in summary.columns or not summary[name].notna().any():
         return []
@@ -470,7 +470,7 @@ def sections_of(results: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(results: Path, wanted: TableOf) -> Table | None:
-    """The rows of a CSV that a section asks for; None where there are none."""
+    """The rows of a CSV that a section asks for; None if there are none."""
     frame = read_table(results / wanted.source)
     if frame is None:
         return None
@@ -498,7 +498,7 @@ def embedded(path: Path, caption: str) -> Figure:
 
 
 def settings_of(run: Run) -> list[tuple[str, str]]:
-    """(name, value) of the settings that made the run; one that differs between styles is told for each."""
+    """(name, value) of the settings that made the run; one that differs between styles is listed for each."""
     by_name: dict[str, dict[str, str]] = {}
     for style in run.styles:
         for name, value in _flat(run.settings(style).get("settings", {})):

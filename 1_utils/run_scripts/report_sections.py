@@ -1,6 +1,6 @@
 """What the report shows of the files of stages 3 to 5: headings, plots with a sentence each, tables with their columns.
 
-Captions say what a plot shows; how many prompts it holds stands in the plot itself. A file that a run lacks is left
+Captions say what a plot shows; the plot itself says how many prompts it holds. A file that a run lacks is left
 out, a plot that is not listed here is shown at the end of the report.
 """
 
@@ -23,7 +23,7 @@ class TableOf:
     """Rows of a CSV: those where `only` holds, the first `per_style` of each style; `columns` empty: all.
 
     by: the column that tells which are the first; a row without it is left out. prefer: (column, beginning): only rows
-    with such a value, where there are any.
+    with such a value, if there are any.
     """
 
     source: str
@@ -49,7 +49,7 @@ SUMMARY = (
     "p", "p_mcnemar", "p_adjusted",
 )  # fmt: skip
 
-ANSWERS = ("style", "n", "estimate", "difference", "p", "p_adjusted")  # no difference where there is but one sample
+ANSWERS = ("style", "n", "estimate", "difference", "p", "p_adjusted")  # no difference if there is only one sample
 
 SECTIONS = (
     Section(
