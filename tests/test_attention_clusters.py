@@ -96,12 +96,12 @@ def test_the_closing_lines_of_head_sensitivity_are_its_result(controlled, tmp_pa
     told = capsys.readouterr()
     lines = (told.out + told.err).splitlines()
     table = read_csv(tmp_path / "head_sensitivity.csv")
-    rows = table[(table["measure"] == "edited_log2_mass_last") & (table["style"] == "swap")].set_index("rank_vs_split")
-    first = rows.loc[1]
+    rows = table[(table["measure"] == "edited_log2_mass_last") & (table["style"] == "swap")]
+    first = rows.set_index("rank_vs_control").loc[1]
     assert (first["layer"], first["head"]) == (1, 1)
     [line] = [line for line in lines if line.startswith("swap minus split@swap")]
-    ends = f"[{first['difference_ci_low_vs_split']:.2g}, {first['difference_ci_high_vs_split']:.2g}]"
-    assert f"(n = {first['n_vs_split']:.0f}): 1.1 {first['difference_vs_split']:+.2g} {ends}*, " in line
+    ends = f"[{first['difference_ci_low_vs_control']:.2g}, {first['difference_ci_high_vs_control']:.2g}]"
+    assert f"(n = {first['n_vs_control']:.0f}): 1.1 {first['difference_vs_control']:+.2g} {ends}*, " in line
     assert line.count("[") == 5
     assert not any(line.startswith("main") for line in lines)  # its control is none of as many tokens
     assert any(line.endswith("head_overlap.csv") for line in lines) == verbose

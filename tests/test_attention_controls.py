@@ -86,7 +86,7 @@ def test_heads_are_compared_with_the_matched_control(run_dir, results):
     assert set(table[table["style"] == "main"]["control"]) == {"split"}
     assert table[table["style"].map(is_control)]["control"].isna().all()
     assert set(swap["n"]) == {ROWS}
-    assert set(swap["n_vs_split"]) == {len(MATCHED)}
+    assert set(swap["n_vs_control"]) == {len(MATCHED)}
     own, control = rows_of(run_dir, "swap"), rows_of(run_dir, "split@swap")
     names = open_run(run_dir).load(next((run_dir / "swap").glob("*.pt")))["regions"]
     query, key = names.index("last"), names.index("task")
@@ -94,13 +94,13 @@ def test_heads_are_compared_with_the_matched_control(run_dir, results):
         [(own[i]["span_mass"].float() - control[i]["span_mass"].float())[..., query, key].numpy() for i in MATCHED], 0
     )
     for row in swap.itertuples():
-        assert row.difference_vs_split == pytest.approx(change[row.layer, row.head], abs=1e-6)
-    by_t = swap.dropna(subset=["t_vs_split"]).sort_values("t_vs_split", key=abs, ascending=False)
-    assert by_t["rank_vs_split"].tolist() == [1, 2, 3, 4, 5, 6]
-    expected = swap["difference_vs_split"] / swap["standard_error_vs_split"]
-    np.testing.assert_allclose(swap["t_vs_split"], expected, rtol=1e-6)
+        assert row.difference_vs_control == pytest.approx(change[row.layer, row.head], abs=1e-6)
+    by_t = swap.dropna(subset=["t_vs_control"]).sort_values("t_vs_control", key=abs, ascending=False)
+    assert by_t["rank_vs_control"].tolist() == [1, 2, 3, 4, 5, 6]
+    expected = swap["difference_vs_control"] / swap["standard_error_vs_control"]
+    np.testing.assert_allclose(swap["t_vs_control"], expected, rtol=1e-6)
     overlap = pd.read_csv(results / "head_overlap.csv")
-    assert set(overlap[overlap["baseline"] == "control"]["style"]) == {"swap"}  # `main` has but `split`
+    assert set(overlap[overlap["reference_form"] == "control"]["style"]) == {"swap"}  # `main` has but `split`
     # Of its own, the control differs from the clean form in the rows in which it is cut.
     control_lines = table[(table["style"] == "split@swap") & (table["measure"] == "task_fraction_last")]
     assert set(zip(control_lines["n"], control_lines["n_identical"], strict=True)) == {
@@ -124,6 +124,7 @@ def test_divergence_from_the_clean_form_is_tested_against_that_of_the_control(ru
             np.array([maps[style, i] for i in MATCHED], dtype=object),
             np.array([maps["normal", i] for i in MATCHED], dtype=object),
             [0, 1, 2],
+            2,
         )[:, 1, :, 1]
         for style in ("swap", "split@swap")
     }
@@ -133,8 +134,8 @@ def test_divergence_from_the_clean_form_is_tested_against_that_of_the_control(ru
     lines = table[(table["style"] == "swap") & (table["measure"] == "jsd_mean")].sort_values("head")
     assert lines["p"].isna().all()
     assert set(lines["layer"]) == {1}
-    np.testing.assert_allclose(lines["difference_vs_split"], expected.mean, atol=1e-6)
-    np.testing.assert_allclose(lines["p_vs_split"], expected.p, rtol=1e-3)
+    np.testing.assert_allclose(lines["difference_vs_control"], expected.mean, atol=1e-6)
+    np.testing.assert_allclose(lines["p_vs_control"], expected.p, rtol=1e-3)
 
 
 def test_a_file_without_a_row_of_the_control_is_passed_over(tmp_path):
@@ -146,7 +147,7 @@ def test_a_file_without_a_row_of_the_control_is_passed_over(tmp_path):
     for script in (head_sensitivity, activation_diffs):
         assert script.main(arguments) == 0
     table = pd.read_csv(tmp_path / "head_sensitivity.csv")
-    assert set(table[table["style"] == "swap"].query("measure == 'task_fraction_last'")["n_vs_split"]) == {12}
+    assert set(table[table["style"] == "swap"].query("measure == 'task_fraction_last'")["n_vs_control"]) == {12}
 
 
 def test_flips_go_with_the_change_from_the_clean_form_and_from_the_control(run_dir, results):
@@ -159,17 +160,17 @@ def test_flips_go_with_the_change_from_the_clean_form_and_from_the_control(run_d
         style: {i: row["span_mass"][..., query, key].float().numpy() for i, row in rows_of(run_dir, style).items()}
         for style in ("normal", "swap", "split@swap")
     }
-    for baseline, other, rows in (("clean form", "normal", range(ROWS)), ("control", "split@swap", MATCHED)):
-        found = lines[lines["baseline"] == baseline]
+    for form, other, rows in (("clean form", "normal", range(ROWS)), ("control", "split@swap", MATCHED)):
+        found = lines[lines["reference_form"] == form]
         assert set(found["n"]) == {len(rows)}
-        assert set(found["control"].fillna("")) == {"split@swap" if baseline == "control" else ""}
+        assert set(found["control"].fillna("")) == {"split@swap" if form == "control" else ""}
         assert set(found["n_flipped"]) == {sum(wrong[i] for i in rows)}
         change = [mass["swap"][i] - mass[other][i] for i in rows]
         for row in found.itertuples():
             expected = stats.pointbiserialr([wrong[i] for i in rows], [one[row.layer, row.head] for one in change])
             assert row.point_biserial_r == pytest.approx(expected.statistic, abs=1e-4)
     assert (results / "head_answer_flips.png").is_file()
-    assert (results / "head_answer_flips_vs_split.png").is_file()
+    assert (results / "head_answer_flips_vs_control.png").is_file()
 
 
 def test_states_are_compared_with_the_matched_control(run_dir, results):
@@ -233,7 +234,7 @@ def test_a_style_none_of_whose_rows_is_matched_has_empty_columns(tmp_path):
     run = write_run(tmp_path / "run", rows, styles=["normal", "swap", "split@swap"], raw_layers=())
     assert head_sensitivity.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "head_sensitivity.csv")
-    assert table["difference_vs_split"].isna().all()
+    assert table["difference_vs_control"].isna().all()
     assert set(table[table["style"] == "swap"]["control"]) == {"split@swap"}
 
 

@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import torch
 from attention.attention_fields import ENTROPY_QUERIES, QUERIES, REGIONS, attention_fields
+from attention.fraction_plots import box_of
 from attention.reference_format import TokenRegions, decoded_offsets
-from dirs_eval import CELLS, SINK, all_levels, baseline_of, box_of, fraction_cells, main
+from attention.region_fractions import CELLS, SINK, all_levels, fraction_cells, uniform_shares
+from dirs_eval import main
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
 from synthetic_run import NOUNS, Size, file_content, prompt_rows, tokens_of, with_first_word_typo, write_run
@@ -90,11 +92,11 @@ def test_disjoint_regions_sum_to_one(query: str, sink: str) -> None:
     cells = fraction_cells(fields)
     columns = [CELLS.index((query, sink, REGIONS[region], "fraction")) for region in DISJOINT]
     np.testing.assert_allclose(cells[..., columns].sum(-1), 1, atol=3e-3)
-    base = baseline_of(fields)[:, :, QUERIES.index(query), SINK.index(sink)][..., DISJOINT]
+    base = uniform_shares(fields)[:, :, QUERIES.index(query), SINK.index(sink)][..., DISJOINT]
     np.testing.assert_allclose(base.sum(-1), 1, atol=1e-9)
 
 
-def test_even_attention_has_density_one_everywhere_and_the_baseline_as_fraction() -> None:
+def test_even_attention_has_density_one_everywhere_and_the_uniform_share_as_fraction() -> None:
     content = without(content_of([0, 1, 2]), "span_mass", "attention_entropy")
     real = content["attention_mask"]
     allowed = (real[:, None, :] & real[:, :, None]).tril()
@@ -131,13 +133,13 @@ def test_an_edited_word_on_the_first_token_is_in_no_edited_fraction(tmp_path: Pa
     edited = table[table["region"] == "edited"]
     assert set(edited["n_paired"]) == {10}
     assert set(table[table["region"] == "task"]["n_paired"]) == {12}
-    counts = []  # the baseline is of the same rows
+    counts = []  # the uniform share is of the same rows
     for _, content in open_run(run).batches("swap"):
         inside = content["region_mask"][..., content["regions"].index("edited")].sum(1)
         counts += list(zip(inside.tolist(), content["attention_mask"].sum(1).tolist(), strict=True))
     tokens, length = np.array([count for row, count in enumerate(counts) if row not in (1, 5)]).T
     shown = edited.query("query == 'last' and sink == 'included' and measure == 'fraction'")
-    np.testing.assert_allclose(shown["baseline"], (tokens / length).mean())
+    np.testing.assert_allclose(shown["uniform_share"], (tokens / length).mean())
     np.testing.assert_allclose(edited["tokens"], tokens.mean())
     assert main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--first_token", "included"]) == 0
     kept = pd.read_csv(tmp_path / "attention_fractions.csv").query("style == 'swap' and region == 'edited'")
@@ -189,8 +191,8 @@ def test_a_framing_is_instruction_in_prompts_with_and_without_a_colon(tmp_path: 
     with_colon = [tokens_of(row["normal"]) for row in rows[::2]]
     shares = [len(tokens_of(row["normal"].partition(":")[0])) + 1 for row in rows[::2]]  # and the colon
     share = np.mean([count / len(tokens) for count, tokens in zip(shares, with_colon, strict=True)])
-    np.testing.assert_allclose(shown["baseline"]["density"], share)
-    np.testing.assert_allclose(shown["baseline"]["fraction"], share / 2)
+    np.testing.assert_allclose(shown["uniform_share"]["density"], share)
+    np.testing.assert_allclose(shown["uniform_share"]["fraction"], share / 2)
     whole = table.set_index(["style", "region"])["tokens"]
     assert whole["polite", "task"].iloc[0] == whole["normal", "task"].iloc[0]
     assert whole["polite", "instruction"].iloc[0] > whole["normal", "instruction"].iloc[0] + 5
@@ -211,9 +213,10 @@ def test_levels_are_means_over_known_heads() -> None:
     values = np.random.default_rng(0).random((3, 2, 4, 5))
     values[0, 1, 2] = np.nan
     levels = all_levels(values)
-    assert levels.shape == (3, 2 * 4 + 2 + 1, 5)
-    np.testing.assert_allclose(levels[:, 8:10], np.nanmean(values, axis=2))
-    np.testing.assert_allclose(levels[:, 10], np.nanmean(values, axis=(1, 2)))
+    assert [level.shape for level in levels] == [(3, 2 * 4, 5), (3, 2, 5), (3, 1, 5)]
+    np.testing.assert_array_equal(levels[0], values.reshape(3, 8, 5))
+    np.testing.assert_allclose(levels[1], np.nanmean(values, axis=2))
+    np.testing.assert_allclose(levels[2][:, 0], np.nanmean(values, axis=(1, 2)))
 
 
 def test_boxes_are_quantiles_and_zero_is_zero() -> None:
@@ -276,7 +279,9 @@ def test_old_names_keep_their_columns(results: SimpleNamespace) -> None:
     for word, count in rows.items():
         table = pd.read_csv(results.out / f"prompt_task_fraction_{word}.csv")
         assert len(table) == count
-        assert {"style", "frac_prompt", "frac_task", "frac_task_p_adjusted"} <= set(table.columns)
+        assert {"style", "frac_instruction", "frac_task", "frac_task_p_adjusted"} <= set(table.columns)
+        for column in [name for name in table if name.startswith("frac_instruction")]:
+            assert table[column].equals(table[column.replace("instruction", "prompt")])
         np.testing.assert_allclose(table["frac_prompt"] + table["frac_task"] + table["frac_context"], 1, atol=3e-3)
         variants = table[table["style"] != "normal"]
         assert variants["frac_task_difference_ci_low"].notna().all()

@@ -1,8 +1,7 @@
-"""Head sensitivity: pairing across files, divergence of aligned maps, the split control, tables and pictures."""
+"""Head sensitivity: divergence of aligned maps, the split control, tables and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -14,73 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from attention.aligned_maps import aligned_divergence, row_maps
+from attention.heads import DIVERGENCES, MEASURES, head_values
 from attention.heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric_limit
-from attention.paired_rows import RowWindow, paired_batches, read_rows
 from command_line import UserError
-from head_sensitivity import MEASURES, main, sensitivity_values
+from head_sensitivity import main
 from run_store import open_run
 from scipy.spatial.distance import jensenshannon
 from synthetic_run import prompt_rows, with_first_word_typo, write_run
-
-# --- pairing
-
-
-def rows_of(indices: list[int], texts: list[str | None] | None = None) -> dict[str, np.ndarray]:
-    prompts = np.array(texts if texts else [f"text {i}" for i in indices], dtype=object)
-    return {"original_index": np.array(indices), "prompt": prompts, "value": np.array(indices) * 10.0}
-
-
-def pairs_of(variants: list, cleans: list) -> list[tuple[int, float]]:
-    return [
-        (int(index), float(value))
-        for pair in paired_batches(iter(variants), iter(cleans))
-        for index, value in zip(pair.variant["original_index"], pair.clean.get("value", []), strict=True)
-    ]
-
-
-def test_rows_pair_by_index_whatever_the_files() -> None:
-    cleans = [rows_of([0, 1, 2, 3]), rows_of([5, 6]), rows_of([7, 8, 9])]
-    variants = [
-        rows_of(found, [f"typo {i}" for i in found]) for found in ([1], [2, 3, 4, 5, 6, 7], [9, 8], [11])
-    ]  # 4 and 11 have no clean twin; 9 comes before 8 within its file
-    assert pairs_of(variants, cleans) == [(i, i * 10.0) for i in (1, 2, 3, 5, 6, 7, 9, 8)]
-
-
-def test_identical_and_unpaired_rows_are_counted_and_left_out() -> None:
-    variants = [rows_of([0, 1, 2, 9], ["text 0", "typo", None, "typo"])]
-    (pair,) = paired_batches(iter(variants), iter([rows_of([0, 1, 2])]))
-    assert pair.variant["original_index"].tolist() == [1, 2]
-    assert (pair.identical, pair.unpaired) == (1, 1)
-
-
-def test_a_file_order_that_cannot_be_streamed_is_refused() -> None:
-    variants = [rows_of([8], ["typo"]), rows_of([1], ["typo"])]
-    with pytest.raises(UserError, match="must follow the prompt file's order"):
-        pairs_of(variants, [rows_of([0, 1]), rows_of([2, 3]), rows_of([8, 9])])
-
-
-def test_the_window_holds_few_files() -> None:
-    def files() -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, 1000, 4):
-            yield rows_of(list(range(start, start + 4)))
-
-    window, most = RowWindow(files()), 0
-    for start in range(0, 1000, 7):
-        found, rows = window.take(np.arange(start, min(start + 7, 1000)))
-        assert rows["value"].tolist() == [i * 10.0 for i in range(start, start + len(found))]
-        most = max(most, len(window._held))
-    assert most <= 4
-
-
-def test_max_samples_counts_rows_of_the_prompt_file(tmp_path: Path) -> None:
-    rows = prompt_rows(10, ["swap"])
-    del rows[1]["swap"]
-    run = open_run(write_run(tmp_path / "run", rows, raw_layers=()))
-    read = [int(i) for batch in read_rows(run, "swap", lambda *_: {}, 6) for i in batch["original_index"]]
-    assert read == [0, 2, 3, 4, 5]
-    with pytest.raises(UserError, match="has no style 'other'"):
-        list(read_rows(run, "other", lambda *_: {}))
-
 
 # --- divergence of aligned maps
 
@@ -105,7 +44,7 @@ def causal(length: int, seed: int) -> torch.Tensor:
 
 def divergence(variant: dict, clean: dict) -> np.ndarray:
     rows = [row_maps(content, Path("a.pt"), "edited") for content in (variant, clean)]
-    return aligned_divergence(*rows, [4, 5])
+    return aligned_divergence(*rows, [4, 5], 2)
 
 
 def test_divergence_equals_scipy_on_keys_merged_by_hand() -> None:
@@ -185,10 +124,10 @@ def table(out: Path, name: str = "head_sensitivity") -> pd.DataFrame:
     return pd.read_csv(out / "out" / f"{name}.csv")
 
 
-def by_hand(out: Path, style: str, baseline: str, value: str = "edited", log: bool = False) -> dict[int, np.ndarray]:
-    """Mass of the last token on the edited word, style minus baseline [L,H] by row, straight from the files."""
+def by_hand(out: Path, style: str, reference: str, value: str = "edited", log: bool = False) -> dict[int, np.ndarray]:
+    """Mass of the last token on the edited word, style minus reference form [L,H] by row, straight from the files."""
     run = open_run(out / "run")
-    found: dict[str, dict[int, tuple[str, np.ndarray]]] = {style: {}, baseline: {}}
+    found: dict[str, dict[int, tuple[str, np.ndarray]]] = {style: {}, reference: {}}
     for name, rows in found.items():
         region = f"{value}:{style}" if name == "normal" else value
         for _, content in run.batches(name):
@@ -197,7 +136,7 @@ def by_hand(out: Path, style: str, baseline: str, value: str = "edited", log: bo
                 if content["region_mask"][b, :, r].any():
                     mass = content["span_mass"][:, b, :, q, r].double().numpy()
                     rows[index] = content["prompts"][b], np.log2(np.maximum(mass, 1e-5)) if log else mass
-    own, other = found[style], found[baseline]
+    own, other = found[style], found[reference]
     return {i: own[i][1] - other[i][1] for i in own if i in other and own[i][0] != other[i][0]}
 
 
@@ -237,10 +176,10 @@ def test_the_logarithm_of_the_mass_is_taken_row_by_row(out: Path) -> None:
 def test_no_mass_is_counted_as_the_least_that_is_known() -> None:
     fields = {
         "mass": np.zeros((2, 1, 1, 2, 5), dtype=np.float32), "uniform": np.full((2, 1, 2, 5), 0.2),
-        "entropy": np.zeros((2, 1, 1, 3)), "holds_first": np.zeros((2, 5)),
+        "entropy": np.zeros((2, 1, 1, 3)),
     }  # fmt: skip
     fields["mass"][1, ..., 3] = 0.25
-    values = sensitivity_values(fields)[..., MEASURES.index("edited_log2_mass_last")].ravel()
+    values = head_values(fields)[..., [*MEASURES].index("edited_log2_mass_last")].ravel()
     np.testing.assert_allclose(values, [np.log2(1e-5), -2], rtol=1e-6)
 
 
@@ -254,14 +193,14 @@ def test_the_split_control_pairs_the_same_words_in_as_many_tokens(out: Path, tmp
     expected = np.mean([change[i] for i in used], axis=0)
     rows = pd.read_csv(tmp_path / "head_sensitivity.csv")
     swap = rows[(rows["style"] == "swap") & (rows["measure"] == "edited_mass_last")]
-    assert set(swap["n_vs_split"]) == {len(used)}
+    assert set(swap["n_vs_control"]) == {len(used)}
     assert len(used) == 23 if most < 0 else 1 < len(used) < 23  # row 6: no clean run, but both forms; row 3: no typo
     for row in swap.itertuples():
-        assert row.difference_vs_split == pytest.approx(expected[row.layer, row.head], abs=1e-7)
+        assert row.difference_vs_control == pytest.approx(expected[row.layer, row.head], abs=1e-7)
     # `missing` edits another word in most rows: those are no fair pairs, and are not used.
     other = rows[(rows["style"] == "missing") & (rows["measure"] == "edited_mass_last")]
-    assert other["n_vs_split"].max() < 23
-    assert rows[rows["style"] == "split"]["difference_vs_split"].isna().all()
+    assert other["n_vs_control"].max() < 23
+    assert rows[rows["style"] == "split"]["difference_vs_control"].isna().all()
 
 
 def test_rows_whose_typo_is_on_the_first_token_are_in_no_edited_measure(tmp_path: Path) -> None:
@@ -283,18 +222,18 @@ def test_distances_are_given_without_a_test(out: Path) -> None:
     assert set(far["layer"]) == {0, 2}
     assert (far["difference"] >= 0).all()
     assert far[["t", "p", "p_adjusted", "effect_size"]].isna().all().all()
-    assert set(rows["measure"]) == {*MEASURES, "jsd_last", "jsd_mean"}
+    assert set(rows["measure"]) == {*MEASURES}
 
 
 def test_pictures_and_overlap_are_written(out: Path) -> None:
     names = {path.name for path in (out / "out").glob("*.png")}
     styles = {f"head_sensitivity_{style}.png" for style in ("swap", "missing", "split")}
-    against = {"head_sensitivity_vs_split.png", "head_overlap_vs_split.png"}
+    against = {"head_sensitivity_vs_control.png", "head_overlap_vs_control.png"}
     assert names == {"head_sensitivity.png", "head_overlap.png"} | styles | against
-    overlap = table(out, "head_overlap")
-    assert overlap["baseline"].value_counts().to_dict() == {
-        "clean form": len(MEASURES) * 6,
-        "control": len(MEASURES) * 3,
+    overlap, tested = table(out, "head_overlap"), [name for name in MEASURES if name not in DIVERGENCES]
+    assert overlap["reference_form"].value_counts().to_dict() == {
+        "clean form": len(tested) * 6,
+        "control": len(tested) * 3,
     }
     assert overlap["n_template_groups"].between(6, 12).all()
 
@@ -320,6 +259,13 @@ def test_an_answer_table_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("style,original_index\nnormal,0\n")
     with pytest.raises(UserError, match="needs the columns style, original_index, correct"):
         main(["--run_dir", str(run), "--results_dir", str(tmp_path), "--maths_items", str(tmp_path / "items.csv")])
+
+
+def test_a_wrong_measure_is_told_with_the_right_ones(out: Path, tmp_path: Path) -> None:
+    command = ["--run_dir", str(out / "run"), "--results_dir", str(tmp_path), "--measure"]
+    with pytest.raises(UserError, match=r"entropy_lst: there is no such measure; .* did you mean entropy_last"):
+        main([*command, "entropy_lst"])
+    assert main([*command, "entropy_last"]) == 0
 
 
 # --- pictures

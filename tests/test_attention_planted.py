@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from attention import answer_flips
-from attention.answer_flips import Answers, FlipMoments, RankTest
-from attention.head_overlap import GroupSums, cross_half
+from attention.answer_flips import Answers, Association, flip_association, rank_test
+from attention.head_overlap import GROUPS, cross_half, group_sums
+from attention.heads import MEASURES, Comparison, compare, overlap_table
 from command_line import UserError
 from file_output import read_csv
-from head_sensitivity import StyleEffect, main, overlap_table, sensitivity_tables
-from paired_stats import benjamini_hochberg
+from head_sensitivity import main
+from paired_stats import benjamini_hochberg, deal
 from run_store import open_run
 from scipy import stats
 from synthetic_run import prompt_rows, write_run
@@ -58,60 +58,67 @@ def test_a_head_that_reacts_to_another_style_is_not_blamed(planted: pd.DataFrame
     assert abs(own["difference"]) < 0.1 * typo.iloc[0]["difference"]
 
 
+def comparison(values: np.ndarray, clusters: list[str], style: str = "swap", control: str | None = None) -> Comparison:
+    """A style that is `values` [n,L,H] (of every measure, or [n,L,H,M]) away from its reference form."""
+    if values.ndim == 3:
+        values = np.repeat(values[..., None], len(MEASURES), axis=-1)
+    return compare(style, [*range(values.shape[1])], values, values, clusters, deal(clusters, GROUPS), control=control)
+
+
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
 def test_under_a_null_at_most_five_percent_of_runs_name_a_head(tails: str) -> None:
     # Each measure is one simulated run: 6 layers x 8 heads, 40 templates of 1 to 5 rows that share their fate.
-    runs, layers, heads = 500, 6, 8
+    runs, layers, heads = 36 * len(MEASURES), 6, 8
     rng = np.random.default_rng(3)
     sizes = rng.integers(1, 6, 40)
     clusters = [f"t{c}" for c, size in enumerate(sizes) for _ in range(size)]
-    effect = StyleEffect.empty("null", list(range(layers)), heads, tuple(f"run_{i}" for i in range(runs)), clusters)
     shape = (layers, heads, runs)
     draw = (lambda *s: rng.standard_normal(s)) if tails == "normal" else (lambda *s: rng.standard_t(5, s))
-    for cluster, size in enumerate(sizes):
+    values = []
+    for size in sizes:
         shared = draw(1, *shape) + draw(1, layers, 1, runs)  # heads of a layer err together
-        values = shared + draw(int(size), *shape)
-        effect.add(values, np.zeros_like(values), [f"t{cluster}"] * int(size))
-    assert effect.pairs == len(clusters)
-    found, _ = sensitivity_tables(effect)
-    named = found.groupby("measure")["p_adjusted"].min() < 0.05
-    # 500 runs at a true 5 %: 37 or more happen once in 100 tries.
-    assert named.sum() <= stats.binom.ppf(0.99, runs, 0.05)
+        values.append(shared + draw(int(size), *shape))
+    named = 0
+    for part in np.split(np.concatenate(values), 36, axis=-1):
+        found = comparison(part, clusters, "null", "split@null").tables["head"]
+        assert set(found["n"]) == {len(clusters)}
+        named += (found.groupby("measure")["p_adjusted"].min() < 0.05).sum()
+    # About 500 runs at a true 5 %: 37 or more happen once in 100 tries.
+    assert named <= stats.binom.ppf(0.99, runs, 0.05)
 
 
 def test_effect_size_rank_and_adjustment_of_a_planted_effect() -> None:
     rng = np.random.default_rng(0)
-    values = rng.standard_normal((80, 5, 6, 1))
+    values = rng.standard_normal((80, 5, 6))
     values[:, 3, 4] += 0.9
-    effect = StyleEffect.empty("swap", list(range(5)), 6, ("edited_mass_last",), [])
-    effect.add(values, np.zeros_like(values), [f"t{i // 2}" for i in range(80)])
-    found, layers = sensitivity_tables(effect)
+    tables = comparison(values, [f"t{i // 2}" for i in range(80)]).tables
+    found, layers = (table[table["measure"] == "edited_mass_last"] for table in tables.values())
     assert (found.iloc[0]["layer"], found.iloc[0]["head"]) == (3, 4)
     assert found.iloc[0]["p_adjusted"] < 1e-6
     assert found.iloc[0]["p"] < 1e-4 * found.iloc[1]["p"]
     tested = stats.false_discovery_control(found["p"])
     np.testing.assert_allclose(found["p_adjusted"], tested)
     assert layers.iloc[0]["layer"] == 3
-    expected = values[:, 3, 4, 0].mean() / values[:, 3, 4, 0].std(ddof=1)
+    expected = values[:, 3, 4].mean() / values[:, 3, 4].std(ddof=1)
     assert found.iloc[0]["effect_size"] == pytest.approx(expected)
 
 
 # --- overlap and reliability
 
 
-def _groups(values: np.ndarray) -> GroupSums:
-    labels = [f"t{i}" for i in range(len(values))]
-    sums = GroupSums(labels)
-    sums.add(values, labels)
-    return sums
+def _overlap(styles: list[np.ndarray]):
+    """The overlap of styles with changes [n,K], each row a template of its own."""
+    labels = [f"t{i}" for i in range(len(styles[0]))]
+    groups = deal(labels, GROUPS)
+    parts = [group_sums(values, np.array([groups[label] for label in labels]), GROUPS) for values in styles]
+    return cross_half(np.stack([sums for sums, _ in parts]), np.stack([counts for _, counts in parts]))
 
 
 def test_reliability_is_high_for_a_fact_and_none_for_noise() -> None:
     rng = np.random.default_rng(1)
     truth = rng.standard_normal(120)
     fact, noise = truth + rng.standard_normal((200, 120)) * 3, rng.standard_normal((200, 120))
-    groups = [_groups(fact), _groups(noise)]
-    found = cross_half(np.stack([g.sums for g in groups]), np.stack([g.counts for g in groups]))
+    found = _overlap([fact, noise])
     # Spearman of two half means: signal 1, noise 9 / 100 a half, so Pearson is 1 / 1.09.
     assert found.spearman[0, 0] == pytest.approx(6 / math.pi * math.asin(1 / 1.09 / 2), abs=0.06)
     assert found.ci_low[0, 0] > 0.8
@@ -125,8 +132,7 @@ def test_a_head_without_rows_leaves_the_others_ranked_and_a_style_without_any_ta
     values = rng.standard_normal((2, 80, 20)) + 2 * rng.standard_normal(20)
     lacking, empty = values.copy(), np.full((80, 20), np.nan)
     lacking[0, :, [3, 7]] = np.nan
-    both = [[_groups(style) for style in styles] for styles in ([*lacking, empty], np.delete(values, [3, 7], axis=2))]
-    found, expected = (cross_half(np.stack([g.sums for g in s]), np.stack([g.counts for g in s])) for s in both)
+    found, expected = _overlap([*lacking, empty]), _overlap([*np.delete(values, [3, 7], axis=2)])
     np.testing.assert_allclose(found.spearman[:2, :2], expected.spearman)
     np.testing.assert_allclose(found.top_overlap[:2, :2], expected.top_overlap)
     assert (found.heads, expected.heads) == (18, 18)
@@ -140,9 +146,7 @@ def test_two_noisy_styles_that_share_their_clean_rows_do_not_seem_to_agree() -> 
     for _ in range(20):
         clean = rng.standard_normal((96, 60))
         styles = [rng.standard_normal((96, 60)) - clean for _ in range(2)]
-        groups = [_groups(style) for style in styles]
-        found = cross_half(np.stack([g.sums for g in groups]), np.stack([g.counts for g in groups]))
-        overlaps.append(found.spearman[0, 1])
+        overlaps.append(_overlap(styles).spearman[0, 1])
         naive.append(stats.spearmanr(styles[0].mean(0), styles[1].mean(0)).statistic)
     assert np.mean(naive) > 0.35  # the trap: the common clean rows alone
     assert abs(np.mean(overlaps)) < 0.1
@@ -150,12 +154,8 @@ def test_two_noisy_styles_that_share_their_clean_rows_do_not_seem_to_agree() -> 
 
 def test_overlap_table_names_both_styles_and_stays_empty_with_few_templates() -> None:
     rng = np.random.default_rng(4)
-    effects = []
-    for style in ("swap", "missing"):
-        effect = StyleEffect.empty(style, [0, 1], 4, ("edited_mass_last",), ["t0", "t1", "t2"])
-        effect.add(rng.standard_normal((30, 2, 4, 1)), np.zeros((30, 2, 4, 1)), [f"t{i % 3}" for i in range(30)])
-        effects.append(effect)
-    table = overlap_table(effects)
+    clusters = [f"t{i % 3}" for i in range(30)]
+    table = overlap_table([comparison(rng.standard_normal((30, 2, 4)), clusters, name) for name in ("swap", "missing")])
     assert set(zip(table["style"], table["other_style"], strict=True)) == {
         ("swap", "swap"), ("swap", "missing"), ("missing", "missing")
     }  # fmt: skip
@@ -165,17 +165,16 @@ def test_overlap_table_names_both_styles_and_stays_empty_with_few_templates() ->
 # --- flips
 
 
-def test_point_biserial_equals_scipy_whatever_the_batches() -> None:
+def association(change: np.ndarray, flip: np.ndarray, clusters: list[str] | None = None) -> Association:
+    return flip_association(change, flip, clusters or [f"t{i}" for i in range(len(change))])
+
+
+def test_point_biserial_equals_scipy() -> None:
     rng = np.random.default_rng(5)
     change, flip = rng.standard_normal((90, 3, 2)), (rng.random(90) < 0.3).astype(float)
     change[:, 1, 0] += flip
     change[4, 2, 1] = np.nan
-    moments = FlipMoments([])
-    for start in range(0, 90, 7):
-        part = slice(start, start + 7)
-        moments.add(change[part], flip[part], [f"t{i}" for i in range(90)][part])
-    found = moments.finish()
-    assert found is not None
+    found = association(change, flip)
     for cell in np.ndindex(3, 2):
         known = ~np.isnan(change[(slice(None), *cell)])
         expected = stats.pointbiserialr(flip[known], change[(slice(None), *cell)][known])
@@ -193,10 +192,7 @@ def test_flips_keep_their_error_rate_with_clustered_rows() -> None:
     clusters = [f"t{i // 5}" for i in range(300)]
     flip = np.repeat(rng.random(60) < 0.3, 5).astype(float)
     change = np.repeat(rng.standard_normal((60, 800)), 5, axis=0) + 0.3 * rng.standard_normal((300, 800))
-    moments = FlipMoments([])
-    moments.add(change, flip, clusters)
-    found = moments.finish()
-    assert found is not None
+    found = association(change, flip, clusters)
     assert (found.p < 0.05).mean() < 0.085
     assert (stats.pearsonr(np.repeat(flip[:, None], 800, axis=1), change, axis=0).pvalue < 0.05).mean() > 0.2
 
@@ -206,13 +202,10 @@ def test_under_a_null_at_most_five_percent_of_runs_tie_a_head_to_wrong_answers(r
     # 200 runs of 270 heads, rows of one template alike: what counts is p far out in the tail.
     runs, rng = 200, np.random.default_rng(8)
     template = rng.integers(0, 30, rows)
-    moments = FlipMoments([])
     change = rng.standard_normal((rows, runs * 270)) + 0.5 * rng.standard_normal((30, runs * 270))[template]
     flip = np.zeros(rows)
     flip[rng.permutation(rows)[:flipped]] = 1
-    moments.add(change, flip, [f"t{one}" for one in template])
-    found = moments.finish()
-    assert found is not None
+    found = association(change, flip, [f"t{one}" for one in template])
     adjusted = [benjamini_hochberg(p) for p in found.p.reshape(runs, 270)]
     assert sum(p.min() < 0.05 for p in adjusted) <= stats.binom.ppf(0.99, runs, 0.05)
 
@@ -226,45 +219,23 @@ def test_skewed_changes_name_no_more_heads_under_a_null(shape: str, templates: i
     change = np.exp(2 * change) if shape == "lognormal" else np.where(change > 1.5, change, 0)
     flip = np.zeros(rows)
     flip[rng.permutation(rows)[:100]] = 1
-    test = RankTest([])
-    test.add(change, flip, [f"t{one}" for one in rng.integers(0, templates, rows)])
-    adjusted = [benjamini_hochberg(p) for p in test.p().reshape(runs, 270)]
+    p = rank_test(change, flip, [f"t{one}" for one in rng.integers(0, templates, rows)])
+    adjusted = [benjamini_hochberg(p) for p in p.reshape(runs, 270)]
     assert sum(p.min() < 0.05 for p in adjusted) <= stats.binom.ppf(0.99, runs, 0.05)
 
 
-def test_rank_test_is_wilcoxons_with_rows_of_their_own_whatever_the_batches() -> None:
+def test_rank_test_is_wilcoxons_with_rows_of_their_own() -> None:
     rng = np.random.default_rng(10)
     change, flip = rng.standard_normal((300, 40)), (rng.random(300) < 0.3).astype(float)
     change += np.linspace(0, 0.5, 40) * flip[:, None]
     change[:, ::4] = change[:, ::4].round()  # ties
     change[rng.random(change.shape) < 0.05] = np.nan
-    flip[7] = np.nan
-    found = []
-    for size in (11, 300):
-        test = RankTest([])
-        for start in range(0, 300, size):
-            part = slice(start, start + size)
-            test.add(change[part], flip[part], [f"t{i}" for i in range(300)][part])
-        found.append(test.p())
-    np.testing.assert_array_equal(*found)
+    found = rank_test(change, flip, [f"t{i}" for i in range(300)])
     for cell in range(40):
         sides = [values[~np.isnan(values)] for values in (change[flip == 1, cell], change[flip == 0, cell])]
         expected = stats.mannwhitneyu(*sides, method="asymptotic", use_continuity=False).pvalue
-        own, theirs = stats.norm.isf(found[0][cell] / 2), stats.norm.isf(expected / 2)
+        own, theirs = stats.norm.isf(found[cell] / 2), stats.norm.isf(expected / 2)
         assert 0.85 * theirs - 0.1 <= own <= theirs + 0.05  # the larger of two p: never surer than Wilcoxon's
-
-
-def test_ranks_of_many_blocks_keep_their_error_rate(monkeypatch) -> None:
-    monkeypatch.setattr(answer_flips, "BLOCK_ROWS", 64)
-    rng = np.random.default_rng(11)
-    change = np.exp(rng.standard_normal((640, 4000)))
-    flip = (rng.random(640) < 0.2).astype(float)
-    null, effect = RankTest([]), RankTest([])
-    clusters = [f"t{one}" for one in rng.integers(0, 100, 640)]
-    null.add(change, flip, clusters)
-    assert 0.03 < (null.p() < 0.05).mean() <= 0.055
-    effect.add(change * (1 + flip[:, None]), flip, clusters)
-    assert (effect.p() < 1e-4).mean() > 0.8
 
 
 def test_a_head_whose_reaction_goes_with_wrong_answers_is_named(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Layers with a sliding window: baselines, densities and entropies against plain loops over what a query sees."""
+"""Layers with a sliding window: uniform shares, densities and entropies against plain loops over what a query sees."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import attn_act_logi
 import dirs_eval
-import head_sensitivity
 import numpy as np
 import pandas as pd
 import pytest
 import tiny_models
 from attention.attention_fields import QUERIES, REGIONS, attention_fields, map_entropy, uniform_mass
+from attention.heads import MEASURES, head_values
+from attention.region_fractions import CELLS, fraction_cells
 from command_line import UserError
 from run_store import load_pt, save_pt
 
@@ -55,7 +56,7 @@ def test_stage_2_stores_the_windows(run: Path) -> None:
         assert content["attention_mask"].sum(1).max() > 2 * WINDOW
 
 
-def test_baselines_are_those_of_the_tokens_in_the_window(run: Path) -> None:
+def test_uniform_shares_are_those_of_the_tokens_in_the_window(run: Path) -> None:
     for content in contents(run):
         fields = attention_fields(content, Path("a.pt"), "edited")
         for row, real in enumerate(content["attention_mask"]):
@@ -96,26 +97,26 @@ def test_even_attention_in_a_window_has_density_and_entropy_one(run: Path) -> No
         del content["span_mass"]
         fields = attention_fields(content, Path("a.pt"), "edited")
         np.testing.assert_allclose(fields["entropy"], 1, atol=1e-5)
-        cells = dirs_eval.fraction_cells(fields)
-        density = cells[..., [cell[3] == "density" for cell in dirs_eval.CELLS]]
+        cells = fraction_cells(fields)
+        density = cells[..., [cell[3] == "density" for cell in CELLS]]
         assert np.isfinite(density).any()
         np.testing.assert_allclose(density[np.isfinite(density)], 1, atol=1e-4)
-        column = head_sensitivity.MEASURES.index("edited_density_last")
-        of_heads = head_sensitivity.sensitivity_values(fields)[..., column]
+        column = [*MEASURES].index("edited_density_last")
+        of_heads = head_values(fields)[..., column]
         np.testing.assert_allclose(of_heads[~np.isnan(of_heads)], 1, atol=1e-4)
 
 
-def test_the_table_has_each_layer_s_own_baseline(run: Path, tmp_path: Path) -> None:
+def test_the_table_has_each_layer_s_own_uniform_share(run: Path, tmp_path: Path) -> None:
     assert dirs_eval.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
     per_layer = pd.read_csv(tmp_path / "prompt_task_fraction_perlayer.csv").set_index(["style", "layer"])
     fields = [attention_fields(content, Path("a.pt"), "edited") for content in contents(run)]
     expected = np.concatenate([one["uniform"] for one in fields])[:, :, QUERIES.index("last"), REGIONS.index("task")]
-    np.testing.assert_allclose(per_layer.loc["swap", "frac_task_baseline"], expected.mean(0), atol=1e-9)
+    np.testing.assert_allclose(per_layer.loc["swap", "frac_task_uniform_share"], expected.mean(0), atol=1e-9)
     assert expected.mean(0).max() > expected.mean(0).min() + 0.1
     per_head = pd.read_csv(tmp_path / "prompt_task_fraction_perhead.csv").set_index(["style", "layer", "head"])
-    assert per_head.loc[("swap", 1, 3), "frac_task_baseline"] == pytest.approx(expected.mean(0)[1])
+    assert per_head.loc[("swap", 1, 3), "frac_task_uniform_share"] == pytest.approx(expected.mean(0)[1])
     model = pd.read_csv(tmp_path / "prompt_task_fraction_aggregate.csv").set_index("style")
-    assert model.loc["swap", "frac_task_baseline"] == pytest.approx(expected.mean())
+    assert model.loc["swap", "frac_task_uniform_share"] == pytest.approx(expected.mean())
 
 
 @pytest.mark.parametrize("windows", [[0, 8], ["0", "8", "0"], [True, False, True], 8, None, [0.0, 8.0, 0.0]])
@@ -127,15 +128,16 @@ def test_damaged_windows_are_refused_in_one_line(run: Path, tmp_path: Path, wind
 
 
 def test_a_word_out_of_reach_has_no_mass_that_could_change(run: Path) -> None:
-    fields = attention_fields(contents(run)[0], Path("a.pt"), "edited")
-    values = head_sensitivity.sensitivity_values(fields)
-    out_of_reach = fields["uniform"][:, :, QUERIES.index("last"), REGIONS.index("edited")] == 0
+    fields = attention_fields(contents(run)[0], Path("a.pt"), "edited", without_first=True)
+    values = head_values(fields)
+    kept = attention_fields(contents(run)[0], Path("a.pt"), "edited")
+    out_of_reach = kept["uniform"][:, :, QUERIES.index("last"), REGIONS.index("edited")] == 0
     assert out_of_reach.any()
     assert not out_of_reach.all()
     for name in ("edited_mass_last", "edited_log2_mass_last", "edited_density_last"):
-        missing = np.isnan(values[..., head_sensitivity.MEASURES.index(name)]).all(axis=2)
+        missing = np.isnan(values[..., [*MEASURES].index(name)]).all(axis=2)
         np.testing.assert_array_equal(missing, out_of_reach | (fields["holds_first"][:, None, 3] > 0))
-    assert not np.isnan(values[..., head_sensitivity.MEASURES.index("edited_mass_mean")][0]).any()
+    assert not np.isnan(values[..., [*MEASURES].index("edited_mass_mean")][0]).any()
 
 
 def test_a_layer_of_unknown_windows_has_no_density_nor_has_the_model(run: Path, tmp_path: Path) -> None:
@@ -151,10 +153,10 @@ def test_a_layer_of_unknown_windows_has_no_density_nor_has_the_model(run: Path, 
     assert set(density["layer"]) == {0, 2}
     shown = pd.read_csv(tmp_path / "prompt_task_fraction_aggregate.csv")
     assert shown["frac_task"].notna().all()
-    assert shown[["frac_task_baseline", "frac_task_density"]].isna().all(axis=None)
+    assert shown[["frac_task_uniform_share", "frac_task_density"]].isna().all(axis=None)
 
 
-def test_an_unknown_window_gives_no_baseline() -> None:
+def test_an_unknown_window_gives_no_uniform_share() -> None:
     keys, real = np.ones((1, 4, 5), dtype=bool), np.ones((1, 4), dtype=bool)
     assert np.isnan(uniform_mass(keys, real, -1)).all()
     assert np.isnan(map_entropy(np.full((1, 2, 4, 4), 0.25), real, real, -1)).all()

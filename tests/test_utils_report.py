@@ -352,11 +352,11 @@ def test_the_first_rows_of_each_style_by_a_column_and_of_the_preferred_kind(tmp_
     pd.DataFrame(
         [("b", "split@b", 1, 2.0), ("b", "split@b", 2, 1.0), ("b", "split@b", 3, np.nan), ("a", "split@a", 4, 3.0),
          ("a", "split@a", 5, 1.0), ("c", "split", 6, 1.0), ("d", None, 7, np.nan)],
-        columns=["style", "control", "head", "rank_vs_split"],
+        columns=["style", "control", "head", "rank_vs_control"],
     ).to_csv(tmp_path / "heads.csv", index=False)  # fmt: skip
-    wanted = TableOf("heads.csv", "", ("style", "head"), (), 1, "rank_vs_split", ("control", "split@"))
+    wanted = TableOf("heads.csv", "", ("style", "head"), (), 1, "rank_vs_control", ("control", "split@"))
     assert [row[:2] for row in rows_of(tmp_path, wanted).rows] == [["b", "2"], ["a", "5"]]
-    pd.DataFrame({"style": ["c"], "control": ["split"], "rank_vs_split": [1.0]}).to_csv(tmp_path / "heads.csv")
+    pd.DataFrame({"style": ["c"], "control": ["split"], "rank_vs_control": [1.0]}).to_csv(tmp_path / "heads.csv")
     assert len(rows_of(tmp_path, wanted).rows) == 1
     pd.DataFrame({"style": ["c"]}).to_csv(tmp_path / "heads.csv")
     assert rows_of(tmp_path, wanted) is None

@@ -141,7 +141,7 @@ INTERVALS = {
     "shuffled_auc": ("shuffled_ci_low", "shuffled_ci_high"),
     "token_count_auc": ("token_count_ci_low", "token_count_ci_high"),
     "difference_to_control": ("difference_ci_low", "difference_ci_high"),
-    "difference_vs_split": ("difference_ci_low_vs_split", "difference_ci_high_vs_split"),
+    "difference_vs_control": ("difference_ci_low_vs_control", "difference_ci_high_vs_control"),
 }
 
 

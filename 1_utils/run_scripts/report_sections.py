@@ -101,9 +101,9 @@ SECTIONS = (
         (
             TableOf(
                 "prompt_task_fraction_aggregate.csv",
-                "Attention on the task; baseline: share of tokens; density 1 is even attention",
+                "Attention on the task; uniform share: what even attention would give; density 1 is even attention",
                 (
-                    "style", "n", "frac_task", "frac_task_baseline", "frac_task_density", "frac_task_difference",
+                    "style", "n", "frac_task", "frac_task_uniform_share", "frac_task_density", "frac_task_difference",
                     "frac_task_p", "frac_task_p_adjusted",
                 ),
             ),
@@ -111,8 +111,8 @@ SECTIONS = (
                 "prompt_task_fraction_aggregate.csv",
                 "Attention on the instruction",
                 (
-                    "style", "n", "frac_prompt", "frac_prompt_baseline", "frac_prompt_density",
-                    "frac_prompt_difference", "frac_prompt_p", "frac_prompt_p_adjusted",
+                    "style", "n", "frac_instruction", "frac_instruction_uniform_share", "frac_instruction_density",
+                    "frac_instruction_difference", "frac_instruction_p", "frac_instruction_p_adjusted",
                 ),
             ),
         ),
@@ -126,7 +126,7 @@ SECTIONS = (
                 "adjusted p below 0.05, grey a style without edited words to compare.",
             ),
             Plots(
-                "head_sensitivity_vs_split.png",
+                "head_sensitivity_vs_control.png",
                 "The same from the control to the style. A control split@… has the clean words in as many tokens, so "
                 "that what is left is the typo; `split` has them cut by an invisible character.",
             ),
@@ -135,9 +135,9 @@ SECTIONS = (
                 "Whether styles share their heads: rank correlation of the heads' changes between two halves of the "
                 "data; the diagonal is the reliability of one style with itself.",
             ),
-            Plots("head_overlap_vs_split.png", "The same for the changes from the controls."),
+            Plots("head_overlap_vs_control.png", "The same for the changes from the controls."),
             Plots("head_answer_flips.png", "Heads whose change goes with an answer that turns from right to wrong."),
-            Plots("head_answer_flips_vs_split.png", "The same for the changes from the controls."),
+            Plots("head_answer_flips_vs_control.png", "The same for the changes from the controls."),
             Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", folded=True),
         ),
         (
@@ -147,7 +147,7 @@ SECTIONS = (
                 "twice as much (picked from the same data, so their effects look larger than they are)",
                 (
                     "style", "layer", "head", "n", "difference", "effect_size", "p", "p_adjusted", "control",
-                    "n_vs_split", "difference_vs_split", "p_adjusted_vs_split",
+                    "n_vs_control", "difference_vs_control", "p_adjusted_vs_control",
                 ),
                 (("measure", "edited_log2_mass_last"),),
                 3,
@@ -156,12 +156,12 @@ SECTIONS = (
                 "head_sensitivity.csv",
                 "The same, picked by the change from the control: what a typo does beyond costing tokens",
                 (
-                    "style", "control", "layer", "head", "n_vs_split", "difference_vs_split", "effect_size_vs_split",
-                    "p_vs_split", "p_adjusted_vs_split", "difference",
+                    "style", "control", "layer", "head", "n_vs_control", "difference_vs_control",
+                    "effect_size_vs_control", "p_vs_control", "p_adjusted_vs_control", "difference",
                 ),
                 (("measure", "edited_log2_mass_last"),),
                 3,
-                "rank_vs_split",
+                "rank_vs_control",
                 ("control", "split@"),
             ),
             TableOf(

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from attention.attention_fields import layer_number, regions_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from attention.reference_format import TokenRegions
+from attention.reference_format import TokenRegions
 
 
 @dataclass(frozen=True)
@@ -53,27 +50,24 @@ class RowMaps:
 def row_maps(
     content: dict[str, Any], path: Path, edited: str | None, reference: TokenRegions | None = None
 ) -> np.ndarray:
-    """A RowMaps for each of the B rows of a file, as an object array [B]."""
+    """A RowMaps for each of the B rows of a file, as an object array [B]; without any map if the file holds none."""
     names, mask, real = regions_of(content, path, reference)
     ids, column = content["input_ids"].numpy(), names.index(edited) if edited in names else None
     rows = np.empty(len(ids), dtype=object)
     for position, keep in enumerate(real):
         inside = np.zeros(int(keep.sum()), dtype=bool) if column is None else mask[position, keep, column]
-        maps = {layer_number(name): tensor[position] for name, tensor in content["attentions"].items()}
+        maps = {layer_number(name): tensor[position] for name, tensor in content.get("attentions", {}).items()}
         rows[position] = RowMaps(ids[position, keep], inside, keep, maps)
     return rows
 
 
-def aligned_divergence(variants: np.ndarray, cleans: np.ndarray, layers: list[int]) -> np.ndarray:
+def aligned_divergence(variants: np.ndarray, cleans: np.ndarray, layers: list[int], heads: int) -> np.ndarray:
     """Jensen-Shannon divergence in bits [P, L, H, 2] of P pairs of RowMaps: of the last token, and the mean.
 
-    Unedited tokens are matched one to one; all edited tokens between two of them are one key. A word cut into more
-    tokens still changes where attention goes: the controls have most of a typo's divergence. The mean is over the
-    unedited queries after the first edit; those before it see no edit. NaN in layers without a raw map, where no such
-    query is left, and for pairs whose unedited tokens differ (then the edit has changed how its neighbours are
-    tokenised, as where a word is put before the first).
+    Unedited tokens are matched one to one; all edited tokens between two of them are one key. The mean is over the
+    unedited queries after the first edit. NaN in layers without a raw map, if no such query is left, and for pairs
+    whose unedited tokens differ.
     """
-    heads = next(iter(cleans[0].maps.values())).shape[0]
     divergence = np.full((len(variants), len(layers), heads, 2), np.nan, dtype=np.float32)
     for pair, (variant, clean) in enumerate(zip(variants, cleans, strict=True)):
         if not np.array_equal(variant.ids[~variant.edited], clean.ids[~clean.edited]):

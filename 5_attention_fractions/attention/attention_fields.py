@@ -1,64 +1,96 @@
-"""What one .pt file says about attention, as small arrays per row: mass on regions, its baseline, entropy.
+"""What one .pt file says about attention, as small arrays per row: mass on regions, its uniform share, entropy.
 
-Two queries: `last`, the last prompt token, and `mean`, the mean over all prompt tokens. Five key regions: `context`,
-`instruction`, `task`, `edited` (in the clean run: the words that the compared style will change) and `first`, the
-first token of the sequence, the usual attention sink. For a row with n tokens and attention A[q, k]:
-
-    mass(last, R)    = sum_{k in R} A[n, k]
-    mass(mean, R)    = 1/n sum_q sum_{k in R} A[q, k]
-    uniform(last, R) = |R| / n                                   the mass if every visible key got the same
-    uniform(mean, R) = 1/n sum_q |{k in R, k <= q}| / q          the same, a query seeing itself and all before it
-
-In a layer with a sliding window of w keys (`attention_windows` of the file), the keys of query q are those after q - w.
-
-Masses come from `span_mass`, all layers, or where a file has none from the raw maps in `attentions`. Pads count in
-nothing. An empty `edited` is NaN, for the row has no such word; any other empty region has mass 0.
+Formulas: docs/METHODS.md, "Queries and regions". Pads count in nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from command_line import UserError
-from token_spans import matched_style
+from scipy.special import entr
+from style_rows import StyleRows, twin_region
 
-from attention.paired_rows import Batch
+from attention.reference_format import TokenRegions
 
-if TYPE_CHECKING:
-    import torch
+Fields = dict[str, np.ndarray]  # every array has the rows of one file on its first axis
 
-    from attention.reference_format import TokenRegions
-
-QUERIES = ("last", "mean")
+QUERIES = ("last", "mean")  # the last prompt token; the mean over all prompt tokens
 REGIONS = ("context", "instruction", "task", "edited", "first")
+EDITED = REGIONS.index("edited")
 ENTROPY_QUERIES = ("last", "mean", "edited")
 SPAN_NAMES = {"mean": "all"}  # our query → its name among the file's regions
 
 
+def fields_reader(
+    rows: StyleRows,
+    layers: list[int],
+    compared: str | None = None,
+    tokenizer: str | None = None,
+    without_first: bool = True,
+) -> Callable[[dict[str, Any], Path], Fields]:
+    """`attention_fields` for the files of a style, as a function of (content, path).
+
+    layers: those that every file must have. compared: in the clean form, the style whose words are `edited`.
+    tokenizer: finds the regions of files without any.
+    """
+    edited, reference = edited_region(rows, compared), regions_finder(rows, compared, tokenizer)
+
+    def read(content: dict[str, Any], path: Path) -> Fields:
+        fields = attention_fields(content, path, edited, reference, without_first)
+        if (found := layers_of(content)) != layers:
+            raise UserError(
+                f"{path}: attention of layers {_listed(found)}, but of {_listed(layers)} in the files before; run "
+                "stage 2 with the same --raw_layers for all"
+            )
+        return fields
+
+    return read
+
+
+def edited_region(rows: StyleRows, compared: str | None = None) -> str | None:
+    """Name of the edited region in a style's files; in the clean form, of the words that `compared` will change."""
+    if rows.style != rows.run.clean_style:
+        return "edited"
+    return None if compared is None else twin_region("edited", compared)
+
+
+def regions_finder(rows: StyleRows, compared: str | None, tokenizer: str | None) -> TokenRegions | None:
+    """What finds the regions of files in the reference format; None without a tokenizer."""
+    return TokenRegions(tokenizer, rows.run, rows.style, compared) if tokenizer else None
+
+
 def attention_fields(
-    content: dict[str, Any], path: Path, edited: str | None, reference: TokenRegions | None = None
-) -> Batch:
+    content: dict[str, Any],
+    path: Path,
+    edited: str | None,
+    reference: TokenRegions | None = None,
+    without_first: bool = False,
+) -> Fields:
     """Arrays with the B rows of a file on their first axis.
 
-    edited: the file's name for the edited region (`edited`, or `edited:<style>` in the clean run), None for none.
-    mass [B,L,H,Q,R] float32, whole [B,L,H,Q] (of all tokens: 1, or less if a sink in the softmax takes a part),
-    uniform [B,L,Q,R] (NaN in layers of which it is not known what a query sees), tokens
-    [B,R], holds_first [B,R] (0 or 1: the region holds the first token), entropy [B,L,H,3] (normalised, of the last
-    token, the mean query and the edited words; NaN where unknown).
-    Raises UserError where the file holds no attention, or no regions and no tokenizer to find them with.
+    edited: the file's name for the edited region, None for none. without_first: a row whose edited words hold the first
+    token counts as one without edited words.
+    mass [B,L,H,Q,R] float32; whole [B,L,H,Q]: mass on all tokens, below 1 if a sink in the softmax takes a part;
+    uniform [B,L,Q,R]: the mass that even attention would give, NaN in layers of which it is not known what a query
+    sees; tokens [B,R]; holds_first [B,R]: 1 if the region holds the first token, else 0; entropy [B,L,H,3] of the last
+    token, the mean query and the edited words, NaN where unknown; has_edited [B] bool: without, mass, uniform share and
+    entropy of `edited` are NaN. Another empty region has mass 0.
+    Raises UserError if the file holds no attention, or no regions and there is no tokenizer to find them with.
     """
     names, mask, real = regions_of(content, path, reference)
     keys = _selected(mask, names, [edited if name == "edited" else name for name in REGIONS])
     if "first" not in names:
         keys[..., REGIONS.index("first")] = _first_token(real)
-    tokens = keys.sum(axis=1)
     if "span_mass" not in content and not content.get("attentions"):
         raise UserError(f"{path}: holds neither span_mass nor attentions; run stage 2 with attention capture")
-    windows = _windows(content, layers_of(content, path))
+    windows = _windows(content, layers_of(content))
     uniform = {window: uniform_mass(keys, real, window) for window in {*windows}}
-    fields = {"tokens": tokens, "holds_first": _holds_first(keys, real)}
+    fields = {"tokens": keys.sum(axis=1), "holds_first": _holds_first(keys, real)}
     fields["uniform"] = np.stack([uniform[window] for window in windows], axis=1)
     if "span_mass" in content:
         fields["mass"] = _select_mass(content["span_mass"], names, edited)
@@ -71,38 +103,23 @@ def attention_fields(
         fields["mass"], fields["whole"] = mass[..., :-1], mass[..., -1]
     for key in ("mass", "whole", "entropy"):  # what overflowed is missing, not infinite
         fields[key][np.isinf(fields[key])] = np.nan
-    no_edit = tokens[:, REGIONS.index("edited")] == 0
-    fields["mass"][no_edit, ..., REGIONS.index("edited")] = np.nan
+    fields["has_edited"] = fields["tokens"][:, EDITED] > 0
+    if without_first:
+        fields["has_edited"] &= fields["holds_first"][:, EDITED] == 0
+    for key, column in (("mass", EDITED), ("uniform", EDITED), ("entropy", ENTROPY_QUERIES.index("edited"))):
+        fields[key][~fields["has_edited"], ..., column] = np.nan
     return fields
 
 
-def layers_of(content: dict[str, Any], path: Path, known: list[int] | None = None) -> list[int]:
-    """Numbers of the layers that `attention_fields` returns: all, or those with a raw map.
-
-    Raises UserError where they are not the `known` ones of the files before.
-    """
-    layers = (
-        list(range(content["span_mass"].shape[0]))
-        if "span_mass" in content
-        else sorted(layer_number(name) for name in content.get("attentions", {}))
-    )
-    if known and layers != known:
-        raise UserError(
-            f"{path}: attention of layers {_told(layers)}, but of {_told(known)} in the files before; run stage 2 with "
-            "the same --raw_layers for all"
-        )
-    return layers
+def layers_of(content: dict[str, Any]) -> list[int]:
+    """Numbers of the layers that `attention_fields` returns: all, or those with a raw map."""
+    if "span_mass" in content:
+        return list(range(content["span_mass"].shape[0]))
+    return sorted(layer_number(name) for name in content.get("attentions", {}))
 
 
-def _told(layers: list[int]) -> str:
+def _listed(layers: list[int]) -> str:
     return " ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]} to {layers[-1]}"
-
-
-def edited_region(style: str, clean_style: str | None, compared: str | None = None) -> str | None:
-    """Name of the edited region in a file of `style`; in the clean run, of the words that `compared` will change."""
-    if style != clean_style:
-        return "edited"
-    return None if compared is None else f"edited:{matched_style(compared) or compared}"
 
 
 def regions_of(
@@ -136,9 +153,8 @@ def _seen(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def _windows(content: dict[str, Any], layers: list[int]) -> list[int]:
-    """The attention window of each layer; 0, all keys, where a file does not tell."""
-    told = content.get("attention_windows")
-    known = told if isinstance(told, list) else []
+    """The attention window of each layer; 0, all keys, if a file does not say."""
+    known = content.get("attention_windows") or []
     return [known[layer] if layer < len(known) else 0 for layer in layers]
 
 
@@ -179,7 +195,7 @@ def _from_maps(
         attention = maps[name].float().numpy()  # one layer in memory at a time
         attention = np.where(real[:, None, :, None], attention, 0)  # a pad's row may be NaN, and 0 x NaN is NaN
         masses.append(map_mass(attention, keys, real))
-        entropies.append(map_entropy(attention, keys[..., REGIONS.index("edited")], real, window))
+        entropies.append(map_entropy(attention, keys[..., EDITED], real, window))
     return np.stack(masses, axis=1), np.stack(entropies, axis=1)
 
 
@@ -196,8 +212,6 @@ def map_entropy(attention: np.ndarray, edited: np.ndarray, real: np.ndarray, win
     Mean over the queries of H(attention, as shares of its sum) / log(number of keys that the query may see); a query
     that sees one key only is left out. window: see `uniform_mass`.
     """
-    from scipy.special import entr
-
     if window < 0:
         return np.full((*attention.shape[:2], len(ENTROPY_QUERIES)), np.nan, dtype=np.float32)
     seen = _seen(real, window)

@@ -1,52 +1,32 @@
 """Do styles share their heads, and does the ranking of heads repeat itself on other rows?
 
-Two styles are compared with the same clean rows, so their errors agree and their rankings would agree even if both
-were noise. Here one style's effect comes from one half of the templates and the other's from the other half: no row
-is shared. A style with itself, so compared, is its split-half reliability.
+One style's effect comes from one half of the templates and the other's from the other half, so that no row is shared.
+A style with itself, so compared, is its split-half reliability. Why: docs/METHODS.md, "Overlap".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from paired_stats import deal
+from scipy import stats
 
-GROUPS = 32
+GROUPS = 32  # templates are dealt into so many groups, alike for every style
 SPLITS = 24
 MIN_GROUPS = 8
 TOP_SHARE = 0.05
 
 
-class GroupSums:
-    """Sums of values over rows in a few groups of whole clusters: enough to split and leave out, in flat memory.
-
-    templates: all clusters that may come; they are dealt evenly, and alike for every style (`deal`).
-    """
-
-    def __init__(self, templates: Iterable[str], groups: int = GROUPS) -> None:
-        self.groups = groups
-        self._codes = deal(templates, groups)
-        self.sums: Any = None  # [G, *cells]
-        self.counts: Any = None
-
-    def add(self, values: np.ndarray, clusters: Sequence[str]) -> None:
-        """Add values [b, *cells], NaN left out, and their b cluster labels."""
-        if self.sums is None:
-            self.sums, self.counts = np.zeros((2, self.groups, *values.shape[1:]))
-        codes = [self._codes.setdefault(label, len(self._codes) % self.groups) for label in clusters]
-        order = np.argsort(codes, kind="stable")
-        present, starts, rows = np.unique(np.array(codes)[order], return_index=True, return_counts=True)
-        ordered = values[order]
-        known = ~np.isnan(ordered)
-        if known.all():
-            self.counts[present] += rows.reshape(-1, *[1] * (values.ndim - 1))
-        else:
-            self.counts[present] += np.add.reduceat(known, starts, axis=0, dtype=np.float64)
-            ordered = np.where(known, ordered, 0.0)
-        self.sums[present] += np.add.reduceat(ordered, starts, axis=0)
+def group_sums(values: np.ndarray, codes: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """(sums, numbers) [G, *cells] of the values [n, *cells] in each group, codes [n] their groups; NaN is left out."""
+    sums, counts = np.zeros((2, groups, *values.shape[1:]))
+    order = np.argsort(codes, kind="stable")
+    present, starts = np.unique(codes[order], return_index=True)
+    if len(present):
+        known = ~np.isnan(values)
+        sums[present] = np.add.reduceat(np.where(known, values, 0)[order], starts, axis=0, dtype=np.float64)
+        counts[present] = np.add.reduceat(known[order], starts, axis=0, dtype=np.float64)
+    return sums, counts
 
 
 @dataclass(frozen=True)
@@ -73,8 +53,6 @@ def cross_half(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Overlap:
     A head without a row in some half (its layer's window does not reach the word) is left out for all styles; a style
     without any such head is NaN. All NaN with fewer than MIN_GROUPS groups of templates or three heads.
     """
-    from scipy import stats
-
     styles, _, heads = sums.shape
     used = np.flatnonzero(counts.max(axis=(0, 2)) > 0)
     halves = []
@@ -127,8 +105,6 @@ def _half_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np
 
 def _standardised_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks over the last axis (ties share theirs), centred and of length 1, so that a dot product is Spearman's r."""
-    from scipy import stats
-
     ranks = stats.rankdata(values, axis=-1, nan_policy="propagate")
     ranks = ranks - ranks.mean(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):

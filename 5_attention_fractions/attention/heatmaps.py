@@ -6,17 +6,19 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 from file_output import save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 DIVERGING = "RdBu_r"
+Panel = tuple[str, np.ndarray, np.ndarray | None]  # title, values [L,H], marked [L,H] bool
 
 
 def file_word(style: str) -> str:
@@ -42,8 +44,6 @@ def draw_layer_head(
 
     Colours run from -limit to limit, zero is white; a cell without a value is grey.
     """
-    import matplotlib
-
     numbers = list(range(values.shape[0])) if layers is None else list(layers)
     colours = matplotlib.colormaps[DIVERGING].with_extremes(bad="0.75")
     image = axes.imshow(
@@ -63,7 +63,7 @@ def draw_layer_head(
 
 def save_layer_head_grid(
     path: Path,
-    panels: Sequence[tuple[str, np.ndarray, np.ndarray | None]],
+    panels: Sequence[Panel],
     label: str,
     title: str,
     layers: Sequence[int] | None = None,
@@ -74,9 +74,6 @@ def save_layer_head_grid(
 
     label: what the colours say, with the unit. With shared_scale all panels have one colour scale, else each its own.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     columns = min(columns, len(panels))
     figure, grid = _grid(len(panels), columns, panels[0][1].shape, shared_scale)
     everything = np.concatenate([values.ravel() for _, values, _ in panels])
@@ -103,8 +100,6 @@ BAR = 1.15
 
 def _grid(count: int, columns: int, shape: tuple[int, ...], with_bar: bool) -> tuple[Figure, list[Axes]]:
     """A figure with `count` axes for heatmaps of shape [L,H], row by row, and room for one colour bar at the right."""
-    import matplotlib.pyplot as plt
-
     rows = -(-count // columns)
     width, height = _panel_size(shape)
     right = RIGHT + (BAR if with_bar else 0)
@@ -128,11 +123,6 @@ def _bar_axes(figure: Figure) -> Axes:
 
 def save_style_matrix(path: Path, values: np.ndarray, styles: Sequence[str], label: str, title: str) -> None:
     """Save a style × style matrix of correlations [n,n] with its numbers in the cells."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     size = 1.8 + 0.62 * len(styles)
     figure, axes = plt.subplots(figsize=(size + 1.4, size), layout="constrained")
     colours = matplotlib.colormaps[DIVERGING].with_extremes(bad="0.75")

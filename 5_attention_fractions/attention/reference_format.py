@@ -8,35 +8,33 @@ from typing import Any
 import numpy as np
 from command_line import UserError, one_line
 from run_store import Run
+from style_rows import twin_region
 from token_spans import BASE_REGIONS, RenderedPrompt, character_regions, region_mask
-
-from attention.paired_rows import original_indices
 
 
 class TokenRegions:
-    """Finds the base regions, and `edited` where the run has a prompts.json, from a file's input_ids.
+    """Finds the base regions, and `edited` if the run has a prompts.json, from a file's input_ids.
 
-    The same character rules as in stage 2. The prompt's own text is the row's text in prompts.json where it is found
-    among the tokens, else all after the leading special tokens.
+    The same character rules as in stage 2. The prompt's own text is the row's text in prompts.json if it is found
+    among the tokens, else everything after the leading special tokens.
     """
 
     def __init__(self, tokenizer_name: str, run: Run, style: str, compared: str | None = None) -> None:
         self._tokenizer = load_tokenizer(tokenizer_name)
         self._run, self._style = run, style
-        self._compared = compared
         edited = [] if run.clean_style is None else ["edited"]
         if style == run.clean_style:
-            edited = [f"edited:{compared}"] if compared else []
+            edited = [twin_region("edited", compared)] if compared else []
         self._names = [*BASE_REGIONS, *edited]
 
     def find(self, content: dict[str, Any], path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """(region names, region mask [B,S,R] bool, real tokens [B,S] bool); UserError where pads cannot be told."""
+        """(region names, region mask [B,S,R] bool, real tokens [B,S] bool); UserError if there are no ids."""
         ids = content.get("input_ids")
         if ids is None:
             raise UserError(f"{path}: has no input_ids, so its regions cannot be found; run stage 2 again")
         real = self._real_tokens(content, ids.numpy())
         mask = np.zeros((*ids.shape, len(self._names)), dtype=bool)
-        for position, index in enumerate(original_indices(content, path)):
+        for position, index in enumerate(content["original_indices"]):
             mask[position, real[position]] = self._row_mask(ids[position].numpy()[real[position]], int(index))
         return self._names, mask, real
 
@@ -81,8 +79,8 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model name or folder. UserError in one line where it cannot be loaded."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model name or folder. UserError if it cannot be loaded."""
+    from transformers import AutoTokenizer  # a second to import, needed for this format only
 
     try:
         return AutoTokenizer.from_pretrained(name)

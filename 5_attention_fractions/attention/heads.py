@@ -1,0 +1,473 @@
+"""Which layers and heads react to a style, how strongly and how surely: the work of head_sensitivity.py.
+
+The chain: `attention_fields` of a file → `head_values`, one column for each of MEASURES → whole arrays of a style, its
+clean form and its control → `compare` → tables. A new measure is one line in MEASURES.
+What the measures and columns are: docs/METHODS.md, "head_sensitivity.py".
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from command_line import UserError, did_you_mean
+from logger import get_logger
+from paired_stats import benjamini_hochberg, clustered_mean, deal
+from run_store import Run
+from style_rows import StyleRows, control_of, paired_rows, same_words, templates_of, token_limit
+from token_spans import matched_style
+
+from attention.aligned_maps import aligned_divergence, row_maps
+from attention.answer_flips import Answers, flip_association
+from attention.attention_fields import (
+    EDITED,
+    ENTROPY_QUERIES,
+    QUERIES,
+    REGIONS,
+    Fields,
+    edited_region,
+    fields_reader,
+    layers_of,
+    regions_finder,
+)
+from attention.head_overlap import GROUPS, cross_half, group_sums
+
+LEAST_MASS = 1e-5  # the logarithm of less is that of this; float16 masses are known to 6e-8
+CLEAN, CONTROL = "clean form", "control"  # values of the column reference_form
+LEVELS = ("head", "layer")
+ALPHA = 0.05
+MAP_ROWS = 256  # rows whose raw maps are compared at once
+
+# --- measures: functions of the `attention_fields` of B rows, each [B,L,H]
+
+
+def mass_on(query: str, region: str) -> Callable[[Fields], np.ndarray]:
+    """Attention mass of a query on a region."""
+    return lambda fields: fields["mass"][..., QUERIES.index(query), REGIONS.index(region)]
+
+
+def mass_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
+    """Attention mass of a query on the edited words; NaN in a layer whose window does not reach them."""
+    mass, even = mass_on(query, "edited"), _even_on_edited(query)
+    return lambda fields: np.where(even(fields) == 0, np.nan, mass(fields))
+
+
+def log2_mass_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
+    """Its logarithm to base 2, of at least LEAST_MASS."""
+    mass = mass_on_edited(query)
+    return lambda fields: np.log2(np.maximum(mass(fields), LEAST_MASS))
+
+
+def density_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
+    """The mass on the edited words over that of even attention."""
+    mass, even = mass_on(query, "edited"), _even_on_edited(query)
+
+    def density(fields: Fields) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(even(fields) == 0, np.nan, mass(fields) / even(fields))
+
+    return density
+
+
+def _even_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
+    return lambda fields: fields["uniform"][:, :, None, QUERIES.index(query), EDITED]
+
+
+def entropy_of(query: str) -> Callable[[Fields], np.ndarray]:
+    """Normalised entropy of a query's attention."""
+    return lambda fields: fields["entropy"][..., ENTROPY_QUERIES.index(query)]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of a head: the function of a file's fields, its unit, the colour bar's label, and a caption.
+
+    function: None for a divergence from the clean form, which takes both forms; it is never below 0, so only its
+    difference to the control's is tested.
+    """
+
+    function: Callable[[Fields], np.ndarray] | None
+    unit: str
+    label: str
+    caption: str
+
+    @property
+    def scale(self) -> str:
+        """What the colours of a picture of the change say."""
+        return f"change in {self.label} ({self.unit})"
+
+
+_SHARE, _LOG2, _DENSITY = "0 to 1", "1\u00a0=\u00a0doubled", "1 = even attention"
+MEASURES = {
+    "task_fraction_last": Measure(mass_on("last", "task"), _SHARE, "attention fraction", "last token on the task"),
+    "task_fraction_mean": Measure(mass_on("mean", "task"), _SHARE, "attention fraction", "mean query on the task"),
+    "edited_mass_last": Measure(mass_on_edited("last"), _SHARE, "attention mass", "last token on the edited words"),
+    "edited_mass_mean": Measure(mass_on_edited("mean"), _SHARE, "attention mass", "mean query on the edited words"),
+    "edited_log2_mass_last": Measure(
+        log2_mass_on_edited("last"), _LOG2, "log2 of attention mass", "last token on the edited words"
+    ),
+    "edited_log2_mass_mean": Measure(
+        log2_mass_on_edited("mean"), _LOG2, "log2 of attention mass", "mean query on the edited words"
+    ),
+    "edited_density_last": Measure(density_on_edited("last"), _DENSITY, "density", "last token on the edited words"),
+    "edited_density_mean": Measure(density_on_edited("mean"), _DENSITY, "density", "mean query on the edited words"),
+    "first_mass_last": Measure(mass_on("last", "first"), _SHARE, "attention mass", "last token on the first one"),
+    "entropy_last": Measure(entropy_of("last"), _SHARE, "normalised entropy", "attention of the last token"),
+    "entropy_mean": Measure(entropy_of("mean"), _SHARE, "normalised entropy", "attention of the mean query"),
+    "entropy_edited": Measure(entropy_of("edited"), _SHARE, "normalised entropy", "attention of the edited words"),
+    "jsd_last": Measure(None, "bits", "divergence from the clean form", "attention of the last token"),
+    "jsd_mean": Measure(None, "bits", "divergence from the clean form", "mean over the queries after the edit"),
+}
+DIVERGENCES = [name for name, measure in MEASURES.items() if measure.function is None]
+SHOWN = ("edited_log2_mass_last", "edited_mass_last", "task_fraction_last", "entropy_last", "first_mass_last")
+
+
+def head_values(fields: Fields) -> np.ndarray:
+    """The MEASURES [B,L,H,M] of a file's rows as float32; NaN if a row has no edited word, and for the divergences."""
+    missing = np.full(fields["mass"].shape[:3], np.nan)
+    columns = [missing if measure.function is None else measure.function(fields) for measure in MEASURES.values()]
+    return np.stack(columns, axis=-1).astype(np.float32)
+
+
+def check_measure(name: str | None) -> None:
+    """Raises UserError for a measure that is not known."""
+    if name is not None and name not in MEASURES:
+        near = did_you_mean(name, MEASURES)
+        raise UserError(f"--measure {name}: there is no such measure; it may be {', '.join(MEASURES)}{near}")
+
+
+# --- one style
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all styles of a run have in common. split_tokens: see `token_limit`; None: any."""
+
+    max_samples: int | None = None
+    tokenizer: str | None = None
+    without_first: bool = True
+    split_tokens: int | None = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The change of every head from a reference form (the clean form, or the control) to a style.
+
+    tables: of "head" and of "layer"; flips: the same, None if nothing is known of the answers. group_sums,
+    group_counts [G, L*H, M]: sums and numbers of the changes in GROUPS groups of templates.
+    """
+
+    style: str
+    reference: str
+    control: str | None
+    layers: list[int]
+    tables: dict[str, pd.DataFrame]
+    flips: dict[str, pd.DataFrame] | None
+    group_sums: np.ndarray
+    group_counts: np.ndarray
+
+    @property
+    def heads(self) -> int:
+        """Heads of a layer."""
+        return self.group_sums.shape[1] // len(self.layers)
+
+    def rows_used(self, measure: str) -> int:
+        """Most rows that any head has of a measure."""
+        return int(self.group_counts[..., [*MEASURES].index(measure)].sum(axis=0).max())
+
+
+def compare_styles(
+    run: Run, styles: Sequence[str], options: Options, answers: Answers | None = None
+) -> tuple[list[Comparison], list[Comparison], dict[str, str]]:
+    """(styles against the clean form, styles against their controls, {style: its control}); see `compare_style`."""
+    groups = deal(templates_of(run), GROUPS)
+    to_clean, to_control, controls = [], [], {}
+    for style in styles:
+        own, against = compare_style(run, style, groups, options, answers)
+        if own is None:
+            continue
+        to_clean.append(own)
+        to_control += [] if against is None else [against]
+        if control := control_of(run, style):
+            controls[style] = control
+    return to_clean, to_control, controls
+
+
+def compare_style(
+    run: Run, style: str, groups: dict[str, int], options: Options, answers: Answers | None = None
+) -> tuple[Comparison | None, Comparison | None]:
+    """A style against its clean form, and against its control; None for one of which no row can be paired.
+
+    groups: see `compare`.
+    """
+    own = StyleRows(run, style, options.max_samples, max_open=2)
+    clean = StyleRows(run, str(run.clean_style), options.max_samples, max_open=2)
+    pairs = paired_rows(own, clean)
+    if not pairs.changed:
+        return None, None
+    layers = layers_of(own.first_content())
+    values, tokens = _read(own, own.indices, clean, style, layers, options)
+
+    def against(other: StyleRows, rows: list[int], reference: np.ndarray, **more: Any) -> Comparison:
+        own_values = values[np.searchsorted(own.indices, rows)]
+        change = np.subtract(own_values, reference, out=reference)
+        own_values[np.isnan(change)] = np.nan
+        flipped = None if answers is None else answers.flips(style, clean.style, np.array(rows))
+        return compare(style, layers, own_values, change, own.clusters(rows), groups, flipped, **more)
+
+    counts = {"n_identical": len(pairs.identical), "n_unpaired": len(pairs.unpaired)}
+    to_clean = against(clean, pairs.changed, _read(clean, pairs.changed, clean, style, layers, options)[0], **counts)
+    if (name := control_of(run, style)) is None:
+        return to_clean, None
+    control = StyleRows(run, name, options.max_samples, max_open=2)
+    rows = np.array(paired_rows(own, control).changed, dtype=int)
+    rows = rows[same_words(run, style, name, rows)]
+    reference, its_tokens = _read(control, rows.tolist(), clean, style, layers, options)
+    if (most := token_limit(name, options.split_tokens)) is not None:
+        near = np.abs(tokens[np.searchsorted(own.indices, rows)] - its_tokens) <= most
+        rows, reference = rows[near], reference[near]
+    return to_clean, against(control, rows.tolist(), reference, control=name) if len(rows) else None
+
+
+def _read(
+    form: StyleRows, rows: Sequence[int], clean: StyleRows, style: str, layers: list[int], options: Options
+) -> tuple[np.ndarray, np.ndarray]:
+    """(MEASURES [n,L,H,M] of a form of the rows, the number of tokens [n] of its edited words).
+
+    style: whose words are the edited ones. The divergences are those from the clean form, NaN without raw maps.
+    """
+    read = fields_reader(form, layers, style, options.tokenizer, options.without_first)
+
+    def extract(content: dict[str, Any], path: Path) -> Fields:
+        fields = read(content, path)
+        return {"values": head_values(fields), "tokens": fields["tokens"][:, EDITED]}
+
+    found = form.extract(extract, rows)
+    values, divergences = found["values"], slice(-len(DIVERGENCES), None)
+    if form is clean:
+        values[..., divergences] = 0
+    elif form.has("attentions") and clean.has("attentions"):
+        maps = [_maps_reader(one, style, options.tokenizer) for one in (form, clean)]
+        both = [place for place, index in enumerate(rows) if index in clean]
+        for start in range(0, len(both), MAP_ROWS):
+            block = both[start : start + MAP_ROWS]
+            indices = [rows[place] for place in block]
+            own, twin = (one.extract(read, indices)["maps"] for one, read in zip((form, clean), maps, strict=True))
+            values[block, ..., divergences] = aligned_divergence(own, twin, layers, values.shape[2])
+    return values, found["tokens"]
+
+
+def _maps_reader(form: StyleRows, style: str, tokenizer: str | None) -> Any:
+    edited, reference = edited_region(form, style), regions_finder(form, style, tokenizer)
+    return lambda content, path: {"maps": row_maps(content, path, edited, reference)}
+
+
+def compare(
+    style: str,
+    layers: list[int],
+    values: np.ndarray,
+    change: np.ndarray,
+    clusters: Sequence[str],
+    groups: dict[str, int],
+    flipped: np.ndarray | None = None,
+    control: str | None = None,
+    n_identical: int = 0,
+    n_unpaired: int = 0,
+) -> Comparison:
+    """Tables of the change [n,L,H,M] of n rows from a reference form to a style, with the style's own values.
+
+    groups: template → its group of the overlap. flipped [n]: see `Answers.flips`. control: the reference form, None for
+    the clean one.
+    """
+    tables, flips = {}, {}
+    use = np.zeros(len(change), dtype=bool)
+    if flipped is not None:
+        use = ~np.isnan(flipped) & ~np.isnan(change).all(axis=(1, 2, 3))
+    for level in LEVELS:
+        own, moved = values.reshape(len(values), -1, len(MEASURES)), change.reshape(len(change), -1, len(MEASURES))
+        if level == "layer":
+            own, moved = values.mean(axis=2, dtype=np.float64), change.mean(axis=2, dtype=np.float64)
+        columns = sensitivity_columns(own, moved, clusters, control)
+        columns |= {"n_identical": n_identical, "n_unpaired": n_unpaired}
+        order = np.where(_untested(control), columns["difference"], np.abs(columns["t"]))
+        places = _places(layers, change.shape[2], level)
+        tables[level] = _ranked(style, places, {name: columns[name] for name in SENSITIVITY_COLUMNS}, order)
+        if flipped is not None and use.any():
+            among = [label for label, used in zip(clusters, use, strict=True) if used]
+            columns = flip_columns(moved[use], flipped[use], among)
+            table = _ranked(style, places, columns, np.abs(columns["point_biserial_r"]))
+            table.insert(table.columns.get_loc("measure"), "reference_form", CONTROL if control else CLEAN)
+            flips[level] = table.assign(control=control)
+    known = dict(groups)
+    codes = np.array([known.setdefault(label, len(known) % GROUPS) for label in clusters], dtype=int)
+    sums, counts = group_sums(change.reshape(len(change), -1, len(MEASURES)), codes, GROUPS)
+    return Comparison(style, CONTROL if control else CLEAN, control, layers, tables, flips or None, sums, counts)
+
+
+# --- tables
+
+
+SENSITIVITY_COLUMNS = (
+    "n", "n_identical", "n_unpaired", "n_clusters", "clean", "estimate", "ci_low", "ci_high", "difference",
+    "difference_ci_low", "difference_ci_high", "standard_error", "effect_size", "t", "p",
+)  # fmt: skip
+CONTROL_COLUMNS = (
+    "rank", "n", "difference", "difference_ci_low", "difference_ci_high", "standard_error", "effect_size", "t", "p",
+    "p_adjusted",
+)  # fmt: skip
+
+
+def _untested(control: str | None) -> np.ndarray:
+    """Which of MEASURES [M] have no test: a divergence from the clean form is never below 0."""
+    return np.array([control is None and name in DIVERGENCES for name in MEASURES])
+
+
+def sensitivity_columns(
+    values: np.ndarray, change: np.ndarray, clusters: Sequence[str], control: str | None
+) -> dict[str, Any]:
+    """{column: [K,M]} of values and changes [n,K,M]; effect_size is Cohen's d_z."""
+    estimate, difference = clustered_mean(values, clusters), clustered_mean(change, clusters)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = np.nansum(np.square(change, dtype=np.float64), axis=0)
+        spread = np.sqrt(np.maximum(squares - difference.n * difference.mean**2, 0) / (difference.n - 1))
+        size = np.where(np.isnan(difference.standard_error), np.nan, difference.mean / spread)
+    tested = {"effect_size": size, "t": difference.t, "p": difference.p}
+    return {
+        "n": difference.n, "n_clusters": difference.n_clusters, "clean": estimate.mean - difference.mean,
+        "estimate": estimate.mean, "ci_low": estimate.ci_low, "ci_high": estimate.ci_high,
+        "difference": difference.mean, "difference_ci_low": difference.ci_low,
+        "difference_ci_high": difference.ci_high, "standard_error": difference.standard_error,
+    } | {name: np.where(_untested(control), np.nan, array) for name, array in tested.items()}  # fmt: skip
+
+
+def flip_columns(change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> dict[str, np.ndarray]:
+    """{column: [K,M]} of the correlation of changes [n,K,M] with flips [n], a measure at a time."""
+    found = [flip_association(change[..., measure], flipped, clusters) for measure in range(change.shape[-1])]
+    names = {
+        "n": "n", "n_flipped": "n_flipped", "point_biserial_r": "r", "ci_low": "ci_low", "ci_high": "ci_high",
+        "change_if_flipped": "change_if_flipped", "change_if_still_right": "change_if_kept", "p": "p",
+    }  # fmt: skip
+    return {name: np.stack([getattr(one, field) for one in found], axis=-1) for name, field in names.items()}
+
+
+def _places(layers: list[int], heads: int, level: str) -> dict[str, np.ndarray]:
+    if level == "layer":
+        return {"layer": np.array(layers)}
+    return {"layer": np.repeat(layers, heads), "head": np.tile(np.arange(heads), len(layers))}
+
+
+def _ranked(style: str, places: dict[str, np.ndarray], columns: dict[str, Any], order: np.ndarray) -> pd.DataFrame:
+    """One row per place and measure, ranked within each measure by falling `order` [K,M]; no empty ones."""
+    tables = []
+    for column, measure in enumerate(MEASURES):
+        values = {name: array[:, column] if np.ndim(array) else array for name, array in columns.items()}
+        table = pd.DataFrame({"style": style, **places, "measure": measure, "rank": 0, **values})
+        table["p_adjusted"] = benjamini_hochberg(table["p"].to_numpy())
+        table = table.iloc[np.argsort(-order[:, column], kind="stable")]
+        ranks = pd.Series(np.arange(1, len(table) + 1), index=table.index, dtype="Int64")
+        table["rank"] = ranks.where(~np.isnan(order[:, column][table.index]))  # blank if nothing can be ranked
+        tables.append(table[table["n"] > 0])
+    return pd.concat(tables, ignore_index=True)
+
+
+def all_tables(
+    to_clean: Sequence[Comparison], to_control: Sequence[Comparison], controls: dict[str, str], seed: int
+) -> dict[str, pd.DataFrame]:
+    """{name of the CSV: table} of a run. controls: style → its control, if the run has one."""
+    tables = {f"{level}_sensitivity": sensitivity_table(to_clean, to_control, controls, level) for level in LEVELS}
+    # As in the picture: if some styles have a control of as many tokens, only these.
+    equal = [one for one in to_control if matched_style(str(one.control))] or to_control
+    overlaps = [overlap_table(some, seed) for some in (to_clean, equal) if some]
+    tables["head_overlap"] = pd.concat(overlaps, ignore_index=True)
+    order = {one.style: place for place, one in enumerate(to_clean)}
+    both = sorted([*to_clean, *to_control], key=lambda one: order[one.style])  # stable: the clean form first
+    flips = [one.flips for one in both if one.flips]
+    for level in LEVELS if flips else ():
+        tables[f"{level}_answer_flips"] = pd.concat([one[level] for one in flips], ignore_index=True)
+    return tables
+
+
+def sensitivity_table(
+    to_clean: Sequence[Comparison], to_control: Sequence[Comparison], controls: dict[str, str], level: str
+) -> pd.DataFrame:
+    """The changes from the clean form, and beside them those from the control (`*_vs_control`, blank without rows)."""
+    table = pd.concat([one.tables[level] for one in to_clean], ignore_index=True)
+    keys = [key for key in ("style", "layer", "head", "measure") if key in table]
+    parts = [one.tables[level][[*keys, *CONTROL_COLUMNS]] for one in to_control]
+    beside = pd.concat([table.loc[:0, [*keys, *CONTROL_COLUMNS]].iloc[:0], *parts], ignore_index=True)
+    beside = beside.rename(columns={column: f"{column}_vs_control" for column in CONTROL_COLUMNS})
+    return table.assign(control=table["style"].map(controls)).merge(beside, "left", keys)
+
+
+def overlap_table(comparisons: Sequence[Comparison], seed: int = 0) -> pd.DataFrame:
+    """Agreement of the heads' ranking between styles, and of each style with itself, for every measure."""
+    rows = []
+    for column, measure in ((place, name) for place, name in enumerate(MEASURES) if name not in DIVERGENCES):
+        sums = np.stack([one.group_sums[..., column] for one in comparisons])
+        counts = np.stack([one.group_counts[..., column] for one in comparisons])
+        found = cross_half(sums, counts, seed)
+        reliability = np.diag(found.spearman)
+        for a, b in itertools.combinations_with_replacement(range(len(comparisons)), 2):
+            r = float(found.spearman[a, b])
+            noise = np.sqrt(reliability[a] * reliability[b]) if min(reliability[a], reliability[b]) > 0 else np.nan
+            rows.append({
+                "style": comparisons[a].style, "other_style": comparisons[b].style,
+                "reference_form": comparisons[a].reference, "measure": measure,
+                "n": comparisons[a].rows_used(measure), "n_other": comparisons[b].rows_used(measure),
+                "n_template_groups": found.groups,
+                "cross_half_spearman": r, "ci_low": found.ci_low[a, b], "ci_high": found.ci_high[a, b],
+                "reliability_of_all_rows": 2 * r / (1 + r) if a == b else np.nan,
+                "spearman_without_noise": np.nan if a == b else r / noise,
+                "top_heads": found.top_count, "top_overlap": found.top_overlap[a, b],
+                "top_overlap_by_chance": found.top_count / found.heads if found.heads else np.nan,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# --- what is said of them
+
+
+def first_shown(heads: pd.DataFrame) -> str:
+    """The first of SHOWN that some style has: if styles only add words, nothing edited has a clean twin."""
+    return next((name for name in SHOWN if (heads["measure"] == name).any()), SHOWN[0])
+
+
+def with_equal_tokens(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose control is a `split@<style>`, if there are any; else all.
+
+    Next to what an invisible character does (`split`) one would see nothing of a typo.
+    """
+    equal = rows["control"].map(matched_style, na_action="ignore").notna()
+    return rows[equal] if equal.any() else rows
+
+
+def top_lines(heads: pd.DataFrame, measure: str) -> list[str]:
+    """The result in words: the five heads of each style that differ most, from its control if it has one."""
+    rows = heads[heads["measure"] == measure]
+    against = with_equal_tokens(rows[rows["difference_vs_control"].notna()])
+    end = "_vs_control" if len(against) else ""
+    lines = [f"heads (layer.head) in which {measure} differs most; * adjusted p < {ALPHA}"]
+    for style, part in (against if end else rows).groupby("style", sort=False):
+        shown = [
+            f"{row['layer']}.{row['head']} {row[f'difference{end}']:+.2g} [{row[f'difference_ci_low{end}']:.2g}, "
+            f"{row[f'difference_ci_high{end}']:.2g}]" + ("*" if row[f"p_adjusted{end}"] < ALPHA else "")
+            for _, row in part.nsmallest(5, f"rank{end}").iterrows()
+        ]
+        other = part["control"].iloc[0] if end else CLEAN
+        lines.append(f"{style} minus {other} (n = {part[f'n{end}'].max():.0f}): {', '.join(shown)}")
+    return lines
+
+
+def log_missing_divergence(run: Run, comparisons: Sequence[Comparison]) -> None:
+    """Log for which styles with raw maps no pair has a divergence."""
+    without = [one.style for one in comparisons if not any(one.rows_used(name) for name in DIVERGENCES)]
+    if without := [style for style in without if run.load(run.files(style)[0]).get("attentions")]:
+        get_logger().info(
+            f"no {' or '.join(DIVERGENCES)} for {' '.join(without)}: the edit changes how the words beside it are cut "
+            "into tokens, so they cannot be aligned, or no token follows it"
+        )
