@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import probe_layers
 import pytest
-from attention.activation_rows import clean_and_styles, control_of, is_control, like_control, twin_region
 from run_store import open_run, unpack_rows
 from scipy import stats
+from style_rows import clean_and_styles, control_of, is_control, like_control, twin_region
 from synthetic_run import prompt_rows, with_controls, write_run
 
 ROWS = 32
@@ -70,7 +70,7 @@ def test_each_style_has_its_own_control_and_split_for_want_of_it(run_dir):
 
 
 def test_rows_are_matched_by_their_number_of_tokens_alone(run_dir):
-    from attention.activation_rows import StyleRows
+    from style_rows import StyleRows
 
     run = open_run(run_dir)
     own, control = StyleRows(run, "swap"), StyleRows(run, "split@swap")
