@@ -127,22 +127,6 @@ def cluster_codes(count: int, clusters: Iterable[Hashable] | None) -> np.ndarray
     return codes
 
 
-class RowValues:
-    """`clustered_mean` of rows that come in batches."""
-
-    def __init__(self, cells: Sequence[int]) -> None:
-        self._cells, self._values, self._labels = tuple(cells), [], []  # type: ignore[var-annotated]
-
-    def add(self, values: Any, clusters: Iterable[Hashable]) -> None:
-        """Add rows [b, *cells] and their cluster labels."""
-        self._values.append(np.asarray(values))
-        self._labels += list(clusters)
-
-    def finish(self) -> Estimate:
-        """Estimate over all rows so far."""
-        return clustered_mean(np.concatenate(self._values or [np.zeros((0, *self._cells))]), self._labels)
-
-
 def deal(labels: Iterable[str], groups: int, seed: int = 0) -> dict[str, int]:
     """Label -> its group of `groups`, as many labels in each (to one), dealt in the order of the labels' hashes.
 
