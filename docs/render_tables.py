@@ -3,7 +3,8 @@
 Reads   docs/measured/*.json, the first sentence of every module; with --example the CSVs of the run that
         docs/EXAMPLE.md describes
 Writes  what is between `<!-- table: NAME -->` and `<!-- /table -->` in README.md and docs/*.md, and between
-        `<!-- files -->` and `<!-- /files -->` in a stage's README.md; with --example docs/measured/example.json
+        `<!-- files -->` and `<!-- /files -->` in a stage's README.md, the `<!-- fields -->` of a .pt file; with --example
+        docs/measured/example.json
 
     python docs/render_tables.py
     python docs/render_tables.py --example results/example/maths
@@ -21,9 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "1_utils" / "run_scripts"))
+
+from file_output import read_csv
+from pt_fields import fields_table
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+FIELDS = re.compile(r"(<!-- fields -->\n).*?(<!-- /fields -->)", re.DOTALL)
 FILES = re.compile(r"(<!-- files -->\n).*?(<!-- /files -->)", re.DOTALL)
 Record = dict[str, Any]
 
@@ -140,6 +147,7 @@ def files(stage: Path) -> str:
 def filled(page: Path) -> str:
     """The text of a page with its generated parts as they should be."""
     text = PLACE.sub(lambda found: found[1] + table(found[2]) + found[3], page.read_text(encoding="utf-8"))
+    text = FIELDS.sub(lambda found: found[1] + fields_table() + found[2], text)
     return FILES.sub(lambda found: found[1] + files(page.parent) + found[2], text)
 
 
@@ -150,9 +158,7 @@ def pages() -> list[Path]:
 
 def example_rows(results: Path, styles: Sequence[str] = ("swap", "missing", "three")) -> list[Record]:
     """The figures of the example, from the CSVs of its run."""
-    sys.path.insert(0, str(ROOT / "1_utils" / "run_scripts"))
     import pandas as pd
-    from file_output import read_csv
 
     def read(name: str, **chosen: Any) -> pd.DataFrame:
         found = read_csv(results / f"{name}.csv", hint="run the command of docs/EXAMPLE.md")

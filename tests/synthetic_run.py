@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from load_json import CLEAN_KEYS, is_style_key
-from run_store import begin_run, pack_rows, save_pt
+from pt_fields import pack_rows
+from run_store import begin_run, save_pt
 from token_spans import (
     MATCHED,
     RenderedPrompt,

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import probe_layers
 import pytest
-from run_store import open_run, unpack_rows
+from pt_fields import unpack_rows
+from run_store import open_run
 from scipy import stats
 from style_rows import clean_and_styles, control_of, is_control, like_control, twin_region
 from synthetic_run import prompt_rows, with_controls, write_run

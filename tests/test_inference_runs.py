@@ -27,8 +27,9 @@ from capture import batching, benchmark, cpu_speed, job, progress, recorder
 from capture import decode as decoding
 from capture.recorder import chosen_raw_layers
 from command_line import UserError
+from pt_fields import FIELDS, pack_rows, unpack_rows
 from read_predictions import iter_predictions
-from run_store import load_pt, open_run, pt_files, read_failures, unpack_rows
+from run_store import load_pt, open_run, pt_files, read_failures
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(attn_act_logi.__file__)
@@ -279,11 +280,16 @@ def test_damaged_files_are_run_again(model_dir, prompt_file, undisturbed, tmp_pa
     elif damage == "garbage":
         path.write_bytes(b"not a file of torch")
     else:
-        from run_store import PER_FILE_KEYS, pack_rows
-
         content = load_pt(path, mmap=False)
         rows = unpack_rows(content)[3:11]
-        torch.save(pack_rows(rows, {key: content[key] for key in PER_FILE_KEYS}, 3), path)
+        torch.save(
+            pack_rows(
+                rows,
+                {key: content[key] for key, field in FIELDS.items() if key in content and "B" not in field.axes},
+                3,
+            ),
+            path,
+        )
     assert run(model_dir, prompt_file, tmp_path / "run") == 0
     assert_same_run(tmp_path / "run", undisturbed)
 

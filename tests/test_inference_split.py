@@ -14,7 +14,8 @@ from capture.matched_split import CUT, best_cuts
 from capture.prompts import PromptReader, Rendering
 from command_line import UserError
 from load_json import read_prompt_file
-from run_store import open_run, unpack_rows
+from pt_fields import unpack_rows
+from run_store import open_run
 
 FEW_SHOT = "Write down the answer: 3 + 4 = 7\n"
 ROWS = [

@@ -131,7 +131,7 @@ def test_ten_pairs_are_shown_with_their_difference(made, page_text):
     assert page_text.count('<article class="pair">') == 10
     for side in re.findall(r'<div class="label">clean prompt</div><div class="text">(.*?)</div>', page_text, re.DOTALL):
         whole = html.unescape(re.sub(r"</?mark[^>]*>", "", side))
-        assert any(row["normal"] == whole for row in run.rows)
+        assert any(row["normal"] == whole for row in run.prompt_rows)
     assert '<mark class="is">' in page_text
     assert '<mark class="was">' in page_text
 

@@ -12,16 +12,15 @@ import torch
 from command_line import UserError
 from file_output import atomic_path, read_csv, write_csv
 from load_model import load_model
+from pt_fields import pack_rows, unpack_rows
 from read_predictions import iter_predictions
 from run_store import (
     begin_run,
     load_pt,
     open_run,
-    pack_rows,
     read_failures,
     record_failures,
     save_pt,
-    unpack_rows,
 )
 from synthetic_run import prompt_rows, write_run
 
@@ -95,11 +94,11 @@ def test_a_file_of_something_else_is_told(tmp_path):
     ("key", "edit", "told"),
     [
         ("span_mass", lambda v: v[:2], "hidden_pooled is of 3 layers, span_mass of 2"),
-        ("span_mass", lambda v: v[..., :1], "span_mass is of 1 regions, region_mask of 2"),
+        ("span_mass", lambda v: v[..., :1], "span_mass is of 1 regions, regions of 2"),
         ("hidden_pooled", lambda v: v[:, :1], "hidden_pooled is of 1 rows, original_indices of 2"),
         ("hidden_pooled", lambda v: v[:, :, 0], "hidden_pooled has 3 axes, not 4"),
         ("attentions", lambda v: {"layer_0": v["layer_0"][:, :3]}, r"attentions\['layer_0'\] is of 3 heads"),
-        ("pooled_regions", lambda v: [*v, "task"], "pooled_regions is of 2 pooled regions, hidden_pooled of 1"),
+        ("pooled_regions", lambda v: [*v, "task"], "hidden_pooled is of 1 pooled regions, pooled_regions of 2"),
         ("region_mask", lambda v: v[:, 1:], "region_mask is of 6 tokens, input_ids of 7"),
         ("attention_mask", lambda v: v & False, "holds a prompt without a token"),
         ("span_mass", lambda _: "much", "span_mass is no tensor or list"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from command_line import UserError
-from run_store import Run, load_pt, open_run, pt_files, save_pt, unpack_rows
+from pt_fields import unpack_rows
+from run_store import Run, load_pt, open_run, pt_files, save_pt
 from style_rows import (
     StyleRows,
     clean_and_styles,
@@ -58,8 +59,10 @@ def test_fields_come_in_the_order_asked_for_whatever_their_file(run, own):
     np.testing.assert_array_equal(own.field("hidden_pooled", region="edited", layers=2), states[:, 2])
     np.testing.assert_array_equal(own.states(own.indices, "edited", 2), states[:, 2])
     assert own.field("span_mass", []).shape == (0, *mass.shape[1:])
-    with pytest.raises(UserError, match="has no field 'nothing'"):
-        own.field("nothing")
+    with pytest.raises(UserError, match="has no field 'response_ids'"):
+        own.field("response_ids")
+    with pytest.raises(UserError, match="'responses' is not a tensor field"):
+        own.field("responses")
     with pytest.raises(UserError, match="has no region 'nowhere'"):
         own.field("span_mass", region="nowhere")
 
@@ -152,3 +155,70 @@ def test_styles_and_their_controls(run):
     assert is_control("split@swap")
     assert twin_region("edited", "split@swap") == "edited:swap"
     assert twin_region("task", "swap") == "task"
+
+
+# --- in a notebook
+
+
+def test_a_run_is_opened_in_a_notebook(run, own):
+    table = run.rows("swap")
+    assert list(run.styles) == ["normal", "swap", "main"]
+    assert table["original_index"].tolist() == own.indices
+    assert table["element_index"].tolist() == own.texts(key="element_index")
+    assert table["prompt"].tolist() == own.texts()
+    assert table["clean_prompt"].tolist() == [run.row(index)["normal"] for index in own.indices]
+    assert table["response"].tolist() == own.texts(key="responses")
+    clean = StyleRows(run, "normal")
+    known = [index for index in own.indices if index in clean]
+    assert table.dropna(subset="clean_response")["original_index"].tolist() == known
+    assert table["clean_response"].dropna().tolist() == clean.texts(known, "responses")
+    assert table["identical"].tolist() == [index == 4 for index in own.indices]
+    assert table["cluster"].tolist() == [f"template_{index % 4}" for index in own.indices]
+    assert not run.rows("normal")["identical"].any()
+    with pytest.raises(UserError, match=r"has no style 'swpa'.*did you mean swap"):
+        run.rows("swpa")
+
+
+def test_a_field_is_one_array_whose_axes_have_names(run, own):
+    mass, axes = run.field("span_mass", "swap"), run.axes("span_mass", "swap")
+    assert list(axes) == ["row", "layer", "head", "query region", "key region"]
+    assert tuple(len(places) for places in axes.values()) == mass.shape
+    last, task = axes["query region"].index("last"), axes["key region"].index("task")
+    assert axes["row"] == run.rows("swap")["original_index"].tolist()
+    content, _, position = own.place(5)
+    at = axes["row"].index(5)
+    names = content["regions"]
+    expected = content["span_mass"][:, position, :, names.index("last"), names.index("task")].float().numpy()
+    np.testing.assert_array_equal(mass[at, :, :, last, task], expected)
+    assert run.axes("hidden_pooled", "swap")["region"] == own.regions()
+    with pytest.raises(UserError, match="no tensor field 'prompts'"):
+        run.axes("prompts", "swap")
+
+
+def test_raw_fields_are_padded_to_the_longest_prompt_of_all_files(run, own):
+    rows = rows_of(run, "swap")
+    maps, axes = run.field("attentions", "swap", layers=1), run.axes("attentions", "swap")
+    ids, real = run.field("input_ids", "swap"), run.field("attention_mask", "swap")
+    assert list(axes) == ["row", "head", "query token", "key token"]
+    assert tuple(len(places) for places in axes.values()) == maps.shape
+    assert len({content["input_ids"].shape[1] for _, content in run.batches("swap")}) > 1
+    for place, index in enumerate(own.indices):
+        length = len(rows[index]["input_ids"])
+        assert real[place].sum() == real[place, -length:].sum() == length
+        np.testing.assert_array_equal(ids[place, -length:], rows[index]["input_ids"])
+        np.testing.assert_array_equal(maps[place, :, -length:, -length:], rows[index]["attentions"]["layer_1"])
+        assert maps[place, :, :, :-length].sum() == 0
+    with pytest.raises(UserError, match="attentions needs layers= with one of its raw layers: 1"):
+        run.field("attentions", "swap", layers=2)
+
+
+def test_tables_of_results_are_found_beside_the_outputs(tmp_path):
+    folder = write_run(tmp_path / "outputs" / "demo" / "facts", prompt_rows(3))
+    results = tmp_path / "results" / "demo" / "facts"
+    results.mkdir(parents=True)
+    (results / "head_sensitivity.csv").write_text("style,layer,t\nNA,0,1.5\n")
+    opened = open_run(folder)
+    assert opened.frame("head_sensitivity")["style"].tolist() == ["NA"]
+    assert opened.frame("head_sensitivity", results).shape == (1, 3)
+    with pytest.raises(UserError, match=r"head_sensitvity\.csv: no such file.*did you mean head_sensitivity"):
+        opened.frame("head_sensitvity")

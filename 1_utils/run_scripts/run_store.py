@@ -25,40 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from command_line import UserError, did_you_mean, one_line
-from file_output import atomic_path, make_folder, remove_leftovers, write_json
+from file_output import atomic_path, make_folder, read_csv, remove_leftovers, write_json
 from load_json import CLEAN_KEYS, RowId, parse_rows, read_prompt_file, read_text
 from logger import get_logger
+from pt_fields import AXES, RUN_AXES, axis_sizes
 from token_spans import matched_style
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    import pandas as pd
+    from style_rows import StyleRows
 
-SCHEMA_VERSION = 3
-LAYER_NAME = re.compile(r"layer_\d+")
 PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
 GROWING = frozenset({"max_samples", "prompt_sha256"})  # may change while a run grows: `planned_ends` decides
 FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
-
-# Axis of a per-row tensor that holds the S prompt tokens, for every field that is padded inside a file. All other
-# fields are stacked as they are. The B axis of a file is `BATCH_AXIS` (0 where it is not named).
-TOKEN_AXES = {"input_ids": (0,), "attention_mask": (0,), "region_mask": (0,)}
-BATCH_AXIS = {"span_mass": 1, "hidden_pooled": 1, "mlp_pooled": 1, "attention_entropy": 1}
-TOPK_KEYS = frozenset({"topk_vals", "topk_indices", "logsumexp"})  # [T, …] with T = 1 or, at all positions, S
-# What the axes of a file's fields count: fields that share a letter must agree. `+` is L+1.
-FIELD_AXES = {
-    "input_ids": "BS", "attention_mask": "BS", "region_mask": "BSR", "span_mass": "LBHRR", "attention_entropy": "LBHR",
-    "hidden_pooled": "+BPD", "mlp_pooled": "LBPF", "topk_vals": "BTk", "topk_indices": "BTk", "logsumexp": "BT",
-    "hidden_states": "BSD", "attentions": "BHSS", "regions": "R", "pooled_regions": "P",
-    "attention_windows": "L",
-}  # fmt: skip
-REGION_FIELDS = ("input_ids", "attention_mask", "regions", "region_mask")  # what regions are made of, all or none
-ROW_LISTS = ("original_indices", "element_index", "prompts", "responses", "final_predictions")
-AXIS_NAMES = {
-    "B": "rows", "S": "tokens", "R": "regions", "L": "layers", "H": "heads", "P": "pooled regions", "D": "hidden size",
-    "F": "neurons", "T": "token positions", "k": "logits",
-}  # fmt: skip
-RUN_AXES = "LHDFk"  # these must also agree between the files of a run
-PER_FILE_KEYS = ("regions", "pooled_regions", "style", "topk_positions", "attention_windows")
 
 
 # --- reading a run
@@ -66,13 +46,23 @@ PER_FILE_KEYS = ("regions", "pooled_regions", "style", "topk_positions", "attent
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk. `styles` maps each style to the folder of its .pt files, the clean form first."""
+    """A run on disk. `styles` maps each style to the folder of its .pt files, the clean form first.
+
+    run = open_run("outputs/demo/facts")
+    table = run.rows("swap")                  # prompt, clean_prompt, response, clean_response …
+    mass = run.field("span_mass", "swap")     # [rows, layers, heads, query regions, key regions]
+    axes = run.axes("span_mass", "swap")
+    last, edited = axes["query region"].index("last"), axes["key region"].index("edited")
+    print(mass[:, :, :, last, edited].mean(axis=(0, 2)))  # attention of the last token to the typo, by layer
+    print(run.frame("head_sensitivity").head())
+    """
 
     path: Path
     name: str
     styles: dict[str, Path]
     only_file: Path | None = None
     _sizes: dict[str, tuple[int, Path]] = field(default_factory=dict, compare=False, repr=False)
+    _style_rows: dict[str, StyleRows] = field(default_factory=dict, compare=False, repr=False)
 
     def chosen(self, styles: Sequence[str] | None = None) -> list[str]:
         """The clean form and the styles asked for (default: all), in the run's order. UserError for one it lacks."""
@@ -88,8 +78,8 @@ class Run:
         return next((key for key in CLEAN_KEYS if key in self.styles), None)
 
     @cached_property
-    def rows(self) -> list[Any]:
-        """The rows of the prompt file, by original index; empty where the run keeps no copy (reference format)."""
+    def prompt_rows(self) -> list[Any]:
+        """The rows of the prompt file, by original index; empty if the run keeps no copy (reference format)."""
         for folder in (self.path, self.path.parent):
             if (copy := folder / "prompts.json").is_file():
                 return parse_rows(read_text(copy, "the run's copy of its prompt file"), copy)
@@ -97,8 +87,8 @@ class Run:
 
     def row(self, original_index: int) -> dict[str, Any]:
         """Row `original_index` of the prompt file; an empty dict where it is not known."""
-        if 0 <= original_index < len(self.rows) and isinstance(self.rows[original_index], dict):
-            return self.rows[original_index]
+        if 0 <= original_index < len(self.prompt_rows) and isinstance(self.prompt_rows[original_index], dict):
+            return self.prompt_rows[original_index]
         return {}
 
     def template(self, original_index: int) -> str:
@@ -123,14 +113,62 @@ class Run:
     def load(self, path: Path) -> dict[str, Any]:
         """`load_pt`, with its model's sizes checked against those of the files read before: one run, one model."""
         content = _read_pt(path)
-        for axis, (size, _) in field_sizes(content, path).items():
+        for axis, (size, _) in axis_sizes(content, path).items():
             known, first = self._sizes.setdefault(axis, (size, path)) if axis in RUN_AXES else (size, path)
             if size != known:
                 raise UserError(
-                    f"{path}: {size} {AXIS_NAMES[axis]}, but {known} in {first.parent.name}/{first.name}; all files of "
+                    f"{path}: {size} {AXES[axis][1]}, but {known} in {first.parent.name}/{first.name}; all files of "
                     "a run must be of one model and captured alike: run stage 2 again into a new folder"
                 )
         return content
+
+    # --- in a notebook
+
+    def rows(self, style: str) -> pd.DataFrame:
+        """One line per row of a style, in the order of `field`, beside its clean form.
+
+        Columns: original_index, element_index, prompt, clean_prompt, response, clean_response (missing if unknown),
+        identical (the prompt equals the clean prompt), cluster (for clustered standard errors). Of several samples the
+        first. Raises UserError for a style that the run lacks.
+        """
+        from style_rows import rows_table
+
+        clean = None if self.clean_style is None else self.style_rows(self.clean_style)
+        return rows_table(self.style_rows(style), clean)
+
+    def field(self, key: str, style: str, region: str | None = None, layers: slice | int = slice(None)) -> np.ndarray:
+        """A field of the .pt files for all rows of a style: one array [n, ...], line by line as in `rows`.
+
+        `axes` names its axes. 16-bit floats come as float32. region, layers: only these (see StyleRows.field); a raw
+        field (hidden_states, attentions) needs one layer. Raises UserError if the run lacks what is asked for.
+        """
+        return self.style_rows(style).field(key, None, region, layers)
+
+    def axes(self, key: str, style: str) -> dict[str, list[Any]]:
+        """{name of an axis: what its places are} of `field(key, style)`, in the order of its axes.
+
+        span_mass: row (original indices), layer, head, query region, key region (names).
+        """
+        return self.style_rows(style).axes(key)
+
+    def frame(self, name: str, results_dir: str | Path | None = None) -> pd.DataFrame:
+        """A table of stages 3 to 5, as `head_sensitivity` for head_sensitivity.csv.
+
+        results_dir: where it is, if not in the folder of `results` that the run has in `outputs`. Raises UserError if
+        there is no such table.
+        """
+        folder = results_of(self) if results_dir is None else Path(results_dir)
+        known = [path.stem for path in sorted(folder.glob("*.csv"))]
+        near = did_you_mean(name, known) or (f"; it has {', '.join(known)}" if known else "")
+        return read_csv(folder / f"{name.removesuffix('.csv')}.csv", hint=f"run its stage, or give results_dir{near}")
+
+    def style_rows(self, style: str) -> StyleRows:
+        """The rows of a style by original index; its files stay open."""
+        from style_rows import StyleRows
+
+        if style not in self._style_rows:
+            self._style_rows[style] = StyleRows(self, style)
+        return self._style_rows[style]
 
 
 def open_run(path: str | Path) -> Run:
@@ -204,7 +242,7 @@ def load_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     UserError for a truncated file, one with code in it, or one whose fields disagree.
     """
     content = _read_pt(path, mmap)
-    field_sizes(content, Path(path))
+    axis_sizes(content, Path(path))
     return content
 
 
@@ -234,60 +272,6 @@ def _read_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     elif isinstance(content.get("original_indices"), torch.Tensor):
         content["original_indices"] = content["original_indices"].tolist()
     return content
-
-
-def field_sizes(content: dict[str, Any], path: Path) -> dict[str, tuple[int, str]]:
-    """{axis letter of FIELD_AXES: (size, the field it was read from)}. Raises UserError where two fields disagree."""
-    _check_fields(content, path)
-    found: dict[str, tuple[int, str]] = {}
-    for key, axes, shape in _shapes(content, path):
-        if len(shape) != len(axes):
-            raise UserError(f"{path}: {key} has {len(shape)} axes, not {len(axes)}; delete it and run stage 2 again")
-        for axis, length in zip(axes, shape, strict=True):
-            name, size = ("L", length - 1) if axis == "+" else (axis, length)
-            known, other = found.setdefault(name, (size, key))
-            if size != known:
-                raise UserError(
-                    f"{path}: {key} is of {size} {AXIS_NAMES[name]}, {other} of {known}; "
-                    "the file is damaged: delete it and run stage 2 again"
-                )
-    if "region_mask" in content and not bool(content["attention_mask"].any(1).all()):
-        raise UserError(f"{path}: holds a prompt without a token; delete it and run stage 2 again")
-    return found
-
-
-def _check_fields(content: dict[str, Any], path: Path) -> None:
-    needed = [("hidden_pooled", "pooled_regions"), ("mlp_pooled", "pooled_regions")]
-    needed += [(key, other) for key in ("region_mask", "span_mass") for other in REGION_FIELDS]
-    if missing := [(key, other) for key, other in needed if key in content and content.get(other) is None]:
-        raise UserError(f"{path}: has {missing[0][0]} but no {missing[0][1]}; delete it and run stage 2 again")
-    if "span_mass" in content and (lost := {"all", "last"} - {*content["regions"]}):
-        raise UserError(f"{path}: its regions lack {min(lost)!r}; delete it and run stage 2 again")
-    for key in ("original_indices", "attention_windows"):
-        numbers = content.get(key, [])
-        if isinstance(numbers, list) and not all(type(number) is int for number in numbers):
-            raise UserError(f"{path}: its {key} are no whole numbers; delete it and run stage 2 again")
-    if not isinstance(content.get("attention_windows", []), list):
-        raise UserError(f"{path}: its attention_windows are no list; delete it and run stage 2 again")
-
-
-def _shapes(content: dict[str, Any], path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(field, its letters, its shape) of everything in a file that has a size."""
-    fields = dict.fromkeys(ROW_LISTS, "B") | FIELD_AXES
-    if "region_mask" not in content:  # the reference format has its own shapes, but for what is read of it
-        fields = {key: fields[key] for key in (*ROW_LISTS, "input_ids", "attention_mask", "attentions")}
-    for key, axes in fields.items():
-        value = content.get(key)
-        if isinstance(value, dict) and (odd := [name for name in value if not LAYER_NAME.fullmatch(str(name))]):
-            raise UserError(f"{path}: {key} holds {odd[0]!r}, not layer_0, layer_1 …; run stage 2 again")
-        parts = {f"{key}[{name!r}]": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
-        for name, part in parts.items():
-            if isinstance(part, list):
-                yield name, axes, (len(part),)
-            elif (shape := getattr(part, "shape", None)) is not None:
-                yield name, axes, tuple(shape)
-            elif key in content:
-                raise UserError(f"{path}: {name} is no tensor or list; delete the file and run stage 2 again")
 
 
 def row_count(content: dict[str, Any]) -> int:
@@ -528,104 +512,3 @@ def _unlike(left: str, right: str) -> tuple[str, str]:
         start = max(0, next((i for i, (a, b) in pairs if a != b), min(len(left), len(right))) - 20)
         left, right = (("…" if start else "") + text[start:] for text in (left, right))
     return one_line(left, 80), one_line(right, 80)
-
-
-# --- rows of a file, files of rows
-
-
-def pack_rows(rows: list[dict[str, Any]], shared: dict[str, Any], pad_token_id: int) -> dict[str, Any]:
-    """Content of a .pt file from per-row results, left-padded to the longest prompt.
-
-    A row holds the fields of the file without their B axis: `input_ids` [S], `span_mass` [L,H,Q,R], `hidden_states`
-    {`layer_i`: [S,D]} … `shared` holds the keys that all rows share (PER_FILE_KEYS).
-    """
-    import torch
-
-    length = max(row["input_ids"].shape[0] for row in rows)
-    if unequal := [row["original_index"] for row in rows if row.keys() != rows[0].keys()]:
-        raise ValueError(f"rows {unequal} have other fields than the first one")
-    content: dict[str, Any] = dict(shared)
-    for key, first in rows[0].items():
-        values = [row[key] for row in rows]
-        if key in ("hidden_states", "attentions"):
-            axes: tuple[int, ...] = (0,) if key == "hidden_states" else (1, 2)
-            content[key] = {
-                layer: torch.stack([_pad_left(value[layer], axes, length) for value in values]) for layer in first
-            }
-        elif key in RAGGED_KEYS:
-            width = max(value.shape[0] for value in values)
-            content[key] = torch.stack([_pad_right(value, width) for value in values])
-        elif isinstance(first, torch.Tensor):
-            axes = _token_axes(key, shared)
-            fill = pad_token_id if key == "input_ids" else 0
-            padded = [_pad_left(value, axes, length, fill) for value in values]
-            content[key] = torch.stack(padded, dim=BATCH_AXIS.get(key, 0))
-        else:
-            content[PLURAL_KEYS.get(key, key)] = values
-    return content
-
-
-def unpack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The per-row results that `pack_rows` packed: its inverse, so that a file can be completed later."""
-    rows = []
-    plural = {many: one for one, many in PLURAL_KEYS.items()}
-    for position in range(row_count(content)):
-        real = content["attention_mask"][position]
-        row: dict[str, Any] = {}
-        for key, value in content.items():
-            if key in PER_FILE_KEYS:
-                continue
-            if key in ("hidden_states", "attentions"):
-                row[key] = {layer: _unpad(tensor[position], key, real, content) for layer, tensor in value.items()}
-            elif isinstance(value, list):
-                row[plural.get(key, key)] = value[position]
-            else:
-                row[key] = _unpad(value.select(BATCH_AXIS.get(key, 0), position), key, real, content)
-        rows.append(row)
-    return rows
-
-
-# Per-row name → name of the list in the file.
-PLURAL_KEYS = {
-    "original_index": "original_indices",
-    "prompt": "prompts",
-    "response": "responses",
-    "final_prediction": "final_predictions",
-    "finish_reason": "finish_reasons",
-    "response_token_count": "response_token_counts",
-}
-# Fields over generated tokens, padded on the right with NaN or -1, since a response begins at its first token.
-RAGGED_KEYS = frozenset({"response_ids", "response_logprobs", "normal_response_logprobs"})
-
-
-def _token_axes(key: str, shared: dict[str, Any]) -> tuple[int, ...]:
-    if key in TOPK_KEYS:
-        return (0,) if shared.get("topk_positions") == "all" else ()
-    return TOKEN_AXES.get(key, ())
-
-
-def _pad_left(value: torch.Tensor, axes: tuple[int, ...], length: int, fill: float = 0) -> torch.Tensor:
-    if not axes or all(value.shape[axis] == length for axis in axes):
-        return value
-    shape = [length if axis in axes else size for axis, size in enumerate(value.shape)]
-    padded = value.new_full(shape, fill)
-    padded[
-        tuple(slice(length - size, None) if axis in axes else slice(None) for axis, size in enumerate(value.shape))
-    ] = value
-    return padded
-
-
-def _pad_right(value: torch.Tensor, length: int) -> torch.Tensor:
-    fill = float("nan") if value.is_floating_point() else -1
-    padded = value.new_full((length, *value.shape[1:]), fill)
-    padded[: value.shape[0]] = value
-    return padded
-
-
-def _unpad(value: torch.Tensor, key: str, real: torch.Tensor, content: dict[str, Any]) -> torch.Tensor:
-    if key in RAGGED_KEYS:
-        keep = ~value.isnan() if value.is_floating_point() else value >= 0
-        return value[: int(keep.sum())]
-    if key == "attentions":
-        return value[:, real][:, :, real]
-    return value[real] if key == "hidden_states" or _token_axes(key, content) else value

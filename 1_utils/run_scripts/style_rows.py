@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from command_line import UserError
 from load_json import CLEAN_KEYS
 from logger import get_logger
+from pt_fields import AXES, FIELDS
 from read_predictions import Prediction, predictions_of
-from run_store import BATCH_AXIS, Run, row_indices
+from run_store import Run, row_indices
 from token_spans import MATCHED, edited_spans, matched_style
 
 Extract = Callable[[dict[str, Any], Path], dict[str, np.ndarray]]
@@ -125,14 +127,49 @@ class StyleRows:
         """A tensor field as one array [n, ...], floats as float32, for `indices` (default: all rows).
 
         span_mass: [n, L, H, Q, R]; hidden_pooled: [n, L+1, P, D], with a region [n, L+1, D], with an integer `layers`
-        [n, D]; attention_entropy with a region [n, L, H]; topk_vals [n, T, k]. Raises UserError if a file lacks the
-        field or the region.
+        [n, P, D]; attention_entropy with a region [n, L, H]; topk_vals [n, T, k]. hidden_states and attentions need an
+        integer `layers`: [n, S, D], [n, H, S, S]. Tokens are padded on the left to the longest prompt, those
+        generated on the right. Raises UserError if a file lacks the field, the region or the layer.
         """
+        chosen = self.indices if indices is None else indices
+        if key not in FIELDS or not FIELDS[key].is_tensor:
+            raise UserError(f"{key!r} is not a tensor field; `texts` and run.rows(style) have the lists of a run")
+        per_row = FIELDS[key].axes.replace("B", "")
+        longest = [0] * len(per_row)
+        if any(letter in "STG" for letter in per_row):  # sizes that differ between files
+            parts = [_pick(self._content(path), path, key, [], region, layers) for path, *_ in self._by_file(chosen)]
+            longest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
 
         def read(content: dict[str, Any], path: Path, positions: list[int]) -> dict[str, np.ndarray]:
-            return {key: _pick(content, path, key, positions, region, layers)}
+            part = _pick(content, path, key, positions, region, layers)
+            more = [(0, 0)]
+            for letter, size, most in zip(per_row, part.shape[1:], longest, strict=False):
+                add = most - size if letter in "STG" else 0
+                more.append((0, add) if letter == "G" else (add, 0))
+            return {key: np.pad(part, more, constant_values=FIELDS[key].pad) if np.any(more) else part}
 
-        return self._gather(read, self.indices if indices is None else indices)[key]
+        return self._gather(read, chosen)[key]
+
+    def axes(self, key: str) -> dict[str, list[Any]]:
+        """{name of an axis: what its places are} of `field(key)`, in the order of its axes.
+
+        Rows are their original indices, regions their names, all else is numbered from 0.
+        """
+        if not self.has(key) or key not in FIELDS or not FIELDS[key].is_tensor:
+            raise UserError(f"{self._files[0]}: has no tensor field {key!r}")
+        values = [self._content(path)[key] for path in self._files]
+        shapes = [(next(iter(one.values())) if isinstance(one, dict) else one).shape for one in values]
+        letters = FIELDS[key].axes
+        found: dict[str, list[Any]] = {"row": self.indices}
+        for letter, size in zip(letters, map(max, zip(*shapes, strict=True)), strict=True):
+            names = {"R": "regions", "P": "pooled_regions"}.get(letter)
+            places = list(self.first_content()[names]) if names else list(range(size))
+            label = AXES[letter][0]
+            if letters.count(letter) == 2:
+                label = f"{'key' if f'query {label}' in found else 'query'} {label}"
+            if letter != "B":
+                found[label] = places
+        return found
 
     def states(self, indices: Sequence[int], region: str, layers: slice | int = slice(None)) -> np.ndarray:
         """Mean residual stream [n, L+1, D] of a region, or [n, D] of one of `state_layers`; float32.
@@ -281,15 +318,20 @@ def _pick(
     """Rows of a field [n, ...], of one region and some layers."""
     if key not in content:
         raise UserError(f"{path}: has no field {key!r}; run stage 2 again with the capture flag that writes it")
-    tensor = content[key]
+    tensor, axes = content[key], FIELDS[key].axes
+    if isinstance(tensor, dict):
+        if f"layer_{layers}" not in tensor:
+            have = ", ".join(str(layer) for layer in sorted(int(name.removeprefix("layer_")) for name in tensor))
+            raise UserError(f"{path}: {key} needs layers= with one of its raw layers: {have}")
+        tensor, layers = tensor[f"layer_{layers}"], slice(None)
     if region is not None:
         names = content[_region_list(key)]
         if region not in names:
             raise UserError(f"{path}: has no region {region!r} in {key}; it has {', '.join(names)}")
-        # The region axis follows the batch axis or the heads: [L,B,P,D] and [L,B,H,Q].
-        column = names.index(region)
-        tensor = tensor[:, :, column] if key.endswith("_pooled") else tensor[:, :, :, column]
-    if BATCH_AXIS.get(key, 0) == 0:
+        if not {"R", "P"} & {*axes}:
+            raise UserError(f"{key} has no regions to choose from")
+        tensor = tensor.select(axes.index("P" if "P" in axes else "R"), names.index(region))
+    if axes[0] == "B":
         rows = tensor[positions]
     elif isinstance(layers, int):
         rows = tensor[layers][positions]
@@ -334,6 +376,31 @@ def clean_prompt(run: Run, original_index: int) -> str | None:
     """The clean form of a row (`normal`, else `instruction`) in the prompt file; None if it has none."""
     row = run.row(original_index)
     return next((row[key] for key in CLEAN_KEYS if isinstance(row.get(key), str)), None)
+
+
+def rows_table(own: StyleRows, clean: StyleRows | None) -> pd.DataFrame:
+    """One line per row of a style beside its clean form: the columns of `Run.rows`."""
+    predictions = own.predictions()
+    clean_predictions = {} if clean is None else clean.predictions()
+    lines = []
+    for index in own.indices:
+        first, twins = predictions[index][0], clean_predictions.get(index, [])
+        clean_text = clean_prompt(own.run, index)
+        if clean_text is None and twins:
+            clean_text = twins[0].prompt
+        lines.append(
+            {
+                "original_index": index,
+                "element_index": first.element_index,
+                "prompt": first.prompt,
+                "clean_prompt": clean_text,
+                "response": first.response,
+                "clean_response": twins[0].response if twins else None,
+                "identical": own.style != own.run.clean_style and clean_text is not None and first.prompt == clean_text,
+                "cluster": own.run.template(index),
+            }
+        )
+    return pd.DataFrame(lines)
 
 
 def clean_and_styles(run: Run, styles: Sequence[str] | None, with_controls: bool = True) -> tuple[str, list[str]]:

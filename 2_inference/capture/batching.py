@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from command_line import UserError
+from pt_fields import row_bytes
 
 from capture.decode import Prompt
 from capture.recorder import CaptureOptions
@@ -49,15 +50,12 @@ class RowCost:
 
     def bytes(self, length: int) -> int:
         """Bytes of a prompt of (or padded to) `length` tokens, its texts left out."""
-        topk_rows = length if self.options.topk_positions == "all" else 1
-        mass = self.layers * self.heads * self.regions**2 * 2
-        pooled = (self.layers + 1) * self.pooled * self.hidden * self.itemsize
-        neurons = self.layers * self.pooled * self.intermediate * 2 if self.options.neurons else 0
-        entropy = self.layers * self.heads * self.regions * 2 if self.options.entropy else 0
-        raw = self.raw_states * length * self.hidden + self.raw_maps * self.heads * length**2
-        tokens = length * (8 + 1 + self.regions)
-        logits = topk_rows * (self.options.topk_logits * 12 + 4)
-        return mass + pooled + neurons + entropy + raw * self.itemsize + tokens + logits
+        sizes = {"S": length, "R": self.regions, "L": self.layers, "H": self.heads, "P": self.pooled, "D": self.hidden}
+        sizes |= {"F": self.intermediate, "k": self.options.topk_logits}
+        sizes["T"] = length if self.options.topk_positions == "all" else 1
+        captured = {"mlp_pooled": self.options.neurons, "attention_entropy": self.options.entropy}
+        raw = {"hidden_states": self.raw_states, "attentions": self.raw_maps}
+        return row_bytes(sizes, self.itemsize, raw | captured)
 
 
 def attention_layers(config: Any) -> int:

@@ -23,19 +23,17 @@ from file_output import atomic_path, gigabytes, remove_leftovers
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from load_model import load_config, load_model, load_tokenizer, model_fingerprint, resolve_dtype
 from logger import get_logger
+from pt_fields import SCHEMA_VERSION, pack_rows, unpack_rows
 from run_store import (
-    SCHEMA_VERSION,
     begin_run,
     differences,
     load_pt,
     locked,
-    pack_rows,
     planned_ends,
     read_failures,
     read_json_file,
     record_failures,
     save_pt,
-    unpack_rows,
 )
 from token_spans import matched_style, template_text
 

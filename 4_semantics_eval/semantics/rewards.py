@@ -61,7 +61,8 @@ def score_predictions_and_save(
 
 def known_question(run: Run, score_against: str) -> str:
     """`score_against`, but "style" if the run knows no clean prompts."""
-    known = run.clean_style is not None or any(clean_prompt(run, index) is not None for index in range(len(run.rows)))
+    rows = range(len(run.prompt_rows))
+    known = run.clean_style is not None or any(clean_prompt(run, index) is not None for index in rows)
     if score_against == "clean" and not known:
         get_logger().warning("%s: no clean prompts are known; scoring against each style's own prompt", run.path)
         return "style"

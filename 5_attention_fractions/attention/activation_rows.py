@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from command_line import UserError
 from logger import get_logger
-from run_store import BATCH_AXIS, Run, row_indices
+from pt_fields import FIELDS
+from run_store import Run, row_indices
 from token_spans import MATCHED, matched_style
 
 from attention.flags import add_first_token as add_first_token
@@ -128,7 +129,7 @@ class StyleRows:
         """
         import torch
 
-        axis = BATCH_AXIS.get(key, 0) - (1 if isinstance(layers, int) else 0)
+        axis = FIELDS[key].axes.index("B") - (1 if isinstance(layers, int) else 0)
         order, parts = [], []
         for path, positions, places in self._grouped(indices):
             parts.append(_pick(self._content(path), path, key, torch.tensor(positions), region, layers))
@@ -208,7 +209,7 @@ def _pick(
         column = names.index(region)
         # The region axis follows the batch axis, or the heads: [L,B,P,D] and [L,B,H,Q].
         tensor = tensor[:, :, column] if key.endswith("_pooled") else tensor[:, :, :, column]
-    if BATCH_AXIS.get(key, 0) == 0:
+    if FIELDS[key].axes.index("B") == 0:
         return tensor[rows].float() if tensor.is_floating_point() else tensor[rows]
     chosen = tensor[layers]
     return (chosen[rows] if isinstance(layers, int) else chosen[:, rows]).float()
