@@ -3,8 +3,8 @@
 Reads   docs/measured/*.json, the first sentence of every module; with --example the CSVs of the run that
         docs/EXAMPLE.md describes
 Writes  what is between `<!-- table: NAME -->` and `<!-- /table -->` in README.md and docs/*.md, and between
-        `<!-- files -->` and `<!-- /files -->` in a stage's README.md, the `<!-- fields -->` of a .pt file; with --example
-        docs/measured/example.json
+        `<!-- files -->` and `<!-- /files -->` in a stage's README.md, the `<!-- fields -->` of a .pt file; with
+        --example docs/measured/example.json
 
     python docs/render_tables.py
     python docs/render_tables.py --example results/example/maths

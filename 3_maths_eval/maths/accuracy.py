@@ -64,7 +64,7 @@ def evaluate_run(
             raise UserError(f"{run.path}: --style names a single style, this run has {', '.join(run.styles)}; drop it")
         run = replace(run, styles={style: next(iter(run.styles.values()))})
     if prompt_file is not None:
-        vars(run)["rows"] = read_prompt_file(
+        vars(run)["prompt_rows"] = read_prompt_file(
             prompt_file
         ).rows  # fills the cached property, so run.row() reads this file
     edits = _edit_counts(run, edits_csv)
