@@ -36,7 +36,7 @@ from run_store import (
     results_of,
     row_indices,
     warn_unfinished,
-)  # fmt: skip
+)
 from stamps import note_read
 
 if TYPE_CHECKING:

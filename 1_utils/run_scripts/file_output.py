@@ -102,9 +102,13 @@ def read_csv(path: str | Path, columns: Sequence[str] | None = None, hint: str =
 
     try:
         table = pd.read_csv(
-            path, usecols=columns, dtype=dict.fromkeys(TEXT_COLUMNS, str), low_memory=False,
-            keep_default_na=False, na_values=[""],
-        )  # fmt: skip
+            path,
+            usecols=columns,
+            dtype=dict.fromkeys(TEXT_COLUMNS, str),
+            low_memory=False,
+            keep_default_na=False,
+            na_values=[""],
+        )
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {hint}") from None
     except (ValueError, OSError) as error:

@@ -98,9 +98,16 @@ def read_style(folder: Path) -> StyleStatus:
     else:
         missing = len(wanted_rows(folder, style, settings.get("max_samples")) - rows - failed)
     return StyleStatus(
-        str(folder), style, len(rows), len(failed), missing, len(files) - len(written),
-        sum(path.stat().st_size for path in files), (folder / "run.json").stat().st_mtime, tuple(written),
-    )  # fmt: skip
+        str(folder),
+        style,
+        len(rows),
+        len(failed),
+        missing,
+        len(files) - len(written),
+        sum(path.stat().st_size for path in files),
+        (folder / "run.json").stat().st_mtime,
+        tuple(written),
+    )
 
 
 def wanted_rows(folder: Path, style: str, max_samples: int | None) -> set[int]:

@@ -19,9 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE_FLAGS = ("--report", "--output_csv")  # name a file in the folder where the stamp goes
 FOLDER_FLAGS = ("--output_dir", "--results_dir")  # name that folder itself
 INPUT_FLAGS = (
-    "--run_dir", "--prompt_file", "--few_shot_file", "--maths_items", "--edits_csv", "--model_name", "--rm_name",
+    "--run_dir",
+    "--prompt_file",
+    "--few_shot_file",
+    "--maths_items",
+    "--edits_csv",
+    "--model_name",
+    "--rm_name",
     "--embedding_model",
-)  # fmt: skip
+)
 NO_STEPS = ("run_pipeline", "cluster_plan")  # they run the steps
 Files = dict[str, list[int]]  # name → [size, time of change]
 

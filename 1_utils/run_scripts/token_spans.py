@@ -101,10 +101,13 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_p
     template = FIXED_DATE + template if "strftime_now" in template else template
     return str(
         tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
             date_string=DATE,
         )
-    )  # fmt: skip
+    )
 
 
 def control_tokens(tokenizer: Any) -> dict[int, str]:

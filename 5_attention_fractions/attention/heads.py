@@ -313,13 +313,34 @@ def compare(
 
 
 SENSITIVITY_COLUMNS = (
-    "n", "n_identical", "n_unpaired", "n_clusters", "clean", "estimate", "ci_low", "ci_high", "difference",
-    "difference_ci_low", "difference_ci_high", "standard_error", "effect_size", "t", "p",
-)  # fmt: skip
+    "n",
+    "n_identical",
+    "n_unpaired",
+    "n_clusters",
+    "clean",
+    "estimate",
+    "ci_low",
+    "ci_high",
+    "difference",
+    "difference_ci_low",
+    "difference_ci_high",
+    "standard_error",
+    "effect_size",
+    "t",
+    "p",
+)
 CONTROL_COLUMNS = (
-    "rank", "n", "difference", "difference_ci_low", "difference_ci_high", "standard_error", "effect_size", "t", "p",
+    "rank",
+    "n",
+    "difference",
+    "difference_ci_low",
+    "difference_ci_high",
+    "standard_error",
+    "effect_size",
+    "t",
+    "p",
     "p_adjusted",
-)  # fmt: skip
+)
 
 
 def _untested(control: str | None) -> np.ndarray:
@@ -338,20 +359,32 @@ def sensitivity_columns(
         size = np.where(np.isnan(difference.standard_error), np.nan, difference.mean / spread)
     tested = {"effect_size": size, "t": difference.t, "p": difference.p}
     return {
-        "n": difference.n, "n_clusters": difference.n_clusters, "clean": estimate.mean - difference.mean,
-        "estimate": estimate.mean, "ci_low": estimate.ci_low, "ci_high": estimate.ci_high,
-        "difference": difference.mean, "difference_ci_low": difference.ci_low,
-        "difference_ci_high": difference.ci_high, "standard_error": difference.standard_error,
-    } | {name: np.where(_untested(control), np.nan, array) for name, array in tested.items()}  # fmt: skip
+        "n": difference.n,
+        "n_clusters": difference.n_clusters,
+        "clean": estimate.mean - difference.mean,
+        "estimate": estimate.mean,
+        "ci_low": estimate.ci_low,
+        "ci_high": estimate.ci_high,
+        "difference": difference.mean,
+        "difference_ci_low": difference.ci_low,
+        "difference_ci_high": difference.ci_high,
+        "standard_error": difference.standard_error,
+    } | {name: np.where(_untested(control), np.nan, array) for name, array in tested.items()}
 
 
 def flip_columns(change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> dict[str, np.ndarray]:
     """{column: [K,M]} of the correlation of changes [n,K,M] with flips [n], a measure at a time."""
     found = [flip_association(change[..., measure], flipped, clusters) for measure in range(change.shape[-1])]
     names = {
-        "n": "n", "n_flipped": "n_flipped", "point_biserial_r": "r", "ci_low": "ci_low", "ci_high": "ci_high",
-        "change_if_flipped": "change_if_flipped", "change_if_still_right": "change_if_kept", "p": "p",
-    }  # fmt: skip
+        "n": "n",
+        "n_flipped": "n_flipped",
+        "point_biserial_r": "r",
+        "ci_low": "ci_low",
+        "ci_high": "ci_high",
+        "change_if_flipped": "change_if_flipped",
+        "change_if_still_right": "change_if_kept",
+        "p": "p",
+    }
     return {name: np.stack([getattr(one, field) for one in found], axis=-1) for name, field in names.items()}
 
 
@@ -415,17 +448,25 @@ def overlap_table(comparisons: Sequence[Comparison], seed: int = 0) -> pd.DataFr
         for a, b in itertools.combinations_with_replacement(range(len(comparisons)), 2):
             r = float(found.spearman[a, b])
             noise = np.sqrt(reliability[a] * reliability[b]) if min(reliability[a], reliability[b]) > 0 else np.nan
-            rows.append({
-                "style": comparisons[a].style, "other_style": comparisons[b].style,
-                "reference_form": comparisons[a].reference, "measure": measure,
-                "n": comparisons[a].rows_used(measure), "n_other": comparisons[b].rows_used(measure),
-                "n_template_groups": found.groups,
-                "cross_half_spearman": r, "ci_low": found.ci_low[a, b], "ci_high": found.ci_high[a, b],
-                "reliability_of_all_rows": 2 * r / (1 + r) if a == b else np.nan,
-                "spearman_without_noise": np.nan if a == b else r / noise,
-                "top_heads": found.top_count, "top_overlap": found.top_overlap[a, b],
-                "top_overlap_by_chance": found.top_count / found.heads if found.heads else np.nan,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "style": comparisons[a].style,
+                    "other_style": comparisons[b].style,
+                    "reference_form": comparisons[a].reference,
+                    "measure": measure,
+                    "n": comparisons[a].rows_used(measure),
+                    "n_other": comparisons[b].rows_used(measure),
+                    "n_template_groups": found.groups,
+                    "cross_half_spearman": r,
+                    "ci_low": found.ci_low[a, b],
+                    "ci_high": found.ci_high[a, b],
+                    "reliability_of_all_rows": 2 * r / (1 + r) if a == b else np.nan,
+                    "spearman_without_noise": np.nan if a == b else r / noise,
+                    "top_heads": found.top_count,
+                    "top_overlap": found.top_overlap[a, b],
+                    "top_overlap_by_chance": found.top_count / found.heads if found.heads else np.nan,
+                }
+            )
     return pd.DataFrame(rows)
 
 

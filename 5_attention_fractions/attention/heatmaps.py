@@ -47,9 +47,14 @@ def draw_layer_head(
     numbers = list(range(values.shape[0])) if layers is None else list(layers)
     colours = matplotlib.colormaps[DIVERGING].with_extremes(bad="0.75")
     image = axes.imshow(
-        np.ma.masked_invalid(values.T), cmap=colours, vmin=-limit, vmax=limit, aspect="auto", origin="lower",
+        np.ma.masked_invalid(values.T),
+        cmap=colours,
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        origin="lower",
         interpolation="nearest",
-    )  # fmt: skip
+    )
     if marked is not None and marked.any():
         layer, head = np.nonzero(marked)
         axes.scatter(layer, head, s=9, c="black", edgecolors="white", linewidths=0.5)
@@ -107,9 +112,13 @@ def _grid(count: int, columns: int, shape: tuple[int, ...], with_bar: bool) -> t
     whole_height = TOP + rows * (height + ABOVE) + (rows - 1) * BOTTOM + BOTTOM
     figure, grid = plt.subplots(rows, columns, figsize=(whole_width, whole_height), squeeze=False)
     figure.subplots_adjust(
-        left=LEFT / whole_width, right=1 - right / whole_width, bottom=BOTTOM / whole_height,
-        top=1 - (TOP + ABOVE) / whole_height, wspace=BETWEEN / width, hspace=(BOTTOM + ABOVE) / height,
-    )  # fmt: skip
+        left=LEFT / whole_width,
+        right=1 - right / whole_width,
+        bottom=BOTTOM / whole_height,
+        top=1 - (TOP + ABOVE) / whole_height,
+        wspace=BETWEEN / width,
+        hspace=(BOTTOM + ABOVE) / height,
+    )
     for axes in grid.ravel()[count:]:
         axes.set_axis_off()
     return figure, list(grid.ravel()[:count])

@@ -93,13 +93,9 @@ def open_studies(run: Run, args: argparse.Namespace) -> list[Study]:
 
 
 def study_style(study: Study, style: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-    """(table of the found units, summary line) of a style; None, with a warning, if it has too few rows."""
+    """(table of the found units, summary line) of a style; None if a half of its rows has fewer than two templates."""
     halves = half_means(study, style, compared_rows(study, style))
     if any(len({study.run.template(row) for row in rows}) < 2 for rows in halves.rows):
-        get_logger().warning(
-            f"no {study.unit}s for {style}: a half of its rows has fewer than two templates (if the run has a control, "
-            "only the rows that it matches count)"
-        )
         return None
     found = top_units(halves.delta[FIND], study.share)
     changes = found_changes(study, style, halves.rows[CONFIRM], found)

@@ -63,14 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
-    tables, lines = {}, []
+    tables, lines, too_few = {}, [], []
     studies = neurons.open_studies(run, args)
     warn_unfinished(run, args.styles, args.max_samples)
     for study in studies:
-        done = [neurons.study_style(study, style) for style in study.styles if not is_control(style)]
-        if found := [one for one in done if one is not None]:
+        done = {style: neurons.study_style(study, style) for style in study.styles if not is_control(style)}
+        too_few += [style for style, one in done.items() if one is None and style not in too_few]
+        if found := [one for one in done.values() if one is not None]:
             tables[study.unit] = pd.concat([table for table, _ in found], ignore_index=True)
             lines += [line for _, line in found]
+    if too_few and lines:
+        get_logger().warning(
+            f"too few rows for typo neurons and heads: {' '.join(too_few)}; each half of a style's rows (if it has a "
+            "control, of those that the control matches) needs two templates"
+        )
     if not lines:
         raise UserError(f"{run.path}: too few rows in every style; run stage 2 on more prompts")
     summary = pd.DataFrame(lines)
