@@ -93,6 +93,9 @@ FAULTS = [
     (set_key(2, "main", "a\ud800"), "surrogate", "main", True),
     (set_key(2, "answer", float("nan")), "wrong_type", "answer", False),
     (set_key(2, "answer", {"a": 1}), "wrong_type", "answer", False),
+    (set_key(2, "answer", ["Paris", 3]), "wrong_type", "answer", False),
+    (set_key(2, "answer", ["Paris", " "]), "wrong_type", "answer", False),
+    (set_key(2, "answer", []), "wrong_type", "answer", False),
     (set_key(2, "task", 3), "wrong_type", "task", False),
     (set_key(2, "element_index", 2.5), "wrong_type", "element_index", False),
     (set_key(2, "element_index", " "), "wrong_type", "element_index", False),
@@ -285,6 +288,12 @@ def test_random_damage_to_digits_never_passes():
         at = rng.choice([m.start() for m in re.finditer(r"[\d+=]", text)])
         damaged = rng.choice([text[:at] + text[at + 1 :], text[:at] + rng.choice("0123456789*-") + text[at:]])
         assert verify_variant(PROMPTS[0], damaged, style, rows[0]), (style, damaged)
+
+
+def test_a_list_of_accepted_answers_is_no_fault():
+    rows = sound_rows()
+    rows[2]["answer"] = ["Paris", "Paname"]
+    assert check_rows(rows) == []
 
 
 def test_protected_text_that_is_lost_at_the_end_is_found_whatever_it_says():

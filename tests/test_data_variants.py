@@ -369,6 +369,7 @@ def test_task_and_answer_of_the_row_are_protected_wherever_they_stand():
     text = "Is Paris the capital? Think of paris, then solve: apples and pears"
     protected = protected_texts(text, {"task": "apples and pears", "answer": "Paris"})
     assert protected == ["Paris", "paris", "apples and pears"]
+    assert protected_texts(text, {"answer": ["capital", "pears"]}) == ["capital", "pears"]
 
 
 @pytest.mark.parametrize("intensity", [1, 2, 3])

@@ -259,7 +259,10 @@ def _type_problems(row: dict[str, Any], skipped: set[str]) -> Iterator[Problem]:
         yield "wrong_type", f"element_index {reason}", "element_index", ""
     answer = row.get("answer", "")
     finite = not isinstance(answer, float) or math.isfinite(answer)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not finite:
+    if isinstance(answer, list):
+        if not answer or not all(isinstance(text, str) and text.strip() for text in answer):
+            yield "wrong_type", "answer is a list, but not of texts that are not empty", "answer", ""
+    elif isinstance(answer, bool) or not isinstance(answer, str | int | float) or not finite:
         yield "wrong_type", f"answer is a JSON {json_type(answer)}, not a string or a finite number", "answer", ""
     if "task" in row and not isinstance(row["task"], str):
         yield "wrong_type", f"task is a JSON {json_type(row['task'])}, not a string", "task", ""

@@ -139,11 +139,12 @@ def protected_spans(text: str, row: dict[str, Any] | None = None, clean: str | N
     misspelt (`Calcualte:`) has not become one.
     """
     task, answer = (row.get(key) if row else None for key in ("task", "answer"))
+    answers = answer if isinstance(answer, list) else [answer]
     return list(
         _protected_spans(
             text,
             task.strip() if isinstance(task, str) else "",
-            answer.strip() if isinstance(answer, str) else "",
+            tuple(text.strip() for text in answers if isinstance(text, str) and text.strip()),
             is_arithmetic(text, row),
             None if clean is None else frozenset(clean[start:end] for start, end in _labels(clean)),
         )
@@ -164,7 +165,7 @@ def _labels(text: str) -> Iterator[Span]:
 
 @lru_cache(maxsize=32)  # the clean prompt is asked for again with every style
 def _protected_spans(
-    text: str, task: str, answer: str, arithmetic: bool, labels: frozenset[str] | None
+    text: str, task: str, answers: tuple[str, ...], arithmetic: bool, labels: frozenset[str] | None
 ) -> tuple[Span, ...]:
     spans = [match.span() for pattern in _PATTERNS.values() for match in pattern.finditer(text)]
     spans += [(start, end) for start, end in _labels(text) if labels is None or text[start:end] in labels]
@@ -176,7 +177,7 @@ def _protected_spans(
         spans += [match.span() for match in tokens if match.start() not in verbs]
     if task:
         spans += [match.span() for match in re.finditer(re.escape(task), text)]
-    if answer:
+    for answer in answers:
         spans += [match.span() for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE)]
     return tuple(_merged(spans))
 
