@@ -47,8 +47,8 @@ FAILURES_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One question. `json_schema` ({"name": …, "schema": …}) asks for an answer of that form; `seed` also tells
-    several samples of one question apart."""
+    """One question. `json_schema` ({"name": …, "schema": …}) asks for an answer of that form; `seed` also
+    distinguishes several samples of one question."""
 
     messages: tuple[tuple[str, str], ...]  # (role, content)
     max_tokens: int = 512
@@ -65,7 +65,10 @@ class ChatRequest:
     def parameters(self) -> dict[str, Any]:
         """Keyword arguments of `chat.completions.create`, without the model."""
         wanted: dict[str, Any] = {
-            "messages": [{"role": role, "content": _sendable(content)} for role, content in self.messages],
+            # Half a surrogate pair cannot be sent.
+            "messages": [
+                {"role": role, "content": text.encode("utf-8", "replace").decode()} for role, text in self.messages
+            ],
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
         }
@@ -89,23 +92,6 @@ class ChatReply:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class CallEstimate:
-    """What a run would cost: calls still to make, answers already in the cache, tokens of the calls to make."""
-
-    calls: int
-    cached: int
-    prompt_tokens: int
-    max_completion_tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.calls:,} calls to make ({self.cached:,} answers are in the cache): about {self.prompt_tokens:,} "
-            f"prompt tokens (at {BYTES_PER_TOKEN} bytes a token) and at most {self.max_completion_tokens:,} "
-            "completion tokens"
-        )
-
-
 # --- cache
 
 
@@ -121,60 +107,55 @@ class ReplyCache:
         self.unreadable = 0
         self._lock = threading.Lock()
         self._replies: dict[str, ChatReply] = {}
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
+        try:
+            lines = self.path.read_bytes().split(b"\n") if self.path is not None and self.path.exists() else []
+        except OSError as error:
+            raise UserError(f"{path}: the cache cannot be read: {error.strerror}") from None
+        for line in lines:
+            try:
+                record = json.loads(line)
+                self._replies[record["key"]] = _cached_reply(record)
+            except (ValueError, KeyError, TypeError, IndexError):
+                self.unreadable += bool(line.strip())
 
     def get(self, key: str) -> ChatReply | None:
         """The reply kept under `key`, or None."""
         return self._replies.get(key)
 
     def put(self, key: str, model: str, reply: ChatReply) -> None:
-        """Append a reply; it is in the file when this returns. UserError where the disk refuses."""
-        kept = {name: getattr(reply, name) for name in _KEPT}
+        """Append a reply; it is in the file when this returns. UserError if the disk refuses."""
+        kept = {name: getattr(reply, name) for name in ("content", "finish_reason", "usage", "served_model", "changed")}
         with self._lock:
-            self._replies[key] = _as_cached(kept)
-            if self.path is not None:
-                self._append(self.path, json.dumps({"key": key, "model": model, **kept}).encode() + b"\n")
-
-    def _read(self, path: Path) -> None:
-        try:
-            with open(path, "rb") as handle:
-                for line in handle:
-                    try:
-                        record = json.loads(line)
-                        self._replies[record["key"]] = _as_cached(record)
-                    except (ValueError, KeyError, TypeError, IndexError):
-                        self.unreadable += bool(line.strip())
-        except OSError as error:
-            raise UserError(f"{path}: the cache cannot be read: {error.strerror}") from None
-
-    @staticmethod
-    def _append(path: Path, line: bytes) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab+") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-                size = handle.seek(0, os.SEEK_END)
-                if size:
-                    handle.seek(size - 1)
-                    if handle.read(1) != b"\n":  # a torn line must not swallow this one
-                        line = b"\n" + line
-                handle.write(line)
-        except OSError as error:
-            raise UserError(f"cannot write the cache {path}: {error.strerror}; free space or move it") from None
+            self._replies[key] = _cached_reply(kept)
+            if self.path is None:
+                return
+            line = json.dumps({"key": key, "model": model, **kept}).encode() + b"\n"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab+") as handle:
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    if handle.seek(0, os.SEEK_END):
+                        handle.seek(-1, os.SEEK_END)
+                        if handle.read(1) != b"\n":  # a torn line must not swallow this one
+                            line = b"\n" + line
+                    handle.write(line)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write the cache {self.path}: {error.strerror}; free space or move it"
+                ) from None
 
 
-_KEPT = ("content", "finish_reason", "usage", "served_model", "changed")
-
-
-def _as_cached(record: dict[str, Any]) -> ChatReply:
-    content = record["content"]
-    if content is not None and not isinstance(content, str):
-        raise TypeError("content is no text")
-    usage = record.get("usage") or (0, 0)
-    changed = tuple(record.get("changed") or ())
+def _cached_reply(record: dict[str, Any]) -> ChatReply:
+    if not isinstance(record["content"], str | None):
+        raise TypeError("content is not text")
+    tokens_in, tokens_out = map(int, record.get("usage") or (0, 0))
     return ChatReply(
-        content, record.get("finish_reason"), (int(usage[0]), int(usage[1])), record.get("served_model"), changed, True
+        record["content"],
+        record.get("finish_reason"),
+        (tokens_in, tokens_out),
+        record.get("served_model"),
+        tuple(record.get("changed") or ()),
+        cached=True,
     )
 
 
@@ -212,8 +193,8 @@ class ChatClient:
         self._timeout = timeout
         self._secret = ""
         self._client: Any = None
-        self._lock, self._first = threading.Lock(), threading.Lock()
-        self._settled = False  # a first request has been answered
+        self._lock = threading.Lock()
+        self._has_asked = False
         self._logger = get_logger()
         if self.cache.unreadable:
             self._logger.warning("%s: %d unreadable lines; asking again", cache_path, self.cache.unreadable)
@@ -232,7 +213,8 @@ class ChatClient:
         key = self.key(request)
         reply = self.cache.get(key)
         if reply is None:
-            reply = self._ask_in_turn(request)
+            reply = self._ask(request)
+            self._has_asked = True
             if reply.error is None:
                 self.cache.put(key, self.model, reply)
         with self._lock:
@@ -244,92 +226,99 @@ class ChatClient:
 
         Raises UserError as `complete` does, and after 10 failures in a row.
         """
-        failed = 0
+        failures = 0
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="chat")
         waiting: deque[Future[ChatReply]] = deque()
         try:
-            for request in requests:
-                waiting.append(pool.submit(self.complete, request))
-                if len(waiting) >= 2 * self._concurrency:
+            for request in chain(requests, [None]):  # None: no more requests
+                if request is not None:
+                    waiting.append(pool.submit(self.complete, request))
+                while waiting and (request is None or not self._has_asked or len(waiting) >= 2 * self._concurrency):
                     reply = waiting.popleft().result()
-                    failed = self._count_failures(failed, reply)
+                    failures = 0 if reply.error is None else failures + 1
+                    if failures >= FAILURES_IN_A_ROW:
+                        raise UserError(
+                            f"{self.base_url}: {failures} requests in a row failed, the last with: {reply.error}"
+                        )
                     yield reply
-            while waiting:
-                reply = waiting.popleft().result()
-                failed = self._count_failures(failed, reply)
-                yield reply
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def estimate(self, requests: Iterable[ChatRequest]) -> CallEstimate:
-        """What `map` would cost, without a call: nothing is sent, no key is needed."""
-        calls = cached = prompt = completion = 0
-        seen: set[str] = set()
+    def estimate(self, requests: Iterable[ChatRequest]) -> str:
+        """What `map` would cost, in words: calls, answers in the cache, tokens. Nothing is sent, no key is needed."""
+        cached = prompt_tokens = completion_tokens = 0
+        calls: set[str] = set()
         for request in requests:
             key = self.key(request)
-            if key in seen or self.cache.get(key) is not None:
+            if key in calls or self.cache.get(key) is not None:
                 cached += 1
                 continue
-            seen.add(key)
-            calls += 1
-            prompt += estimate_tokens(request)
-            completion += request.max_tokens
-        return CallEstimate(calls, cached, prompt, completion)
+            calls.add(key)
+            size = sum(len(text.encode("utf-8", "replace")) for _, text in request.messages)
+            size += len(json.dumps(request.json_schema)) if request.json_schema else 0
+            prompt_tokens += size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(request.messages)
+            completion_tokens += request.max_tokens
+        return (
+            f"{len(calls):,} calls to make ({cached:,} answers are in the cache): about {prompt_tokens:,} prompt "
+            f"tokens (at {BYTES_PER_TOKEN} bytes a token) and at most {completion_tokens:,} completion tokens"
+        )
 
     # --- one call
 
-    def _ask_in_turn(self, request: ChatRequest) -> ChatReply:
-        if self._settled:
-            return self._ask(request)
-        with self._first:
-            if not self._settled:
-                try:
-                    return self._ask(request)
-                finally:
-                    self._settled = True
-        return self._ask(request)
-
     def _ask(self, request: ChatRequest) -> ChatReply:
-        import openai
+        """The server's reply. What it refuses is left out, and a broken answer is asked for again.
 
-        leaving, failures = _Leaving(request, self.refused), 0
+        The openai library itself tries again after errors with a status of their own and broken connections.
+        """
+        import openai  # half a second, which --help and --dry_run do without
+
+        if self._client is None:
+            self._secret = self._read_key()
+            self._client = openai.OpenAI(
+                api_key=self._secret or "none",
+                base_url=self.base_url,
+                max_retries=self._max_retries,
+                timeout=self._timeout,
+            )
+        left_out = certain = self.refused
+        named: list[str] = []
+        ways: Iterator[tuple[str, ...]] = iter(())
+        failures = 0
         while True:
             try:
-                reply = self._post(request, leaving.out)
-                self._remember(leaving.out)
+                sent = _without(request.parameters(), left_out)
+                answer = self._client.chat.completions.create(model=self.model, **sent)
+                reply = _reply_of(answer, left_out, self._secret)
+                self._remember(left_out)
                 return reply
-            except _ServerError as error:
-                if leaving.another_way(error):
+            except (openai.APIStatusError, _ServerError) as caught:
+                error = (
+                    caught
+                    if isinstance(caught, _ServerError)
+                    else _ServerError(caught.body or caught.message, caught.status_code, caught.response.headers)
+                )
+                names = error.refused_of(request)
+                if names != named:  # something new is refused, so what was left out last has helped
+                    named, certain, ways = names, left_out, _ways_without(names, left_out)
+                if names and (way := next(ways, None)) is not None:
+                    left_out = _union(certain, way)
                     continue
                 failures += 1
-                if not (error.is_transient and failures <= self._max_retries):
-                    self._stop_where_hopeless(error)
+                if not error.is_transient or failures > self._max_retries:
+                    self._stop_if_all_would_fail(error)
                     return ChatReply(None, error=self._safe(str(error)))
             except openai.APITimeoutError:
                 return ChatReply(None, error=f"no answer within {self._timeout:g} s")
             except openai.APIConnectionError as error:
                 why = self._safe(str(error.__cause__ or error))
                 raise UserError(f"{self.base_url}: no connection ({why}); check --base_url and the network") from None
-            except (ValueError, openai.APIResponseValidationError):  # a body that is no JSON, or no completion
+            except (ValueError, openai.APIResponseValidationError):  # the body is not JSON, or not a completion
                 failures += 1
                 if failures > self._max_retries:
                     return ChatReply(None, error=f"the server sent {failures} broken answers")
             except openai.OpenAIError as error:
                 return ChatReply(None, error=self._safe(f"{type(error).__name__}: {error}"))
             time.sleep(min(8.0, 0.5 * 2 ** (failures - 1)))
-
-    def _post(self, request: ChatRequest, left_out: tuple[str, ...]) -> ChatReply:
-        import openai
-
-        try:
-            answer = self._connected().chat.completions.create(
-                model=self.model, **_without(request.parameters(), left_out)
-            )
-        except openai.APIStatusError as error:  # after the library's own retries
-            raise _ServerError(error.body or error.message, error.status_code, error.response.headers) from None
-        if not hasattr(answer, "to_dict"):
-            raise ValueError("no JSON")
-        return _reply_of(answer.to_dict(warnings=False), left_out, self._secret)
 
     def _remember(self, left_out: tuple[str, ...]) -> None:
         with self._lock:
@@ -339,20 +328,6 @@ class ChatClient:
             level = logging.WARNING if name == "temperature" else logging.INFO
             self._logger.log(level, "%s: refuses %s; %s", self.base_url, *_INSTEAD[name])
 
-    def _connected(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                import openai
-
-                self._secret = self._read_key()
-                self._client = openai.OpenAI(
-                    api_key=self._secret or "none",
-                    base_url=self.base_url,
-                    max_retries=self._max_retries,
-                    timeout=self._timeout,
-                )
-            return self._client
-
     def _read_key(self) -> str:
         key = os.environ.get(self._api_key_env, "").strip()
         if not key and self.base_url.startswith(OPENAI_BASE_URL):
@@ -361,36 +336,21 @@ class ChatClient:
             raise UserError(f"the environment variable {self._api_key_env} holds no valid key: it has spaces in it")
         return key
 
-    def _stop_where_hopeless(self, error: _ServerError) -> None:
+    def _stop_if_all_would_fail(self, error: _ServerError) -> None:
+        why = self._safe(error.text)
         if error.status in (401, 403):  # the server's own words may hold a part of the key
-            raise UserError(
-                f"{self.base_url}: the key in {self._api_key_env} is refused (HTTP {error.status})"
-            ) from None
-        if error.status == 404:
-            why = self._safe(error.told)
-            raise UserError(f"{self.base_url}: model {self.model!r} or the address is unknown there ({why})") from None
-        if error.status == 429:
-            why = _pause_asked(error.headers.get("retry-after")) or f"refuses more: {self._safe(error.told)}"
-            raise UserError(
-                f"{self.base_url}: {why}; run the same command again later, what was answered is kept"
-            ) from None
-
-    def _count_failures(self, failed: int, reply: ChatReply) -> int:
-        if reply.error is None:
-            return 0
-        if failed + 1 >= FAILURES_IN_A_ROW:
-            raise UserError(f"{self.base_url}: {failed + 1} requests in a row failed, the last with: {reply.error}")
-        return failed + 1
+            why = f"the key in {self._api_key_env} is refused (HTTP {error.status})"
+        elif error.status == 404:
+            why = f"model {self.model!r} or the address is unknown there ({why})"
+        elif error.status == 429:
+            why = _pause_asked(error.headers.get("retry-after")) or f"refuses more: {why}"
+            why += "; run the same command again later, what was answered is kept"
+        else:
+            return
+        raise UserError(f"{self.base_url}: {why}") from None
 
     def _safe(self, text: str) -> str:
         return one_line(text.replace(self._secret, "[key]") if self._secret else text, 200)
-
-
-def estimate_tokens(request: ChatRequest) -> int:
-    """Prompt tokens of a request, estimated from its UTF-8 bytes; the schema counts too."""
-    size = sum(len(content.encode("utf-8", "replace")) for _, content in request.messages)
-    size += len(json.dumps(request.json_schema)) if request.json_schema else 0
-    return size // BYTES_PER_TOKEN + TOKENS_PER_MESSAGE * len(request.messages)
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -437,16 +397,29 @@ _TRANSIENT = re.compile(r"overload|time.?out|timed out|rate.?limit|temporar|unav
 
 
 class _ServerError(Exception):
-    """An error that the server told: as a status, or in the body of a 200 (`headers` is empty then)."""
+    """An error that the server reports: as a status, or in the body of a 200 (without headers)."""
 
     def __init__(self, body: Any, status: int | None, headers: Mapping[str, str] | None = None) -> None:
         self.status, self.headers = status, headers or {}
-        self.told = one_line(_texts(body), 2000)
+        self.text = one_line(_texts(body), 2000)
         self.fields = _texts(body, keys=("param", "loc"))
         # The library has tried again what came with a status of its own.
-        again = status in (408, 409, 429) or (status or 0) >= 500 or (status is None and _TRANSIENT.search(self.told))
+        again = status in (408, 409, 429) or (status or 0) >= 500 or (status is None and _TRANSIENT.search(self.text))
         self.is_transient = headers is None and bool(again)
-        super().__init__(f"HTTP {status}: {self.told}" if status else f"the server's error: {self.told}")
+        super().__init__(f"HTTP {status}: {self.text}" if status else f"the server's error: {self.text}")
+
+    def refused_of(self, request: ChatRequest) -> list[str]:
+        """What the error names of a request's fields and its system role, in the order in which it names them."""
+        if self.status not in _ADAPTABLE:
+            return []
+        fields = {*request.parameters()} | {role for role, _ in request.messages}
+        patterns = {name: pattern for name, pattern in _NAMED.items() if name in fields}
+        if _PROMPT_TOO_LONG.search(self.text):
+            patterns.pop("max_tokens")
+        for text in (self.fields, self.text):
+            if found := {name: match.start() for name, pattern in patterns.items() if (match := pattern.search(text))}:
+                return sorted(found, key=lambda name: found[name])
+        return []
 
 
 def _texts(body: Any, keys: tuple[str, ...] = ()) -> str:
@@ -463,51 +436,17 @@ def _texts(body: Any, keys: tuple[str, ...] = ()) -> str:
 _REPEATED = ("input", "ctx", "url", "type", "object", "id", "request_id", "trace_id")
 
 
-class _Leaving:
-    """What is left out of one request (`out`): what the server is known to refuse, and what its refusals name.
-
-    A refusal that names several fields may mean any of them: each is left out alone, then all.
-    """
-
-    def __init__(self, request: ChatRequest, known: tuple[str, ...]) -> None:
-        self._fields = [name for name in request.parameters() if name != "messages"]
-        self._fields += ["system"] if any(role == "system" for role, _ in request.messages) else []
-        self.out = self._sure = known
-        self._named: list[str] = []
-        self._ways: Iterator[tuple[str, ...]] = iter(())
-
-    def another_way(self, error: _ServerError) -> bool:
-        """True where `error` names what can be left out, and that has not been tried: ask again."""
-        if error.status not in _ADAPTABLE:
-            return False
-        fits = {name for name in self._fields if name != "max_tokens" or not _PROMPT_TOO_LONG.search(error.told)}
-        named = next((found for told in (error.fields, error.told) if (found := _named_in(told, fits))), [])
-        if named != self._named:  # something new is refused, so what was left out last has helped
-            self._named, self._sure = named, self.out
-            ways = [[way for way in _WAYS.get(name, ((name,),)) if not set(way) <= set(self._sure)] for name in named]
-            together = [sum((way[0] for way in ways if way), ()), sum((way[-1] for way in ways if way), ())]
-            self._ways = iter(dict.fromkeys([*chain(*ways), *(together if len(named) > 1 else [])]))
-        way = next(self._ways, None)
-        if way is None:
-            return False
-        self.out = _union(self._sure, way)
-        return True
-
-
-def _named_in(told: str, fields: Iterable[str]) -> list[str]:
-    found = {name: match.start() for name in fields if (match := _NAMED[name].search(told))}
-    return sorted(found, key=lambda name: found[name])
-
-
-_WAYS = {"max_tokens": (("max_tokens",), ("max_tokens", "max_completion_tokens"))}
+def _ways_without(names: list[str], left_out: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """What to leave out next. A refusal that names several fields may mean any of them: each alone, then all."""
+    more = {"max_tokens": [("max_tokens",), ("max_tokens", "max_completion_tokens")]}
+    ways = [[way for way in more.get(name, [(name,)]) if not {*way} <= {*left_out}] for name in names]
+    ways = [way for way in ways if way]
+    together = [sum((way[0] for way in ways), ()), sum((way[-1] for way in ways), ())] if len(names) > 1 else []
+    return iter(dict.fromkeys([*chain(*ways), *together]))
 
 
 def _union(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one + other))
-
-
-def _sendable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be sent
 
 
 def _without(parameters: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
@@ -534,8 +473,11 @@ def _pause_asked(retry_after: str | None) -> str:
             return ""
 
 
-def _reply_of(body: dict[str, Any], left_out: tuple[str, ...], secret: str) -> ChatReply:
-    """The reply in the body of a 200. Raises _ServerError for an error in it, ValueError for what is no completion."""
+def _reply_of(answer: Any, left_out: tuple[str, ...], secret: str) -> ChatReply:
+    """The reply in a 200. Raises _ServerError for an error in its body, ValueError if it is not a completion."""
+    if not hasattr(answer, "to_dict"):
+        raise ValueError("not JSON")
+    body = answer.to_dict(warnings=False)
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     error = body.get("error") or choice.get("error")
@@ -547,11 +489,16 @@ def _reply_of(body: dict[str, Any], left_out: tuple[str, ...], secret: str) -> C
     message = choice.get("message")
     if not isinstance(message, dict):
         raise ValueError("no choices")
+    content = message.get("content")
+    if isinstance(content, list):  # what a model thinks aloud is in parts of other types
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") in ("text", "output_text")]
+        content = "".join(str(part["text"]) for part in parts if "text" in part) if parts else None
     reason = choice.get("finish_reason")
-    content = _text_of(message.get("content"))
     if content is None:
         more = "; raise the limit of tokens" if reason == "length" else ""
         raise _ServerError(message.get("refusal") or f"an answer without text (it ended by {reason}{more})", None)
+    if not isinstance(content, str):
+        raise ValueError("content is not text")
     usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
     counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
     if secret:  # a server that echoes its headers must not put the key into the cache
@@ -559,25 +506,10 @@ def _reply_of(body: dict[str, Any], left_out: tuple[str, ...], secret: str) -> C
     return ChatReply(content, reason, counts, body.get("model"), left_out)
 
 
-_TEXT = ("text", "output_text")
-
-
-def _text_of(content: Any) -> str | None:
-    """The text of a message, whole or in parts; what a model thinks aloud in parts of other types is left out."""
-    if isinstance(content, list):
-        shown = [
-            part["text"] for part in content if isinstance(part, dict) and part.get("type") in _TEXT and "text" in part
-        ]
-        content = "".join(map(str, shown)) if shown else None
-    if content is not None and not isinstance(content, str):
-        raise ValueError("content is no text")
-    return content
-
-
 def _checked_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError("--base_url is no address; give one such as http://localhost:8000/v1")
+        raise UserError("--base_url is not an address; give one such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query:
         raise UserError("--base_url holds a user name, password or query; give the key by environment variable")
     return url.rstrip("/")
