@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from attention.answer_flips import Answers, Association, flip_association, rank_test
+from attention.answer_flips import Answers, flip_association, rank_test
 from attention.head_overlap import GROUPS, cross_half, group_sums
 from attention.heads import MEASURES, Comparison, compare, overlap_table
 from command_line import UserError
@@ -165,7 +165,7 @@ def test_overlap_table_names_both_styles_and_stays_empty_with_few_templates() ->
 # --- flips
 
 
-def association(change: np.ndarray, flip: np.ndarray, clusters: list[str] | None = None) -> Association:
+def association(change: np.ndarray, flip: np.ndarray, clusters: list[str] | None = None) -> dict[str, np.ndarray]:
     return flip_association(change, flip, clusters or [f"t{i}" for i in range(len(change))])
 
 
@@ -178,12 +178,12 @@ def test_point_biserial_equals_scipy() -> None:
     for cell in np.ndindex(3, 2):
         known = ~np.isnan(change[(slice(None), *cell)])
         expected = stats.pointbiserialr(flip[known], change[(slice(None), *cell)][known])
-        assert found.r[cell] == pytest.approx(expected.statistic, abs=1e-9)
+        assert found["point_biserial_r"][cell] == pytest.approx(expected.statistic, abs=1e-9)
         interval = stats.pearsonr(flip[known], change[(slice(None), *cell)][known]).confidence_interval()
-        assert found.ci_low[cell] == pytest.approx(interval.low, abs=0.08)
-        assert found.ci_high[cell] == pytest.approx(interval.high, abs=0.08)
-    assert found.change_if_flipped[1, 0] == pytest.approx(change[flip == 1, 1, 0].mean())
-    assert found.change_if_kept[1, 0] == pytest.approx(change[flip == 0, 1, 0].mean())
+        assert found["ci_low"][cell] == pytest.approx(interval.low, abs=0.08)
+        assert found["ci_high"][cell] == pytest.approx(interval.high, abs=0.08)
+    assert found["change_if_flipped"][1, 0] == pytest.approx(change[flip == 1, 1, 0].mean())
+    assert found["change_if_still_right"][1, 0] == pytest.approx(change[flip == 0, 1, 0].mean())
 
 
 def test_flips_keep_their_error_rate_with_clustered_rows() -> None:
@@ -193,7 +193,7 @@ def test_flips_keep_their_error_rate_with_clustered_rows() -> None:
     flip = np.repeat(rng.random(60) < 0.3, 5).astype(float)
     change = np.repeat(rng.standard_normal((60, 800)), 5, axis=0) + 0.3 * rng.standard_normal((300, 800))
     found = association(change, flip, clusters)
-    assert (found.p < 0.05).mean() < 0.085
+    assert (found["p"] < 0.05).mean() < 0.085
     assert (stats.pearsonr(np.repeat(flip[:, None], 800, axis=1), change, axis=0).pvalue < 0.05).mean() > 0.2
 
 
@@ -206,7 +206,7 @@ def test_under_a_null_at_most_five_percent_of_runs_tie_a_head_to_wrong_answers(r
     flip = np.zeros(rows)
     flip[rng.permutation(rows)[:flipped]] = 1
     found = association(change, flip, [f"t{one}" for one in template])
-    adjusted = [benjamini_hochberg(p) for p in found.p.reshape(runs, 270)]
+    adjusted = [benjamini_hochberg(p) for p in found["p"].reshape(runs, 270)]
     assert sum(p.min() < 0.05 for p in adjusted) <= stats.binom.ppf(0.99, runs, 0.05)
 
 

@@ -6,7 +6,6 @@ Why a rank test, and how often it errs: docs/METHODS.md, "Flips".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,22 +58,9 @@ def open_answers(path: Path | None, folder: Path) -> Answers | None:
     return Answers(items) if path or items.is_file() else None
 
 
-@dataclass(frozen=True)
-class Association:
-    """Arrays over the cells: correlation of change and flip with its interval, and the mean change on either side."""
-
-    n: np.ndarray
-    n_flipped: np.ndarray
-    r: np.ndarray
-    ci_low: np.ndarray
-    ci_high: np.ndarray
-    p: np.ndarray
-    change_if_flipped: np.ndarray
-    change_if_kept: np.ndarray
-
-
-def flip_association(change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> Association:
-    """Point-biserial r of changes [n, *cells] and flips [n] (0 or 1), its interval and test; NaN changes are left out.
+def flip_association(change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> dict[str, np.ndarray]:
+    """{column: [*cells]}: point-biserial r of changes [n, *cells] and flips [n] (0 or 1), its interval and test, and
+    the mean change on either side; NaN changes are left out.
 
     The interval is Student's t on Fisher's z = artanh(r), its standard error from leaving out one cluster at a time.
     p: see `rank_test`. NaN with fewer than MIN_FLIPS flips or kept answers, or if the change does not vary.
@@ -95,10 +81,19 @@ def flip_association(change: np.ndarray, flipped: np.ndarray, clusters: Sequence
         left_out = np.arctanh(_correlation((total - moments).swapaxes(0, 1)))
         error = np.sqrt((count - 1) / count * ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0))
         half = stats.t.ppf(0.975, count - 1) * error if count > 1 else np.full_like(z, np.nan)
-        sides = product / flips, (change_sum - product) / (n - flips)
-    p = np.where(np.isnan(z), np.nan, rank_test(change, flipped, clusters))
-    whole = n.astype(int), np.rint(flips).astype(int)
-    return Association(*whole, np.tanh(z), np.tanh(z - half), np.tanh(z + half), p, *sides)
+        sides = {
+            "change_if_flipped": product / flips,
+            "change_if_still_right": (change_sum - product) / (n - flips),
+        }
+    return {
+        "n": n.astype(int),
+        "n_flipped": np.rint(flips).astype(int),
+        "point_biserial_r": np.tanh(z),
+        "ci_low": np.tanh(z - half),
+        "ci_high": np.tanh(z + half),
+        **sides,
+        "p": np.where(np.isnan(z), np.nan, rank_test(change, flipped, clusters)),
+    }
 
 
 def rank_test(change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> np.ndarray:

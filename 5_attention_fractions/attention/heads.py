@@ -19,7 +19,7 @@ from command_line import UserError, did_you_mean
 from logger import get_logger
 from paired_stats import benjamini_hochberg, clustered_mean, deal
 from run_store import Run
-from style_rows import StyleRows, control_of, paired_rows, same_words, templates_of, token_limit
+from style_rows import StyleRows, clean_and_styles, control_of, paired_rows, same_words, templates_of, token_limit
 from token_spans import matched_style
 
 from attention.aligned_maps import aligned_divergence, row_maps
@@ -46,39 +46,27 @@ MAP_ROWS = 256  # rows whose raw maps are compared at once
 # --- measures: functions of the `attention_fields` of B rows, each [B,L,H]
 
 
-def mass_on(query: str, region: str) -> Callable[[Fields], np.ndarray]:
+Function = Callable[[Fields], np.ndarray]
+
+
+def mass_on(query: str, region: str) -> Function:
     """Attention mass of a query on a region."""
     return lambda fields: fields["mass"][..., QUERIES.index(query), REGIONS.index(region)]
 
 
-def mass_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
-    """Attention mass of a query on the edited words; NaN in a layer whose window does not reach them."""
-    mass, even = mass_on(query, "edited"), _even_on_edited(query)
-    return lambda fields: np.where(even(fields) == 0, np.nan, mass(fields))
+def on_edited(query: str, change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Function:
+    """`change` of the mass on the edited words and of even attention's; NaN if the layer's window misses them."""
+    place = QUERIES.index(query)
 
-
-def log2_mass_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
-    """Its logarithm to base 2, of at least LEAST_MASS."""
-    mass = mass_on_edited(query)
-    return lambda fields: np.log2(np.maximum(mass(fields), LEAST_MASS))
-
-
-def density_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
-    """The mass on the edited words over that of even attention."""
-    mass, even = mass_on(query, "edited"), _even_on_edited(query)
-
-    def density(fields: Fields) -> np.ndarray:
+    def values(fields: Fields) -> np.ndarray:
+        mass, even = fields["mass"][..., place, EDITED], fields["uniform"][:, :, None, place, EDITED]
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(even(fields) == 0, np.nan, mass(fields) / even(fields))
+            return np.where(even == 0, np.nan, change(mass, even))
 
-    return density
-
-
-def _even_on_edited(query: str) -> Callable[[Fields], np.ndarray]:
-    return lambda fields: fields["uniform"][:, :, None, QUERIES.index(query), EDITED]
+    return values
 
 
-def entropy_of(query: str) -> Callable[[Fields], np.ndarray]:
+def entropy_of(query: str) -> Function:
     """Normalised entropy of a query's attention."""
     return lambda fields: fields["entropy"][..., ENTROPY_QUERIES.index(query)]
 
@@ -91,7 +79,7 @@ class Measure:
     difference to the control's is tested.
     """
 
-    function: Callable[[Fields], np.ndarray] | None
+    function: Function | None
     unit: str
     label: str
     caption: str
@@ -102,21 +90,26 @@ class Measure:
         return f"change in {self.label} ({self.unit})"
 
 
-_SHARE, _LOG2, _DENSITY = "0 to 1", "1\u00a0=\u00a0doubled", "1 = even attention"
+def _mass(mass: np.ndarray, even: np.ndarray) -> np.ndarray:
+    return mass
+
+
+def _log2_mass(mass: np.ndarray, even: np.ndarray) -> np.ndarray:
+    return np.log2(np.maximum(mass, LEAST_MASS))
+
+
+_SHARE, _LOG2, _EVEN, _EDITED = "0 to 1", "1\u00a0=\u00a0doubled", "1 = even attention", "on the edited words"
+_MASS, _LOG2_MASS = "attention mass", "log2 of attention mass"
 MEASURES = {
     "task_fraction_last": Measure(mass_on("last", "task"), _SHARE, "attention fraction", "last token on the task"),
     "task_fraction_mean": Measure(mass_on("mean", "task"), _SHARE, "attention fraction", "mean query on the task"),
-    "edited_mass_last": Measure(mass_on_edited("last"), _SHARE, "attention mass", "last token on the edited words"),
-    "edited_mass_mean": Measure(mass_on_edited("mean"), _SHARE, "attention mass", "mean query on the edited words"),
-    "edited_log2_mass_last": Measure(
-        log2_mass_on_edited("last"), _LOG2, "log2 of attention mass", "last token on the edited words"
-    ),
-    "edited_log2_mass_mean": Measure(
-        log2_mass_on_edited("mean"), _LOG2, "log2 of attention mass", "mean query on the edited words"
-    ),
-    "edited_density_last": Measure(density_on_edited("last"), _DENSITY, "density", "last token on the edited words"),
-    "edited_density_mean": Measure(density_on_edited("mean"), _DENSITY, "density", "mean query on the edited words"),
-    "first_mass_last": Measure(mass_on("last", "first"), _SHARE, "attention mass", "last token on the first one"),
+    "edited_mass_last": Measure(on_edited("last", _mass), _SHARE, _MASS, f"last token {_EDITED}"),
+    "edited_mass_mean": Measure(on_edited("mean", _mass), _SHARE, _MASS, f"mean query {_EDITED}"),
+    "edited_log2_mass_last": Measure(on_edited("last", _log2_mass), _LOG2, _LOG2_MASS, f"last token {_EDITED}"),
+    "edited_log2_mass_mean": Measure(on_edited("mean", _log2_mass), _LOG2, _LOG2_MASS, f"mean query {_EDITED}"),
+    "edited_density_last": Measure(on_edited("last", np.divide), _EVEN, "density", f"last token {_EDITED}"),
+    "edited_density_mean": Measure(on_edited("mean", np.divide), _EVEN, "density", f"mean query {_EDITED}"),
+    "first_mass_last": Measure(mass_on("last", "first"), _SHARE, _MASS, "last token on the first one"),
     "entropy_last": Measure(entropy_of("last"), _SHARE, "normalised entropy", "attention of the last token"),
     "entropy_mean": Measure(entropy_of("mean"), _SHARE, "normalised entropy", "attention of the mean query"),
     "entropy_edited": Measure(entropy_of("edited"), _SHARE, "normalised entropy", "attention of the edited words"),
@@ -182,12 +175,15 @@ class Comparison:
 
 
 def compare_styles(
-    run: Run, styles: Sequence[str], options: Options, answers: Answers | None = None
+    run: Run, wanted: Sequence[str] | None, options: Options, answers: Answers | None = None
 ) -> tuple[list[Comparison], list[Comparison], dict[str, str]]:
-    """(styles against the clean form, styles against their controls, {style: its control}); see `compare_style`."""
+    """(styles against the clean form, styles against their controls, {style: its control}); see `compare_style`.
+
+    wanted: the styles asked for; None: all. Raises UserError if the run lacks one, or has no clean form.
+    """
     groups = deal(templates_of(run), GROUPS)
     to_clean, to_control, controls = [], [], {}
-    for style in styles:
+    for style in clean_and_styles(run, wanted, with_controls=False)[1]:
         own, against = compare_style(run, style, groups, options, answers)
         if own is None:
             continue
@@ -252,7 +248,8 @@ def _read(
     if form is clean:
         values[..., divergences] = 0
     elif form.has("attentions") and clean.has("attentions"):
-        maps = [_maps_reader(one, style, options.tokenizer) for one in (form, clean)]
+        tokens = [(edited_region(one, style), regions_finder(one, style, options.tokenizer)) for one in (form, clean)]
+        maps = [lambda content, path, own=own: {"maps": row_maps(content, path, *own)} for own in tokens]
         both = [place for place, index in enumerate(rows) if index in clean]
         for start in range(0, len(both), MAP_ROWS):
             block = both[start : start + MAP_ROWS]
@@ -260,11 +257,6 @@ def _read(
             own, twin = (one.extract(read, indices)["maps"] for one, read in zip((form, clean), maps, strict=True))
             values[block, ..., divergences] = aligned_divergence(own, twin, layers, values.shape[2])
     return values, found["tokens"]
-
-
-def _maps_reader(form: StyleRows, style: str, tokenizer: str | None) -> Any:
-    edited, reference = edited_region(form, style), regions_finder(form, style, tokenizer)
-    return lambda content, path: {"maps": row_maps(content, path, edited, reference)}
 
 
 def compare(
@@ -285,81 +277,59 @@ def compare(
     the clean one.
     """
     tables, flips = {}, {}
+    counts = {"n_identical": n_identical, "n_unpaired": n_unpaired}
+    # A divergence from the clean form is never below 0.
+    untested = np.array([control is None and measure.function is None for measure in MEASURES.values()])
+    heads, reference = change.shape[2], CONTROL if control else CLEAN
+    places = {
+        "head": {"layer": np.repeat(layers, heads), "head": np.tile(np.arange(heads), len(layers))},
+        "layer": {"layer": np.array(layers)},
+    }
     use = np.zeros(len(change), dtype=bool)
     if flipped is not None:
         use = ~np.isnan(flipped) & ~np.isnan(change).all(axis=(1, 2, 3))
-    for level in LEVELS:
-        own, moved = values.reshape(len(values), -1, len(MEASURES)), change.reshape(len(change), -1, len(MEASURES))
-        if level == "layer":
-            own, moved = values.mean(axis=2, dtype=np.float64), change.mean(axis=2, dtype=np.float64)
-        columns = sensitivity_columns(own, moved, clusters, control)
-        columns |= {"n_identical": n_identical, "n_unpaired": n_unpaired}
-        order = np.where(_untested(control), columns["difference"], np.abs(columns["t"]))
-        places = _places(layers, change.shape[2], level)
-        tables[level] = _ranked(style, places, {name: columns[name] for name in SENSITIVITY_COLUMNS}, order)
+    for level, place in places.items():
+        if level == "head":
+            own, moved = (array.reshape(len(array), -1, len(MEASURES)) for array in (values, change))
+        else:
+            own, moved = (array.mean(axis=2, dtype=np.float64) for array in (values, change))
+        columns = sensitivity_columns(own, moved, clusters, counts, untested)
+        order = np.where(untested, columns["difference"], np.abs(columns["t"]))
+        tables[level] = _ranked(style, place, columns, order)
         if flipped is not None and use.any():
             among = [label for label, used in zip(clusters, use, strict=True) if used]
-            columns = flip_columns(moved[use], flipped[use], among)
-            table = _ranked(style, places, columns, np.abs(columns["point_biserial_r"]))
-            table.insert(table.columns.get_loc("measure"), "reference_form", CONTROL if control else CLEAN)
+            parts = [flip_association(moved[use, :, m], flipped[use], among) for m in range(len(MEASURES))]
+            columns = {name: np.stack([part[name] for part in parts], axis=-1) for name in parts[0]}
+            table = _ranked(style, place, columns, np.abs(columns["point_biserial_r"]))
+            table.insert(table.columns.get_loc("measure"), "reference_form", reference)
             flips[level] = table.assign(control=control)
     known = dict(groups)
     codes = np.array([known.setdefault(label, len(known) % GROUPS) for label in clusters], dtype=int)
-    sums, counts = group_sums(change.reshape(len(change), -1, len(MEASURES)), codes, GROUPS)
-    return Comparison(style, CONTROL if control else CLEAN, control, layers, tables, flips or None, sums, counts)
+    sums, rows = group_sums(change.reshape(len(change), -1, len(MEASURES)), codes, GROUPS)
+    return Comparison(style, reference, control, layers, tables, flips or None, sums, rows)
 
 
 # --- tables
 
 
-SENSITIVITY_COLUMNS = (
-    "n",
-    "n_identical",
-    "n_unpaired",
-    "n_clusters",
-    "clean",
-    "estimate",
-    "ci_low",
-    "ci_high",
-    "difference",
-    "difference_ci_low",
-    "difference_ci_high",
-    "standard_error",
-    "effect_size",
-    "t",
-    "p",
-)
-CONTROL_COLUMNS = (
-    "rank",
-    "n",
-    "difference",
-    "difference_ci_low",
-    "difference_ci_high",
-    "standard_error",
-    "effect_size",
-    "t",
-    "p",
+CONTROL_COLUMNS = [
+    *("rank", "n", "difference", "difference_ci_low", "difference_ci_high", "standard_error", "effect_size", "t", "p"),
     "p_adjusted",
-)
-
-
-def _untested(control: str | None) -> np.ndarray:
-    """Which of MEASURES [M] have no test: a divergence from the clean form is never below 0."""
-    return np.array([control is None and name in DIVERGENCES for name in MEASURES])
+]
 
 
 def sensitivity_columns(
-    values: np.ndarray, change: np.ndarray, clusters: Sequence[str], control: str | None
+    values: np.ndarray, change: np.ndarray, clusters: Sequence[str], counts: dict[str, int], untested: np.ndarray
 ) -> dict[str, Any]:
-    """{column: [K,M]} of values and changes [n,K,M]; effect_size is Cohen's d_z."""
+    """{column: [K,M]} of values and changes [n,K,M]; effect_size is Cohen's d_z. untested [M]: see `Measure`."""
     estimate, difference = clustered_mean(values, clusters), clustered_mean(change, clusters)
     with np.errstate(invalid="ignore", divide="ignore"):
         squares = np.nansum(np.square(change, dtype=np.float64), axis=0)
         spread = np.sqrt(np.maximum(squares - difference.n * difference.mean**2, 0) / (difference.n - 1))
         size = np.where(np.isnan(difference.standard_error), np.nan, difference.mean / spread)
-    tested = {"effect_size": size, "t": difference.t, "p": difference.p}
     return {
         "n": difference.n,
+        **counts,
         "n_clusters": difference.n_clusters,
         "clean": estimate.mean - difference.mean,
         "estimate": estimate.mean,
@@ -369,29 +339,10 @@ def sensitivity_columns(
         "difference_ci_low": difference.ci_low,
         "difference_ci_high": difference.ci_high,
         "standard_error": difference.standard_error,
-    } | {name: np.where(_untested(control), np.nan, array) for name, array in tested.items()}
-
-
-def flip_columns(change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> dict[str, np.ndarray]:
-    """{column: [K,M]} of the correlation of changes [n,K,M] with flips [n], a measure at a time."""
-    found = [flip_association(change[..., measure], flipped, clusters) for measure in range(change.shape[-1])]
-    names = {
-        "n": "n",
-        "n_flipped": "n_flipped",
-        "point_biserial_r": "r",
-        "ci_low": "ci_low",
-        "ci_high": "ci_high",
-        "change_if_flipped": "change_if_flipped",
-        "change_if_still_right": "change_if_kept",
-        "p": "p",
+        "effect_size": np.where(untested, np.nan, size),
+        "t": np.where(untested, np.nan, difference.t),
+        "p": np.where(untested, np.nan, difference.p),
     }
-    return {name: np.stack([getattr(one, field) for one in found], axis=-1) for name, field in names.items()}
-
-
-def _places(layers: list[int], heads: int, level: str) -> dict[str, np.ndarray]:
-    if level == "layer":
-        return {"layer": np.array(layers)}
-    return {"layer": np.repeat(layers, heads), "head": np.tile(np.arange(heads), len(layers))}
 
 
 def _ranked(style: str, places: dict[str, np.ndarray], columns: dict[str, Any], order: np.ndarray) -> pd.DataFrame:
@@ -411,8 +362,19 @@ def _ranked(style: str, places: dict[str, np.ndarray], columns: dict[str, Any], 
 def all_tables(
     to_clean: Sequence[Comparison], to_control: Sequence[Comparison], controls: dict[str, str], seed: int
 ) -> dict[str, pd.DataFrame]:
-    """{name of the CSV: table} of a run. controls: style → its control, if the run has one."""
-    tables = {f"{level}_sensitivity": sensitivity_table(to_clean, to_control, controls, level) for level in LEVELS}
+    """{name of the CSV: table} of a run. controls: style → its control, if the run has one.
+
+    Beside the changes from the clean form are those from the control: `*_vs_control`, blank without rows.
+    """
+    tables = {}
+    for level in LEVELS:
+        table = pd.concat([one.tables[level] for one in to_clean], ignore_index=True)
+        keys = [key for key in ("style", "layer", "head", "measure") if key in table]
+        parts = [one.tables[level][[*keys, *CONTROL_COLUMNS]] for one in to_control]
+        beside = pd.concat([table[[*keys, *CONTROL_COLUMNS]].iloc[:0], *parts], ignore_index=True)
+        beside = beside.rename(columns={column: f"{column}_vs_control" for column in CONTROL_COLUMNS})
+        table = table.assign(control=table["style"].map(controls)).merge(beside, "left", keys)
+        tables[f"{level}_sensitivity"] = table
     # As in the picture: if some styles have a control of as many tokens, only these.
     equal = [one for one in to_control if matched_style(str(one.control))] or to_control
     overlaps = [overlap_table(some, seed) for some in (to_clean, equal) if some]
@@ -423,18 +385,6 @@ def all_tables(
     for level in LEVELS if flips else ():
         tables[f"{level}_answer_flips"] = pd.concat([one[level] for one in flips], ignore_index=True)
     return tables
-
-
-def sensitivity_table(
-    to_clean: Sequence[Comparison], to_control: Sequence[Comparison], controls: dict[str, str], level: str
-) -> pd.DataFrame:
-    """The changes from the clean form, and beside them those from the control (`*_vs_control`, blank without rows)."""
-    table = pd.concat([one.tables[level] for one in to_clean], ignore_index=True)
-    keys = [key for key in ("style", "layer", "head", "measure") if key in table]
-    parts = [one.tables[level][[*keys, *CONTROL_COLUMNS]] for one in to_control]
-    beside = pd.concat([table.loc[:0, [*keys, *CONTROL_COLUMNS]].iloc[:0], *parts], ignore_index=True)
-    beside = beside.rename(columns={column: f"{column}_vs_control" for column in CONTROL_COLUMNS})
-    return table.assign(control=table["style"].map(controls)).merge(beside, "left", keys)
 
 
 def overlap_table(comparisons: Sequence[Comparison], seed: int = 0) -> pd.DataFrame:

@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 from attention.flags import add_first_token
 from command_line import UserError, make_parser, run_main
 from logger import get_logger
+from run_store import open_run, warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,23 +47,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the plots."""
     args = parse_args(argv)
-    from attention.fraction_plots import save_boxplots
-    from attention.region_fractions import style_fractions, write_tables
-    from run_store import open_run, warn_unfinished
+    from attention import fraction_plots, region_fractions
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
     warn_unfinished(run, args.styles, args.max_samples)
     without_first = args.first_token == "excluded"
     found = (
-        style_fractions(run, style, args.max_samples, args.tokenizer, without_first)
+        region_fractions.style_fractions(run, style, args.max_samples, args.tokenizer, without_first)
         for style in run.chosen(args.styles)
     )
     results = [one for one in found if one is not None]
     if not results:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
-    tables = write_tables(results, folder, args.query, args.sink)
-    pictures = save_boxplots(results, folder, args.query, args.sink)
+    tables = region_fractions.write_tables(results, folder, args.query, args.sink)
+    pictures = fraction_plots.save_boxplots(results, folder, args.query, args.sink)
     get_logger().info(f"wrote {tables[0]}, {len(tables) - 1} tables prompt_task_fraction_*, {len(pictures)} box plots")
     return 0
 

@@ -25,7 +25,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 
 from attention.flags import add_first_token
 from command_line import UserError, make_parser, run_main
+from file_output import write_csv
 from logger import get_logger
+from run_store import open_run, warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,22 +53,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the pictures; log the heads that react most."""
     args = parse_args(argv)
-    from attention import heads
-    from attention.answer_flips import open_answers
-    from attention.head_plots import save_pictures
-    from file_output import write_csv
-    from run_store import open_run, warn_unfinished
-    from style_rows import clean_and_styles
+    from attention import answer_flips, head_plots, heads
 
     heads.check_measure(args.measure)
     run = open_run(args.run_dir)
-    _, styles = clean_and_styles(run, args.styles, with_controls=False)
     warn_unfinished(run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / run.name
-    answers = open_answers(args.maths_items, folder)
+    answers = answer_flips.open_answers(args.maths_items, folder)
     limit = args.split_tokens if args.split_tokens >= 0 else None
     options = heads.Options(args.max_samples, args.tokenizer, args.first_token == "excluded", limit)
-    to_clean, to_control, controls = heads.compare_styles(run, styles, options, answers)
+    to_clean, to_control, controls = heads.compare_styles(run, args.styles, options, answers)
     if not to_clean:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     heads.log_missing_divergence(run, to_clean)
@@ -74,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, table in tables.items():
         write_csv(folder / f"{name}.csv", table)
     measure = args.measure or heads.first_shown(tables["head_sensitivity"])
-    pictures = save_pictures(to_clean, tables, folder, measure)
+    pictures = head_plots.save_pictures(to_clean, tables, folder, measure)
     for line in heads.top_lines(tables["head_sensitivity"], measure):
         get_logger().info(line)
     more = f"{len(tables) - 1} more tables and {len(pictures)} pictures"

@@ -20,7 +20,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import UserError, make_parser, run_main
+from file_output import write_csv
 from load_json import TYPO_STYLES
+from logger import get_logger
+from run_store import warn_unfinished
 
 TARGETS = ["typo", "typo_vs_control", "style", "wrong", "flipped"]
 
@@ -55,17 +58,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit the probes of a run layer by layer; write the table and the picture."""
     args = parse_args(argv)
-    from attention import layer_curves, probes
-    from attention.answer_flips import open_answers
-    from file_output import write_csv
-    from logger import get_logger
-    from run_store import warn_unfinished
+    from attention import answer_flips, layer_curves, probes
 
     log, states = get_logger(), probes.open_states(args)
     warn_unfinished(states.run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / states.run.name
     wanted = {"wrong", "flipped"} & {*args.targets}
-    answers = open_answers(args.maths_items, folder) if wanted else None
+    answers = answer_flips.open_answers(args.maths_items, folder) if wanted else None
     if wanted and answers is None:
         log.info(f"no {folder}/maths_items.csv: without the targets wrong and flipped (run stage 3, or --maths_items)")
     items = list(probes.all_items(states, args, answers))
