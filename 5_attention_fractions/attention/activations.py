@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from command_line import UserError
 from logger import get_logger
-from paired_stats import benjamini_hochberg, clustered_mean, holm
+from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
 from run_store import Run, open_run
 from style_rows import (
     StyleRows,
@@ -60,6 +60,9 @@ ITEM_COLUMNS = [
     *("recovered", "half_recovery_depth", "half_recovered", "next_token_kl", "kl_mass_clean", "kl_mass_style"),
     *("clean_top1_rank", "clean_top1_in_topk", "top1_kept"),
 ]
+
+_NO_CHANGE = Estimate._make([np.nan] * 7 + [0] * 2)
+_NOTHING = pd.DataFrame(columns=["style", "region", "measure"])  # estimates of no style
 
 Key = tuple[str, str]  # (region, measure); region "" for a number per row
 
@@ -185,6 +188,20 @@ def _checked_lens(study: Comparison) -> LogitLens:
 # --- the measures of one style
 
 
+def measure_styles(study: Comparison) -> dict[str, StyleValues]:
+    """Every measure of every style, the controls first."""
+    order = sorted(study.styles, key=lambda style: not is_control(style))
+    measured = {style: style_values(study, style) for style in order}
+    for style, own in measured.items():
+        if own.identical and not is_control(style):
+            get_logger().debug(f"{style}: left out {len(own.identical)} rows that are equal to the clean text")
+        for region, count in own.on_first.items():
+            if count:
+                note = f"{style} {region}: left out {count} rows on the first token (else --first_token included)"
+                get_logger().debug(note)
+    return measured
+
+
 def style_values(study: Comparison, style: str) -> StyleValues:
     """Every measure of a style's rows against their clean twins.
 
@@ -199,7 +216,8 @@ def style_values(study: Comparison, style: str) -> StyleValues:
         if region in own.state_regions() and twin_region(region, style) in study.clean.state_regions():
             _add_state_measures(study, style, region, found)
     values, rows, stay = found.values, found.rows, study.args.stay_layers
-    if study.lens is not None and (lens_rows := _lens_rows(study, rows)):
+    first = {*study.clean.indices[: study.args.lens_rows]}
+    if study.lens is not None and (lens_rows := [row for row in rows if row in first]):
         clean, other = (table.states(lens_rows, "last") for table in (study.clean, own))
         top1 = study.clean.extract(last_logits, lens_rows)["topk_indices"][:, 0]
         for name, numbers in study.lens.change(clean, other, top1).items():
@@ -217,11 +235,6 @@ def style_values(study: Comparison, style: str) -> StyleValues:
     for numbers in values.values():
         numbers[np.isinf(numbers)] = np.nan
     return found
-
-
-def _lens_rows(study: Comparison, rows: list[int]) -> list[int]:
-    chosen = set(study.clean.indices[: study.args.lens_rows])
-    return [row for row in rows if row in chosen]
 
 
 def _add_state_measures(study: Comparison, style: str, region: str, found: StyleValues) -> None:
@@ -276,11 +289,15 @@ def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tens
 # --- tables
 
 
-def estimate_table(study: Comparison, measured: dict[str, StyleValues]) -> pd.DataFrame:
-    """One line per style, region, measure and layer (region "" and layer 0 for a number per row): means and intervals,
-    and the difference to the style's control."""
-    tables = [table for style in measured for table in _estimates(study, measured, style)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["style", "region", "measure"])
+def all_tables(study: Comparison, measured: dict[str, StyleValues]) -> dict[str, pd.DataFrame]:
+    """{name of the CSV: table} of the styles' measures."""
+    found = [table for style in measured for table in _estimates(study, measured, style)]
+    estimates = pd.concat(found or [_NOTHING], ignore_index=True)
+    return {
+        "activation_diffs": curve_table(study, measured, estimates),
+        "activation_diffs_summary": summary_table(study, measured, estimates),
+        "activation_diffs_items": item_table(study, measured),
+    }
 
 
 def curve_table(study: Comparison, measured: dict[str, StyleValues], estimates: pd.DataFrame) -> pd.DataFrame:
@@ -323,7 +340,8 @@ def _finished(study: Comparison, table: pd.DataFrame, front: list[str]) -> pd.Da
 
 
 def _estimates(study: Comparison, measured: dict[str, StyleValues], style: str) -> list[pd.DataFrame]:
-    """A table for each measure of a style: its mean, and its difference to the style's control.
+    """A table for each measure of a style, a line by layer (region "" and layer 0 for a number per row): its mean, and
+    its difference to the style's control.
 
     The control counts on the rows in which both edit the same words into (nearly) as many tokens.
     """
@@ -336,23 +354,31 @@ def _estimates(study: Comparison, measured: dict[str, StyleValues], style: str) 
         mine, theirs = (np.searchsorted(one.rows, alike) for one in (own, other))
     tables = []
     for (region, measure), values in own.values.items():
-        estimate = clustered_mean(values, table.clusters(own.rows))
-        lowest, highest = 0 if measure in SHARES | DISTANCES else -np.inf, 1 if measure in SHARES else np.inf
-        columns: dict[str, Any] = {"style": style, "region": region, "measure": measure}
-        columns |= {"n": estimate.n, "n_clusters": estimate.n_clusters, "estimate": estimate.mean}
-        columns |= {"ci_low": np.clip(estimate.ci_low, lowest, highest)}
-        columns |= {"ci_high": np.clip(estimate.ci_high, lowest, highest)}
-        columns |= {"n_with_control": 0, "control_estimate": np.nan, "difference_to_control": np.nan}
-        columns |= {"difference_ci_low": np.nan, "difference_ci_high": np.nan, "p": np.nan}
+        change, base = _NO_CHANGE, np.array(np.nan)
         if alike and other is not None and (region, measure) in other.values:
             base = other.values[region, measure][theirs]
             change = clustered_mean(values[mine] - base, table.clusters(alike))
-            both = np.where(np.isnan(values[mine]), np.nan, base)
-            columns |= {"n_with_control": change.n, "control_estimate": clustered_mean(both).mean, "p": change.p}
-            columns |= {"difference_to_control": change.mean}
-            columns |= {"difference_ci_low": change.ci_low, "difference_ci_high": change.ci_high}
-        count = np.size(estimate.mean)
-        tables.append(pd.DataFrame(columns | {"layer": np.arange(count)}, index=range(count)))
+            base = clustered_mean(np.where(np.isnan(values[mine]), np.nan, base)).mean
+        estimate = clustered_mean(values, table.clusters(own.rows))
+        lowest, highest = 0 if measure in SHARES | DISTANCES else -np.inf, 1 if measure in SHARES else np.inf
+        columns = {
+            "style": style,
+            "region": region,
+            "measure": measure,
+            "n": estimate.n,
+            "n_clusters": estimate.n_clusters,
+            "estimate": estimate.mean,
+            "ci_low": np.clip(estimate.ci_low, lowest, highest),
+            "ci_high": np.clip(estimate.ci_high, lowest, highest),
+            "n_with_control": change.n,
+            "control_estimate": base,
+            "difference_to_control": change.mean,
+            "difference_ci_low": change.ci_low,
+            "difference_ci_high": change.ci_high,
+            "p": change.p,
+            "layer": np.arange(np.size(estimate.mean)),
+        }
+        tables.append(pd.DataFrame(columns, index=range(np.size(estimate.mean))))
     return tables
 
 

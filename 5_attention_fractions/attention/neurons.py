@@ -18,7 +18,7 @@ from command_line import UserError
 from file_output import save_figure
 from logger import get_logger
 from matplotlib.ticker import MaxNLocator
-from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal
+from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal, holm
 from run_store import Run
 from scipy import stats
 from style_rows import (
@@ -92,6 +92,28 @@ def open_studies(run: Run, args: argparse.Namespace) -> list[Study]:
     return studies
 
 
+def find_units(run: Run, studies: list[Study]) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """({unit: table of the found ones}, one line per style and unit). Raises UserError if every style is too small."""
+    tables: dict[str, pd.DataFrame] = {}
+    lines, too_few = [], []
+    for study in studies:
+        done = {style: study_style(study, style) for style in study.styles if not is_control(style)}
+        too_few += [style for style, one in done.items() if one is None and style not in too_few]
+        if found := [one for one in done.values() if one is not None]:
+            tables[study.unit] = pd.concat([table for table, _ in found], ignore_index=True)
+            lines += [line for _, line in found]
+    if not lines:
+        raise UserError(f"{run.path}: too few rows in every style; run stage 2 on more prompts")
+    if too_few:
+        get_logger().warning(
+            f"too few rows for typo neurons and heads: {' '.join(too_few)}; each half of a style's rows (if it has a "
+            "control, of those that the control matches) needs two templates"
+        )
+    summary = pd.DataFrame(lines)
+    summary["p_adjusted"] = summary.groupby("unit")["p"].transform(holm)
+    return tables, summary
+
+
 def study_style(study: Study, style: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
     """(table of the found units, summary line) of a style; None if a half of its rows has fewer than two templates."""
     halves = half_means(study, style, compared_rows(study, style))
@@ -111,14 +133,14 @@ def study_style(study: Study, style: str) -> tuple[pd.DataFrame, dict[str, Any]]
 
 def compared_rows(study: Study, style: str) -> list[int]:
     """Rows that the style changes, that its control matches, and whose edited words are not on the first token."""
-    own, *others = study.compared(style)
-    rows = paired_rows(own, study.clean).changed
-    for control in others[1:]:
+    own, clean, *controls = study.compared(style)
+    rows = paired_rows(own, clean).changed
+    for control in controls:
         rows = like_control(own, control, rows, None)
     if study.args.first_token == "excluded" and "edited" in study.regions and rows:
-        on_first = own.holds_first(rows, "edited") | study.clean.holds_first(rows, twin_region("edited", style))
-        for control in others[1:]:
-            on_first |= control.holds_first(rows, "edited")
+        on_first = clean.holds_first(rows, twin_region("edited", style))
+        for table in (own, *controls):
+            on_first |= table.holds_first(rows, "edited")
         rows = [row for row, on in zip(rows, on_first, strict=True) if not on]
     return rows
 
@@ -144,7 +166,11 @@ class HalfMeans:
 
 
 def half_means(study: Study, style: str, rows: list[int]) -> HalfMeans:
-    """Read all units of some rows, a few layers at a time, and average them over each half."""
+    """Read all units of some rows, a few layers at a time, and average them over each half.
+
+    The score is style - max(clean, control) of the means; an effect size is that over the standard deviation of the
+    rows' change from the larger of the two, 0 without variance.
+    """
     tables = study.compared(style)
     shape = study.clean.first_content()[FIELDS[study.unit]].shape
     count, width = int(shape[0]), int(shape[-1] if study.unit == NEURON else shape[2])
@@ -156,39 +182,25 @@ def half_means(study: Study, style: str, rows: list[int]) -> HalfMeans:
         if missing.any():  # such rows count in no layer: begin again without them
             rows, parts = [row for row, out in zip(rows, missing, strict=True) if not out], []
             continue
-        halves = study.half(rows)
-        parts.append(_half_statistics(values, [halves == FIND, halves == CONFIRM], study.args.score))
-    means, delta, changes = (
-        np.concatenate(one, axis=axis) for one, axis in zip(zip(*parts, strict=True), (2, 1, 1), strict=True)
-    )
-    by_half = [
-        [row for row, own in zip(rows, study.half(rows), strict=True) if own == half] for half in (FIND, CONFIRM)
-    ]
-    return HalfMeans(by_half, means, delta, changes)
-
-
-def _half_statistics(
-    values: list[np.ndarray], halves: list[np.ndarray], score: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(means, delta, layer_changes) of `HalfMeans` for a few layers; values [n, k, U] of style, clean (and control).
-
-    The score is style - max(clean, control) of the means; an effect size is that over the standard deviation of the
-    rows' change from the larger of the two, 0 without variance.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a half without rows: NaN, and the style is passed over
-        means = np.array([[part[half].mean(axis=0, dtype=np.float64) for part in values] for half in halves])
-        delta = means[:, 0] - means[:, 1:].max(axis=1)
-        changes = [values[0] - part for part in values[1:]]
-        if score == "effect_size":
-            spreads = np.array(
-                [[change[half].std(axis=0, ddof=1, dtype=np.float64) for change in changes] for half in halves]
-            )
-            larger = means[:, 1:].argmax(axis=1)[:, None]  # clean if both are equal
-            spread = np.take_along_axis(spreads, larger, axis=1)[:, 0]
-            delta = np.divide(delta, spread, out=np.zeros_like(delta), where=spread > NO_SPREAD * np.abs(delta))
-    sums = [change[halves[CONFIRM]].sum(axis=2, dtype=np.float64) for change in changes]
-    return means, delta, np.stack(sums, axis=-1)
+        of_row = study.half(rows)
+        halves = [np.flatnonzero(of_row == half) for half in (FIND, CONFIRM)]
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a half without rows: NaN, and the style is passed over
+            means = np.array([[part[half].mean(axis=0, dtype=np.float64) for part in values] for half in halves])
+            delta = means[:, 0] - means[:, 1:].max(axis=1)
+            changes = [values[0] - part for part in values[1:]]
+            if study.args.score == "effect_size":
+                spreads = np.array(
+                    [[change[half].std(axis=0, ddof=1, dtype=np.float64) for change in changes] for half in halves]
+                )
+                larger = means[:, 1:].argmax(axis=1)[:, None]  # clean if both are equal
+                spread = np.take_along_axis(spreads, larger, axis=1)[:, 0]
+                delta = np.divide(delta, spread, out=np.zeros_like(delta), where=spread > NO_SPREAD * np.abs(delta))
+        sums = [change[halves[CONFIRM]].sum(axis=2, dtype=np.float64) for change in changes]
+        parts.append((means, delta, np.stack(sums, axis=-1)))
+    arrays = (np.concatenate(one, axis=axis) for one, axis in zip(zip(*parts, strict=True), (2, 1, 1), strict=True))
+    by_half = [[rows[place] for place in half] for half in halves]
+    return HalfMeans(by_half, *arrays)
 
 
 # --- finding and confirming
@@ -257,22 +269,36 @@ def one_sided(estimate: Estimate) -> np.ndarray:
 def _unit_table(study: Study, style: str, halves: HalfMeans, found: np.ndarray, units: Estimate) -> pd.DataFrame:
     """One line per found unit, best first; units: estimates [k, clean (control)] of its change."""
     at = (found[:, 0], found[:, 1])
-    table = pd.DataFrame({"style": style, "layer": found[:, 0], study.unit: found[:, 1]})
-    table["score"], table["rank"] = study.args.score, np.arange(1, len(found) + 1)
-    table["n_find"], table["n"], table["n_clusters"] = len(halves.rows[FIND]), units.n[:, 0], units.n_clusters[:, 0]
-    table["delta_find"], table["delta"] = halves.delta[FIND][at], halves.delta[CONFIRM][at]
-    means = halves.means[CONFIRM]
-    for number, name in enumerate(("style", "clean", "control")):
-        table[f"mean_{name}"] = means[number][at] if number < len(means) else np.nan
-    for number, name in enumerate(("clean", "control")):
-        there = number < units.mean.shape[1]
-        table[f"difference_to_{name}"] = units.mean[:, number] if there else np.nan
-        table[f"difference_to_{name}_ci_low"] = units.ci_low[:, number] if there else np.nan
-        table[f"difference_to_{name}_ci_high"] = units.ci_high[:, number] if there else np.nan
-    table["p"] = one_sided(units)
+    means = dict(zip(("style", "clean", "control"), halves.means[CONFIRM], strict=False))
+    table = pd.DataFrame(
+        {
+            "style": style,
+            "layer": found[:, 0],
+            study.unit: found[:, 1],
+            "score": study.args.score,
+            "rank": np.arange(1, len(found) + 1),
+            "n_find": len(halves.rows[FIND]),
+            "n": units.n[:, 0],
+            "n_clusters": units.n_clusters[:, 0],
+            "delta_find": halves.delta[FIND][at],
+            "delta": halves.delta[CONFIRM][at],
+            **{f"mean_{name}": means[name][at] if name in means else np.nan for name in ("style", "clean", "control")},
+            **_with_intervals("difference_to", units),
+            "p": one_sided(units),
+        }
+    )
     table["p_adjusted"] = benjamini_hochberg(table["p"])
     table["confirmed"] = (table["p_adjusted"] <= ALPHA).astype(int)
     return table
+
+
+def _with_intervals(name: str, found: Estimate) -> dict[str, Any]:
+    """Columns <name>_clean and <name>_control with their intervals, of estimates [..., clean (control)]."""
+    columns = {}
+    for place, reference in enumerate(("clean", "control")):
+        for end, values in (("", found.mean), ("_ci_low", found.ci_low), ("_ci_high", found.ci_high)):
+            columns[f"{name}_{reference}{end}"] = values[..., place] if place < values.shape[-1] else np.nan
+    return columns
 
 
 def _summary_line(
@@ -282,22 +308,28 @@ def _summary_line(
     find, confirm = halves.delta
     random = random_set_means(confirm, found, study.args.random_sets, study.args.seed)
     again = {tuple(unit) for unit in top_units(confirm, len(found) / confirm.size).tolist()}
-    line: dict[str, Any] = {"style": style, "unit": study.unit, "control": control_of(study.run, style) or "none"}
-    line |= {"score": study.args.score, "n_find": len(halves.rows[FIND]), "n": len(halves.rows[CONFIRM])}
-    line |= {"n_clusters": excess.n_clusters[0], "n_units": find.size, "n_found": len(found)}
-    line |= {"n_confirmed": int(table["confirmed"].sum()), "delta_find": float(table["delta_find"].mean())}
-    line |= {"delta": float(confirm[found[:, 0], found[:, 1]].mean()), "random_delta": random.mean()}
-    line |= {"random_low": np.quantile(random, 0.025), "random_high": np.quantile(random, 0.975)}
-    for number, name in enumerate(("clean", "control")):
-        there = number < len(excess.mean)
-        line[f"excess_over_{name}"] = excess.mean[number] if there else np.nan
-        line[f"excess_over_{name}_ci_low"] = excess.ci_low[number] if there else np.nan
-        line[f"excess_over_{name}_ci_high"] = excess.ci_high[number] if there else np.nan
-    line |= {"p": float(one_sided(excess))}
-    line |= {"found_again_share": sum(tuple(unit) in again for unit in found.tolist()) / len(found)}
-    line |= {"found_again_by_chance": len(found) / find.size}
-    line["split_half_rank_correlation"] = stats.spearmanr(find.ravel(), confirm.ravel()).statistic
-    return line
+    return {
+        "style": style,
+        "unit": study.unit,
+        "control": control_of(study.run, style) or "none",
+        "score": study.args.score,
+        "n_find": len(halves.rows[FIND]),
+        "n": len(halves.rows[CONFIRM]),
+        "n_clusters": excess.n_clusters[0],
+        "n_units": find.size,
+        "n_found": len(found),
+        "n_confirmed": int(table["confirmed"].sum()),
+        "delta_find": float(table["delta_find"].mean()),
+        "delta": float(table["delta"].mean()),
+        "random_delta": random.mean(),
+        "random_low": np.quantile(random, 0.025),
+        "random_high": np.quantile(random, 0.975),
+        **_with_intervals("excess_over", excess),
+        "p": float(one_sided(excess)),
+        "found_again_share": sum(tuple(unit) in again for unit in found.tolist()) / len(found),
+        "found_again_by_chance": len(found) / find.size,
+        "split_half_rank_correlation": stats.spearmanr(find.ravel(), confirm.ravel()).statistic,
+    }
 
 
 def plot_units(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, path: Path) -> None:

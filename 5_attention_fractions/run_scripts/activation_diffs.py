@@ -23,6 +23,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 
 from attention.flags import add_first_token
 from command_line import make_parser, run_main
+from file_output import write_csv
+from logger import get_logger
+from run_store import warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,29 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare the states of a run and write tables and pictures."""
     args = parse_args(argv)
     from attention import activations, layer_curves
-    from file_output import write_csv
-    from logger import get_logger
-    from run_store import warn_unfinished
-    from style_rows import is_control
 
     log = get_logger()
     study = activations.open_comparison(args)
     warn_unfinished(study.run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / study.run.name
-    order = sorted(study.styles, key=lambda style: not is_control(style))  # styles are compared with their controls
-    measured = {style: activations.style_values(study, style) for style in order}
-    estimates = activations.estimate_table(study, measured)
-    curves = activations.curve_table(study, measured, estimates)
-    summary = activations.summary_table(study, measured, estimates)
-    write_csv(folder / "activation_diffs.csv", curves)
-    write_csv(folder / "activation_diffs_summary.csv", summary)
-    write_csv(folder / "activation_diffs_items.csv", activations.item_table(study, measured))
-    for style, own in measured.items():
-        if own.identical and not is_control(style):
-            log.debug(f"{style}: left out {len(own.identical)} rows that are equal to the clean text")
-        for region, count in own.on_first.items():
-            if count:
-                log.debug(f"{style} {region}: left out {count} rows on the first token (else --first_token included)")
+    tables = activations.all_tables(study, activations.measure_styles(study))
+    for name, table in tables.items():
+        write_csv(folder / f"{name}.csv", table)
+    curves, summary = tables["activation_diffs"], tables["activation_diffs_summary"]
     layer_curves.plot_distances(curves, folder / "activation_diffs.png")
     layer_curves.plot_recovery(curves, summary, folder / "typo_recovery.png")
     layer_curves.plot_lens(curves, folder / "logit_lens.png")

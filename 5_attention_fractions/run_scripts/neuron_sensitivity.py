@@ -22,7 +22,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from attention.flags import add_first_token
-from command_line import UserError, make_parser, run_main
+from command_line import make_parser, run_main
+from file_output import write_csv
+from logger import get_logger
+from run_store import open_run, warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,34 +56,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Find and confirm typo neurons and typo heads; write the tables and the picture."""
     args = parse_args(argv)
-    import pandas as pd
     from attention import neurons
-    from file_output import write_csv
-    from logger import get_logger
-    from paired_stats import holm
-    from run_store import open_run, warn_unfinished
-    from style_rows import is_control
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
-    tables, lines, too_few = {}, [], []
     studies = neurons.open_studies(run, args)
     warn_unfinished(run, args.styles, args.max_samples)
-    for study in studies:
-        done = {style: neurons.study_style(study, style) for style in study.styles if not is_control(style)}
-        too_few += [style for style, one in done.items() if one is None and style not in too_few]
-        if found := [one for one in done.values() if one is not None]:
-            tables[study.unit] = pd.concat([table for table, _ in found], ignore_index=True)
-            lines += [line for _, line in found]
-    if too_few and lines:
-        get_logger().warning(
-            f"too few rows for typo neurons and heads: {' '.join(too_few)}; each half of a style's rows (if it has a "
-            "control, of those that the control matches) needs two templates"
-        )
-    if not lines:
-        raise UserError(f"{run.path}: too few rows in every style; run stage 2 on more prompts")
-    summary = pd.DataFrame(lines)
-    summary["p_adjusted"] = summary.groupby("unit")["p"].transform(holm)
+    tables, summary = neurons.find_units(run, studies)
     for unit, name in ((neurons.NEURON, "neuron_sensitivity.csv"), (neurons.HEAD, "typo_heads.csv")):
         if unit in tables:
             write_csv(folder / name, tables[unit])
