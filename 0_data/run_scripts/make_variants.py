@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
 from load_json import STYLES, read_prompt_file
+from load_model import load_tokenizer
 from logger import get_logger
 
 ROWS_SHOWN = 20
@@ -38,9 +39,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     edits.add_argument("--styles", nargs="+", default=["all"], metavar="STYLE", help=f"all, or of: {' '.join(STYLES)}")
     edits.add_argument("--seed", type=int, default=0, help="another seed gives other variants")
     edits.add_argument("--intensity", type=int, default=1, metavar="K", help="edits a variant")
-    edits.add_argument(
-        "--keyboard", default="qwerty", help="whose neighbours `main` takes: qwerty, qwertz, azerty or dvorak"
-    )
+    keyboards = ("qwerty", "qwertz", "azerty", "dvorak")
+    edits.add_argument("--keyboard", default="qwerty", choices=keyboards, help="whose neighbours `main` takes")
     edits.add_argument("--tokenizer", metavar="MODEL", help="folder or name of a model whose tokens the log counts")
     return parser.parse_args(argv)
 
@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the variants, write both files, log the summary. Returns 1 if a row had no usable clean prompt."""
     args = parse_args(argv)
-    from typos.variants import edit_log_path, load_tokenizer, log_table, make_variants
+    from typos.variants import edit_log_path, log_table, make_variants
 
     prompts = read_prompt_file(args.prompt_file)
     if args.output_file.resolve() == args.prompt_file.resolve():
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.warning(f"row {index + 1} {reason}; it was copied as it is")
     if len(summary["bad_rows"]) > ROWS_SHOWN:
         logger.warning(f"… and {len(summary['bad_rows']) - ROWS_SHOWN} more such rows")
-    logger.info(f"wrote {args.output_file} ({summary['rows']} rows) and {log_file}")
+    logger.info(f"wrote {args.output_file} ({len(rows)} rows) and {log_file}")
     return 1 if summary["bad_rows"] else 0
 
 

@@ -20,18 +20,18 @@ from load_json import (
     RESERVED_KEYS,
     STYLES,
     UnreadLine,
-    has_half_character,
     id_problem,
     is_style_key,
     json_type,
     parse_rows,
     read_text,
     style_problem,
+    surrogate_problem,
 )
 from token_spans import matched_style
 
-from typos.edits import osa_distance
 from typos.style_rules import verify_variant
+from typos.words import osa_distance
 
 KNOWN_STYLES = (*CLEAN_KEYS, *STYLES, "other")
 # All other kinds of finding are errors: they bias a comparison.
@@ -273,8 +273,8 @@ def _type_problems(row: dict[str, Any], skipped: set[str]) -> Iterator[Problem]:
             yield "wrong_type", f"the prompt is a JSON {json_type(value)}, not a string", key, _drop(key)
         elif not value.strip():
             yield "empty_prompt", "the prompt is empty", key, _drop(key)
-        elif has_half_character(value):
-            yield "surrogate", "half of a surrogate pair, which no tokenizer reads", key, _drop(key)
+        elif reason := surrogate_problem(value):
+            yield "surrogate", reason, key, _drop(key)
         elif control := _CONTROLS.search(value):
             yield "control_character", f"U+{ord(control[0]):04X} at character {control.start()}", key, ""
 
@@ -302,8 +302,8 @@ def _variant_problems(row: dict[str, Any], skipped: set[str], intensity: int) ->
             yield "task_not_in_prompt", "the row's task is not in it word for word", key, fix
     for style, text in row.items():
         if _is_variant(style) and _is_prompt(text) and style not in skipped:
-            for fault in verify_variant(clean, text, style, row, intensity):
-                yield fault.kind, fault.detail, style, "drop variant"
+            for kind, detail in verify_variant(clean, text, style, row, intensity):
+                yield kind, detail, style, "drop variant"
 
 
 def _clean_key(row: dict[str, Any]) -> str | None:

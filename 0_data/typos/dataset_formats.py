@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TextIO
 
 from command_line import UserError, one_line
 from file_output import atomic_path
-from load_json import has_half_character
+from load_json import surrogate_problem
 from logger import get_logger
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -214,8 +214,8 @@ def _text(record: Record, column: str) -> str:
         raise BadLine(f"{column} is not a text")
     if not text.strip():
         raise BadLine(f"{column} is empty")
-    if has_half_character(text):
-        raise BadLine(f"{column} holds half of a surrogate pair")
+    if reason := surrogate_problem(text):
+        raise BadLine(f"{column} {reason}")
     return text.strip()
 
 

@@ -5,37 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from typos.edits import Edit, in_case_of
 from typos.words import (
     FUNCTION_WORDS,
     INSTRUCTION_VERBS,
     NUMBER_WORDS,
     UNITS,
     WORD_LISTS,
+    Edit,
     Word,
     ends_sentence,
+    in_case_of,
     is_real_word,
-    pairs,
     word_set,
 )
 
-_LISTS = WORD_LISTS["grammar"]
-_AGREEMENT = pairs(_LISTS["agreement"])
-_PAST = pairs(_LISTS["past"])
-_DOUBLED = word_set(_LISTS["doubled"])
-_AUXILIARIES = word_set(_LISTS["auxiliaries"])
-_BEFORE_SUBJECT = word_set(_LISTS["before_subject"])
-_BEFORE_BASE_FORM = _AUXILIARIES | word_set("to please and then let's not")
-_EITHER_NUMBER = word_set(_LISTS["either_number"])
-_QUANTITIES = word_set(_LISTS["quantities"])
-_EITHER_BEFORE = word_set(_LISTS["either_before"])
-_UNREAL = word_set(_LISTS["unreal"])
-_MANDATIVE = tuple(_LISTS["mandative"].split())
-_AFTER_PRONOUN = word_set(_LISTS["after_pronoun"])
-_PREPOSITIONS = word_set(_LISTS["prepositions"])
+_LISTS = {name: word_set(words) for name, words in WORD_LISTS["grammar"].items()}
+_AGREEMENT, _PAST = (dict(pair.split("/") for pair in _LISTS[name]) for name in ("agreement", "past"))
+_BEFORE_BASE_FORM = _LISTS["auxiliaries"] | word_set("to please and then let's not")
+_MANDATIVE = tuple(_LISTS["mandative"])
 _SILENT_H = ("hour", "honest", "honour", "honor", "heir")
-_ALSO_NOUNS = word_set(_LISTS["also_nouns"])
-_CAN_SLIP = {*_AGREEMENT, *_PAST, *_DOUBLED}
+_CAN_SLIP = {*_AGREEMENT, *_PAST, *_LISTS["doubled"]}
 _REQUESTS = {*_PAST, *INSTRUCTION_VERBS, "please"}
 LONGEST_SENTENCE = 40  # words on each side that are looked at
 
@@ -62,11 +51,8 @@ def _sentence_around(pieces: list[str], ends: list[bool], index: int) -> tuple[l
         start -= 1
     while end < min(len(pieces) - 1, index + LONGEST_SENTENCE) and not ends[end]:
         end += 1
-    return _bare(pieces[start:index]), _bare(pieces[index + 1 : end + 1])
-
-
-def _bare(pieces: list[str]) -> list[str]:
-    return [piece.strip("()[]\"'“”‘’«».,;:?!*").lower() for piece in pieces]
+    bare = [piece.strip("()[]\"'“”‘’«».,;:?!*").lower() for piece in pieces[start : end + 1]]
+    return bare[: index - start], bare[index - start + 1 :]
 
 
 def _slips_of(word: Word, earlier: list[str], later: list[str], after: str) -> list[tuple[str, str]]:
@@ -81,11 +67,12 @@ def _slips_of(word: Word, earlier: list[str], later: list[str], after: str) -> l
     if lower in _PAST:
         base_form = before in _BEFORE_BASE_FORM
         if word.starts_sentence:  # a request: "Work out …", not "Work is …"
-            base_form = lower not in _ALSO_NOUNS or after.lower() in FUNCTION_WORDS - {"is", "of", "was"}
+            base_form = lower not in _LISTS["also_nouns"] or after.lower() in FUNCTION_WORDS - {"is", "of", "was"}
         elif before in ("and", "then"):  # "they cut and gave", "she helps him and writes" would be right
             base_form = earlier[0] in _REQUESTS
         past = base_form and (not word.starts_sentence or after.lower() in FUNCTION_WORDS)  # "Proposed names"
-        if past or (before == "you" and _AUXILIARIES.intersection(earlier[-2:-1])):  # "that you found" is right
+        # "that you found" is right
+        if past or (before == "you" and _LISTS["auxiliaries"].intersection(earlier[-2:-1])):
             slips.append(("tense", _PAST[lower]))
         if base_form or before == "you":
             slips.append(("agreement", _third_person(lower)))
@@ -94,7 +81,7 @@ def _slips_of(word: Word, earlier: list[str], later: list[str], after: str) -> l
         slips.append(("article", "an"))
     if lower == "an" and after and (after[:1] in "aeio" or after.startswith(_SILENT_H)):
         slips.append(("article", "a"))
-    if lower in _DOUBLED and after:
+    if lower in _LISTS["doubled"] and after:
         slips.append(("doubled_word", f"{lower} {lower}"))
     return slips
 
@@ -103,24 +90,25 @@ def _is_agreement(word: Word, earlier: list[str], later: list[str], after: str) 
     """True if the other number of a word in _AGREEMENT is wrong for sure."""
     lower, before, noun = word.lower, "".join(earlier[-1:]), "".join(later[:1])
     sentence = (*earlier, lower, *later)
-    quantity = any(one in _QUANTITIES and other == "of" for one, other in pairwise(sentence))
-    if quantity or _EITHER_NUMBER.intersection(sentence):
+    quantity = any(one in _LISTS["quantities"] and other == "of" for one, other in pairwise(sentence))
+    if quantity or _LISTS["either_number"].intersection(sentence):
         return False
     if lower in ("this", "these", "those"):  # before a noun; alone, the other may be as right
-        if lower == "those" and earlier and before not in _PREPOSITIONS:  # "I know that boys cry"
+        if lower == "those" and earlier and before not in _LISTS["prepositions"]:  # "I know that boys cry"
             return False
-        pronoun = noun in FUNCTION_WORDS | NUMBER_WORDS | _AFTER_PRONOUN or noun.endswith(("ly", "ed"))
+        pronoun = noun in FUNCTION_WORDS | NUMBER_WORDS | _LISTS["after_pronoun"] or noun.endswith(("ly", "ed"))
         sure = bool(after) and noun.isalpha() and noun != "people" and not pronoun
         return sure or (lower == "those" and noun in ("that", "who"))
-    if before in _EITHER_BEFORE | UNITS | NUMBER_WORDS or before[-1:].isdigit():
+    if before in _LISTS["either_before"] | UNITS | NUMBER_WORDS or before[-1:].isdigit():
         return False
     if "and" in earlier[-4:] or {"or", "nor"}.intersection(earlier[-4:]):
         return False
-    inverted = not earlier or before in _BEFORE_SUBJECT
+    inverted = not earlier or before in _LISTS["before_subject"]
     if inverted and {"and", "or"}.intersection(later):  # "where is the cat and the dog"
         return False
     if lower in ("was", "were"):  # "if it were", "were he here", "as it were"
-        return not (inverted and not before) and not _UNREAL.intersection(earlier) and earlier[-2:] != ["as", "it"]
+        unreal = not earlier or _LISTS["unreal"].intersection(earlier) or earlier[-2:] == ["as", "it"]
+        return not unreal
     if lower in ("has", "have", "do", "does"):
         return not any(one.startswith(_MANDATIVE) for one in earlier)
     return True

@@ -98,7 +98,12 @@ _NUMERIC_ANSWER = re.compile(
 def is_arithmetic(text: str, row: dict[str, Any] | None = None) -> bool:
     """True if numbers decide: the row's `answer` is a number, or the text holds two numbers (digits or words), or one
     number and a word that names a calculation (halve, squared, median …)."""
-    if _is_number(row.get("answer") if row else None) or has_two_numbers(text):
+    answer = row.get("answer") if row else None
+    if isinstance(answer, str):
+        numeric = _NUMERIC_ANSWER.fullmatch(answer.strip()) is not None
+    else:
+        numeric = isinstance(answer, int | float) and not isinstance(answer, bool)
+    if numeric or has_two_numbers(text):
         return True
     words = {match[0].lower() for match in _TOKEN.finditer(text)}
     number = _DIGITS.search(text) is not None or not words.isdisjoint(NUMBER_WORDS - _VAGUE_NUMBERS)
@@ -121,15 +126,12 @@ def _number_words(text: str) -> list[Span]:
     return spans
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, int | float):
-        return True
-    return isinstance(value, str) and _NUMERIC_ANSWER.fullmatch(value.strip()) is not None
-
-
 # --- what is protected
+
+
+def protected_texts(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[str]:
+    """The protected parts themselves, in order. An edit is safe only if this list stays as it is."""
+    return [text[start:end] for start, end in protected_spans(text, row, clean)]
 
 
 def protected_spans(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[Span]:
@@ -140,20 +142,36 @@ def protected_spans(text: str, row: dict[str, Any] | None = None, clean: str | N
     """
     task, answer = (row.get(key) if row else None for key in ("task", "answer"))
     answers = answer if isinstance(answer, list) else [answer]
-    return list(
-        _protected_spans(
-            text,
-            task.strip() if isinstance(task, str) else "",
-            tuple(text.strip() for text in answers if isinstance(text, str) and text.strip()),
-            is_arithmetic(text, row),
-            None if clean is None else frozenset(clean[start:end] for start, end in _labels(clean)),
-        )
-    )
+    task, *answers = (value.strip() if isinstance(value, str) else "" for value in (task, *answers))
+    labels = None if clean is None else frozenset(clean[start:end] for start, end in _labels(clean))
+    return list(_protected_spans(text, task, tuple(answers), is_arithmetic(text, row), labels))
 
 
-def protected_texts(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[str]:
-    """The protected parts themselves, in order. An edit is safe only where this list stays as it is."""
-    return [text[start:end] for start, end in protected_spans(text, row, clean)]
+@lru_cache(maxsize=32)  # the clean prompt is asked for again with every style
+def _protected_spans(
+    text: str, task: str, answers: tuple[str, ...], arithmetic: bool, labels: frozenset[str] | None
+) -> tuple[Span, ...]:
+    spans = [match.span() for pattern in _PATTERNS.values() for match in pattern.finditer(text)]
+    spans += [(start, end) for start, end in _labels(text) if labels is None or text[start:end] in labels]
+    for piece in PIECE.finditer(text):  # with a digit, an operator or a sign of code; its last punctuation is free
+        if _MARKED.search(piece[0]) or _BARE_OPERATOR.fullmatch(piece[0]):
+            spans.append((piece.start(), piece.start() + max(1, len(piece[0].rstrip(".,;:!?")))))
+    spans += _number_words(text)
+    if arithmetic:
+        verbs = {match.start(1) for match in _MEAN_AS_VERB.finditer(text)}
+        tokens = (match for match in _TOKEN.finditer(text) if match[0].lower() in _ARITHMETIC)
+        spans += [match.span() for match in tokens if match.start() not in verbs]
+    if task:
+        spans += [match.span() for match in re.finditer(re.escape(task), text)]
+    for answer in filter(None, answers):
+        spans += [match.span() for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE)]
+    merged: list[Span] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif end > start:
+            merged.append((start, end))
+    return tuple(merged)
 
 
 def _labels(text: str) -> Iterator[Span]:
@@ -163,44 +181,7 @@ def _labels(text: str) -> Iterator[Span]:
             yield (match.start() if match["name"] is None else match.start("name")), match.end()
 
 
-@lru_cache(maxsize=32)  # the clean prompt is asked for again with every style
-def _protected_spans(
-    text: str, task: str, answers: tuple[str, ...], arithmetic: bool, labels: frozenset[str] | None
-) -> tuple[Span, ...]:
-    spans = [match.span() for pattern in _PATTERNS.values() for match in pattern.finditer(text)]
-    spans += [(start, end) for start, end in _labels(text) if labels is None or text[start:end] in labels]
-    spans += _marked_pieces(text)
-    spans += _number_words(text)
-    if arithmetic:
-        verbs = {match.start(1) for match in _MEAN_AS_VERB.finditer(text)}
-        tokens = (match for match in _TOKEN.finditer(text) if match[0].lower() in _ARITHMETIC)
-        spans += [match.span() for match in tokens if match.start() not in verbs]
-    if task:
-        spans += [match.span() for match in re.finditer(re.escape(task), text)]
-    for answer in answers:
-        spans += [match.span() for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE)]
-    return tuple(_merged(spans))
-
-
-def _marked_pieces(text: str) -> Iterator[Span]:
-    """Pieces with a digit, an operator or a sign of code, URL or mail address, less the punctuation that ends them."""
-    for piece in PIECE.finditer(text):
-        if _MARKED.search(piece[0]) or _BARE_OPERATOR.fullmatch(piece[0]):
-            end = piece.start() + len(piece[0].rstrip(".,;:!?"))
-            yield piece.start(), max(end, piece.start() + 1)
-
-
-def _merged(spans: list[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        elif end > start:
-            merged.append((start, end))
-    return merged
-
-
 def touches(spans: list[Span], start: int, end: int) -> bool:
-    """True where [start, end) overlaps any of the `spans`, which are in order and disjoint."""
+    """True if [start, end) overlaps any of the `spans`, which are in order and disjoint."""
     before_end = bisect_left(spans, (end, end))
     return before_end > 0 and spans[before_end - 1][1] > start

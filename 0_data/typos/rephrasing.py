@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from chat_client import ChatClient, ChatReply, ChatRequest
 from command_line import one_line
-from load_json import has_half_character, is_style_key
+from load_json import is_style_key, surrogate_problem
 from thinking_text import without_thinking
 from tqdm import tqdm
 
@@ -123,9 +123,9 @@ def reasons_against(row: dict[str, Any], style: str, variant: str) -> list[str]:
     clean = clean_text(row)
     if not variant:
         return ["empty answer"]
-    if has_half_character(variant):
-        return ["half of a surrogate pair"]
-    faults = [f"{fault.kind}: {fault.detail}" for fault in verify_variant(clean, variant, style, row)]
+    if reason := surrogate_problem(variant):
+        return [reason]
+    faults = [f"{kind}: {detail}" for kind, detail in verify_variant(clean, variant, style, row)]
     if style == "other" and not faults:
         kept, found = (Counter(protected_texts(text, row)) for text in (clean, variant))
         faults = [f"changed_protected: {text[:40]!r} is not kept" for text in (kept - found)]

@@ -1,7 +1,8 @@
 """Every style of a clean prompt: typos, other slips, tones, and the controls; each checked before it is kept.
 
-`make_variants` is the entry: it loops over rows and styles. Each style has a maker (`_MAKERS`) that gives its edits or
-raises `Lacks`. The columns of the edit log are explained in docs/DATA_FORMAT.md.
+`make_variants` is the entry: it loops over rows and styles. Each style has a maker (`_MAKERS`): one function that
+yields edits in the order in which they are taken, and raises `Lacks` if it has no more. The columns of the edit log
+are explained in docs/DATA_FORMAT.md.
 """
 
 from __future__ import annotations
@@ -11,27 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
 import pandas as pd
 from command_line import UserError
-from load_json import CLEAN_KEYS, STYLES, UnreadLine, has_half_character, id_problem
+from load_json import CLEAN_KEYS, STYLES, UnreadLine, id_problem, text_problem
 
-from typos.edits import (
-    KEYBOARDS,
-    SHORTEST_FUNCTION_WORD,
-    TYPO_OPERATIONS,
-    Edit,
-    first_difference,
-    in_case_of,
-    is_clear_typo,
-    operation_of,
-    osa_distance,
-    real_word_options,
-    typo_options,
-)
 from typos.grammar import grammar_slips
 from typos.protection import Span, protected_spans, touches
 from typos.style_rules import FIXED_COUNTS, FRAMING_STYLES, OPERATIONS, SOFT_HYPHEN, verify_variant
@@ -39,12 +28,22 @@ from typos.words import (
     FUNCTION_WORDS,
     KNOWN_WORD_ZIPF,
     PROTECTED_WORDS,
+    SHORTEST_FUNCTION_WORD,
+    TYPO_OPERATIONS,
     WORD_LISTS,
+    Edit,
     Word,
     by_importance,
+    first_difference,
     homophones,
+    in_case_of,
+    is_clear_typo,
     is_real_word,
+    operation_of,
+    osa_distance,
     plain_words,
+    real_word_options,
+    typo_options,
     word_set,
     words_in,
     zipf,
@@ -60,7 +59,7 @@ T = TypeVar("T")
 
 
 class Lacks(Exception):
-    """The prompt has nothing that the style could change; the text says what is missing, for the summary."""
+    """The prompt has too little that the style could change; the text says what is missing, for the summary."""
 
 
 @dataclass
@@ -73,37 +72,30 @@ class Prompt:
     seed: int
     intensity: int
     keyboard: str
-    offsets: list[Span] | None = None  # of the clean prompt's tokens, read when a log line asks for them
-
-    @cached_property
-    def spans(self) -> list[Span]:
-        return protected_spans(self.text, self.row)
+    tokenizer: Any = None
 
     @cached_property
     def words(self) -> list[Word]:
         """Plain words outside protected text."""
-        return [w for w in plain_words(self.text) if not touches(self.spans, w.start, w.end)]
+        spans = protected_spans(self.text, self.row)
+        return [w for w in plain_words(self.text) if not touches(spans, w.start, w.end)]
 
     @cached_property
     def content(self) -> list[Word]:
         """Content words, the most important first."""
         return by_importance(self.words)
 
-    @cached_property
-    def function_words(self) -> list[Word]:
-        """Function words long enough for a typo, each once."""
-        first: dict[str, Word] = {}
-        for word in self.words:
-            if word.lower in FUNCTION_WORDS and len(word.text) >= SHORTEST_FUNCTION_WORD:
-                first.setdefault(word.lower, word)
-        return list(first.values())
-
     def rng(self, style: str) -> Random:
         """A generator of its own for each (seed, row, style), so that no variant depends on which others are made."""
         return Random(f"{self.seed}|{self.row_id}|{style}".encode("utf-8", "surrogatepass"))
 
+    def token_offsets(self, text: str) -> list[Span]:
+        """Character spans of the tokens of `text`."""
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
-Summary = dict[str, Any]
+    @cached_property
+    def own_offsets(self) -> list[Span]:
+        return self.token_offsets(self.text)
 
 
 def make_variants(
@@ -113,52 +105,42 @@ def make_variants(
     intensity: int = 1,
     keyboard: str = "qwerty",
     tokenizer: Any = None,
-) -> tuple[list[Any], list[dict[str, Any]], Summary]:
+) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
     """(rows with the styles added, edit log, summary) of prompt-file rows; the given rows are left as they are.
 
     Each choice is seeded by (seed, row id, style), the row id being `element_index` or, without one, the clean text.
     A style that a row already has is made anew. A row without a usable clean prompt stays as it is and is named in
     summary["bad_rows"] [(original index, reason)]; summary["styles"][style] holds `made` and `lacking`
-    {reason: rows}. `tokenizer` is a fast Hugging Face tokenizer. Raises UserError for an unknown style or keyboard.
+    {reason: rows}. `tokenizer` is a fast Hugging Face tokenizer. Raises UserError for an unknown style.
     """
-    unknown = [style for style in styles if style not in STYLES]
-    if unknown:
+    if unknown := [style for style in styles if style not in STYLES]:
         raise UserError(f"no such style: {', '.join(unknown)}; choose from {', '.join(STYLES)}")
     if len(set(styles)) < len(styles):
         raise UserError("a style is named twice; name each once")
     if intensity < 1:
         raise UserError(f"--intensity {intensity}: the number of edits must be 1 or more")
-    if keyboard not in KEYBOARDS:
-        raise UserError(f"no such keyboard: {keyboard}; choose from {', '.join(KEYBOARDS)}")
-    summary: Summary = {
-        "rows": len(rows),
-        "bad_rows": [],
-        "styles": {style: {"made": 0, "lacking": Counter()} for style in styles},
-    }
+    counts: dict[str, dict[str, Any]] = {style: {"made": 0, "lacking": Counter()} for style in styles}
+    bad_rows: list[tuple[int, str]] = []
     rows_out: list[Any] = []
     log: list[dict[str, Any]] = []
     for index, row in enumerate(rows):
-        reason = bad_row(row)
-        if reason:
-            summary["bad_rows"].append((index, reason))
+        if reason := bad_row(row):
+            bad_rows.append((index, reason))
             rows_out.append(row)
             continue
         text, own_id = clean_text(row), row.get("element_index")
         row_id = str(own_id) if own_id is not None else hashlib.sha256(text.encode()).hexdigest()
-        prompt = Prompt(text, row, row_id, seed, intensity, keyboard)
+        prompt = Prompt(text, row, row_id, seed, intensity, keyboard, tokenizer)
         new_row = {key: value for key, value in row.items() if key not in styles}
         for style in styles:
-            variant, edits, reason = make_variant(prompt, style)
-            if variant is None:
-                summary["styles"][style]["lacking"][reason] += 1
-                continue
-            new_row[style] = variant
-            summary["styles"][style]["made"] += 1
-            log += _log_lines(prompt, style, edits, index)
-            if tokenizer is not None:
-                _count_tokens(log[-len(edits) :], prompt, variant, edits, tokenizer)
+            try:
+                new_row[style], edits = make_variant(prompt, style)
+                counts[style]["made"] += 1
+                log += _log_lines(prompt, style, new_row[style], edits, index)
+            except Lacks as lacks:
+                counts[style]["lacking"][str(lacks)] += 1
         rows_out.append(new_row)
-    return rows_out, log, summary
+    return rows_out, log, {"bad_rows": bad_rows, "styles": counts}
 
 
 def clean_text(row: dict[str, Any]) -> Any:
@@ -173,36 +155,24 @@ def bad_row(row: Any) -> str | None:
     if not isinstance(row, dict):
         return "is not an object"
     text = clean_text(row)
-    if not isinstance(text, str):
+    if text is None:
         return "has no clean prompt (a text under `normal` or `instruction`)"
-    if not text.strip():
-        return "has an empty clean prompt"
-    if has_half_character(text):
-        return "has half of a surrogate pair in its clean prompt"
+    if reason := text_problem(text):
+        return f"has no usable clean prompt: it {reason}"
     reason = id_problem(row["element_index"]) if row.get("element_index") is not None else None
     return f"has an element_index that {reason}" if reason else None
 
 
-def make_variant(prompt: Prompt, style: str) -> tuple[str | None, list[Edit], str]:
-    """(variant, its edits, "") or (None, [], why the row lacks the style). Never gives a variant that fails a check."""
-    try:
-        edits = sorted(_MAKERS[style](prompt, style), key=lambda edit: edit.start)
-    except Lacks as reason:
-        return None, [], str(reason)
-    variant = apply_edits(prompt.text, edits)
-    faults = verify_variant(prompt.text, variant, style, prompt.row, prompt.intensity)
-    if faults:
-        return None, [], f"no variant that passes the checks ({faults[0].kind})"
-    return variant, edits, ""
-
-
-def apply_edits(text: str, edits: list[Edit]) -> str:
-    """`text` with non-overlapping edits, in order of `start`, carried out."""
-    parts, done = [], 0
-    for edit in edits:
-        parts += [text[done : edit.start], edit.after]
-        done = edit.end
-    return "".join([*parts, text[done:]])
+def make_variant(prompt: Prompt, style: str) -> tuple[str, list[Edit]]:
+    """(variant, its edits in order); never one that fails a check. Raises Lacks if the prompt has none."""
+    count = FIXED_COUNTS.get(style, prompt.intensity)
+    edits = sorted(islice(_MAKERS[style](prompt, style), count), key=lambda edit: edit.start)
+    variant = prompt.text
+    for edit in reversed(edits):
+        variant = variant[: edit.start] + edit.after + variant[edit.end :]
+    if faults := verify_variant(prompt.text, variant, style, prompt.row, prompt.intensity):
+        raise Lacks(f"no variant that passes the checks ({faults[0][0]})")
+    return variant, edits
 
 
 def shuffled(rng: Random, items: Iterable[T]) -> list[T]:
@@ -210,154 +180,123 @@ def shuffled(rng: Random, items: Iterable[T]) -> list[T]:
     return [item for _, item in sorted(((rng.random(), item) for item in items), key=lambda pair: pair[0])]
 
 
+def _one_of(rng: Random, items: Sequence[T]) -> T:
+    return items[int(rng.random() * len(items))]
+
+
 # --- typos
 
 
-def _typos(prompt: Prompt, words: list[Word], operations: list[str], count: int, rng: Random, where: str) -> list[Edit]:
-    """One typo in each of the first `count` words that can take one; the operation that was used least comes first."""
-    edits: list[Edit] = []
+def _typos(prompt: Prompt, style: str) -> Iterator[Edit]:
+    """One typo in each word that can take one; of several operations the one that was used least comes first."""
+    rng, words, where = prompt.rng(style), prompt.content, "content word"
+    count = FIXED_COUNTS.get(style, prompt.intensity)
+    if style == "noise_words":
+        small = [w for w in prompt.words if w.lower in FUNCTION_WORDS and len(w.text) >= SHORTEST_FUNCTION_WORD]
+        once = {word.lower: word for word in reversed(small)}.values()
+        words, where = shuffled(rng, sorted(once, key=lambda word: word.start)), "function word"
+    operations = [OPERATIONS[style]] if style in OPERATIONS else shuffled(rng, TYPO_OPERATIONS)
+    used: Counter[str] = Counter()
     for word in words:
-        used = Counter(edit.operation for edit in edits)
         for operation in sorted(operations, key=lambda operation: used[operation]):
             options = shuffled(rng, typo_options(word.text, operation, prompt.keyboard))
-            after = next((typo for _, typo in options if is_clear_typo(word.lower, typo.lower())), None)
+            after = next((typo for typo in options if is_clear_typo(word.lower, typo.lower())), None)
             if after is not None:
-                edits.append(Edit(word.start, word.end, after, operation, word))
+                used[operation] += 1
+                if style in ("two", "three") and used[operation] == count:
+                    raise Lacks("no mixture of kinds of typo is possible")
+                yield Edit(word.start, word.end, after, operation, word)
                 break
-        if len(edits) == count:
-            return edits
     raise Lacks(f"fewer than {count} {where}s that can take the edit" if count > 1 else f"no {where} that can take it")
 
 
-def _one_kind(prompt: Prompt, style: str) -> list[Edit]:
-    operations = [OPERATIONS[style]]
-    return _typos(prompt, prompt.content, operations, prompt.intensity, prompt.rng(style), "content word")
-
-
-def _mixed_kinds(prompt: Prompt, style: str) -> list[Edit]:
-    rng = prompt.rng(style)
-    operations = shuffled(rng, TYPO_OPERATIONS)
-    edits = _typos(prompt, prompt.content, operations, FIXED_COUNTS[style], rng, "content word")
-    if len({edit.operation for edit in edits}) == 1:
-        raise Lacks("no mixture of kinds of typo is possible")
-    return edits
-
-
-def _noise_words(prompt: Prompt, style: str) -> list[Edit]:
-    rng = prompt.rng(style)
-    words = shuffled(rng, prompt.function_words)
-    operations = shuffled(rng, TYPO_OPERATIONS)
-    return _typos(prompt, words, operations, prompt.intensity, rng, "function word")
-
-
-def _split(prompt: Prompt, style: str) -> list[Edit]:
+def _split(prompt: Prompt, _: str) -> Iterator[Edit]:
     """A soft hyphen before the letter that `main` of the same row and seed replaces."""
-    return [
-        Edit(edit.start, edit.end, old[:at] + SOFT_HYPHEN + old[at:], "soft_hyphen", edit.word)
-        for edit in _one_kind(prompt, "main")
-        for old in [prompt.text[edit.start : edit.end]]
-        for at in [first_difference(old, edit.after)]
-    ]
+    for edit in _typos(prompt, "main"):
+        old = prompt.text[edit.start : edit.end]
+        at = first_difference(old, edit.after)
+        yield Edit(edit.start, edit.end, old[:at] + SOFT_HYPHEN + old[at:], "soft_hyphen", edit.word)
 
 
-def _real_word(prompt: Prompt, style: str) -> list[Edit]:
-    rng, edits = prompt.rng(style), []
+def _real_word(prompt: Prompt, style: str) -> Iterator[Edit]:
+    rng = prompt.rng(style)
     for word in prompt.content:
-        options = shuffled(rng, real_word_options(word.lower))
-        if options:
+        if options := shuffled(rng, real_word_options(word.lower)):
             after = in_case_of(word.text, options[0])
-            edits.append(Edit(word.start, word.end, after, operation_of(word.text, after) or "", word))
-        if len(edits) == prompt.intensity:
-            return edits
+            yield Edit(word.start, word.end, after, operation_of(word.text, after) or "", word)
     raise Lacks("too few content words one letter away from another word")
 
 
-def _homonym(prompt: Prompt, _: str) -> list[Edit]:
+def _homonym(prompt: Prompt, _: str) -> Iterator[Edit]:
     """Content words first, by importance, then the others; of several homophones the most frequent."""
     others = {word.lower: word for word in reversed(prompt.words)}
     for word in prompt.content:
         others.pop(word.lower, None)
-    edits = []
     for word in [*prompt.content, *sorted(others.values(), key=lambda w: (zipf(w.text), w.start))]:
-        choices = [other for other in homophones(word.text) if other not in PROTECTED_WORDS]
-        if choices:
+        if choices := [other for other in homophones(word.text) if other not in PROTECTED_WORDS]:
             after = in_case_of(word.text, max(choices, key=lambda h: (zipf(h), h)))
-            edits.append(Edit(word.start, word.end, after, "homophone", word))
-        if len(edits) == prompt.intensity:
-            return edits
+            yield Edit(word.start, word.end, after, "homophone", word)
     raise Lacks("too few words that have a homophone")
 
 
 # --- grammar, punctuation, tone
 
 
-def _grammar(prompt: Prompt, style: str) -> list[Edit]:
-    """One slip a word; the kind is drawn first, so that frequent small words do not crowd out the rest."""
-    return _pick_by_kind(prompt, style, grammar_slips(prompt.text, prompt.words))
+def _grammar(prompt: Prompt, style: str) -> Iterator[Edit]:
+    return _by_kind(prompt, style, grammar_slips(prompt.text, prompt.words))
 
 
-def _pick_by_kind(prompt: Prompt, style: str, slips: Iterable[Edit]) -> list[Edit]:
-    """As many edits as --intensity asks for, at most one a place, each kind as likely as the others."""
+def _by_kind(prompt: Prompt, style: str, slips: Iterable[Edit]) -> Iterator[Edit]:
+    """One slip a place; the kind is drawn first, so that frequent small words do not crowd out the rest."""
     rng = prompt.rng(style)
     by_kind: dict[str, list[Edit]] = {}
     for slip in slips:
         by_kind.setdefault(slip.operation, []).append(slip)
     chosen: list[Edit] = []
-    # The kinds in turn, often enough for all edits even if one kind alone can give them.
-    turns = min(prompt.intensity, sum(len(edits) for edits in by_kind.values()))
-    for kind in shuffled(rng, sorted(by_kind)) * turns:
-        free = [e for e in by_kind[kind] if all(e.end <= c.start or c.end <= e.start for c in chosen)]
-        if free:
-            chosen.append(free[int(rng.random() * len(free))])
-        if len(chosen) == prompt.intensity:
-            return chosen
+    kinds = shuffled(rng, sorted(by_kind))
+    while kinds:
+        for kind in list(kinds):
+            free = [e for e in by_kind[kind] if all(e.end <= c.start or c.end <= e.start for c in chosen)]
+            if free:
+                chosen.append(_one_of(rng, free))
+                yield chosen[-1]
+            else:
+                kinds.remove(kind)
     raise Lacks(f"too few places for a slip of {style}")
 
 
-_MARKS = ",.;!?"
 _NO_COMMA_AFTER = word_set("the a an of to with from at my your our their its every")  # elsewhere it may be right
 
 
-def _punctuation(prompt: Prompt, style: str) -> list[Edit]:
-    slips = list(_punctuation_slips(prompt))
-    # A mark that is merely gone leaves no token that could be marked as edited: the last resort.
-    visible = [slip for slip in slips if slip.operation != "missing_mark"]
-    return _pick_by_kind(prompt, style, visible if len(visible) >= prompt.intensity else slips)
-
-
-def _punctuation_slips(prompt: Prompt) -> Iterator[Edit]:
-    """Every slip that is possible; marks and spaces that touch protected text stay as they are."""
-    text = prompt.text
-    for position, word in enumerate(prompt.words):
+def _punctuation(prompt: Prompt, style: str) -> Iterator[Edit]:
+    """Stray or missing marks and spaces; those that touch protected text stay as they are."""
+    text, slips = prompt.text, []
+    for word, following in zip(prompt.words, [*prompt.words[1:], None], strict=True):
         end = word.end
-        rest = text[end : end + 2]
-        if rest[:1] in _MARKS and rest[:1] and (len(rest) == 1 or rest[1].isspace()):
-            mark = rest[0]
+        if text[end : end + 1] in tuple(",.;!?") and not text[end + 1 : end + 2].strip():
+            mark = text[end]
             for operation, changed in (("stray_mark", mark + mark), ("stray_space", " " + mark), ("missing_mark", "")):
-                yield Edit(word.start, end + 1, word.text + changed, operation, word)
-        following = prompt.words[position + 1] if position + 1 < len(prompt.words) else None
+                slips.append(Edit(word.start, end + 1, word.text + changed, operation, word))
         if following and text[end : following.start] == " ":
             if word.lower in _NO_COMMA_AFTER:
-                yield Edit(word.start, end, word.text + ",", "stray_mark", word)
-            joined = word.text + following.text
-            if zipf(joined) < KNOWN_WORD_ZIPF:
-                yield Edit(word.start, following.end, joined, "missing_space", word)
+                slips.append(Edit(word.start, end, word.text + ",", "stray_mark", word))
+            if zipf(word.text + following.text) < KNOWN_WORD_ZIPF:
+                slips.append(Edit(word.start, following.end, word.text + following.text, "missing_space", word))
+    # A mark that is merely gone leaves no token that could be marked as edited: the last resort.
+    visible = [slip for slip in slips if slip.operation != "missing_mark"]
+    return _by_kind(prompt, style, visible if len(visible) >= prompt.intensity else slips)
 
 
-def _framing(prompt: Prompt, style: str) -> list[Edit]:
-    choices = FRAMINGS[style]
-    sentence = choices[int(prompt.rng(style).random() * len(choices))]
-    return [Edit(0, 0, sentence + " ", "prefix")]
+def _framing(prompt: Prompt, style: str) -> Iterator[Edit]:
+    yield Edit(0, 0, _one_of(prompt.rng(style), FRAMINGS[style]) + " ", "prefix")
 
 
-_MAKERS: dict[str, Callable[[Prompt, str], list[Edit]]] = {
-    **dict.fromkeys(OPERATIONS, _one_kind),
-    **dict.fromkeys(FIXED_COUNTS, _mixed_kinds),
+_MAKERS: dict[str, Callable[[Prompt, str], Iterator[Edit]]] = {
+    **dict.fromkeys(("main", "swap", "missing", "repeated", "two", "three", "noise_words"), _typos),
     **dict.fromkeys(FRAMING_STYLES, _framing),
     "grammar": _grammar,
     "punctuation": _punctuation,
     "homonym": _homonym,
-    "noise_words": _noise_words,
     "split": _split,
     "real_word": _real_word,
 }
@@ -366,25 +305,27 @@ _MAKERS: dict[str, Callable[[Prompt, str], list[Edit]]] = {
 # --- edit log
 
 
-def edit_log_path(output_file: str | Path) -> Path:
+def edit_log_path(output_file: Path) -> Path:
     """Where the edit log of a prompt file lies: `<name>_edits.csv` beside it."""
-    output_file = Path(output_file)
     return output_file.with_name(f"{output_file.stem}_edits.csv")
 
 
 def log_table(log: list[dict[str, Any]], with_tokens: bool = False) -> pd.DataFrame:
-    """The edit log as a table, with all its columns even where no edit was made."""
+    """The edit log as a table, with all its columns even if no edit was made."""
     return pd.DataFrame(log, columns=[*LOG_COLUMNS, *(TOKEN_COLUMNS if with_tokens else ())])
 
 
-def _log_lines(prompt: Prompt, style: str, edits: list[Edit], index: int) -> list[dict[str, Any]]:
-    lines = []
+def _log_lines(
+    prompt: Prompt, style: str, variant: str, edits: list[Edit], original_index: int
+) -> Iterator[dict[str, Any]]:
+    offsets = prompt.token_offsets(variant) if prompt.tokenizer else []
+    shift = 0  # how much longer the variant is before the edit
     for number, edit in enumerate(edits, 1):
         before = prompt.text[edit.start : edit.end]
         line = {
             "style": style,
-            "original_index": index,
-            "element_index": prompt.row.get("element_index", index + 1),
+            "original_index": original_index,
+            "element_index": prompt.row.get("element_index", original_index + 1),
             "edit": number,
             "word": edit.word.text if edit.word else "",
             "word_position": edit.word.index if edit.word else 0,
@@ -399,39 +340,10 @@ def _log_lines(prompt: Prompt, style: str, edits: list[Edit], index: int) -> lis
             line["zipf_before"] = zipf(old[0]) if len(old) == 1 else None
             line["zipf_after"] = zipf(new[0]) if len(new) == 1 else None
             line["real_word"] = all(is_real_word(word) for word in new)
-        lines.append(line)
-    return lines
-
-
-def _count_tokens(lines: list[dict[str, Any]], prompt: Prompt, variant: str, edits: list[Edit], tokenizer: Any) -> None:
-    """Add the token counts to the log lines of one variant; the space after a framing is not part of it."""
-    if prompt.offsets is None:
-        prompt.offsets = _offsets(tokenizer, prompt.text)
-    offsets = _offsets(tokenizer, variant)
-    shift = 0
-    for line, edit in zip(lines, edits, strict=True):
-        start = edit.start + shift
-        line["tokens_before"] = _overlapping(prompt.offsets, edit.start, edit.end)
-        line["tokens_after"] = _overlapping(offsets, start, start + len(edit.after.rstrip()))
-        shift += len(edit.after) - (edit.end - edit.start)
-
-
-def _offsets(tokenizer: Any, text: str) -> list[Span]:
-    return list(tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"])
-
-
-def _overlapping(offsets: list[Span], start: int, end: int) -> int:
-    return sum(1 for a, b in offsets if a < end and start < b)
-
-
-def load_tokenizer(name: str) -> Any:
-    """A fast tokenizer by folder or model name. Raises UserError if it cannot be loaded or has no fast form."""
-    from transformers import AutoTokenizer  # optional: seconds to import
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--tokenizer {name}: cannot be loaded: {error}") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"--tokenizer {name}: has no fast form, which alone gives character offsets; choose another")
-    return tokenizer
+        if prompt.tokenizer:
+            start = edit.start + shift
+            end = start + len(edit.after.rstrip())  # the space after a tone is not part of it
+            line["tokens_before"] = sum(a < edit.end and edit.start < b for a, b in prompt.own_offsets)
+            line["tokens_after"] = sum(a < end and start < b for a, b in offsets)
+            shift += len(edit.after) - len(before)
+        yield line

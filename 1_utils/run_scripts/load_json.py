@@ -113,9 +113,10 @@ def style_problem(style: str) -> str | None:
     return f"it is longer than {LONGEST_STYLE} bytes" if len(style.encode()) > LONGEST_STYLE else None
 
 
-def has_half_character(text: str) -> bool:
-    """True for text with half of a surrogate pair, which no tokenizer reads."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def surrogate_problem(text: str) -> str | None:
+    """Why no tokenizer reads `text`: it holds half of a surrogate pair; None if it holds none."""
+    half = any("\ud800" <= character <= "\udfff" for character in text)
+    return "holds half of a surrogate pair, which no tokenizer reads" if half else None
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -178,7 +179,7 @@ def id_problem(own_id: Any) -> str | None:
     if isinstance(own_id, int) and not isinstance(own_id, bool):
         return None if abs(own_id) < 2**63 else "is a number of more than 64 bits"
     if isinstance(own_id, str):
-        return None if _text_problem(own_id) is None else "is a text that is empty or no valid Unicode"
+        return None if text_problem(own_id) is None else "is a text that is empty or no valid Unicode"
     return f"is a JSON {json_type(own_id)}, not a whole number or a text"
 
 
@@ -259,20 +260,20 @@ def _row_problems(index: int, row: Any, styles: dict[str, int]) -> list[Problem]
         return [Problem(index, None, f'is a JSON {json_type(row)}, not an object; make it {{"normal": …}}')]
     if reason := id_problem(row.get("element_index", index + 1)):
         return [Problem(index, None, f"element_index {reason}; correct or remove it")]
-    found = [Problem(index, key, reason) for key in styles if key in row and (reason := _text_problem(row[key]))]
+    found = [Problem(index, key, reason) for key in styles if key in row and (reason := text_problem(row[key]))]
     if not any(key in row for key in styles):
         found.append(Problem(index, None, "holds no prompt under any of the file's keys; add one or remove the row"))
     return found
 
 
-def _text_problem(value: Any) -> str | None:
+def text_problem(value: Any) -> str | None:
+    """Why a value cannot be a prompt, and what to do; None if it can."""
     if not isinstance(value, str):
         return f"is a JSON {json_type(value)}, not a string; quote it or remove it"
     if not value.strip():
         return "is an empty prompt; fill it or remove it"
-    if has_half_character(value):
-        return "holds half of a surrogate pair, which no tokenizer reads; correct the character"
-    return None
+    reason = surrogate_problem(value)
+    return f"{reason}; correct the character" if reason else None
 
 
 def json_type(value: Any) -> str:
