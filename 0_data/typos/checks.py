@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ WARNINGS = {
 }
 FEWEST_FOR_LABELS = 8  # rows: fewer may share a text by chance
 DEEPEST = 50  # levels of lists and objects; a prompt file needs three
+Row = dict[str, Any]
+Problem = tuple[str, str, str, str]  # of one row: kind, detail, key, fix
 FINDING_COLUMNS = ["style", "original_index", "element_index", "severity", "kind", "detail", "fix"]
 
 
@@ -80,7 +82,7 @@ class JsonObject(dict[str, Any]):
 
 
 def read_rows(prompt_file: str | Path) -> list[Any]:
-    """The rows of a prompt file, whatever is wrong inside them. UserError where it is no JSON list at all."""
+    """The rows of a prompt file, whatever is wrong inside them. UserError if it is no JSON list at all."""
     path = Path(prompt_file)
     rows = parse_rows(read_text(path, "a prompt file"), path, JsonObject)
     if _is_deeper(rows, DEEPEST):
@@ -88,14 +90,10 @@ def read_rows(prompt_file: str | Path) -> list[Any]:
     return rows
 
 
-def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit):
-        inner = [v for v in level if isinstance(v, list | dict) and v]
-        level = [item for v in inner for item in (v.values() if isinstance(v, dict) else v)]
-        if not level:
-            return False
-    return True
+def _is_deeper(value: list[Any] | dict[str, Any], levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    deeper = levels == 1 or any(_is_deeper(item, levels - 1) for item in inner if isinstance(item, list | dict))
+    return bool(value) and deeper
 
 
 # --- checks
@@ -110,30 +108,23 @@ def check_rows(rows: list[Any], intensity: int = 1, styles: Sequence[str] = ()) 
     wanted = [matched_style(style) or style for style in styles if "all" not in styles]
     meant = _meant_keys(rows)
     rows = [_considered(row, wanted, meant) for row in rows]
-    bad_keys, data = _bad_keys(rows, meant), _data_columns(rows, meant)
-    skipped = {*meant, *data}
-    has_clean = any(key in row for row in rows if isinstance(row, dict) for key in CLEAN_KEYS)
+    objects = {index: row for index, row in enumerate(rows) if isinstance(row, dict)}
+    ids = {index: _id_of(row, index) for index, row in objects.items()}
+    data = _data_columns(objects.values(), meant)
+    has_clean = any(_clean_key(row) for row in objects.values())
     findings = [] if has_clean else [Finding("no_clean_prompt", "no row has `normal` or `instruction` to compare with")]
     for index, row in enumerate(rows):
-        if isinstance(row, dict):
-            problems = [*_key_problems(row, meant), *_type_problems(row, skipped)]
-            if has_clean:
-                problems += _variant_problems(row, skipped, intensity)
-            problems += _duplicate_variants(row, data)
-        elif isinstance(row, UnreadLine):
-            problems = [("not_json", f"the line is not JSON: {row.reason}", "", "drop row")]
-        else:
-            problems = [("wrong_type", f"the row is a JSON {json_type(row)}, not an object", "", "drop row")]
-        own_id = _id_of(row, index) if isinstance(row, dict) else None
-        for kind, detail, key, fix in problems:
-            findings.append(Finding(kind, detail, index, own_id, key, "" if kind in WARNINGS else fix))
-    findings += _duplicate_rows(rows)
+        for kind, detail, key, fix in _row_problems(row, meant, data, has_clean, intensity):
+            findings.append(Finding(kind, detail, index, ids.get(index), key, "" if kind in WARNINGS else fix))
+    findings += _duplicate_rows(objects, ids)
     findings.sort(key=lambda finding: finding.original_index or 0)
-    findings += [Finding("bad_key", reason, style=key) for key, reason in bad_keys.items()]
+    findings += [Finding("bad_key", reason, style=key) for key, reason in _bad_keys(objects.values(), meant).items()]
     findings += [Finding("looks_like_data", reason, style=key) for key, reason in data.items()]
-    findings += _missing_styles(rows, wanted, skipped)
-    ids = [_id_of(row, index) for index, row in enumerate(rows) if isinstance(row, dict)]
-    texts = sum(isinstance(own_id, str) for own_id in ids)
+    counts = Counter(key for row in objects.values() for key in row if is_style_key(key) and key not in {*meant, *data})
+    for style in wanted or [key for key in counts if key not in CLEAN_KEYS]:
+        if lacking := len(objects) - counts[style]:
+            findings.append(Finding("missing_style", f"{lacking} of {len(objects)} rows lack it", style=style))
+    texts = sum(isinstance(own_id, str) for own_id in ids.values())
     if 0 < texts < len(ids):
         detail = f"{texts} of {len(ids)} ids are texts, the others numbers"
         findings.append(Finding("mixed_ids", detail, style="element_index"))
@@ -156,9 +147,9 @@ def _considered(row: Any, wanted: Sequence[str], meant: dict[str, str]) -> Any:
 # --- keys
 
 
-def _bad_keys(rows: list[Any], meant: dict[str, str]) -> dict[str, str]:
+def _bad_keys(objects: Iterable[Row], meant: dict[str, str]) -> dict[str, str]:
     """Style key -> why it can have no folder of its own."""
-    keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row if is_style_key(key))
+    keys = dict.fromkeys(key for row in objects for key in row if is_style_key(key))
     found, first = {}, dict[str, str]()
     for key in keys:
         other = first.setdefault(key.casefold(), key)
@@ -176,21 +167,22 @@ _DATA_KINDS = {
 }
 
 
-def _data_columns(rows: list[Any], meant: dict[str, str]) -> dict[str, str]:
+def _data_columns(objects: Iterable[Row], meant: dict[str, str]) -> dict[str, str]:
     """Key of the user's own -> what its texts seem to be instead of prompts."""
     texts: dict[str, list[str]] = {}
-    for row in rows:
-        for key, value in row.items() if isinstance(row, dict) else ():
+    clean = []
+    for row in objects:
+        clean += [str(row[key]) for key in [_clean_key(row)] if key]
+        for key, value in row.items():
             own = is_style_key(key) and key not in KNOWN_STYLES and key not in meant
             if own and isinstance(value, str | int | float) and not isinstance(value, bool):
                 texts.setdefault(key, []).append(str(value).strip())
-    found = {}
-    clean = [str(row[key]) for row in rows if isinstance(row, dict) and (key := _clean_key(row))]
-    for key, values in texts.items():
-        kind = _data_kind(values)
-        if kind and kind != _data_kind(clean):  # prompts may be as short
-            found[key] = f"holds {kind}, not prompts; begin its name with _ to keep it as data"
-    return found
+    kinds = {key: _data_kind(values) for key, values in texts.items()}
+    return {
+        key: f"holds {kind}, not prompts; begin its name with _ to keep it as data"
+        for key, kind in kinds.items()
+        if kind and kind != _data_kind(clean)  # prompts may be as short
+    }
 
 
 def _data_kind(values: list[str]) -> str | None:
@@ -215,32 +207,35 @@ def _meant_keys(rows: list[Any]) -> dict[str, str]:
 
 
 def _slip_for(key: str, targets: list[str]) -> str | None:
-    bare = _bare(key)
-    for target in targets:
-        if bare == _bare(target) and bare:
-            return target
-    if any(character.isdigit() for character in key):
-        return None  # main_2, v3: names, not slips
-    for target in targets:
-        if sorted(bare) == sorted(_bare(target)) and osa_distance(bare, _bare(target), limit=2) <= 2:
-            return target  # tow, homynom
-    if len(bare) < 4:
-        return None
-    for target in targets:
-        allowed = 1 if len(target) < 8 else 2
-        if len(target) >= 4 and osa_distance(bare, _bare(target), limit=allowed) <= allowed:
-            return target
-    return None
+    """The target that `key` is a slip for: the same but for marks and case, the same letters, or a few edits away."""
+
+    def rank(target: str) -> int:
+        bare, other = (re.sub(r"[\W_]+", "", name).lower() for name in (key, target))
+        if bare and bare == other:
+            return 1
+        if any(character.isdigit() for character in key):
+            return 0  # main_2, v3: names, not slips
+        distance = osa_distance(bare, other, limit=2)
+        if sorted(bare) == sorted(other) and distance <= 2:
+            return 2  # tow, homynom
+        return 3 if min(len(bare), len(target)) >= 4 and distance <= (1 if len(target) < 8 else 2) else 0
+
+    return min((target for target in targets if rank(target)), key=rank, default=None)
 
 
-def _bare(key: str) -> str:
-    return re.sub(r"[\W_]+", "", key).lower()
+# --- one row
 
 
-Problem = tuple[str, str, str, str]  # of one row: kind, detail, key, fix
-
-
-def _key_problems(row: dict[str, Any], meant: dict[str, str]) -> Iterator[Problem]:
+def _row_problems(
+    row: Any, meant: dict[str, str], data: dict[str, str], has_clean: bool, intensity: int
+) -> Iterator[Problem]:
+    """What is wrong with one row: its keys, its values, its variants beside the clean prompt and each other."""
+    if isinstance(row, UnreadLine):
+        yield "not_json", f"the line is not JSON: {row.reason}", "", "drop row"
+        return
+    if not isinstance(row, dict):
+        yield "wrong_type", f"the row is a JSON {json_type(row)}, not an object", "", "drop row"
+        return
     for key, same in getattr(row, "repeated", {}).items():
         detail = f"the key {_shown(key)} is there twice, {'with the same value' if same else 'with two values'}"
         yield "duplicate_key", detail, key, "keep one" if same else _drop(key)
@@ -248,13 +243,18 @@ def _key_problems(row: dict[str, Any], meant: dict[str, str]) -> Iterator[Proble
         if key in meant:
             fix = f"rename to {meant[key]}" if meant[key] not in row else ""
             yield "misspelled_key", f"the key {_shown(key)} is probably {meant[key]!r}", key, fix
+    checked = {key: value for key, value in row.items() if key not in meant and key not in data}
+    yield from _value_problems(checked)
+    if has_clean:
+        yield from _variant_problems(checked, intensity)
+    first: dict[str, str] = {}
+    for style, text in row.items():
+        variant = _is_variant(style) and style not in data and _is_prompt(text)
+        if variant and (other := first.setdefault(text, style)) != style:
+            yield "duplicate_variant", f"equals {_shown(other)}", style, "drop variant"
 
 
-# --- values
-
-
-def _type_problems(row: dict[str, Any], skipped: set[str]) -> Iterator[Problem]:
-    row = {key: value for key, value in row.items() if key not in skipped}
+def _value_problems(row: Row) -> Iterator[Problem]:
     if reason := id_problem(row.get("element_index", 0)):
         yield "wrong_type", f"element_index {reason}", "element_index", ""
     answer = row.get("answer", "")
@@ -275,19 +275,11 @@ def _type_problems(row: dict[str, Any], skipped: set[str]) -> Iterator[Problem]:
             yield "empty_prompt", "the prompt is empty", key, _drop(key)
         elif reason := surrogate_problem(value):
             yield "surrogate", reason, key, _drop(key)
-        elif control := _CONTROLS.search(value):
+        elif control := re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", value):
             yield "control_character", f"U+{ord(control[0]):04X} at character {control.start()}", key, ""
 
 
-def _drop(key: str) -> str:
-    """The fix for a key that has to go: the variant, or the row with its clean prompt, answer …"""
-    return "drop variant" if _is_variant(key) else "drop row"
-
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-
-
-def _variant_problems(row: dict[str, Any], skipped: set[str], intensity: int) -> Iterator[Problem]:
+def _variant_problems(row: Row, intensity: int) -> Iterator[Problem]:
     clean_key = _clean_key(row)
     if clean_key is None:
         yield "no_clean_prompt", "no `normal` or `instruction` to compare with", "", "drop row"
@@ -301,16 +293,33 @@ def _variant_problems(row: dict[str, Any], skipped: set[str], intensity: int) ->
             fix = "" if key == clean_key else "drop variant"
             yield "task_not_in_prompt", "the row's task is not in it word for word", key, fix
     for style, text in row.items():
-        if _is_variant(style) and _is_prompt(text) and style not in skipped:
+        if _is_variant(style) and _is_prompt(text):
             for kind, detail in verify_variant(clean, text, style, row, intensity):
                 yield kind, detail, style, "drop variant"
 
 
-def _clean_key(row: dict[str, Any]) -> str | None:
+def _duplicate_rows(objects: dict[int, Row], ids: dict[int, Any]) -> Iterator[Finding]:
+    first_id: dict[str, int] = {}
+    first_prompt: dict[str, int] = {}
+    for index, row in objects.items():
+        if (first := first_id.setdefault(str(ids[index]), index)) != index:  # 5 and "5" are one in a table
+            yield Finding("duplicate_id", f"row {first + 1} has this id too", index, ids[index], "element_index")
+        key = _clean_key(row)
+        if key and _is_prompt(row[key]) and (first := first_prompt.setdefault(row[key], index)) != index:
+            fix = "drop row" if {**objects[first], "element_index": 0} == {**row, "element_index": 0} else ""
+            yield Finding("duplicate_prompt", f"row {first + 1} has the same clean prompt", index, ids[index], key, fix)
+
+
+def _drop(key: str) -> str:
+    """The fix for a key that has to go: the variant, or the row with its clean prompt, answer …"""
+    return "drop variant" if _is_variant(key) else "drop row"
+
+
+def _clean_key(row: Row) -> str | None:
     return next((key for key in CLEAN_KEYS if key in row), None)
 
 
-def _id_of(row: dict[str, Any], index: int) -> Any:
+def _id_of(row: Row, index: int) -> Any:
     own_id = row.get("element_index", index + 1)
     return own_id if id_problem(own_id) is None else _shown(own_id)
 
@@ -321,42 +330,6 @@ def _is_variant(key: str) -> bool:
 
 def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-# --- rows beside each other
-
-
-def _duplicate_variants(row: dict[str, Any], data: dict[str, str]) -> Iterator[Problem]:
-    first: dict[str, str] = {}
-    for style, text in row.items():
-        variant = _is_variant(style) and style not in data and _is_prompt(text)
-        if variant and (other := first.setdefault(text, style)) != style:
-            yield "duplicate_variant", f"equals {_shown(other)}", style, "drop variant"
-
-
-def _duplicate_rows(rows: list[Any]) -> Iterator[Finding]:
-    ids: dict[str, int] = {}
-    prompts: dict[str, int] = {}
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            continue
-        own_id = _id_of(row, index)
-        if (first := ids.setdefault(str(own_id), index)) != index:  # 5 and "5" are one in a table
-            yield Finding("duplicate_id", f"row {first + 1} has this id too", index, own_id, "element_index")
-        clean_key = _clean_key(row)
-        if clean_key and _is_prompt(row[clean_key]) and (first := prompts.setdefault(row[clean_key], index)) != index:
-            fix = "drop row" if {**rows[first], "element_index": 0} == {**row, "element_index": 0} else ""
-            detail = f"row {first + 1} has the same clean prompt"
-            yield Finding("duplicate_prompt", detail, index, own_id, clean_key, fix)
-
-
-def _missing_styles(rows: list[Any], styles: Sequence[str], skipped: set[str]) -> Iterator[Finding]:
-    objects = [row for row in rows if isinstance(row, dict)]
-    counts = Counter(key for row in objects for key in row if is_style_key(key) and key not in skipped)
-    for style in styles or [key for key in counts if key not in CLEAN_KEYS]:
-        if counts[style] < len(objects):
-            detail = f"{len(objects) - counts[style]} of {len(objects)} rows lack it"
-            yield Finding("missing_style", detail, style=style)
 
 
 def _shown(value: Any) -> str:
@@ -373,43 +346,31 @@ def fix_rows(rows: list[Any], intensity: int = 1) -> tuple[list[Any], Counter[st
     of their own keep their old position + 1 as `element_index`, so that a dropped row renumbers nobody.
     """
     fixed = [_considered(row, (), {}) for row in rows]
-    done: Counter[str] = Counter()
+    done = Counter({"rows dropped": 0, "variants dropped": 0, "keys renamed": 0})
     while fixes := [finding for finding in check_rows(fixed, intensity) if finding.fix]:
-        fixed = _fix_once(fixed, fixes, done)
+        dropped = {finding.original_index for finding in fixes if finding.fix == "drop row"}
+        fixes = [finding for finding in fixes if finding.original_index not in dropped]
+        drops = {(f.original_index, f.style) for f in fixes if f.fix == "drop variant"}
+        names = {(f.original_index, f.style): f.fix.removeprefix("rename to ") for f in fixes if "rename to" in f.fix}
+        done.update({"rows dropped": len(dropped), "variants dropped": len(drops)})
+        kept = []
+        for index, row in enumerate(fixed):
+            if index in dropped:
+                continue
+            if isinstance(row, dict):
+                new_row: Row = {}
+                for key, value in row.items():
+                    new_key: str = names.get((index, key), key)
+                    if (index, key) not in drops:
+                        new_key = key if new_key in new_row else new_key  # two slips for one key: the second stays
+                        done["keys renamed"] += new_key != key
+                        new_row[new_key] = value
+                if dropped:
+                    new_row.setdefault("element_index", index + 1)
+                row = new_row
+            kept.append(row)
+        fixed = kept
     return fixed, done
-
-
-def _fix_once(rows: list[Any], fixes: list[Finding], done: Counter[str]) -> list[Any]:
-    by_row: dict[int, list[Finding]] = {}
-    for finding in fixes:
-        by_row.setdefault(finding.original_index or 0, []).append(finding)
-    dropped = {index for index, found in by_row.items() if any(finding.fix == "drop row" for finding in found)}
-    done["rows dropped"] += len(dropped)
-    kept = []
-    for index, row in enumerate(rows):
-        if index in dropped:
-            continue
-        if isinstance(row, dict):
-            row = _fix_row(row, by_row.get(index, []), done)
-            if dropped:
-                row.setdefault("element_index", index + 1)
-        kept.append(row)
-    return kept
-
-
-def _fix_row(row: dict[str, Any], found: list[Finding], done: Counter[str]) -> dict[str, Any]:
-    drops = {finding.style for finding in found if finding.fix == "drop variant"}
-    new_names = {f.style: f.fix.removeprefix("rename to ") for f in found if f.fix.startswith("rename to ")}
-    done["variants dropped"] += len(drops)
-    fixed: dict[str, Any] = {}
-    for key, value in row.items():
-        new_key = new_names.get(key, key)
-        if key in drops or new_key in fixed:  # two slips for one key: the second stays as it is
-            new_key = key
-        if key not in drops:
-            done["keys renamed"] += new_key != key
-            fixed[new_key] = value
-    return fixed
 
 
 # --- report

@@ -271,7 +271,7 @@ _NO_COMMA_AFTER = word_set("the a an of to with from at my your our their its ev
 def _punctuation(prompt: Prompt, style: str) -> Iterator[Edit]:
     """Stray or missing marks and spaces; those that touch protected text stay as they are."""
     text, slips = prompt.text, []
-    for word, following in zip(prompt.words, [*prompt.words[1:], None], strict=True):
+    for word, following in zip(prompt.words, [*prompt.words[1:], None], strict=False):
         end = word.end
         if text[end : end + 1] in tuple(",.;!?") and not text[end + 1 : end + 2].strip():
             mark = text[end]
