@@ -358,9 +358,9 @@ def fix_rows(rows: list[Any], intensity: int = 1) -> tuple[list[Any], Counter[st
             if index in dropped:
                 continue
             if isinstance(row, dict):
-                new_row: Row = {}
+                new_row: dict[Any, Any] = {}
                 for key, value in row.items():
-                    new_key: str = names.get((index, key), key)
+                    new_key = names.get((index, key), key)
                     if (index, key) not in drops:
                         new_key = key if new_key in new_row else new_key  # two slips for one key: the second stays
                         done["keys renamed"] += new_key != key

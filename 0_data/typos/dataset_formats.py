@@ -66,27 +66,28 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | BadLine]]:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Record | BadLine]]:
     """The object on each line; numbers keep their digits as they are written. A JSON list gives its items, numbered."""
-    lines = read_lines(path)
-    first = next(((number, line) for number, line in lines if isinstance(line, BadLine) or line.strip()), None)
-    opening = first[1] if first and isinstance(first[1], str) else ""
-    if opening.lstrip().startswith("[") and (items := _list_items(path, opening)) is not None:
-        yield from enumerate(items, start=1)
-        return
-    for number, line in itertools.chain([first] if first else [], lines):
+    values = _json_values(path)
+    for number, value in values:
+        yield number, value if isinstance(value, dict | BadLine) else BadLine("not a JSON object")
+
+
+def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
+    is_first = True
+    for number, line in read_lines(path):
         if isinstance(line, BadLine):
             yield number, line
         elif line.strip():
-            yield number, _as_record(_parse_json(line))
-
-
-def _list_items(path: Path, first_line: str) -> list[Record | BadLine] | None:
-    """The items of a file that is one JSON list; None if its lines are JSON one by one."""
-    value = _parse_json(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
-    if isinstance(value, list):
-        return [_as_record(item) for item in value]
-    if isinstance(_parse_json(first_line), BadLine):
-        raise UserError(f"{path}: begins as a JSON list and is {value}; correct it, or write one object a line")
-    return None
+            value = _parse_json(line)
+            if is_first and line.lstrip().startswith("["):  # the whole file may be one list
+                whole = _parse_json(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+                if isinstance(whole, list):
+                    yield from enumerate(whole, start=1)
+                    return
+                if isinstance(value, BadLine):
+                    reason = "correct it, or write one object a line"
+                    raise UserError(f"{path}: begins as a JSON list and is {whole}; {reason}")
+            yield number, value
+        is_first = is_first and not isinstance(line, BadLine) and not line.strip()
 
 
 def _parse_json(text: str) -> Any:
@@ -97,10 +98,6 @@ def _parse_json(text: str) -> Any:
         return BadLine(f"not JSON: {one_line(str(error), 80)}")
 
 
-def _as_record(value: Any) -> Record | BadLine:
-    return value if isinstance(value, dict | BadLine) else BadLine("not a JSON object")
-
-
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
@@ -108,26 +105,34 @@ def _refuse_constant(name: str) -> NoReturn:
 def read_table(
     path: Path, delimiter: str, needed: Sequence[str], quoting: bool = True
 ) -> Iterator[tuple[int, Record | BadLine]]:
-    """The records of a CSV or TSV file with a header that has the `needed` columns (UserError where it has not).
+    """The records of a CSV or TSV file with a header that has the `needed` columns (UserError if it has not).
 
     A field may be quoted, and then span lines. A mark that is never closed costs its own line, not those that
-    follow. In TSV, often written without quoting, text with a stray mark is taken as it stands where its line has
+    follow. In TSV, often written without quoting, text with a stray mark is taken as it is written if its line has
     all fields.
     """
     csv.field_size_limit(LONGEST_LINE)
-    lines = _Pushback(read_lines(path))
-    header = _header(path, lines, delimiter, needed)
-    for number, line in lines:
+    lines = read_lines(path)
+    _, line = next(lines, (0, ""))
+    header = [] if isinstance(line, BadLine) else _parse_quoted(line, delimiter) or line.split(delimiter)
+    while header and not header[-1].strip():
+        header.pop()
+    if missing := [name for name in needed if name not in header]:
+        have = one_line(", ".join(header), 200) or "none"
+        raise UserError(f"{path}: no column {missing[0]!r} in the header ({have}); check --format and the column names")
+    if twice := [name for name in needed if header.count(name) > 1]:
+        raise UserError(f"{path}: the header has the column {twice[0]!r} more than once; rename the others")
+    ahead: deque[tuple[int, str | BadLine]] = deque()  # lines read in search of a quote's end, to be read again
+    while (numbered := ahead.popleft() if ahead else next(lines, None)) is not None:
+        number, line = numbered
         if isinstance(line, BadLine):
             yield number, line
             continue
-        if not line:
-            continue
-        fields = _read_fields(line, lines, delimiter, len(header)) if quoting else line.split(delimiter)
+        fields = _read_fields(line, ahead, lines, delimiter, len(header)) if quoting else line.split(delimiter)
         if fields is None:
             yield number, BadLine("quotation marks that do not match")
         elif not any(field.strip() for field in fields):
-            continue  # a row of a spreadsheet with nothing in it
+            continue  # an empty line, or a row of a spreadsheet with nothing in it
         elif _fits(fields, len(header)):
             yield number, dict(zip(header, fields, strict=False))
         else:
@@ -139,39 +144,14 @@ def _fits(fields: list[str], width: int) -> bool:
     return len(fields) >= width and not any(field.strip() for field in fields[width:])
 
 
-class _Pushback:
-    """Numbered lines, some of which can be put back to be read again."""
-
-    def __init__(self, lines: Iterator[tuple[int, str | BadLine]]) -> None:
-        self.lines = lines
-        self.returned: deque[tuple[int, str | BadLine]] = deque()
-
-    def __iter__(self) -> Iterator[tuple[int, str | BadLine]]:
-        return self
-
-    def __next__(self) -> tuple[int, str | BadLine]:
-        return self.returned.popleft() if self.returned else next(self.lines)
-
-    def put_back(self, taken: list[tuple[int, str | BadLine]]) -> None:
-        self.returned.extendleft(reversed(taken))
-
-
-def _header(path: Path, lines: _Pushback, delimiter: str, needed: Sequence[str]) -> list[str]:
-    _, line = next(lines, (0, ""))
-    header = [] if isinstance(line, BadLine) else _parse_quoted(line, delimiter) or line.split(delimiter)
-    while header and not header[-1].strip():
-        header.pop()
-    missing = [name for name in needed if name not in header]
-    if missing:
-        have = one_line(", ".join(header), 200) or "none"
-        raise UserError(f"{path}: no column {missing[0]!r} in the header ({have}); check --format and the column names")
-    if twice := [name for name in needed if header.count(name) > 1]:
-        raise UserError(f"{path}: the header has the column {twice[0]!r} more than once; rename the others")
-    return header
-
-
-def _read_fields(line: str, lines: _Pushback, delimiter: str, width: int) -> list[str] | None:
-    """The fields of the record that starts with `line`; takes the lines from `lines` that it spans."""
+def _read_fields(
+    line: str,
+    ahead: deque[tuple[int, str | BadLine]],
+    lines: Iterator[tuple[int, str | BadLine]],
+    delimiter: str,
+    width: int,
+) -> list[str] | None:
+    """The fields of the record that starts with `line`; takes the lines that it spans from `ahead` and `lines`."""
     fields = _parse_quoted(line, delimiter)
     if fields is not None:
         return fields
@@ -181,16 +161,18 @@ def _read_fields(line: str, lines: _Pushback, delimiter: str, width: int) -> lis
     bare = raw if delimiter == "\t" and len(raw) == width and not opened[-1] else None
     if bare and not any(opened):
         return bare
-    taken: list[tuple[int, str | BadLine]] = []
-    for following in itertools.islice(lines, LONGEST_RECORD - 1):
-        taken.append(following)
-        if isinstance(following[1], BadLine) or len(line) + len(following[1]) > LONGEST_LINE:
+    for taken in range(1, LONGEST_RECORD):
+        if len(ahead) < taken:
+            ahead.extend(itertools.islice(lines, 1))
+        following = ahead[taken - 1][1] if len(ahead) >= taken else None
+        if not isinstance(following, str) or len(line) + len(following) > LONGEST_LINE:
             break
-        line += "\n" + following[1]
-        fields = _parse_quoted(line, delimiter) if '"' in following[1] else None
+        line += "\n" + following
+        fields = _parse_quoted(line, delimiter) if '"' in following else None
         if fields is not None and _fits(fields, width):
+            for _ in range(taken):
+                ahead.popleft()
             return fields
-    lines.put_back(taken)
     return bare
 
 
