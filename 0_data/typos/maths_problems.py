@@ -118,11 +118,19 @@ def make_rows(wordings: Sequence[Wording], seed: int) -> tuple[list[Row], list[R
             for problem in itertools.islice(draw_problems(operation, result, digits, rng), count)
         ]
         for problem in shuffled(rng, problems):
-            fitting = by_fitness(problem, wordings, used)
-            row, edits = _first_complete(len(rows) + 1, problem, digits, fitting, seed)
-            used[row["_template"]].append(problem)
+            # The least used wording that fits, was not used for the problem, and can take every style.
+            for wording in sorted(wordings, key=lambda wording: len(used[wording.template])):
+                fits = wording.operation in (problem.operation, "any") and wording.results in (problem.result, "any")
+                if not fits or problem in used[wording.template]:
+                    continue
+                (row,), edits, _ = make_variants([_clean_row(len(rows) + 1, problem, wording, digits)], seed=seed)
+                if len({row[key] for key in ("normal", *STYLES) if key in row}) == 1 + len(STYLES):
+                    break
+            else:
+                raise UserError(f"no wording for {problem} can take every style; add wordings with more words")
+            used[wording.template].append(problem)
+            log += [{**edit, "original_index": len(rows)} for edit in edits]
             rows.append(row)
-            log += edits
     return rows, log
 
 
@@ -133,8 +141,8 @@ def draw_problems(operation: str, result: str, digits: int, rng: random.Random) 
     smaller = range(2, min(larger[-1], largest_other) + 1)
     pairs = itertools.product(*(shuffled(rng, list(numbers))[:POOL] for numbers in (larger, smaller)))
     pool = {Problem(operation, *pair) for a, b in pairs if a >= b for pair in ((a, b), (b, a))}
-    fitting = sorted((p for p in pool if p.result == result and _is_fair(p)), key=lambda p: (p.a, p.b))
-    return itertools.cycle(shuffled(rng, fitting))
+    fitting = [p for p in pool if p.result == result and _is_fair(p)]
+    return itertools.cycle(shuffled(rng, sorted(fitting, key=lambda p: (p.a, p.b))))
 
 
 def _is_fair(problem: Problem) -> bool:
@@ -146,35 +154,15 @@ def _is_fair(problem: Problem) -> bool:
     return problem.value != 0
 
 
-def by_fitness(problem: Problem, wordings: Sequence[Wording], used: dict[str, list[Problem]]) -> list[Wording]:
-    """The wordings that fit the problem and were not used for it, the least used first."""
-    fitting = [
-        wording
-        for wording in wordings
-        if wording.operation in (problem.operation, "any")
-        and wording.results in (problem.result, "any")
-        and problem not in used[wording.template]
-    ]
-    return sorted(fitting, key=lambda wording: len(used[wording.template]))
-
-
-def _first_complete(
-    element_index: int, problem: Problem, digits: int, wordings: Sequence[Wording], seed: int
-) -> tuple[Row, list[Row]]:
-    """The row in the first wording that can take every style (a change of wording changes what is drawn for it)."""
-    for wording in wordings:
-        (row,), log, _ = make_variants([_clean_row(element_index, problem, wording, digits)], seed=seed)
-        if len({row[key] for key in ("normal", *STYLES) if key in row}) == 1 + len(STYLES):
-            return row, [{**edit, "original_index": element_index - 1} for edit in log]
-    raise UserError(f"no wording for {problem} can take every style; add wordings with more words")
-
-
 def _clean_row(element_index: int, problem: Problem, wording: Wording, digits: int) -> Row:
-    prompt, task = write_prompt(problem, wording)
+    signs = SIGNS[problem.operation]
+    sign = signs[int(wording.template[-2:]) % len(signs)]  # a wording keeps one notation: × or *, ÷ or /
+    fields = {"a": problem.a, "b": problem.b, "s": sign, "x": f"[{problem.a} {sign} {problem.b} =]"}
+    before, task, after = re.split(r"[\[\]]", wording.text.format(**fields))
     exact = (Decimal(problem.value.numerator) / Decimal(problem.value.denominator)).normalize()  # 7/2 -> 3.5
     return {
         "element_index": element_index,
-        "normal": prompt,
+        "normal": before + task + after,
         "answer": f"{exact:f}",
         "task": task,
         "_template": wording.template,
@@ -182,13 +170,3 @@ def _clean_row(element_index: int, problem: Problem, wording: Wording, digits: i
         "_digits": digits,
         "_result": problem.result,
     }
-
-
-def write_prompt(problem: Problem, wording: Wording) -> tuple[str, str]:
-    """The prompt and its task, which is a substring of it."""
-    signs = SIGNS[problem.operation]
-    sign = signs[int(wording.template[-2:]) % len(signs)]  # a wording keeps one notation: × or *, ÷ or /
-    fields = {"a": problem.a, "b": problem.b, "s": sign, "x": f"[{problem.a} {sign} {problem.b} =]"}
-    marked = wording.text.format(**fields)
-    before, task, after = re.split(r"[\[\]]", marked)
-    return before + task + after, task
