@@ -6,7 +6,8 @@
 # It reads site.env, runs the script, and passes its exit code through. Before the time limit Slurm sends SIGUSR1:
 # a script that --resumes then finishes what is under way, and this array task alone goes back into the queue.
 # So does one whose process was killed (a node short of memory), three times at most. With --process-per-gpu, several
-# GPUs on the node get one process each by `accelerate launch`, unless the arguments say --device_map.
+# GPUs on the node get one process each (RANK, LOCAL_RANK and WORLD_SIZE as `accelerate launch` sets them), unless the
+# arguments say --device_map.
 #
 # It leaves .job.<script>.<task> in the folder that the script writes to (--output_dir, --results_dir or that of
 # --output_csv), for run_status.py: what happened last, and the log. The stamp of a step that is done is the script's.
@@ -59,57 +60,16 @@ record() { # what happened to this task, for run_status.py
         >"$place/.job.$name.${SLURM_ARRAY_TASK_ID:-0}" || true
 }
 
-# --- the processes
-
-# One process of the script. It leaves its id, so that a signal reaches it and not what launched it, and its exit code:
-# the processes are independent, but `accelerate launch` would end all of them for one that ends with another code than 0.
-# shellcheck disable=SC2016
-one_process='code=0
-( echo "$BASHPID" >"$STAGE_NOTES/pid.${RANK:-0}"; exec "$@" ) || code=$?
-echo "$code" >"$STAGE_NOTES/code.${RANK:-0}"'
-
-launch_command() { # sets the array `launch`; the last word of `python` is the interpreter, the words before it start a container
-    local last=$((${#python[@]} - 1)) gpus=${SLURM_GPUS_ON_NODE:-1}
-    launch=("${python[@]}")
-    processes=1
-    if [ -z "$per_gpu" ] || [ "$gpus" -le 1 ] || [[ " $* " == *" --device_map"* ]]; then
-        launch=("${python[@]:0:last}" bash -c "$one_process" process "${python[last]}")
-        return
-    fi
-    processes=$gpus
-    # Port 0 is any free one: array tasks may share a node.
-    launch+=(-m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 --mixed_precision no
-        --dynamo_backend no --main_process_port 0 --no_python bash -c "$one_process" process "${python[last]}")
-}
-
-exit_code() { # of the script: what its processes left, the gravest first; without these, what the launcher said
-    local wanted found
-    found=$(cat "$STAGE_NOTES"/code.* 2>/dev/null || true)
-    if [ "$(wc -w <<<"$found")" != "$processes" ]; then
-        echo "$1"
-        return
-    fi
-    for wanted in $KILLED $BY_USR1; do
-        if grep -qx "$wanted" <<<"$found"; then
-            echo "$wanted"
-            return
-        fi
-    done
-    # A stopped one must go on, even if prompts of another failed (1); wrong usage (2 …) would only fail again.
-    { grep -vx -e 0 -e 1 -e "$STOPPED" <<<"$found" || grep -x "$STOPPED" <<<"$found" || grep -x 1 <<<"$found" || echo 0; } |
-        head -n 1
-}
-
-signal_processes() {
-    local file
-    for file in "$STAGE_NOTES"/pid.*; do
-        if [ -s "$file" ]; then kill -s "$1" "$(cat "$file")" 2>/dev/null || true; fi
-    done
-}
-
 # --- signals
 
 signalled="" near_limit="" watchdog=""
+
+signal_processes() { # each leaves its own number: in a container, a signal must not end what started it
+    local file
+    for file in "$STAGE_NOTES"/*; do
+        if [ -s "$file" ]; then kill -s "$1" "$(cat "$file")" 2>/dev/null || true; fi
+    done
+}
 
 on_time_limit() {
     signalled=1
@@ -168,8 +128,9 @@ export STAGE_NOTES
 trap 'rm -rf "$STAGE_NOTES"' EXIT
 use_environment
 [ -f "$repository/$script" ] || fail "$repository/$script: no such script"
-launch_command "$@"
 if [ "$OFFLINE" = 1 ]; then export HF_HUB_OFFLINE=1; fi
+processes=1
+if [ -n "$per_gpu" ] && [[ " $* " != *" --device_map"* ]]; then processes=${SLURM_GPUS_ON_NODE:-1}; fi
 threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" TOKENIZERS_PARALLELISM=false
 export PYTHONUNBUFFERED=1 TQDM_MININTERVAL="${TQDM_MININTERVAL:-30}" # a log is read while it is written, and not too long
@@ -179,17 +140,36 @@ printf '  $ python %s' "$script" && printf ' %q' "$@" && echo
 record running
 trap on_time_limit USR1
 trap on_terminate TERM
-code=0
-"${launch[@]}" "$repository/$script" "$@" &
-child=$!
-wait "$child" || code=$?
-while [ -n "$signalled" ]; do # a trap interrupts `wait`, which then returns the signal and not the exit code
-    signalled="" code=0
-    wait "$child" || code=$?
+# The last word of `python` is the interpreter, the words before it start a container.
+last=$((${#python[@]} - 1)) children=()
+for ((rank = 0; rank < processes; rank++)); do
+    # shellcheck disable=SC2016
+    RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$processes "${python[@]:0:last}" bash -c 'echo $$ >"$0" && exec "$@"' \
+        "$STAGE_NOTES/$rank" "${python[last]}" "$repository/$script" "$@" &
+    children+=($!)
+done
+codes=()
+for child in "${children[@]}"; do
+    signalled=1
+    while [ -n "$signalled" ]; do # a trap interrupts `wait`, which then returns the signal and not the exit code
+        signalled="" code=0
+        wait "$child" || code=$?
+    done
+    codes+=("$code")
 done
 trap '' USR1 TERM
 if [ -n "$watchdog" ]; then kill "$watchdog" 2>/dev/null || true; fi
-code=$(exit_code "$code")
+# The gravest exit code. A stopped process must go on, even if prompts of another failed (1); one that ended with wrong
+# usage (2 ...) would only fail again.
+code=$(for code in "${codes[@]}"; do
+    case $code in
+        0 | 1) echo "$code $code" ;;
+        "$STOPPED") echo "2 $code" ;;
+        "$BY_USR1") echo "4 $code" ;;
+        "$KILLED") echo "5 $code" ;;
+        *) echo "3 $code" ;;
+    esac
+done | sort | tail -n 1 | cut -d ' ' -f 2)
 
 if [ "$code" = 0 ]; then
     record "done"

@@ -11,6 +11,7 @@
 #   --verbose         with --dry-run: the commands, too
 #   --shards N        array tasks of stage 2, one GPU each (default 1)
 #   --stages LIST     of 0,2,3,4,5,report (default 2,3,4,5,report); 0 checks the prompt file first
+# shellcheck disable=SC2317 # the functions that the plan calls look unreachable
 set -euo pipefail
 # shellcheck source=1_utils/hpc/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -22,13 +23,11 @@ for word in "$@"; do
         --dry-run | --dry_run) mode=dry-run ;;
         --test-only | --test_only) mode=test-only ;;
         -h | --help)
-            sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
+            sed -n '2,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
             exit 0
             ;;
     esac
 done
-
-# --- the plan: Python writes the lines that this script runs, because inside a container it cannot reach Slurm
 
 scalars=(ACCOUNT PARTITION GPU_PARTITION QOS GPU_GRES CAPTURE_GRES)
 read_site "${scalars[@]}" STAGE_TIME STAGE_MEM SBATCH_OPTIONS GPU_OPTIONS MODULES VENV CONTAINER CONTAINER_OPTIONS HF_CACHE
@@ -39,42 +38,34 @@ else
 fi
 use_environment
 
-send() { # a name of site.env with its values, for cluster_plan.py
-    printf '%s\0' "$1" "$(($# - 1))" "${@:2}"
+# --- the plan: Python writes the lines that this script runs, because inside a container it cannot reach Slurm
+
+describe_site() { # NAME=value, a line each
+    local name stage
+    for name in "${scalars[@]}"; do echo "$name=${!name}"; done
+    for stage in {0..5}; do
+        echo "STAGE_TIME$stage=${STAGE_TIME[stage]:-}"
+        echo "STAGE_MEM$stage=${STAGE_MEM[stage]:-}"
+    done
+    printf 'SBATCH_OPTIONS=%s\n' "${SBATCH_OPTIONS[@]}"
+    printf 'GPU_OPTIONS=%s\n' "${GPU_OPTIONS[@]}"
+    squeue --noheader --user "$(id -un)" --format '%F|%j|%k' 2>/dev/null | sed 's/^/QUEUE=/' || true
 }
 
-describe_site() {
-    local name stage times=() memories=()
-    for name in "${scalars[@]}"; do send "$name" "${!name}"; done
-    for stage in {0..5}; do times+=("${STAGE_TIME[stage]:-}") memories+=("${STAGE_MEM[stage]:-}"); done
-    send STAGE_TIME "${times[@]}"
-    send STAGE_MEM "${memories[@]}"
-    send SBATCH_OPTIONS "${SBATCH_OPTIONS[@]}"
-    send GPU_OPTIONS "${GPU_OPTIONS[@]}"
-    send QUEUE "$(squeue --noheader --user "$(id -un)" --format '%F|%j|%k' 2>/dev/null || true)"
-}
-
-plan() {
-    describe_site | "${python[@]}" "$repository/1_utils/run_scripts/cluster_plan.py" --site "${original[@]}"
-}
-
-if [ "$mode" = dry-run ]; then
-    plan
-    exit
-fi
-lines=$(plan)
-
-# --- what these lines call
-
-ids=() submitted=() refused=() watched=()
+ids=() submitted=() refused=() run=""
 
 fetch() { # model, options of fetch_models.py
+    [ "$mode" = submit ] || return 0
     echo "model $1"
     "${python[@]}" "$repository/1_utils/run_scripts/fetch_models.py" "${@:2}" >/dev/null
 }
 
 job() { # step number, script, folder, words of sbatch: sets ids[number]
     local answer
+    if [ "$mode" = test-only ]; then
+        sbatch --test-only "${@:4}" || refused+=("$2")
+        return
+    fi
     mkdir -p logs
     rm -f "$3/.job.$2."*
     answer=$(sbatch "${@:4}") ||
@@ -84,17 +75,12 @@ job() { # step number, script, folder, words of sbatch: sets ids[number]
     echo "submitted: ${ids[$1]}  $2  $3"
 }
 
-check() { # script, words of sbatch
-    sbatch --test-only "${@:2}" || refused+=("$1")
-}
-
-watch() { # run folder
-    watched+=("$1")
-}
-
+lines=$(describe_site | "${python[@]}" "$repository/1_utils/run_scripts/cluster_plan.py" --site "$@")
+if [ "$mode" = dry-run ]; then
+    echo "$lines"
+    exit
+fi
 eval "$lines"
-
-# --- what next
 
 if [ "${#refused[@]}" -gt 0 ]; then
     echo "error: Slurm would not take: ${refused[*]} (its reasons are above)" >&2
@@ -104,11 +90,8 @@ elif [ "$mode" = test-only ]; then
 elif [ "${#ids[@]}" = 0 ]; then
     echo "everything is done"
 else
-    echo
-    echo "watch    squeue --me; logs are in $PWD/logs"
-    for folder in "${watched[@]}"; do
-        printf '        ' && printf ' %q' "${python[@]}" "$repository/1_utils/run_scripts/run_status.py" "$folder" && echo
-    done
-    printf 'resume  ' && printf ' %q' "${BASH_SOURCE[0]}" "${original[@]}" && printf '   # submits what is missing\n'
+    printf '\nwatch    squeue --me; logs are in %s/logs\n        ' "$PWD"
+    printf ' %q' "${python[@]}" "$repository/1_utils/run_scripts/run_status.py" "$run"
+    printf '\nresume  ' && printf ' %q' "${BASH_SOURCE[0]}" "${original[@]}" && printf '   # submits what is missing\n'
     echo "cancel   scancel ${ids[*]}"
 fi

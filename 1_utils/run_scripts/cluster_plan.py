@@ -18,20 +18,21 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import UnknownFlag, UserError, make_parser, run_main
 from file_output import gigabytes
 from logger import get_logger
-from run_pipeline import ROOT, Step, jobs_of, parse_step, report_step, script_module, steps_of
+from run_pipeline import CAPTURE, ROOT, Step, jobs_of, parse_step, report_step, script_module, steps_of
 from run_pipeline import parse_args as parse_pipeline_args
 from run_status import read_styles
-from stamps import is_done
+from stamps import MODELS, by_flag, is_done
 
 STAGES = ("0", "2", "3", "4", "5", "report")
 EMBEDDED_MODELS = ("models/SmolLM2-135M-Instruct", "models/all-MiniLM-L6-v2")
-Site = dict[str, list[str]]  # name in site.env → its values
+Site = dict[str, list[str]]  # name in site.env → its values that are not empty
 
 
 @dataclass(frozen=True)
@@ -50,79 +51,56 @@ class Planned:
         return ROOT / Path(self.step.script).parents[1] / "hpc" / f"{self.step.stem}.slurm"
 
     @property
-    def place(self) -> Path:
+    def place(self) -> str:
         """The folder that it writes into; with the script's name it identifies a job in the queue."""
-        return self.step.place.resolve()
+        return str(self.step.place.resolve())
 
-    @property
     def settings(self) -> dict[str, str]:
         """The `#SBATCH --name=value` lines of the job file."""
         return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", self.slurm_file.read_text(encoding="utf-8"), re.M))
 
 
-# --- the plan
-
-
 def plan(args: argparse.Namespace, stages: Sequence[str]) -> list[Planned]:
     """All steps in order. A step without its capture has nothing to read; without another it does what it can."""
     planned: list[Planned] = []
-
-    def add(step: Step, needs: Sequence[int], done: bool) -> None:
-        well = tuple(n for n in needs if planned[n].step.name == "capture" and not args.keep_going)
-        if any(planned[n].state == "missing" for n in needs):
-            done = False
-        chosen = ("report" if step.name == "report" else step.script[0]) in stages
-        state = ("done" if done else "missing") if chosen else "left out"
-        planned.append(Planned(step, well, tuple(n for n in needs if n not in well), state))
-
     jobs = jobs_of(args)
-    for job in jobs:
-        numbers: dict[str, int] = {}
-        for step in steps_of(job, args):
-            if step.name == "capture":
-                done = is_done(step.script, step.arguments, (0, 1)) and is_complete(job.output, args.keep_going)
-            else:
-                done = is_done(step.script, step.arguments)
-            numbers[step.name] = len(planned)
-            add(step, [numbers[name] for name in step.after if name in numbers], done)
-    report = report_step(jobs, args)
-    add(report, range(len(planned)), is_done(report.script, report.arguments))
+    chains = [(job.output, steps_of(job, args)) for job in jobs]
+    for output, steps in [*chains, (None, [report_step(jobs, args)])]:
+        numbers = {step.name: len(planned) + place for place, step in enumerate(steps)}
+        for step in steps:
+            needs = [numbers[name] for name in step.after if name in numbers] if output else range(len(planned))
+            well = tuple(n for n in needs if planned[n].step.name == "capture" and not args.keep_going)
+            done = is_done(step.script, step.arguments, (0, 1) if step.name == "capture" else (0,))
+            if step.name == "capture" and done and output:
+                done = is_complete(output, args.keep_going)
+            done = done and not any(planned[n].state == "missing" for n in needs)
+            state = "done" if done else "missing"
+            if ("report" if step.name == "report" else step.script[0]) not in stages:
+                state = "left out"
+            planned.append(Planned(step, well, tuple(n for n in needs if n not in well), state))
     return planned
 
 
 def is_complete(output: Path, failed_too: bool) -> bool:
     """Whether every prompt of a run folder is done (`failed_too`: or has failed)."""
     try:
-        styles = read_styles(output)
+        return all(style.missing == 0 and (failed_too or style.failed == 0) for style in read_styles(output))
     except UserError:
         return False
-    return all(style.missing == 0 and (failed_too or style.failed == 0) for style in styles)
 
 
 def models_of(planned: Sequence[Planned], args: argparse.Namespace) -> list[tuple[str, str]]:
     """(model, revision or "") that the missing steps will load."""
     local = ROOT / "models" / "all-MiniLM-L6-v2"
-    embedding = args.embedding_model or (str(local) if local.is_dir() else "sentence-transformers/all-MiniLM-L6-v2")
-    studied = (args.model_name, args.stage2.revision or "")
-    needed = {"capture": studied, "layers": studied, "similarity": (embedding, "")}
-    needed["reward scores"] = (args.reward_model or "", "")
-    missing = [item.step.name for item in planned if item.state == "missing"]
-    return list(dict.fromkeys(needed[name] for name in missing if name in needed))
-
-
-def bytes_to_write(planned: Sequence[Planned]) -> dict[int, int]:
-    """Bytes that each stage 2 still has to write, by its number; without those whose model is not on this machine."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan does not wait for a hub
-    get_logger().setLevel("ERROR")  # the job says all this when it runs
-    found = {}
-    for number, item in enumerate(planned):
-        if item.step.name == "capture" and item.state == "missing":
-            stage2 = script_module(item.step.script)
-            try:
-                found[number] = stage2.bytes_to_write(stage2.parse_args(item.step.arguments))
-            except (UserError, ImportError):
-                continue
-    return found
+    default = str(local) if local.is_dir() else "sentence-transformers/all-MiniLM-L6-v2"
+    found = []
+    for item in planned:
+        if item.state == "missing":
+            flags = by_flag(item.step.arguments)
+            if item.step.name == "similarity":
+                flags.setdefault("--embedding_model", [default])
+            found += [model for name in MODELS for model in flags.get(f"--{name}", [])]
+    return [(model, args.stage2.revision or "" if model == args.model_name else "") for model in dict.fromkeys(found)]
 
 
 # --- the jobs
@@ -131,25 +109,27 @@ def bytes_to_write(planned: Sequence[Planned]) -> dict[int, int]:
 def sbatch_words(item: Planned, ids: dict[int, str], site: Site, shards: int) -> list[str]:
     """Arguments of sbatch for a step. ids: the job of each step that is waited for; the last option of a name wins."""
 
-    def value(name: str, place: int = 0) -> str:
-        return next(iter(site.get(name, [])[place:]), "")
+    def value(name: str) -> str:
+        return next(iter(site.get(name, [])), "")
 
-    name, stage = item.step.stem, int(item.step.script[0])
+    name, stage, capture = item.step.stem, item.step.script[0], item.step.name == "capture"
     words = ["--parsable", f"--job-name={name}", f"--comment={item.place}", "--kill-on-invalid-dep=yes"]
     words.append(f"--output={Path('logs').resolve()}/{name}_%A_%a.out")
+    limits = [
+        ("time", value(f"STAGE_TIME{stage}")),
+        ("mem", value(f"STAGE_MEM{stage}")),
+        ("partition", value("PARTITION")),
+    ]
     words += [f"--{option}={value(option.upper())}" for option in ("account", "qos") if value(option.upper())]
     words += site.get("SBATCH_OPTIONS", [])
-    partition = value("PARTITION")
-    if "gres" in item.settings:
-        partition = value("GPU_PARTITION") or partition
-        gres = (value("CAPTURE_GRES") if item.step.name == "capture" else "") or value("GPU_GRES")
+    if "gres" in item.settings():
+        gres = (value("CAPTURE_GRES") if capture else "") or value("GPU_GRES")
         # A site's own option for GPUs replaces the job file's.
         words += ["--gres=none", gres] if gres.startswith("--") else [f"--gres={gres}"] if gres else []
         words += site.get("GPU_OPTIONS", [])
-    words += [f"--time={limit}"] if (limit := value("STAGE_TIME", stage)) else []
-    words += [f"--mem={memory}"] if (memory := value("STAGE_MEM", stage)) else []
-    words += [f"--partition={partition}"] if partition else []
-    words += [f"--array=0-{shards - 1}"] if item.step.name == "capture" else []
+        limits.append(("partition", value("GPU_PARTITION")))
+    words += [f"--{option}={text}" for option, text in limits if text]
+    words += [f"--array=0-{shards - 1}"] if capture else []
     waits = []
     for kind, numbers in (("afterok", item.after), ("afterany", item.after_any)):
         known = [ids[number] for number in numbers if number in ids]
@@ -157,71 +137,74 @@ def sbatch_words(item: Planned, ids: dict[int, str], site: Site, shards: int) ->
     return words + ([f"--dependency={','.join(waits)}"] if waits else [])
 
 
-def jobs_in_queue(planned: Sequence[Planned], site: Site) -> dict[int, str]:
-    """The Slurm job of each step that is in the queue, by the step's number."""
-    lines = [line.rstrip(" ").split("|", 2) for line in "".join(site.get("QUEUE", [])).splitlines() if "|" in line]
-    known = {(name, comment): job for job, name, comment in lines}
-    keys = {number: (item.step.stem, str(item.place)) for number, item in enumerate(planned)}
-    return {number: known[key] for number, key in keys.items() if key in known and planned[number].state != "done"}
+def jobs_of_plan(
+    planned: Sequence[Planned], site: Site, args: argparse.Namespace
+) -> Iterator[tuple[int, str, list[str]]]:
+    """(number, what is said of it, words of sbatch) of each step: words if it is to be submitted, else a text.
+
+    A job that others wait for is JOB<number>, or its own number if it is in the queue already.
+    """
+    queue = (line.rstrip(" ").split("|", 2) for line in site.get("QUEUE", []))
+    known = {(name, place): job for job, name, place in queue}
+    ids: dict[int, str] = {}
+    for number, item in enumerate(planned):
+        name = item.step.stem
+        queued = known.get((name, item.place)) if item.state != "done" else None
+        if queued:
+            ids[number] = queued
+            yield number, f"in the queue: {queued}  {name}  {item.place}", []
+        elif item.state == "done":
+            yield number, f"done before: {name}  {item.place}", []
+        elif item.state == "missing":
+            # Slurm checks no dependency on what has no number yet.
+            words = sbatch_words(item, {} if args.test_only else ids, site, args.shards)
+            ids[number] = f"JOB{number}"
+            yield number, "", [*words, str(item.slurm_file), *item.step.arguments]
 
 
 def shell_lines(planned: Sequence[Planned], site: Site, args: argparse.Namespace) -> Iterator[str]:
-    """What to do with each step: `fetch`, `job`, `check`, `watch` call submit.sh's functions."""
-    if not args.test_only:
-        for model, revision in models_of(planned, args.pipeline):
-            make = model in EMBEDDED_MODELS and not Path(model).is_dir()
-            options = ["--models_dir", "models"] if make else ["--model_name", model]
-            yield shlex.join(["fetch", model, *options, *(["--revision", revision] if revision else [])])
-    queued = jobs_in_queue(planned, site)
-    ids = {} if args.test_only else dict(queued)  # a dependency needs a job's number, which nothing has yet
-    for number, item in enumerate(planned):
-        name = item.step.stem
-        if number in queued:
-            yield f"ids[{number}]={queued[number]}"
-            yield shlex.join(["echo", f"in the queue: {queued[number]}  {name}  {item.place}"])
-        elif item.state == "done":
-            yield shlex.join(["echo", f"done before: {name}  {item.place}"])
-        elif item.state == "missing":
-            words = sbatch_words(item, ids, site, args.shards)
-            command = [*words, str(item.slurm_file), *item.step.arguments]
-            quoted = [f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word) for word in command]
-            if args.test_only:
-                yield " ".join(["check", name, *quoted])
-                continue
-            yield " ".join(["job", str(number), name, shlex.quote(str(item.place)), *quoted])
-            ids[number] = f"${{ids[{number}]}}"
-    for item in planned:
-        if ids and item.step.name == "capture":
-            yield shlex.join(["watch", str(item.place)])
+    """Calls of submit.sh's functions `fetch` and `job`; `ids` and `run`, which it shows at the end."""
+    yield f"run={shlex.quote(str((args.pipeline.output_dir / args.pipeline.run_name).resolve()))}"
+    for model, revision in models_of(planned, args.pipeline):
+        make = model in EMBEDDED_MODELS and not Path(model).is_dir()
+        options = ["--models_dir", "models"] if make else ["--model_name", model]
+        yield shlex.join(["fetch", model, *options, *(["--revision", revision] if revision else [])])
+    for number, text, words in jobs_of_plan(planned, site, args):
+        item = planned[number]
+        if text:
+            yield shlex.join(["echo", text])
+            yield f"ids[{number}]={text.split()[3]}" if item.state != "done" else ""
+            continue
+        line = shlex.join(["job", str(number), item.step.stem, item.place, *words])
+        yield re.sub(r" --dependency=\S*", lambda found: re.sub(r"JOB(\d+)", r"${ids[\1]}", found[0]), line, count=1)
 
 
 def table_lines(planned: Sequence[Planned], site: Site, args: argparse.Namespace) -> Iterator[str]:
     """A dry run: one line for each job that would be submitted, and the sum of their GPU-hours."""
-    form = "{:<6} {:<22} {:>6} {:>12} {:>8} {:>10} {:>10}  {}"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a plan does not wait for a hub
+    get_logger().setLevel("ERROR")  # the job says all this when it runs
+    form, hours = "{:<6} {:<22} {:>6} {:>12} {:>8} {:>10} {:>10}  {}", []
     yield form.format("job", "script", "tasks", "time limit", "memory", "GPU-hours", "disk", "waits for")
-    sizes, queued, hours = bytes_to_write(planned), jobs_in_queue(planned, site), []
-    ids = dict(queued)
-    for number, item in enumerate(planned):
-        name = item.step.stem
-        if number in queued:
-            yield f"in the queue: {queued[number]}  {name}  {item.place}"
-        elif item.state == "done":
-            yield f"done before: {name}  {item.place}"
-        elif item.state == "missing":
-            words = sbatch_words(item, ids, site, args.shards)
-            ids[number] = f"JOB{number}"
-            given = item.settings | {flag: text for flag, _, text in (word[2:].partition("=") for word in words)}
-            tasks = args.shards if item.step.name == "capture" else 1
-            if gpus := given.get("gpus-per-node", given.get("gres")):
-                count = gpus.rpartition(":")[2]
-                hours.append(tasks * (int(count) if count.isdigit() else 1) * hours_of(given["time"]))
-            used = f"{hours[-1]:.1f}" if gpus else "-"
-            size = gigabytes(sizes[number]) if number in sizes else ""
-            waits = given.get("dependency", "-")
-            waits = waits if len(waits) <= 50 else f"{waits[:47]}..."
-            yield form.format(ids[number], name, tasks, given["time"], given["mem"], used, size, waits)
-            if args.verbose:
-                yield f"    {ids[number]}: {shlex.join(['sbatch', *words, str(item.slurm_file), *item.step.arguments])}"
+    for number, text, words in jobs_of_plan(planned, site, args):
+        if text:
+            yield text
+            continue
+        item, size, used = planned[number], "", "-"
+        options = [word[2:].partition("=") for word in words[: words.index(str(item.slurm_file))]]
+        given = item.settings() | {flag: value for flag, _, value in options}
+        tasks = args.shards if item.step.name == "capture" else 1
+        if gpus := given.get("gpus-per-node", given.get("gres")):
+            count = gpus.rpartition(":")[2]
+            hours.append(tasks * (int(count) if count.isdigit() else 1) * hours_of(given["time"]))
+            used = f"{hours[-1]:.1f}"
+        if item.step.name == "capture":
+            with suppress(UserError, ImportError):  # its model is not on this machine
+                size = gigabytes(script_module(CAPTURE).bytes_to_write(parse_step(CAPTURE, item.step.arguments)))
+        waits = given.get("dependency", "-")
+        waits = waits if len(waits) <= 50 else f"{waits[:47]}..."
+        yield form.format(f"JOB{number}", item.step.stem, tasks, given["time"], given["mem"], used, size, waits)
+        if args.verbose:
+            yield f"    JOB{number}: {shlex.join(['sbatch', *words])}"
     yield ""
     if hours:
         yield f"at most {sum(hours):g} GPU-hours: what all jobs use that run into their time limits"
@@ -257,9 +240,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"{error.flag}: there is no such flag before --; the pipeline's arguments come after it"
         ) from None
     args.stages = [stage.strip() for stage in args.stages.split(",") if stage.strip()]
-    for stage in args.stages or ["''"]:
-        if stage not in STAGES:
-            raise UserError(f"--stages: there is no stage {stage}; choose among {', '.join(STAGES)}")
+    if unknown := [stage for stage in args.stages or ["''"] if stage not in STAGES]:
+        raise UserError(f"--stages: there is no stage {unknown[0]}; choose among {', '.join(STAGES)}")
     if args.shards < 1:
         raise UserError(f"--shards {args.shards}: give a whole number from 1 up")
     if not words[cut + 1 :]:
@@ -270,16 +252,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_site(text: str) -> Site:
-    """What submit.sh sends: for each name in site.env the number of its values and these, each with a NUL byte."""
-    fields = iter(text.split("\0")[:-1])
-    return {name: [next(fields) for _ in range(int(next(fields)))] for name in fields}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan, after every script has read the arguments it will get."""
     args = parse_args(argv)
-    site = read_site(sys.stdin.read()) if args.site else {}
+    site: Site = {}
+    for line in sys.stdin if args.site else ():
+        name, _, value = line.rstrip("\n").partition("=")
+        site.setdefault(name, []).extend([value] if value else [])
     planned = plan(args.pipeline, args.stages)
     for item in planned:
         if item.state == "missing":

@@ -72,6 +72,12 @@ def one_line(text: str, limit: int = 600) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table of texts: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+
+
 class _Verbose(argparse.Action):
     def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
         namespace.verbose = True

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import run_store
-from command_line import UserError, make_parser, run_main
+from command_line import UserError, aligned, make_parser, run_main
 from file_output import gigabytes
 from load_json import read_prompt_file
 from stamps import is_current, read_stamp
@@ -63,61 +64,51 @@ class JobNote:
     log: str
 
 
-# --- what is on disk
-
-
 def read_styles(run_dir: Path) -> list[StyleStatus]:
     """Every style under a run folder, a style folder, or a folder of several runs. Raises UserError for none."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder{run_store.near_folder(run_dir)}; give the --output_dir of stage 2")
-    found = sorted(path.parent for depth in DEPTHS for path in run_dir.glob(f"{depth}run.json"))
+    found: dict[Path, list[str]] = {}
+    for folder in sorted(path.parent for depth in DEPTHS for path in run_dir.glob(f"{depth}run.json")):
+        found.setdefault(folder.parent, []).append(folder.name)
     if not found:
         raise UserError(f"{run_dir}: no run has begun there (no run.json); is it the --output_dir of stage 2?")
-    runs = dict.fromkeys(folder.parent for folder in found)
-    order = {run: run_store.sort_styles([path.name for path in found if path.parent == run], run) for run in runs}
-    return [read_style(run / name) for run in runs for name in order[run]]
+    return [read_style(run / name) for run, names in found.items() for name in run_store.sort_styles(names, run)]
 
 
 def read_style(folder: Path) -> StyleStatus:
     """Count a style's prompts: those in .pt files, those in failures.csv, and the rest of what was asked for."""
     settings = run_store.read_json_file(folder / "run.json").get("settings", {})
     style = str(settings.get("style", folder.name))
+    copy = next((copy for place in (folder, folder.parent) if (copy := place / "prompts.json").is_file()), None)
+    if copy is None:
+        raise UserError(f"{folder}: no prompts.json in or above it; stage 2 with the same arguments writes it again")
     rows: set[int] = set()
     written = []
     files = run_store.pt_files(folder)
     for path in files:
-        try:
+        with suppress(UserError, KeyError):  # damaged
             indices = run_store.load_pt(path)["original_indices"]
-        except (UserError, KeyError):  # damaged
-            continue
-        rows.update(indices)
-        written.append((path.stat().st_mtime, len(indices)))
+            rows.update(indices)
+            written.append((path.stat().st_mtime, len(indices)))
     failed = set(run_store.read_failures(folder)) - rows
     if matched_style(style):  # which rows a control has only its tokenizer knows
-        missing = max(0, (run_store.planned_prompts(folder, style) or 0) - len(rows | failed))
-    else:
-        missing = len(wanted_rows(folder, style, settings.get("max_samples")) - rows - failed)
+        missing = (run_store.planned_prompts(folder, style) or 0) - len(rows | failed)
+    else:  # those that are no prompts were asked for, too
+        chosen, limit = prompts_in(copy), settings.get("max_samples")
+        asked = {index for index, _ in chosen.prompts(style, limit)}
+        missing = len((asked | {bad.original_index for bad in chosen.problems_of(style, limit)}) - rows - failed)
     return StyleStatus(
-        str(folder),
-        style,
-        len(rows),
-        len(failed),
-        missing,
-        len(files) - len(written),
-        sum(path.stat().st_size for path in files),
-        (folder / "run.json").stat().st_mtime,
-        tuple(written),
+        folder=str(folder),
+        style=style,
+        done=len(rows),
+        failed=len(failed),
+        missing=max(0, missing),
+        damaged=len(files) - len(written),
+        bytes=sum(path.stat().st_size for path in files),
+        started=(folder / "run.json").stat().st_mtime,
+        written=tuple(written),
     )
-
-
-def wanted_rows(folder: Path, style: str, max_samples: int | None) -> set[int]:
-    """Original indices that a style was asked to run, those that turned out to be no prompts included."""
-    for copy in (folder / "prompts.json", folder.parent / "prompts.json"):
-        if copy.is_file():
-            prompts = prompts_in(copy)
-            good = {index for index, _ in prompts.prompts(style, max_samples)}
-            return good | {problem.original_index for problem in prompts.problems_of(style, max_samples)}
-    raise UserError(f"{folder}: no prompts.json in or above it; stage 2 with the same arguments writes it again")
 
 
 def read_notes(run_dir: Path) -> list[JobNote]:
@@ -215,10 +206,7 @@ def status_lines(styles: Sequence[StyleStatus], total: dict[str, Any]) -> Iterat
         name = f"{Path(style.folder).parent.name}/{style.style}" if several else style.style
         table.append((name, str(style.done), str(style.failed), str(style.missing), gigabytes(style.bytes)))
     table.append(("all", *(str(total[key]) for key in ("done", "failed", "missing")), gigabytes(total["bytes"])))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        yield "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-    yield ""
+    yield from [*aligned(table), ""]
     if total["last_written"] is not None:
         yield f"last file written {duration(time.time() - total['last_written'])} ago"
     if total["rate"]:

@@ -18,16 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FILE_FLAGS = ("--report", "--output_csv")  # name a file in the folder where the stamp goes
 FOLDER_FLAGS = ("--output_dir", "--results_dir")  # name that folder itself
-INPUT_FLAGS = (
-    "--run_dir",
-    "--prompt_file",
-    "--few_shot_file",
-    "--maths_items",
-    "--edits_csv",
-    "--model_name",
-    "--rm_name",
-    "--embedding_model",
-)
+INPUTS = ("run_dir", "prompt_file", "few_shot_file", "maths_items", "edits_csv")
+MODELS = ("model_name", "rm_name", "embedding_model")
 NO_STEPS = ("run_pipeline", "cluster_plan")  # they run the steps
 Files = dict[str, list[int]]  # name → [size, time of change]
 
@@ -51,8 +43,9 @@ def begin(arguments: Sequence[str]) -> None:
     _written.clear()
     flags = by_flag(arguments)
     if place_of(arguments) is not None:
-        for path in (value for flag in INPUT_FLAGS for value in flags.get(flag, []) if os.path.exists(value)):
-            note_read(path)
+        for path in (path for name in (*INPUTS, *MODELS) for path in flags.get(f"--{name}", [])):
+            if os.path.exists(path):
+                note_read(path)
 
 
 def finish(arguments: Sequence[str], exit_code: int) -> None:
@@ -60,12 +53,14 @@ def finish(arguments: Sequence[str], exit_code: int) -> None:
     script, folder = Path(sys.argv[0]).resolve(), place_of(arguments)
     if folder is None or not folder.is_dir() or script.stem in NO_STEPS or exit_code not in (0, 1):
         return
-    written = {os.path.relpath(path, folder): marks[""] for path in _written if (marks := files_in(path))}
+    loaded = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+    inside = {path.relative_to(ROOT) for path in loaded if path.is_relative_to(ROOT)}
+    code = [os.path.relpath(script, ROOT), *(str(path) for path in inside if path.parts[0][0].isdigit())]
     stamp = {
         "arguments": by_flag(arguments),
         "reads": {os.path.relpath(path, folder): _digest(path, files, _written) for path, files in _read.items()},
-        "code": {os.path.relpath(path, ROOT): _sha(path) for path in _code_files(script)},
-        "wrote": written,
+        "code": {name: _sha(ROOT / name) for name in code},
+        "wrote": {os.path.relpath(path, folder): mark[""] for path in _written if (mark := files_in(path))},
         "exit_code": exit_code,
     }
     path = stamp_path(folder, script)
@@ -78,24 +73,20 @@ def finish(arguments: Sequence[str], exit_code: int) -> None:
 def is_done(script: str | Path, arguments: Sequence[str], exit_codes: Collection[int] = (0,)) -> bool:
     """Whether the script last returned one of `exit_codes` with these arguments, and since then nothing that it read,
     wrote or ran has changed. The order of flags and of a flag's values does not matter."""
-    folder = place_of(arguments)
-    if folder is None or not (stamp := read_stamp(folder, script)):
+    if (folder := place_of(arguments)) is None or not (stamp := read_stamp(folder, script)):
         return False
-    if stamp["exit_code"] not in exit_codes or stamp["arguments"] != by_flag(arguments):
-        return False
-    return is_current(stamp, folder)
+    same = stamp["exit_code"] in exit_codes and stamp["arguments"] == by_flag(arguments)
+    return same and is_current(stamp, folder)
 
 
 def is_current(stamp: dict[str, Any], folder: Path) -> bool:
     """Whether all that the step read, wrote and ran is unchanged."""
-    written = {Path(os.path.abspath(folder / name)) for name in stamp["wrote"]}
+    wrote, code = ({Path(os.path.abspath(folder / name)): mark for name, mark in stamp["wrote"].items()}, stamp["code"])
+    reads = {Path(os.path.abspath(folder / name)): digest for name, digest in stamp["reads"].items()}
     return (
-        all(files_in(folder / name).get("") == mark for name, mark in stamp["wrote"].items())
-        and all(_sha(ROOT / name) == known for name, known in stamp["code"].items())
-        and all(
-            _digest(path, files_in(path), written) == known
-            for path, known in ((Path(os.path.abspath(folder / name)), known) for name, known in stamp["reads"].items())
-        )
+        all(files_in(path).get("") == mark for path, mark in wrote.items())
+        and all(_sha(ROOT / name) == known for name, known in code.items())
+        and all(_digest(path, files_in(path), wrote) == digest for path, digest in reads.items())
     )
 
 
@@ -117,11 +108,8 @@ def stamp_path(folder: Path, script: str | Path) -> Path:
 def place_of(arguments: Sequence[str]) -> Path | None:
     """The folder that a script's arguments say it writes into; None if they name none."""
     flags = by_flag(arguments)
-    for flag in (*FILE_FLAGS, *FOLDER_FLAGS):
-        if flags.get(flag):
-            path = Path(flags[flag][0])
-            return path.parent if flag in FILE_FLAGS else path
-    return None
+    files = [Path(name).parent for flag in FILE_FLAGS for name in flags.get(flag, [])]
+    return next(iter([*files, *(Path(name) for flag in FOLDER_FLAGS for name in flags.get(flag, []))]), None)
 
 
 def by_flag(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -158,11 +146,3 @@ def _digest(path: Path, files: Files, own: Collection[Path]) -> str:
 
 def _sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
-
-
-def _code_files(script: Path) -> set[Path]:
-    """The script and the project's modules that it has loaded."""
-    loaded = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-    return {script} | {
-        path for path in loaded if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0][0].isdigit()
-    }
