@@ -208,7 +208,7 @@ def test_a_job_that_could_not_note_its_end_is_asked_for_at_slurm(tmp_path, monke
     (tmp_path / "bin" / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     (tmp_path / ".job.attn_act_logi.0").write_text("task=5_0\nstate=running\ntime=1000\nlog=x\n")
-    assert [note.state for note in run_status.read_notes(tmp_path)] == [state]
+    assert [note["state"] for note in run_status.read_notes(tmp_path)] == [state]
 
 
 # --- which steps are done

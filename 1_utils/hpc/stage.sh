@@ -90,7 +90,7 @@ on_time_limit() {
 
 on_terminate() { # preemption, or scancel: Slurm decides what becomes of the job
     signalled=1
-    say "told to end: $name keeps what it has"
+    say "asked to end: $name keeps what it has"
     signal_processes TERM
 }
 
@@ -143,8 +143,9 @@ trap on_terminate TERM
 # The last word of `python` is the interpreter, the words before it start a container.
 last=$((${#python[@]} - 1)) children=()
 for ((rank = 0; rank < processes; rank++)); do
+    if [ "$processes" -gt 1 ]; then export RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$processes; fi
     # shellcheck disable=SC2016
-    RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$processes "${python[@]:0:last}" bash -c 'echo $$ >"$0" && exec "$@"' \
+    "${python[@]:0:last}" bash -c 'echo $$ >"$0" && exec "$@"' \
         "$STAGE_NOTES/$rank" "${python[last]}" "$repository/$script" "$@" &
     children+=($!)
 done

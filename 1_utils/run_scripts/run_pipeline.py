@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from token_spans import matched_style
 EXIT_SOME_FAILED = 1
 EXIT_STOPPED = 75  # stage 2 was stopped by a signal
 BAR = re.compile(r"\[\d+:\d\d[<,]")  # part of every line of a progress bar
+say = partial(print, flush=True)  # lines stay in order with those of the steps
 SECONDS_BETWEEN_BARS = 60  # in a log
 REWARD_EXAMPLE = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
@@ -115,7 +117,8 @@ def lens_flags(_: Job, args: argparse.Namespace) -> list[str]:
 
 
 CAPTURE = "2_inference/run_scripts/attn_act_logi.py"
-SEMANTICS, ATTENTION = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
+STAGE_4, STAGE_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
+SCORED = ("capture", "accuracy")
 MATHS = "3_maths_eval/run_scripts/evaluate_predictions.py"
 
 
@@ -133,20 +136,13 @@ STEPS = (
     Entry("prompts", "0_data/run_scripts/check_prompts.py", check_flags, after=()),
     Entry("capture", CAPTURE, capture_flags, after=("prompts",)),
     Entry("accuracy", MATHS, accuracy_flags),
-    Entry(
-        "similarity", f"{SEMANTICS}/compare_responses.py", lambda _, a: given("--embedding_model", a.embedding_model)
-    ),
-    Entry("reward scores", f"{SEMANTICS}/score_scripts.py", lambda _, a: given("--rm_name", a.reward_model) or None),
-    Entry("attention fractions", f"{ATTENTION}/dirs_eval.py"),
-    Entry("heads", f"{ATTENTION}/head_sensitivity.py", after=("capture", "accuracy")),
-    Entry("layers", f"{ATTENTION}/activation_diffs.py", lens_flags),
-    Entry("neurons", f"{ATTENTION}/neuron_sensitivity.py", lambda _, a: [] if a.stage2.neurons else None),
-    Entry(
-        "probes",
-        f"{ATTENTION}/probe_layers.py",
-        lambda _, a: given("--layers", a.probe_layers),
-        ("capture", "accuracy"),
-    ),
+    Entry("similarity", f"{STAGE_4}/compare_responses.py", lambda _, a: given("--embedding_model", a.embedding_model)),
+    Entry("reward scores", f"{STAGE_4}/score_scripts.py", lambda _, a: given("--rm_name", a.reward_model) or None),
+    Entry("attention fractions", f"{STAGE_5}/dirs_eval.py"),
+    Entry("heads", f"{STAGE_5}/head_sensitivity.py", after=SCORED),
+    Entry("layers", f"{STAGE_5}/activation_diffs.py", lens_flags),
+    Entry("neurons", f"{STAGE_5}/neuron_sensitivity.py", lambda _, a: [] if a.stage2.neurons else None),
+    Entry("probes", f"{STAGE_5}/probe_layers.py", lambda _, a: given("--layers", a.probe_layers), SCORED),
 )
 
 
@@ -286,11 +282,6 @@ def summary_of(wrote: Sequence[str] | dict[str, Any]) -> str:
     ordered = sorted(wrote, key=lambda name: (not name.endswith(".csv"), name))
     more = f" and {len(ordered) - 2} more" if len(ordered) > 2 else ""
     return ", ".join(ordered[:2]) + more if ordered else "nothing new"
-
-
-def say(text: str) -> None:
-    """Print at once, so that lines stay in order with those of the steps."""
-    print(text, flush=True)
 
 
 def print_headline(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -51,17 +51,6 @@ class StyleStatus:
     bytes: int
     started: float
     written: tuple[tuple[float, int], ...]
-
-
-@dataclass(frozen=True)
-class JobNote:
-    """The last that a cluster job noted of itself."""
-
-    script: str
-    task: str
-    state: str
-    time: float
-    log: str
 
 
 def read_styles(run_dir: Path) -> list[StyleStatus]:
@@ -111,22 +100,25 @@ def read_style(folder: Path) -> StyleStatus:
     )
 
 
-def read_notes(run_dir: Path) -> list[JobNote]:
-    """What cluster jobs noted in these folders; Slurm is asked about those that have not noted their end."""
+def read_notes(run_dir: Path) -> list[dict[str, Any]]:
+    """The last that cluster jobs noted in these folders: script, task, state, time, log.
+
+    Slurm is asked about those that have not noted their end.
+    """
     notes = []
     for path in sorted(path for depth in DEPTHS for path in run_dir.glob(f"{depth}.job.*")):
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             values = dict(line.split("=", 1) for line in lines if "=" in line)
-            script = path.name.removeprefix(".job.").rsplit(".", 1)[0]
-            note = JobNote(script, values["task"], values["state"], float(values["time"]), values["log"])
+            note: dict[str, Any] = {name: values[name] for name in ("task", "state", "time", "log")}
+            note |= {"script": path.name.split(".")[2], "time": float(values["time"])}
         except (OSError, KeyError, ValueError):  # being written just now
             continue
-        if note.state == "running" or "put back" in note.state:
-            state = slurm_state(note.task)
-            if state and note.state != "running":
-                state = f"{note.state}; now {state}"
-            note = note if state is None else replace(note, state=state or ENDED)
+        if note["state"] == "running" or "put back" in note["state"]:
+            state = slurm_state(note["task"])
+            if state and note["state"] != "running":
+                state = f"{note['state']}; now {state}"
+            note["state"] = note["state"] if state is None else state or ENDED
         notes.append(note)
     return notes
 
@@ -155,9 +147,6 @@ def analyses_of(styles: Sequence[StyleStatus]) -> dict[str, bool]:
             if stamp := read_stamp(results, script):
                 found[f"{results}: {script}"] = is_current(stamp, results)
     return found
-
-
-# --- sums
 
 
 def progress_of(styles: Sequence[StyleStatus], run_dir: Path) -> dict[str, Any]:
@@ -195,10 +184,9 @@ def rate_of(written: Sequence[tuple[float, int]], starts: Sequence[float]) -> fl
     return prompts / (last - start)
 
 
-# --- printing
-
-
-def status_lines(styles: Sequence[StyleStatus], total: dict[str, Any]) -> Iterator[str]:
+def status_lines(
+    styles: Sequence[StyleStatus], total: dict[str, Any], notes: Sequence[dict[str, Any]]
+) -> Iterator[str]:
     """The table of styles, the sums and what to read next. The folder is named if there are several."""
     several = len({Path(style.folder).parent for style in styles}) > 1
     table: list[tuple[str, ...]] = [("style", "done", "failed", "missing", "size")]
@@ -220,21 +208,18 @@ def status_lines(styles: Sequence[StyleStatus], total: dict[str, Any]) -> Iterat
             yield f"damaged .pt files in {style.folder}: stage 2 runs them again"
         if style.failed:
             yield f"why prompts failed: {Path(style.folder) / 'failures.csv'}"
+    yield from note_lines(notes)
+    if analyses := total["analyses"]:
+        yield f"analyses: {sum(analyses.values())} of {len(analyses)} up to date"
+        for name in (name for name, current in analyses.items() if not current):
+            yield f"run again, its inputs, outputs or code have changed: {name}"
 
 
-def note_lines(notes: Sequence[JobNote]) -> list[str]:
+def note_lines(notes: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each cluster job that has not ended well, with the log to read."""
-    return [
-        f"job {note.task} ({note.script}): {note.state} since {datetime.fromtimestamp(note.time):%F %T}; log {note.log}"
-        for note in notes
-        if note.state != "done"
-    ]
-
-
-def analysis_lines(analyses: dict[str, bool]) -> list[str]:
-    """How many analyses are up to date, and which are not."""
-    old = [f"run again, its inputs, outputs or code have changed: {name}" for name in analyses if not analyses[name]]
-    return [f"analyses: {sum(analyses.values())} of {len(analyses)} up to date", *old] if analyses else []
+    form = "job {task} ({script}): {state} since {since:%F %T}; log {log}"
+    unwell = [note for note in notes if note["state"] != "done"]
+    return [form.format(**note, since=datetime.fromtimestamp(note["time"])) for note in unwell]
 
 
 def duration(seconds: float) -> str:
@@ -271,12 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not notes:
             raise
         raise UserError(f"{error}; {'; '.join(note_lines(notes)) or 'its jobs are done'}") from None
-    total, analyses = progress_of(styles, args.run_dir), analyses_of(styles)
+    total = progress_of(styles, args.run_dir) | {"analyses": analyses_of(styles)}
     if args.json:
-        lists = {"styles": [asdict(style) for style in styles], "jobs": [asdict(note) for note in notes]}
-        print(json.dumps({**total, **lists, "analyses": analyses}, ensure_ascii=False, indent=2))
+        shown = total | {"styles": [asdict(style) for style in styles], "jobs": notes}
+        print(json.dumps(shown, ensure_ascii=False, indent=2))
     else:
-        print("\n".join([*status_lines(styles, total), *note_lines(notes), *analysis_lines(analyses)]))
+        print("\n".join(status_lines(styles, total, notes)))
     return int(total["missing"] + total["failed"] > 0)
 
 
