@@ -144,7 +144,7 @@ def jobs_of_plan(
 
     A job that others wait for is JOB<number>, or its own number if it is in the queue already.
     """
-    queue = (line.rstrip(" ").split("|", 2) for line in site.get("QUEUE", []))
+    queue = (line.rstrip(" ").split("|", 2) for line in site.get("QUEUE", []) if line.count("|") > 1)
     known = {(name, place): job for job, name, place in queue}
     ids: dict[int, str] = {}
     for number, item in enumerate(planned):
