@@ -723,10 +723,10 @@ def test_samples_do_not_depend_on_the_batch_and_are_shared_across_styles(model_d
 
 def test_sampled_tokens_follow_the_models_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5]]).expand(4000, -1)
-    chooser = decoding.TokenChooser(decoding.GenerationOptions(temperature=0.7, seed=3))
+    options = decoding.GenerationOptions(temperature=0.7, seed=3)
     mask = torch.zeros(1, 1, dtype=torch.bool)
     responses = [decoding.Response(decoding.Prompt(key, [1], mask), 0) for key in range(4000)]
-    tokens, _ = chooser.choose(logits, responses)
+    tokens, _ = decoding.choose_tokens(options, logits, responses)
     shares = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
     torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.7, -1), atol=0.025, rtol=0)
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import inspect
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -98,7 +99,7 @@ class Result:
 class GrowingLayer(DynamicLayer):
     """Keys and values of a layer in a buffer with spare room: a step copies one position and not all of them."""
 
-    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    buffers: list[torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Append [B, H, n, D] keys and values; returns all of them."""
@@ -106,15 +107,14 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
+        added = (key_states, value_states)
         if self.buffers is None or self.buffers[0].shape[-2] < new:
-            room = new + SPARE_POSITIONS
-            self.buffers = (
-                _buffer(self.keys, key_states, old, room),
-                _buffer(self.values, value_states, old, room),
-            )
-        self.buffers[0][:, :, old:new] = key_states
-        self.buffers[1][:, :, old:new] = value_states
-        self.keys, self.values = self.buffers[0][:, :, :new], self.buffers[1][:, :, :new]
+            self.buffers = [one.new_empty(*one.shape[:2], new + SPARE_POSITIONS, one.shape[-1]) for one in added]
+            for buffer, kept in zip(self.buffers, (self.keys, self.values) if old else (), strict=False):
+                buffer[:, :, :old] = kept
+        for buffer, one in zip(self.buffers, added, strict=True):
+            buffer[:, :, old:new] = one
+        self.keys, self.values = (buffer[:, :, :new] for buffer in self.buffers)
         return self.keys, self.values
 
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -123,20 +123,12 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values, self.buffers = keys, values, None
 
 
-def _buffer(kept: torch.Tensor | None, added: torch.Tensor, length: int, room: int) -> torch.Tensor:
-    buffer = added.new_empty(*added.shape[:2], room, added.shape[-1])
-    if kept is not None and length:
-        buffer[:, :, :length] = kept
-    return buffer
-
-
 def new_cache(layers: int, source: Any = None, batch: int = 1) -> Any:
     """An empty cache, or one of `batch` rows that begins with those of `source`, or its single one (not copied)."""
     cache: Any = Cache(layers=[GrowingLayer() for _ in range(layers)])
-    if source is not None:
-        for layer, given in zip(cache.layers, source.layers, strict=True):
-            if given.is_initialized:
-                layer.replace(given.keys.expand(batch, -1, -1, -1), given.values.expand(batch, -1, -1, -1))
+    for layer, given in zip(cache.layers, source.layers if source else (), strict=False):
+        if given.is_initialized:
+            layer.replace(given.keys.expand(batch, -1, -1, -1), given.values.expand(batch, -1, -1, -1))
     return cache
 
 
@@ -154,20 +146,15 @@ def select_rows(cache: Any, rows: torch.Tensor, drop: int = 0, repeats: int = 1)
 def join_rows(cache: Any, other: Any) -> None:
     """Add the rows of `other` below those of `cache`; the shorter ones get masked positions on the left."""
     length = max(cache.get_seq_length(), other.get_seq_length())
+
+    def stacked(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+        joined = above.new_zeros(above.shape[0] + below.shape[0], above.shape[1], length, above.shape[-1])
+        joined[: above.shape[0], :, length - above.shape[2] :] = above
+        joined[above.shape[0] :, :, length - below.shape[2] :] = below
+        return joined
+
     for layer, added in zip(_filled(cache), _filled(other), strict=True):
-        layer.replace(_stacked(layer.keys, added.keys, length), _stacked(layer.values, added.values, length))
-
-
-def _stacked(above: torch.Tensor, below: torch.Tensor, length: int) -> torch.Tensor:
-    joined = above.new_zeros(above.shape[0] + below.shape[0], above.shape[1], length, above.shape[-1])
-    joined[: above.shape[0], :, length - above.shape[2] :] = above
-    joined[above.shape[0] :, :, length - below.shape[2] :] = below
-    return joined
-
-
-def left_pad(mask: torch.Tensor, length: int) -> torch.Tensor:
-    """[B, n] bool padded on the left with False to [B, length]."""
-    return torch.nn.functional.pad(mask, (length - mask.shape[1], 0), value=False)
+        layer.replace(stacked(layer.keys, added.keys), stacked(layer.values, added.values))
 
 
 # --- choosing tokens
@@ -193,43 +180,32 @@ def noise_seed(seed: int, key: int, sample: int, step: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-class TokenChooser:
-    """Next tokens for a batch of responses under way, by greedy choice or by Gumbel-max sampling."""
+def choose_tokens(
+    options: GenerationOptions, logits: torch.Tensor, responses: list[Response]
+) -> tuple[list[int], list[float]]:
+    """Next tokens of responses under way, greedy or by Gumbel-max sampling, from logits [B, V].
 
-    def __init__(self, options: GenerationOptions):
-        self.options = options
-
-    def choose(self, logits: torch.Tensor, responses: list[Response]) -> tuple[list[int], list[float]]:
-        """Token ids and, if wanted, their log-probabilities (of the model, before temperature), from [B, V]."""
-        logits = logits.float()
-        scores = self._penalised(logits, responses) if self.options.repetition_penalty != 1.0 else logits
-        if self.options.temperature > 0:
-            scores = self._warped(scores)
-            seeds = [noise_seed(self.options.seed, r.prompt.key, r.sample, len(r.ids)) for r in responses]
-            noise = uniform_noise(torch.tensor(seeds, dtype=torch.int64, device=logits.device), logits.shape[1])
-            scores = scores - (-noise.log()).log()  # argmax(logits + Gumbel noise) is a draw from softmax(logits)
-        tokens = scores.argmax(dim=-1)
-        logprobs: list[float] = []
-        if self.options.response_logprobs:
-            logprobs = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
-        return tokens.tolist(), logprobs
-
-    def _warped(self, scores: torch.Tensor) -> torch.Tensor:
-        unused = torch.empty(0, dtype=torch.long)
-        scores = TemperatureLogitsWarper(self.options.temperature)(unused, scores)
-        if self.options.top_k > 0:
-            scores = TopKLogitsWarper(self.options.top_k)(unused, scores)
-        if self.options.top_p < 1.0:
-            scores = TopPLogitsWarper(self.options.top_p)(unused, scores)
-        return scores
-
-    def _penalised(self, logits: torch.Tensor, responses: list[Response]) -> torch.Tensor:
-        penalise = RepetitionPenaltyLogitsProcessor(self.options.repetition_penalty)
-        rows = [  # row by row, for a pad among the ids would be penalised too
-            penalise(torch.tensor([r.prompt.input_ids + r.ids], device=logits.device), logits[b : b + 1])
-            for b, r in enumerate(responses)
-        ]
-        return torch.cat(rows)
+    Returns token ids and, if wanted, their log-probabilities (of the model, before temperature).
+    """
+    logits = scores = logits.float()
+    if options.repetition_penalty != 1.0:  # row by row, for a pad among the ids would be penalised too
+        penalise = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
+        seen = [torch.tensor([r.prompt.input_ids + r.ids], device=logits.device) for r in responses]
+        scores = torch.cat([penalise(ids, logits[b : b + 1]) for b, ids in enumerate(seen)])
+    if options.temperature > 0:
+        warpers: list[Any] = [TemperatureLogitsWarper(options.temperature)]
+        warpers += [TopKLogitsWarper(options.top_k)] if options.top_k > 0 else []
+        warpers += [TopPLogitsWarper(options.top_p)] if options.top_p < 1.0 else []
+        for warp in warpers:
+            scores = warp(torch.empty(0, dtype=torch.long), scores)  # none of them looks at the ids
+        seeds = [noise_seed(options.seed, r.prompt.key, r.sample, len(r.ids)) for r in responses]
+        noise = uniform_noise(torch.tensor(seeds, dtype=torch.int64, device=logits.device), logits.shape[1])
+        scores = scores - (-noise.log()).log()  # argmax(logits + Gumbel noise) is a draw from softmax(logits)
+    tokens = scores.argmax(dim=-1)
+    logprobs: list[float] = []
+    if options.response_logprobs:
+        logprobs = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+    return tokens.tolist(), logprobs
 
 
 # --- the generator
@@ -245,22 +221,30 @@ class _Active:
     next_ids: list[int]
 
     @property
-    def running(self) -> int:
+    def running(self) -> list[int]:
         """Rows whose response is not finished."""
-        return sum(not response.finish_reason for response in self.responses)
+        return [b for b, response in enumerate(self.responses) if not response.finish_reason]
 
+    def without_finished(self) -> _Active:
+        """Without the rows of finished responses, and without positions that are padding in every row that stays."""
+        staying = self.running
+        if len(staying) == len(self.responses):
+            return self
+        rows = torch.tensor(staying, device=self.mask.device)
+        mask = self.mask[rows]
+        drop = int(mask.any(0).to(torch.uint8).argmax())
+        select_rows(self.cache, rows, drop)
+        responses, next_ids = [self.responses[b] for b in staying], [self.next_ids[b] for b in staying]
+        return _Active(responses, self.cache, mask[:, drop:], next_ids)
 
-def _compacted(active: _Active) -> _Active:
-    """Without the rows of finished responses, and without positions that are padding in every row that stays."""
-    staying = [b for b, response in enumerate(active.responses) if not response.finish_reason]
-    if len(staying) == len(active.responses):
-        return active
-    rows = torch.tensor(staying, device=active.mask.device)
-    mask = active.mask[rows]
-    drop = int(mask.any(0).to(torch.uint8).argmax())
-    select_rows(active.cache, rows, drop)
-    responses, next_ids = [active.responses[b] for b in staying], [active.next_ids[b] for b in staying]
-    return _Active(responses, active.cache, mask[:, drop:], next_ids)
+    def joined(self, other: _Active) -> _Active:
+        """Both sets of rows in one."""
+        above = self.without_finished()
+        join_rows(above.cache, other.cache)
+        length = max(above.mask.shape[1], other.mask.shape[1])
+        masks = [torch.nn.functional.pad(one.mask, (length - one.mask.shape[1], 0)) for one in (above, other)]
+        responses, next_ids = above.responses + other.responses, above.next_ids + other.next_ids
+        return _Active(responses, above.cache, torch.cat(masks), next_ids)
 
 
 @dataclass(frozen=True)
@@ -271,20 +255,22 @@ class _Prefix:
 
 
 class Generator:
-    """Runs prompts through a model with its `Recorder`. Options of the style: `names` of regions, those `pooled`."""
+    """Runs prompts through a model with its `Recorder`. Options of the style: `names` of regions, those `pooled`.
+
+    `stop` is set when nothing new is to be begun, `progress` is given what is read and decoded (see `Progress`).
+    """
 
     def __init__(self, model: Any, tokenizer: Any, recorder: Recorder, options: GenerationOptions, batch_limit: Any):
         self.model, self.tokenizer, self.recorder, self.options = model, tokenizer, recorder, options
         self.limit = batch_limit
-        self.chooser = TokenChooser(options)
         self.control_tokens = control_tokens(tokenizer)
         self.device = model.get_input_embeddings().weight.device
         self.accepts = set(inspect.signature(model.forward).parameters)
         self.prefix: _Prefix | None = None
         self.prefill_tokens = self.prompt_tokens = 0
         self.crowded = False  # one prompt more did not fit beside those that are decoded
-        self.progress: Any = None  # is given what is read and decoded (see `Progress`)
-        self.stop: Any = None  # an object whose `asked` turns true when nothing new is to be begun
+        self.progress: Any = None
+        self.stop = threading.Event()
 
     def twin(self, names: list[str], pooled: list[str]) -> Generator:
         """Another generator on the same model and prefix, for regions of its own."""
@@ -326,60 +312,59 @@ class Generator:
         under_way: dict[int, Result] = {}
         active: _Active | None = None
         while True:
-            if self.stop is not None and self.stop.asked:
+            # 1. What is left to do?
+            if self.stop.is_set():
                 waiting.clear()
             elif not waiting:
                 waiting.extend(next(source, ()))
             if not waiting and active is None:
                 return
-            running = active.running if active else 0
-            began, read_before = time.perf_counter(), self.prefill_tokens
+            running = [active.responses[b] for b in active.running] if active else []
+            self.crowded = self.crowded and bool(running)
+            group: list[Prompt] = []
+            began = time.perf_counter()
             try:
-                self.crowded = self.crowded and running > 0
-                if waiting and not self.crowded and self.limit.may_join(running, len(waiting)):
-                    started = self._start(waiting, running, under_way)
-                    with _memory_errors():
-                        active = self._joined(active, started)
-                    if self.progress and (tokens := self.prefill_tokens - read_before):
-                        begun = len(started.responses) if started else 0
-                        self.progress.read(tokens, begun, time.perf_counter() - began)
-                elif active:
-                    under = [response for response in active.responses if not response.finish_reason]
-                    active = self._step(active)
-                    if self.progress:
-                        lengths = [len(one.ids) for one in under if not one.finish_reason]
-                        self.progress.stepped(len(under), lengths, time.perf_counter() - began)
+                with _memory_errors():
+                    # 2. Read prompts if there is room for them, else decode a step.
+                    if waiting and not self.crowded and self.limit.may_join(len(running), len(waiting)):
+                        group = self.limit.next_group(waiting, len(running))
+                        read_before = self.prefill_tokens
+                        results, started = self._prefill(group)
+                        under_way |= {id(result.prompt): result for result in results}
+                        group = []
+                        active = active.joined(started) if active and started else active or started
+                        if self.progress:
+                            tokens = self.prefill_tokens - read_before
+                            self.progress.read(tokens, len(started.responses) if started else 0, _since(began))
+                    elif active:
+                        active = self._step(active)
+                        if self.progress:
+                            lengths = [len(response.ids) for response in running if not response.finish_reason]
+                            self.progress.stepped(len(running), lengths, _since(began))
             except _OutOfMemory as error:
-                active = None
-                yield from self._retreat(waiting, under_way, error)
+                # 3. Memory is short: a group that was not read is made smaller, or waits until the others are done;
+                # otherwise all prompts under way begin again, in smaller batches. What is alone fails.
+                if not group:
+                    active = None
+                    group = [result.prompt for result in under_way.values() if not _is_done(result)]
+                    for prompt in group:
+                        under_way.pop(id(prompt))
+                    running = []
+                if len(group) == 1 and not running:
+                    yield Result(group[0], error=str(error))
+                else:
+                    self.crowded = len(group) == 1
+                    if not self.crowded:
+                        self.limit.shrink(len(group))
+                    waiting.extendleft(reversed(group))
             for key in [key for key, result in under_way.items() if _is_done(result)]:
                 yield under_way.pop(key)
 
     # --- reading prompts
 
-    def _start(self, waiting: deque[Prompt], running: int, under_way: dict[int, Result]) -> _Active | None:
-        """Take a group of waiting prompts and read them; fewer of them while memory is short."""
-        group = self.limit.next_group(waiting, running)
-        while True:
-            try:
-                with _memory_errors():
-                    results, started = self._prefill(group)
-                    under_way |= {id(result.prompt): result for result in results}
-                    return started
-            except _OutOfMemory as error:
-                if len(group) == 1 and running:  # not alone yet: again when the others are done
-                    self.crowded = True
-                    waiting.appendleft(group[0])
-                    return None
-                if len(group) == 1:
-                    under_way[id(group[0])] = Result(group[0], error=str(error))
-                    return None
-                self.limit.shrink(len(group))
-                half = len(group) // 2
-                waiting.extendleft(reversed(group[half:]))
-                group = group[:half]
-
     def _prefill(self, group: list[Prompt]) -> tuple[list[Result], _Active | None]:
+        """Read prompts in one pass, capture it, and begin their responses."""
+        # 1. Pad them on the left, behind the shared prefix.
         shared = len(self.prefix.ids) if self.prefix else 0
         own = [prompt.input_ids[shared:] for prompt in group]
         width = max(len(ids) for ids in own)
@@ -391,6 +376,8 @@ class Generator:
             regions[b][mask[b]] = prompt.region_mask
         mask = mask.to(self.device)
         cache = new_cache(self.recorder.num_layers, self.prefix.cache if self.prefix else None, len(group))
+
+        # 2. The pass, and the rows of what it leaves.
         columns = [self.names.index(name) for name in self.pooled]
         with self.recorder.recording(regions, columns, width) as recorded:
             logits = self._forward(ids, mask, cache)[:, -1]
@@ -402,7 +389,23 @@ class Generator:
         rows = PassRows(make, [one.copies for one in passes])
         self.prefill_tokens += sum(map(len, own))
         self.prompt_tokens += sum(len(prompt.input_ids) for prompt in group)
-        return self._begin_responses(group, rows, logits, cache, mask)
+
+        # 3. The responses.
+        samples = self.options.num_samples
+        forced = self._forced_logprobs(group, logits, cache, mask)
+        results = [
+            Result(prompt, rows, b, [Response(prompt, sample) for sample in range(samples)], forced[b])
+            for b, prompt in enumerate(group)
+        ]
+        responses = [response for result in results for response in result.responses]
+        if self.options.max_new_tokens == 0:
+            for response in responses:
+                response.finish_reason = "length"
+            return results, None
+        if samples > 1:
+            select_rows(cache, torch.arange(len(group)), repeats=samples)
+            mask, logits = mask.repeat_interleave(samples, 0), logits.repeat_interleave(samples, 0)
+        return results, self._advance(_Active(responses, cache, mask, []), logits)
 
     def _topk(self, recorded: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         k = self.recorder.options.topk_logits
@@ -410,42 +413,21 @@ class Generator:
             return all_position_logits(self.model, recorded.last_state, logits, k)
         return top_logits(logits[:, None], k)
 
-    def _begin_responses(
-        self, group: list[Prompt], rows: PassRows, logits: torch.Tensor, cache: Any, mask: torch.Tensor
-    ) -> tuple[list[Result], _Active | None]:
-        samples = self.options.num_samples
-        forced = self._forced_logprobs(group, logits, cache, mask)
-        started = []
-        for b, (prompt, logprob) in enumerate(zip(group, forced, strict=True)):
-            responses = [Response(prompt, sample) for sample in range(samples)]
-            started.append(Result(prompt, rows, b, responses, logprob))
-        if samples > 1:
-            select_rows(cache, torch.arange(len(group)), repeats=samples)
-            mask, logits = mask.repeat_interleave(samples, 0), logits.repeat_interleave(samples, 0)
-        everyone = [response for result in started for response in result.responses]
-        if self.options.max_new_tokens == 0:
-            for response in everyone:
-                response.finish_reason = "length"
-            return started, None
-        active = _Active(everyone, cache, mask, [])
-        return started, self._advance(active, logits)
-
     def _forced_logprobs(
         self, group: list[Prompt], logits: torch.Tensor, cache: Any, mask: torch.Tensor
     ) -> list[float | None]:
         """Sum of log-probabilities of each prompt's `forced_ids` after it; the cache is left as it was."""
-        if not any(prompt.forced_ids for prompt in group):
-            return [0.0 if prompt.forced_ids is not None else None for prompt in group]
         wanted = [prompt.forced_ids or [] for prompt in group]
         width = max(map(len, wanted))
+        if width == 0:
+            return [0.0 if prompt.forced_ids is not None else None for prompt in group]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in wanted], device=self.device)
-        first = logits.float().log_softmax(-1).gather(1, ids[:, :1])
-        total = first
+        total = logits.float().log_softmax(-1).gather(1, ids[:, :1])
         if width > 1:  # teacher forcing: position i predicts token i + 1
             fork = new_cache(self.recorder.num_layers, cache, len(group))
             grown = torch.cat([mask, mask.new_ones(len(group), width - 1)], dim=1)
             later = self._forward(ids[:, :-1], grown, fork, keep=width - 1)
-            total = torch.cat([first, later.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]], dim=1)
+            total = torch.cat([total, later.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]], dim=1)
         return [
             float(total[b, : len(row)].sum()) if group[b].forced_ids is not None else None
             for b, row in enumerate(wanted)
@@ -464,27 +446,25 @@ class Generator:
         return self.model(**inputs, use_cache=True).logits[:, -keep:]
 
     def _step(self, active: _Active) -> _Active | None:
-        with _memory_errors():
-            ids = torch.tensor(active.next_ids, device=self.device)[:, None]
-            active.mask = torch.cat([active.mask, active.mask.new_ones(len(active.responses), 1)], dim=1)
-            advanced = self._advance(active, self._forward(ids, active.mask, active.cache)[:, -1])
-            self.limit.grow()
-            return advanced
+        ids = torch.tensor(active.next_ids, device=self.device)[:, None]
+        active.mask = torch.cat([active.mask, active.mask.new_ones(len(active.responses), 1)], dim=1)
+        advanced = self._advance(active, self._forward(ids, active.mask, active.cache)[:, -1])
+        self.limit.grow()
+        return advanced
 
     def _advance(self, active: _Active, logits: torch.Tensor) -> _Active | None:
         """Give each response its next token; rows of finished ones leave once they are many enough."""
-        tokens, logprobs = self.chooser.choose(logits, active.responses)
-        for b, response in enumerate(active.responses):
-            if not response.finish_reason:
-                response.ids.append(tokens[b])
-                response.logprobs += logprobs[b : b + 1]
-                response.finish_reason = self._finish_reason(response)
-        active.next_ids = tokens
-        finished = len(active.responses) - active.running
+        active.next_ids, logprobs = choose_tokens(self.options, logits, active.responses)
+        for b in active.running:
+            response = active.responses[b]
+            response.ids.append(active.next_ids[b])
+            response.logprobs += logprobs[b : b + 1]
+            response.finish_reason = self._finish_reason(response)
+        finished = len(active.responses) - len(active.running)
         if finished == len(active.responses):
             return None
         # Leaving copies the cache of the rows that stay: worth it for a quarter of the rows, not for each.
-        return _compacted(active) if finished >= LEAVE_TOGETHER * len(active.responses) else active
+        return active.without_finished() if finished >= LEAVE_TOGETHER * len(active.responses) else active
 
     def _finish_reason(self, response: Response) -> str:
         reason = ""
@@ -516,31 +496,13 @@ class Generator:
     def _decode(self, ids: list[int], skip: bool = True) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip))
 
-    def _joined(self, active: _Active | None, started: _Active | None) -> _Active | None:
-        if active is None or started is None:
-            return active or started
-        active = _compacted(active)
-        join_rows(active.cache, started.cache)
-        length = max(active.mask.shape[1], started.mask.shape[1])
-        mask = torch.cat([left_pad(active.mask, length), left_pad(started.mask, length)])
-        return _Active(active.responses + started.responses, active.cache, mask, active.next_ids + started.next_ids)
 
-    # --- short memory
-
-    def _retreat(self, waiting: deque[Prompt], under_way: dict[int, Result], error: _OutOfMemory) -> Iterator[Result]:
-        """After memory ran out while decoding: all prompts under way begin again, in smaller batches."""
-        unfinished = [result for result in under_way.values() if not _is_done(result)]
-        for result in unfinished:
-            under_way.pop(id(result.prompt))
-        self.limit.shrink(len(unfinished))
-        if len(unfinished) == 1:
-            yield Result(unfinished[0].prompt, error=str(error))
-        else:
-            waiting.extendleft(result.prompt for result in reversed(unfinished))
+def _since(began: float) -> float:
+    return time.perf_counter() - began
 
 
 def _is_done(result: Result) -> bool:
-    return result.error is not None or all(response.finish_reason for response in result.responses)
+    return all(response.finish_reason for response in result.responses)
 
 
 class _OutOfMemory(Exception):
@@ -552,16 +514,13 @@ def _memory_errors() -> Iterator[None]:
     """Turn the several ways in which memory runs out into one."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _OutOfMemory(_reason(error)) from None
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("allocate memory", "out of memory", "ALLOC_FAILED")):
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        signs = ("allocate memory", "out of memory", "ALLOC_FAILED")
+        short = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in signs)
+        if not short:
             raise
-        raise _OutOfMemory(_reason(error)) from None
+        why = one_line(str(error) or type(error).__name__, 200)
+        raise _OutOfMemory(f"out of memory even alone: {why}") from None
     finally:
         if sys.exc_info()[0] is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _reason(error: BaseException) -> str:
-    return f"out of memory even alone: {one_line(str(error) or type(error).__name__, 200)}"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -55,19 +55,21 @@ log = get_logger("attn_act_logi")
 
 def run_command(args: argparse.Namespace, model: Any = None) -> int:
     """Do what the command line asks for, with `model` if one is loaded already; returns the exit code."""
-    prompts = read_prompt_file(args.prompt_file)
-    styles = chosen_styles(prompts, args.prompt_keys)
-    for number, problem in enumerate(prompts.problems):
-        (log.warning if number < SHOWN_PROBLEMS else log.debug)(f"{prompts.path}: {problem}")
-    if len(prompts.problems) > SHOWN_PROBLEMS:
-        log.warning(f"{prompts.path}: {len(prompts.problems)} such problems in all; --verbose lists them")
-    jobs, reader = plan_jobs(args, prompts, styles)
+    jobs, reader = plan_jobs(args)
     todo = [job for job in jobs if job.files]
     with locked(args.output_dir):  # a folder that cannot be written is reported now, not after an hour
         pass
-    check_disk(jobs, args.output_dir, args.force)
+    size = bytes_left(jobs)
+    free = shutil.disk_usage(next(p for p in (args.output_dir, *args.output_dir.resolve().parents) if p.exists())).free
+    if size:
+        log.info(f"about {gigabytes(size)} will be written to {args.output_dir} ({gigabytes(free)} free)")
+    if size > free and not args.force:
+        raise UserError(
+            f"{args.output_dir}: the run needs about {gigabytes(size)}, the disk has {gigabytes(free)} free; "
+            "free space, use --raw_layers none, or --force"
+        )
     if not todo:
-        begin_jobs(args, jobs, None, prompts)
+        begin_jobs(args, jobs, {}, reader.file)
         log.info(f"{args.output_dir}: nothing to do, all prompts that can be run are done")
         return report_failures(jobs)
 
@@ -78,11 +80,12 @@ def run_command(args: argparse.Namespace, model: Any = None) -> int:
     with onednn_linears(model) as linears:
         batching = checked_batching(args, jobs, reader, model)
         where = environment(args, model) | {"heap_kept": kept, "onednn_linears": linears, "batches": batching.rows}
-        begin_jobs(args, jobs, where, prompts)
+        begin_jobs(args, jobs, where, reader.file)
         stopped = run_jobs(args, jobs, reader, model, batching)
     if not stopped:
         names = " ".join(job.style.style for job in todo)
-        log.info(f"{args.output_dir}: {sum(job.missing for job in todo)} prompts run, in the styles {names}")
+        missing = sum(len(set(positions) - job.kept) for job in todo for positions in job.files)
+        log.info(f"{args.output_dir}: {missing} prompts run, in the styles {names}")
     failed = report_failures(jobs)
     return EXIT_STOPPED if stopped else failed  # a stopped run is not over, whatever failed so far
 
@@ -108,26 +111,48 @@ class StyleJob:
         """Name of a file."""
         return self.folder / f"activations_{positions.start:05d}_{positions.stop:05d}.pt"
 
-    @property
-    def missing(self) -> int:
-        """Prompts still to run."""
-        return sum(map(len, self.files)) - len(self.kept)
 
-
-def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) -> tuple[list[StyleJob], PromptReader]:
+def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
     """The jobs of all styles, from config and tokenizer alone (no weights yet). Resolves `args.raw_layers`.
 
     Raises UserError if a folder holds another run.
     """
+    # 1. The prompt file.
+    prompts = read_prompt_file(args.prompt_file)
+    styles = chosen_styles(prompts, args.prompt_keys)
+    for number, problem in enumerate(prompts.problems):
+        (log.warning if number < SHOWN_PROBLEMS else log.debug)(f"{prompts.path}: {problem}")
+    if len(prompts.problems) > SHOWN_PROBLEMS:
+        log.warning(f"{prompts.path}: {len(prompts.problems)} such problems in all; --verbose lists them")
+
+    # 2. `settings` of run.json that all styles share: all that decides the content of the files, and nothing else.
     config = load_config(args.model_name, args.revision, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model_name, args.revision, args.trust_remote_code)
     args.raw_layers = chosen_raw_layers(args.raw_layers, attention_layers(config))
-    rendering = Rendering(
-        read_few_shot(args.few_shot_file), args.apply_chat_template, args.system_prompt, args.task_regex
-    )
-    room = longest_prompt(config, args.max_new_tokens)
-    reader = PromptReader(prompts, tokenizer, rendering, room, args.pool_regions)
-    settings = settings_of_all_styles(args, reader, config)
+    few_shot, chat = read_few_shot(args.few_shot_file), args.apply_chat_template
+    rendering = Rendering(few_shot, chat, args.system_prompt, args.task_regex)
+    reader = PromptReader(prompts, tokenizer, rendering, longest_prompt(config, args.max_new_tokens), args.pool_regions)
+    folder = Path(args.model_name)
+    settings = {
+        "schema_version": SCHEMA_VERSION,
+        # The fingerprint separates folders of one name.
+        "model_name": folder.resolve().name if folder.is_dir() else args.model_name,
+        "revision": args.revision,
+        "model_fingerprint": model_fingerprint(args.model_name, config),
+        "dtype": resolve_dtype(args.dtype, config, args.device_map),
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+        "prompt_sha256": prompts.sha256,
+        "few_shot_text": few_shot,
+        "apply_chat_template": chat,
+        "system_prompt": args.system_prompt,
+        "chat_template_text": template_text(tokenizer, args.system_prompt) if chat else None,
+        "task_regex": args.task_regex,
+        "generation": {name: getattr(args, name) for name in GENERATION_FLAGS},
+        "capture": {name: getattr(args, name) for name in CAPTURE_FLAGS},
+    }
+
+    # 3. Every style, and what is there of it.
     jobs = [plan_style(args, reader, style, config, settings) for style in styles]
     for job in jobs if not args.overwrite else ():
         if (job.folder / "run.json").is_file():
@@ -138,40 +163,11 @@ def plan_jobs(args: argparse.Namespace, prompts: PromptFile, styles: list[str]) 
     return jobs, reader
 
 
-def planned_bytes(args: argparse.Namespace) -> int:
-    """Bytes that a command has still to write."""
-    prompts = read_prompt_file(args.prompt_file)
-    return bytes_left(plan_jobs(args, prompts, chosen_styles(prompts, args.prompt_keys))[0])
-
-
-def settings_of_all_styles(args: argparse.Namespace, reader: PromptReader, config: Any) -> dict[str, Any]:
-    """`settings` of run.json that all styles share: all that decides the content of the files, and nothing else."""
-    folder, rendering = Path(args.model_name), reader.rendering
-    chat = args.apply_chat_template
-    return {
-        "schema_version": SCHEMA_VERSION,
-        # The fingerprint separates folders of one name.
-        "model_name": folder.resolve().name if folder.is_dir() else args.model_name,
-        "revision": args.revision,
-        "model_fingerprint": model_fingerprint(args.model_name, config),
-        "dtype": resolve_dtype(args.dtype, config, args.device_map),
-        "attn_implementation": args.attn_implementation,
-        "trust_remote_code": args.trust_remote_code,
-        "prompt_sha256": reader.file.sha256,
-        "few_shot_text": rendering.few_shot,
-        "apply_chat_template": chat,
-        "system_prompt": args.system_prompt,
-        "chat_template_text": template_text(reader.tokenizer, args.system_prompt) if chat else None,
-        "task_regex": args.task_regex,
-        "generation": {name: getattr(args, name) for name in GENERATION_FLAGS},
-        "capture": {name: getattr(args, name) for name in CAPTURE_FLAGS},
-    }
-
-
 def plan_style(
     args: argparse.Namespace, reader: PromptReader, name: str, config: Any, settings: dict[str, Any]
 ) -> StyleJob:
     """Tokenise a style and lay out its files; this shard has every n-th of them."""
+    # 1. Its prompts, and warnings about them.
     folder = args.output_dir / name if args.prompt_keys is not None else args.output_dir
     wanted = min(args.max_samples or len(reader.file.rows), len(reader.file.rows))
     ends = [wanted] if args.overwrite else planned_ends(folder, reader.file.rows, wanted)
@@ -182,7 +178,14 @@ def plan_style(
         count = f"{style.unmatched} of {style.unmatched + len(style.texts)}"
         why = "the words of their clean form cannot be cut into as many tokens as the typo has"
         log.info(f"{name}: {count} prompts are left out: {why}")
-    warn_control_tokens(style)
+    for as_text, fate in ((True, "they are read as plain text"), (False, "this tokenizer has no plain text for them")):
+        found = [(index, token) for index, seen in style.controls.items() for token in seen if seen[token] is as_text]
+        if found:
+            tokens = " ".join(sorted({token for _, token in found}))
+            count = f"{len({index for index, _ in found})} prompts (the first in row {found[0][0] + 1})"
+            log.warning(f"{name}: {count} hold the control tokens {tokens}; {fate}")
+
+    # 2. Its files.
     itemsize = getattr(torch, settings["dtype"]).itemsize
     cost = row_cost(config, capture_options(args), len(style.names), len(style.pooled), itemsize)
     layout, start = [], 0
@@ -197,16 +200,6 @@ def plan_style(
     own = {"style": name, "max_samples": ends[-1], "regions": style.names}
     own["capture"] = settings["capture"] | {"pooled_regions": style.pooled}
     return StyleJob(style, folder, settings | own, cost, ends, layout, files, attention_windows(config))
-
-
-def warn_control_tokens(style: StylePrompts) -> None:
-    """Warn if prompts hold control tokens: they were read as text, or could not be."""
-    for as_text, fate in ((True, "they are read as plain text"), (False, "this tokenizer has no plain text for them")):
-        found = [(index, name) for index, names in style.controls.items() for name in names if names[name] is as_text]
-        if found:
-            names = " ".join(sorted({name for _, name in found}))
-            count = f"{len({index for index, _ in found})} prompts (the first in row {found[0][0] + 1})"
-            log.warning(f"{style.style}: {count} hold the control tokens {names}; {fate}")
 
 
 def find_done(job: StyleJob) -> None:
@@ -229,43 +222,28 @@ def find_done(job: StyleJob) -> None:
 
 def check_other_styles(output_dir: Path, jobs: list[StyleJob], prompts: PromptFile) -> None:
     """Refuse a run folder whose other styles were made by another model, prompt file or settings."""
-    own = {job.folder for job in jobs}
-    wanted = _without_style(json.loads(json.dumps(jobs[0].settings)))
+
+    def shared(settings: dict[str, Any]) -> dict[str, Any]:
+        capture = {key: value for key, value in settings.get("capture", {}).items() if key != "pooled_regions"}
+        return {key: value for key, value in settings.items() if key not in ("style", "regions")} | {"capture": capture}
+
+    own, rows = json.loads(json.dumps(shared(jobs[0].settings))), jobs[0].ends[-1]
     for path in sorted(output_dir.glob("*/run.json")):
-        if path.parent in own:
+        if path.parent in {job.folder for job in jobs}:
             continue
-        if found := differences(_without_style(read_json_file(path).get("settings", {})), wanted):
+        if found := differences(shared(read_json_file(path).get("settings", {})), own):
             raise UserError(
                 f"{path.parent}: a style of another run ({'; '.join(found)}); styles of one run are compared, "
                 "so use its settings or another --output_dir"
             )
-        rows, own_rows = planned_ends(path.parent, prompts.rows, 0)[-1], jobs[0].ends[-1]
-        if rows != own_rows:
+        if (other := planned_ends(path.parent, prompts.rows, 0)[-1]) != rows:
             both = "styles are compared on the rows that both have"
-            log.warning(f"{path.parent.name} has {rows} samples, not {own_rows}: {both}")
-
-
-def _without_style(settings: dict[str, Any]) -> dict[str, Any]:
-    capture = {key: value for key, value in settings.get("capture", {}).items() if key != "pooled_regions"}
-    return {key: value for key, value in settings.items() if key not in ("style", "regions")} | {"capture": capture}
+            log.warning(f"{path.parent.name} has {other} samples, not {rows}: {both}")
 
 
 def bytes_left(jobs: list[StyleJob]) -> int:
     """Estimated size of the files that are not whole yet."""
     return sum(file_bytes(positions, job.style.lengths, job.cost) for job in jobs for positions in job.files)
-
-
-def check_disk(jobs: list[StyleJob], output_dir: Path, force: bool) -> None:
-    """Log how much will be written. Raises UserError if the disk cannot hold it, unless forced."""
-    wanted = bytes_left(jobs)
-    free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.resolve().parents) if p.exists())).free
-    if wanted:
-        log.info(f"about {gigabytes(wanted)} will be written to {output_dir} ({gigabytes(free)} free)")
-    if wanted > free and not force:
-        raise UserError(
-            f"{output_dir}: the run needs about {gigabytes(wanted)}, the disk has {gigabytes(free)} free; free space, "
-            "use --raw_layers none, or --force"
-        )
 
 
 # --- begin
@@ -274,14 +252,6 @@ def check_disk(jobs: list[StyleJob], output_dir: Path, force: bool) -> None:
 def capture_options(args: argparse.Namespace) -> CaptureOptions:
     """CaptureOptions of the command line."""
     return CaptureOptions(**{name: getattr(args, name) for name in CAPTURE_FLAGS})
-
-
-def generation_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> GenerationOptions:
-    """GenerationOptions of the command line; end-of-text tokens as the model's generation config names them."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    named = tokenizer.eos_token_id if named is None else named
-    ends = frozenset(i for i in (named if isinstance(named, list) else [named]) if i is not None)
-    return GenerationOptions(**{name: getattr(args, name) for name in GENERATION_FLAGS}, eos_token_ids=ends)
 
 
 def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any) -> Batching:
@@ -307,7 +277,7 @@ def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: Pro
 def environment(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Where a run took place: versions, device, threads, commit. Recorded, not compared."""
     commit = None
-    with contextlib.suppress(OSError):  # git is not installed
+    with suppress(OSError):  # git is not installed
         command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     on_gpu = model.device.type == "cuda"
@@ -323,12 +293,10 @@ def environment(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     }
 
 
-def begin_jobs(
-    args: argparse.Namespace, jobs: list[StyleJob], where: dict[str, Any] | None, prompts: PromptFile
-) -> None:
+def begin_jobs(args: argparse.Namespace, jobs: list[StyleJob], where: dict[str, Any], prompts: PromptFile) -> None:
     """Write prompts.json and every style's run.json, or find them the same."""
     for job in jobs:
-        begin_run(job.folder, job.settings, where or {}, args.overwrite, job.ends, prompts.rows, len(job.style.texts))
+        begin_run(job.folder, job.settings, where, args.overwrite, job.ends, prompts.rows, len(job.style.texts))
         record_failures(job.folder, job.style.style, job.style.failures, job.style.failures)
         for positions in job.files:
             remove_leftovers(job.path(positions))
@@ -343,23 +311,6 @@ def begin_jobs(
 # --- run
 
 
-class Stop:
-    """Set by a signal: what is being read or decoded is finished and kept, nothing new is begun."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        log.warning("stopping: prompts under way are finished and kept; the same command goes on from there")
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
 class FileWriter:
     """Packs and writes files in a thread of its own while the model works; two at most are under way.
 
@@ -368,13 +319,20 @@ class FileWriter:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._files: deque[Future[None]] = deque()
+        self._files: list[Future[None]] = []
 
-    def write(self, path: Path, rows: list[tuple[dict[str, Any], Result | None]], *shared: Any) -> None:
+    def write(
+        self, path: Path, rows: list[tuple[dict[str, Any], Result | None]], shared: dict[str, Any], pad: int
+    ) -> None:
         """Write one file of (row, its result, whose captured fields may still be on their way from a GPU)."""
+
+        def write_now() -> None:
+            whole = [row if result is None else row | result.fields for row, result in rows]
+            save_pt(path, pack_rows(whole, shared, pad))
+
         while self._files and (len(self._files) > 1 or self._files[0].done()):
-            self._files.popleft().result()
-        self._files.append(self._pool.submit(_write_file, path, rows, *shared))
+            self._files.pop(0).result()
+        self._files.append(self._pool.submit(write_now))
 
     def close(self) -> None:
         """Wait until all is written."""
@@ -383,124 +341,122 @@ class FileWriter:
             file.result()
 
 
-def _write_file(path: Path, rows: list[tuple[dict[str, Any], Result | None]], shared: dict[str, Any], pad: int) -> None:
-    whole = [row if result is None else row | result.fields for row, result in rows]
-    save_pt(path, pack_rows(whole, shared, pad))
+@contextmanager
+def stopped_by_signals(stop: Event) -> Iterator[None]:
+    """While inside, SIGTERM and SIGUSR1 set `stop`: what is under way is finished and kept, nothing new is begun."""
 
+    def ask(*_: Any) -> None:
+        stop.set()
+        log.warning("stopping: prompts under way are finished and kept; the same command goes on from there")
 
-# (row, result) of a finished prompt; the result is None for a row that a file already holds, the row for a failed one.
-Finished = tuple[dict[str, Any] | None, Result | None]
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def run_jobs(
     args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any, batching: Batching
 ) -> bool:
     """Run all styles with one loaded model. Returns whether a signal stopped the run."""
-    recorder = Recorder(model, capture_options(args))
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = reader.tokenizer.eos_token_id if ends is None else ends
+    ends = frozenset(i for i in (ends if isinstance(ends, list) else [ends]) if i is not None)
+    options = GenerationOptions(**{name: getattr(args, name) for name in GENERATION_FLAGS}, eos_token_ids=ends)
     batch_size = "1" if batching.rows == "alone" else args.batch_size
-    options = {"samples": args.num_samples, "new_tokens": args.max_new_tokens}
-    limit = batch_limit(batch_size, model, jobs[0].cost, **options, equal_lengths=batching.rows == "equal")
-    generator = Generator(model, reader.tokenizer, recorder, generation_options(args, model, reader.tokenizer), limit)
-    writer, stop = FileWriter(), Stop()
-    generator.stop = stop
-    clean = next((job for job in jobs if job.style.style == reader.file.clean_key), None)
-    forced = normal_responses(clean, reader, generator) if args.response_logprobs and clean else None
-    try:
+    rows = {"samples": args.num_samples, "new_tokens": args.max_new_tokens, "equal_lengths": batching.rows == "equal"}
+    limit = batch_limit(batch_size, model, jobs[0].cost, **rows)
+    with ExitStack() as stack:
+        writer = stack.enter_context(closing(FileWriter()))
+        recorder = stack.enter_context(closing(Recorder(model, capture_options(args))))
+        generator = Generator(model, reader.tokenizer, recorder, options, limit)
+        stack.enter_context(stopped_by_signals(generator.stop))
+        clean = next((job for job in jobs if job.style.style == reader.file.clean_key), None)
+        forced = normal_responses(clean, reader, generator) if args.response_logprobs and clean else None
         generator.set_prefix(reader.shared_prefix() if batching.prefix else [])
         prefix = len(generator.prefix.ids) if generator.prefix else 0
         lengths = [job.style.lengths[p] - prefix for job in jobs for one in job.files for p in one if p not in job.kept]
         progress = Progress(len(lengths), sum(lengths), args.num_samples, args.max_new_tokens)
-        generator.progress = progress
-        with contextlib.closing(progress):
-            for job in jobs:
-                progress.style = job.style.style
-                run_style(job, reader, generator, writer, forced if job is not clean else None)
-                if stop.asked:
-                    break
-    finally:
-        recorder.close()
-        stop.restore()
-        writer.close()
+        generator.progress = stack.enter_context(closing(progress))
+        for job in jobs:
+            progress.style = job.style.style
+            run_style(job, reader, generator, writer, forced if job is not clean else None)
+            if generator.stop.is_set():
+                break
     log.debug(f"read {generator.prefill_tokens:,} tokens for prompts of {generator.prompt_tokens:,} tokens in all")
-    return stop.asked
+    return generator.stop.is_set()
 
 
 # For positions of a job: the token ids of the clean prompt's response.
 Forced = Callable[[StyleJob, list[int]], dict[int, list[int]]]
+Rows = dict[int, tuple[dict[str, Any], Result]]  # finished prompts by their position
 
 
 def run_style(
     job: StyleJob, reader: PromptReader, generator: Generator, writer: FileWriter, forced: Forced | None
 ) -> None:
-    """Run what is missing of one style and hand its files to the writer."""
-    positions_of = {job.style.texts[p][0]: p for positions in job.files for p in positions}
+    """Run what is missing of one style and hand its files to the writer, each when its last prompt is done."""
+    position_of = {job.style.texts[p][0]: p for positions in job.files for p in positions}
     file_of = {p: positions for positions in job.files for p in positions}
-    done: dict[range, dict[int, Finished]] = {positions: {} for positions in job.files}
-    for position in job.kept:
-        done[file_of[position]][position] = (None, None)  # read when its file is completed
+    missing = {positions: len(set(positions) - job.kept) for positions in job.files}
+    done: dict[range, Rows] = {positions: {} for positions in job.files}
     tried: list[int] = []
     failed: dict[int, tuple[int | str, str]] = {}
+
+    def windows() -> Iterator[list[Prompt]]:
+        for files in windows_of(job.files, job.style.lengths, job.cost):
+            if generator.stop.is_set():
+                return
+            positions = [p for positions in files for p in positions if p not in job.kept]
+            positions.sort(key=lambda p: -job.style.lengths[p])
+            responses = forced(job, positions) if forced else {}
+            yield [reader.prompt(job.style, p, responses.get(p)) for p in positions]
+
     generator.set_regions(job.style.names, job.style.pooled)
-    for result in generator.run(prompt_windows(job, reader, generator.stop, forced)):
+    for result in generator.run(windows()):
         key = result.prompt.key
-        position = positions_of[key]
-        positions = file_of[position]
+        positions = file_of[position_of[key]]
         tried.append(key)
         if result.error is None:
-            done[positions][position] = result_row(result, job, reader, position, generator, forced is not None), result
+            row = result_row(result, job.style.texts[position_of[key]][1], reader, generator, forced is not None)
+            done[positions][position_of[key]] = row, result
         else:
             failed[key] = (reader.file.element_index(key), result.error)
-            done[positions][position] = None, result
         generator.progress.finished([response.finish_reason for response in result.responses])
-        if len(done[positions]) == len(positions):
-            complete_file(job, positions, done.pop(positions), reader, writer)
+        missing[positions] -= 1
+        if not missing[positions]:
+            write_file(job, positions, done.pop(positions), reader, writer)
     for positions, rows in done.items():  # only after a stop: what there is of unfinished files
-        if len(rows) > sum(p in job.kept for p in positions):
-            complete_file(job, positions, rows, reader, writer)
+        write_file(job, positions, rows, reader, writer)
     record_failures(job.folder, job.style.style, tried, failed)
 
 
-def prompt_windows(job: StyleJob, reader: PromptReader, stop: Stop, forced: Forced | None) -> Iterator[list[Prompt]]:
-    """Windows of prompts, longest first."""
-    for files in windows_of(job.files, job.style.lengths, job.cost):
-        if stop.asked:
-            return
-        positions = [p for positions in files for p in positions if p not in job.kept]
-        positions.sort(key=lambda p: -job.style.lengths[p])
-        responses = forced(job, positions) if forced else {}
-        yield [reader.prompt(job.style, p, responses.get(p)) for p in positions]
-
-
-def complete_file(
-    job: StyleJob, positions: range, rows: dict[int, Finished], reader: PromptReader, writer: FileWriter
-) -> None:
-    """Hand a file's rows, in the prompt file's order, to the writer; a file without rows is not made."""
-    earlier: dict[int, dict[str, Any]] = {}
-    if any(result is None for _, result in rows.values()):
+def write_file(job: StyleJob, positions: range, rows: Rows, reader: PromptReader, writer: FileWriter) -> None:
+    """Hand a file's new rows, and those that it already holds, to the writer in the prompt file's order."""
+    if not rows:
+        return
+    earlier = {}
+    if not job.kept.isdisjoint(positions):
         earlier = {row["original_index"]: row for row in unpack_rows(load_pt(job.path(positions)))}
-    good: list[tuple[dict[str, Any], Result | None]] = []
-    for position, (row, result) in sorted(rows.items()):
-        if result is None:
-            good.append((earlier[job.style.texts[position][0]], None))
-        elif row is not None:
-            good.append((row, result))
-    if good:
-        shared = {
-            "style": job.style.style,
-            "regions": job.style.names,
-            "pooled_regions": job.style.pooled,
-            "topk_positions": job.settings["capture"]["topk_positions"],
-            "attention_windows": job.windows,
-        }
-        writer.write(job.path(positions), good, shared, reader.tokenizer.pad_token_id)
+    old = {p: (earlier[job.style.texts[p][0]], None) for p in positions if p in job.kept}
+    shared = {
+        "style": job.style.style,
+        "regions": job.style.names,
+        "pooled_regions": job.style.pooled,
+        "topk_positions": job.settings["capture"]["topk_positions"],
+        "attention_windows": job.windows,
+    }
+    whole = [row for _, row in sorted((old | rows).items())]
+    writer.write(job.path(positions), whole, shared, reader.tokenizer.pad_token_id)
 
 
 def result_row(
-    result: Result, job: StyleJob, reader: PromptReader, position: int, generator: Generator, has_normal: bool
+    result: Result, text: str, reader: PromptReader, generator: Generator, has_normal: bool
 ) -> dict[str, Any]:
     """One row of a .pt file; the captured fields join it when the file is written."""
-    index, text = job.style.texts[position]
-    first, ids = result.responses[0], result.prompt.input_ids
+    index, first, ids = result.prompt.key, result.responses[0], result.prompt.input_ids
     row: dict[str, Any] = {
         "original_index": index,
         "element_index": reader.file.element_index(index),
@@ -542,13 +498,10 @@ def normal_responses(normal: StyleJob, reader: PromptReader, generator: Generato
         for file in normal.layout:
             if not normal.path(file).is_file() or not wanted.keys() & {normal.style.texts[p][0] for p in file}:
                 continue
-            try:
+            with suppress(UserError):  # of a damaged file; its responses are generated below
                 content = load_pt(normal.path(file))
-            except UserError:
-                continue  # damaged, so its responses are generated below
-            for index, ids in zip(content["original_indices"], content["response_ids"], strict=True):
-                if index in wanted:
-                    known[index] = ids[ids >= 0].tolist()
+                ids_of = zip(content["original_indices"], content["response_ids"], strict=True)
+                known |= {index: ids[ids >= 0].tolist() for index, ids in ids_of if index in wanted}
         missing = [reader.prompt(normal.style, position_of[index]) for index in wanted if index not in known]
         if missing:
             results = generator.twin(normal.style.names, normal.style.pooled).run([missing])
@@ -565,14 +518,12 @@ def report_failures(jobs: list[StyleJob]) -> int:
     """1 if prompts of any style failed, else 0; warns where to look, and which ones are tried again."""
     failed = False
     for job in jobs:
-        lines = read_failures(job.folder)
+        lines, name, where = read_failures(job.folder), job.style.style, job.folder / "failures.csv"
         never = [lines[index] for index in sorted(lines) if index in job.style.failures]
-        again, where = len(lines) - len(never), job.folder / "failures.csv"
-        name = job.style.style
         if never:
             why = f"cannot be run with these settings (the first: {one_line(never[0][-1], 200)})"
             log.warning(f"{name}: {len(never)} prompts {why}; see {where}")
-        if again:
+        if again := len(lines) - len(never):
             log.warning(f"{name}: {again} prompts were not run; the same command tries them again; see {where}")
         failed = failed or bool(lines)
     return int(failed)

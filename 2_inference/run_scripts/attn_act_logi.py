@@ -122,9 +122,9 @@ def shard_of(text: str | None, environment: Mapping[str, str]) -> tuple[int, int
 
 def bytes_to_write(args: argparse.Namespace) -> int:
     """Bytes that this command would still write, for a plan of jobs. Raises UserError as `main` would."""
-    from capture.job import planned_bytes
+    from capture.job import bytes_left, plan_jobs
 
-    return planned_bytes(args)
+    return bytes_left(plan_jobs(args)[0])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
