@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from capture.batching import RowCost
-from capture.recorder import CaptureOptions
 from pt_fields import FIELDS, ITEM_BYTES, fields_table, pack_rows
 from run_store import open_run
 from synthetic_run import prompt_rows, write_run
@@ -36,12 +35,10 @@ def test_the_size_of_a_row_is_that_of_its_tensors(contents):
         tensors += [tensor for value in content.values() if isinstance(value, dict) for tensor in value.values()]
         rows, length = content["input_ids"].shape
         layers, _, heads, regions, _ = content["span_mass"].shape
-        options = CaptureOptions(neurons=True, entropy=True, topk_logits=content["topk_vals"].shape[-1])
-        cost = RowCost(
-            layers=layers, heads=heads, hidden=content["hidden_pooled"].shape[-1], intermediate=6, regions=regions,
-            pooled=len(content["pooled_regions"]), itemsize=content["hidden_pooled"].element_size(),
-            raw_states=len(content["hidden_states"]), raw_maps=len(content["attentions"]), options=options,
-        )  # fmt: skip
+        sizes = {"L": layers, "H": heads, "R": regions, "F": 6, "k": content["topk_vals"].shape[-1]}
+        sizes |= {"P": len(content["pooled_regions"]), "D": content["hidden_pooled"].shape[-1]}
+        raw = {key: len(content[key]) for key in ("hidden_states", "attentions")}
+        cost = RowCost(sizes, content["hidden_pooled"].element_size(), raw)
         assert rows * cost.bytes(length) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -27,6 +27,7 @@ WINDOW_ROWS = 256  # prompts sorted by length together
 WINDOW_BYTES = 1 << 30
 CPU_ROWS = 32  # more rows gain nothing: the step is bound by arithmetic then
 GPU_ROWS = 256
+FREE_SHARE = 0.6  # of the free memory that a batch may take
 GROW_AFTER = 64  # steps without a shortage after which a shrunk batch may grow again
 
 
@@ -35,27 +36,30 @@ GROW_AFTER = 64  # steps without a shortage after which a shrunk batch may grow 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Bytes that a prompt takes in a .pt file, from the model's shape and what is captured."""
+    """Bytes that a prompt takes in a .pt file, from the model's shape and what is captured (see `row_bytes`)."""
 
-    layers: int
-    heads: int
-    hidden: int
-    intermediate: int
-    regions: int
-    pooled: int
+    sizes: dict[str, int]  # of the axes, but for a prompt's own length
     itemsize: int
-    raw_states: int
-    raw_maps: int
-    options: CaptureOptions
+    count: dict[str, int]
+    all_positions: bool = False
 
     def bytes(self, length: int) -> int:
         """Bytes of a prompt of (or padded to) `length` tokens, its texts left out."""
-        sizes = {"S": length, "R": self.regions, "L": self.layers, "H": self.heads, "P": self.pooled, "D": self.hidden}
-        sizes |= {"F": self.intermediate, "k": self.options.topk_logits}
-        sizes["T"] = length if self.options.topk_positions == "all" else 1
-        captured = {"mlp_pooled": self.options.neurons, "attention_entropy": self.options.entropy}
-        raw = {"hidden_states": self.raw_states, "attentions": self.raw_maps}
-        return row_bytes(sizes, self.itemsize, raw | captured)
+        own = {"S": length, "T": length if self.all_positions else 1}
+        return row_bytes(self.sizes | own, self.itemsize, self.count)
+
+
+def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, itemsize: int) -> RowCost:
+    """Cost of a row from a model's config alone, before its weights are loaded."""
+    layers = attention_layers(config)
+    config = config.get_text_config(decoder=True)
+    sizes = {"R": regions, "L": layers, "H": _largest(config, "num_attention_heads"), "P": pooled}
+    sizes |= {"D": config.hidden_size, "k": options.topk_logits}
+    sizes["F"] = _largest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
+    maps = sum(layer < layers for layer in options.raw_layers)
+    count = {"hidden_states": len(options.raw_layers), "attentions": maps}
+    count |= {"mlp_pooled": options.neurons, "attention_entropy": options.entropy}
+    return RowCost(sizes, itemsize, count, options.topk_positions == "all")
 
 
 def attention_layers(config: Any) -> int:
@@ -69,18 +73,6 @@ def attention_layers(config: Any) -> int:
             f"{config.model_type}: not all its layers have attention, so it cannot be captured; choose another model"
         )
     return int(layers)
-
-
-def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, itemsize: int) -> RowCost:
-    """Cost of a row from a model's config alone, before its weights are loaded."""
-    layers = attention_layers(config)
-    config = config.get_text_config(decoder=True)
-    inner = _largest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
-    hidden = config.hidden_size
-    states = len(set(options.raw_layers))
-    maps = sum(layer < layers for layer in set(options.raw_layers))
-    heads = _largest(config, "num_attention_heads")
-    return RowCost(layers, heads, hidden, inner, regions, pooled, itemsize, states, maps, options)
 
 
 def _largest(config: Any, *names: str) -> int:
@@ -134,31 +126,21 @@ def windows_of(files: Sequence[range], lengths: Sequence[int], cost: RowCost) ->
 # --- batches
 
 
-@dataclass(frozen=True)
-class MemoryModel:
-    """Bytes that a batch needs: rows × (positions × `per_position` + longest prompt² × `per_pair`)."""
-
-    free: int
-    per_position: int
-    per_pair: int
-
-    def fits(self, rows: int, longest: int, new_tokens: int) -> bool:
-        """Whether a batch fits into 60 % of what is free."""
-        return rows * ((longest + new_tokens) * self.per_position + longest**2 * self.per_pair) <= 0.6 * self.free
-
-
 @dataclass
 class BatchLimit:
-    """How many rows may run together: the number given, or what memory takes (`memory`), learning from shortage.
+    """How many rows may run together: the number given, or what memory takes, learning from shortage.
 
+    A batch needs rows × (positions × `per_position` + longest prompt² × `per_pair`) bytes; `free` None: not counted.
     `equal_lengths`: prompts of one length only, so that no row is padded.
     """
 
     rows: int
-    memory: MemoryModel | None = None
     samples: int = 1
     new_tokens: int = 0
     equal_lengths: bool = False
+    free: int | None = None
+    per_position: int = 0
+    per_pair: int = 0
 
     def __post_init__(self) -> None:
         self.most, self.calm_steps = self.rows, 0
@@ -172,11 +154,12 @@ class BatchLimit:
         group: list[Prompt] = []
         longest = 0
         while waiting:
-            longest = max(longest, len(waiting[0].input_ids))
+            length = len(waiting[0].input_ids)
+            longest = max(longest, length)
             rows = running + (len(group) + 1) * self.samples
-            fits = self.memory is None or self.memory.fits(rows, longest, self.new_tokens)
-            other = self.equal_lengths and group and len(waiting[0].input_ids) != len(group[0].input_ids)
-            if group and (rows > self.rows or not fits or other):
+            size = rows * ((longest + self.new_tokens) * self.per_position + longest**2 * self.per_pair)
+            full = rows > self.rows or (self.free is not None and size > FREE_SHARE * self.free)
+            if group and (full or (self.equal_lengths and length != len(group[0].input_ids))):
                 break
             group.append(waiting.popleft())
         return group
@@ -198,21 +181,17 @@ def batch_limit(batch_size: str, model: Any, cost: RowCost, **options: Any) -> B
     """The limit for `--batch_size` (a number or `auto`), from the memory that is free now; `options` of BatchLimit."""
     if batch_size != "auto":
         return BatchLimit(int(batch_size), **options)
-    rows = CPU_ROWS if model.device.type == "cpu" else GPU_ROWS
-    return BatchLimit(rows, memory_model(model, cost), **options)
-
-
-def memory_model(model: Any, cost: RowCost) -> MemoryModel:
-    """What a batch of this model takes of the memory that is free now."""
-    config = model.config.get_text_config(decoder=True)
-    head_size = _largest(config, "head_dim") or cost.hidden // cost.heads
-    kv_heads = _largest(config, "num_key_value_heads") or cost.heads
+    config, sizes = model.config.get_text_config(decoder=True), cost.sizes
+    head_size = _largest(config, "head_dim") or sizes["D"] // sizes["H"]
+    kv_heads = _largest(config, "num_key_value_heads") or sizes["H"]
     # Joining two batches holds their cache twice. Reading a prompt holds a few states and the MLP's inner ones at
     # once, in float32 where they are averaged, and the raw states and maps of every raw layer.
-    cache = 2 * 2 * cost.layers * kv_heads * head_size * cost.itemsize
-    states = 4 * (8 * cost.hidden + 4 * cost.intermediate) + cost.raw_states * cost.hidden * cost.itemsize
-    maps = cost.heads * (cost.raw_maps * cost.itemsize + (12 if cost.raw_maps else 0))
-    return MemoryModel(free_memory(model.device), cache + states, maps + 4)
+    raw_states, raw_maps = cost.count["hidden_states"], cost.count["attentions"]
+    cache = 2 * 2 * sizes["L"] * kv_heads * head_size * cost.itemsize
+    states = 4 * (8 * sizes["D"] + 4 * sizes["F"]) + raw_states * sizes["D"] * cost.itemsize
+    maps = sizes["H"] * (raw_maps * cost.itemsize + (12 if raw_maps else 0))
+    rows = CPU_ROWS if model.device.type == "cpu" else GPU_ROWS
+    return BatchLimit(rows, **options, free=free_memory(model.device), per_position=cache + states, per_pair=maps + 4)
 
 
 def free_memory(device: torch.device) -> int:

@@ -110,7 +110,8 @@ class GrowingLayer(DynamicLayer):
         added = (key_states, value_states)
         if self.buffers is None or self.buffers[0].shape[-2] < new:
             self.buffers = [one.new_empty(*one.shape[:2], new + SPARE_POSITIONS, one.shape[-1]) for one in added]
-            for buffer, kept in zip(self.buffers, (self.keys, self.values) if old else (), strict=False):
+            held: Any = (self.keys, self.values) if old else ()
+            for buffer, kept in zip(self.buffers, held, strict=False):
                 buffer[:, :, :old] = kept
         for buffer, one in zip(self.buffers, added, strict=True):
             buffer[:, :, old:new] = one

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -322,7 +322,7 @@ class FileWriter:
         self._files: list[Future[None]] = []
 
     def write(
-        self, path: Path, rows: list[tuple[dict[str, Any], Result | None]], shared: dict[str, Any], pad: int
+        self, path: Path, rows: Sequence[tuple[dict[str, Any], Result | None]], shared: dict[str, Any], pad: int
     ) -> None:
         """Write one file of (row, its result, whose captured fields may still be on their way from a GPU)."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from command_line import UserError
-from load_json import Problem, PromptFile, read_text
+from load_json import PromptFile, read_text
 from token_spans import (
     BASE_REGIONS,
     RenderedPrompt,
@@ -64,11 +66,6 @@ class _ReadPrompt:
     shown: str
     controls: dict[str, bool] = field(default_factory=dict)  # control tokens typed in it: whether they are read as text
 
-    def own_start(self) -> int:
-        """The first token that touches the prompt's own text."""
-        start = self.rendered.own[0]
-        return next((t for t, (a, b) in enumerate(self.offsets) if b > max(a, start)), len(self.ids))
-
 
 class PromptReader:
     """Reads the prompts of a file's styles for one tokenizer; holds lengths, makes tokens and regions when asked."""
@@ -89,27 +86,38 @@ class PromptReader:
     def style(self, style: str, max_samples: int | None = None) -> StylePrompts:
         """Lengths of all prompts of a style; those that cannot be run are in `failures`."""
         names = region_names(style, self.file.clean_key, list(self.file.style_counts))
-        found = StylePrompts(style, names, self._pooled(names))
-        for problem in self._problems(style, max_samples):
+        pool = self.pool or [*DEFAULT_POOLED, *(name for name in names if name.startswith("edited"))]
+        if wrong := [name for name in pool if name not in BASE_REGIONS and not name.startswith("edited")]:
+            raise UserError(f"--pool_regions {wrong[0]}: choose among {', '.join([*BASE_REGIONS, 'edited'])}")
+        pooled = [name for name in names if name in pool or name.split(":")[0] in pool]
+        found = StylePrompts(style, names, pooled)
+        typo = matched_style(style)  # rows of a control have its typo and the clean form
+        keys = [style] if typo is None else [str(self.file.clean_key), typo]
+        for problem in (problem for key in keys for problem in self.file.problems_of(key, max_samples)):
             found.failures[problem.original_index] = (self._element(problem.original_index), str(problem))
-        for index in self._indices(style, max_samples):
+        indices = [{index for index, _ in self.file.prompts(key, max_samples)} for key in keys]
+        for index in sorted(set.intersection(*indices)):
             try:
                 read = self._read(style, index)
+                if read is None:
+                    found.unmatched += 1
+                    continue
+                if not 0 < len(read.ids) <= self.max_length:
+                    room = f"this model and --max_new_tokens leave room for {self.max_length}"
+                    raise UserError(f"has {len(read.ids)} tokens; {room}")
             except UserError as error:
                 found.failures[index] = (self._element(index), str(error))
-                continue
-            if read is None:
-                found.unmatched += 1
-                continue
-            if not 0 < len(read.ids) <= self.max_length:
-                why = f"has {len(read.ids)} tokens; this model and --max_new_tokens leave room for {self.max_length}"
-                found.failures[index] = (self._element(index), why)
                 continue
             if read.controls:
                 found.controls[index] = read.controls
             found.texts.append((index, read.shown))
             found.lengths.append(len(read.ids))
-            self._common = _common_prefix(self._common, read.ids[: min(read.own_start(), len(read.ids) - 1)])
+            # Tokens before the first one that touches the prompt's own text may be shared with other prompts.
+            start, ids = read.rendered.own[0], read.ids
+            own = next((t for t, (a, b) in enumerate(read.offsets) if b > max(a, start)), len(ids))
+            shared = ids[: min(own, len(ids) - 1)]
+            pairs = zip(shared if self._common is None else self._common, shared, strict=False)
+            self._common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         return found
 
     def shared_prefix(self) -> list[int]:
@@ -122,80 +130,51 @@ class PromptReader:
         index, _ = style.texts[position]
         read = self._read(style.style, index)
         assert read is not None  # it is in the list
-        mask = region_mask(read.rendered, read.offsets, style.names, self._regions(style.style, index, style.names))
-        return Prompt(index, read.ids, mask, forced_ids)
+        return Prompt(index, read.ids, self._mask(read, style.style, index, style.names), forced_ids)
 
     def _read(self, style: str, index: int) -> _ReadPrompt | None:
-        """A row's prompt in a style, rendered and tokenised; None if a control does not have it."""
-        typo = matched_style(style)
-        own = self._encode(self._text(style, index))
-        return own if typo is None else self._matched(own, style, index)
+        """A row's prompt in a style, rendered and tokenised; None if a control does not have it.
 
-    def _matched(self, clean: _ReadPrompt, style: str, index: int) -> _ReadPrompt | None:
-        """The clean prompt of a row with as many tokens in each edited word as its typo has; None if that fails."""
-        typo = str(matched_style(style))
+        In a control each edited word of the clean prompt has as many tokens as its typo.
+        """
+        own, typo = self._encode(self._text(style, index)), matched_style(style)
+        if typo is None:
+            return own
         other = self._encode(self._text(typo, index))
-        own = TokenisedText(clean.rendered.text, clean.ids, clean.offsets, self._edited(clean, style, index))
-        goal = self._edited(other, typo, index)
-        found = self._cutter.cut(own, TokenisedText(other.rendered.text, other.ids, other.offsets, goal))
+        names = [*BASE_REGIONS, "edited"]
+        edited, goal = (
+            self._mask(read, key, index, names)[:, -1].tolist() for read, key in ((own, style), (other, typo))
+        )
+        clean = TokenisedText(own.rendered.text, own.ids, own.offsets, edited)
+        found = self._cutter.cut(clean, TokenisedText(other.rendered.text, other.ids, other.offsets, goal))
         if found is None:
             return None
-        shown, shift = clean.shown, clean.rendered.own[0] - clean.rendered.own_offset
-        for place in reversed(new_cuts(own, found[1])):
+        shown, shift = own.shown, own.rendered.own[0] - own.rendered.own_offset
+        for place in reversed(new_cuts(clean, found[1])):
             shown = shown[: place - shift] + CUT + shown[place - shift :]
-        made = _ReadPrompt(clean.rendered, *found, shown)
+        made = _ReadPrompt(own.rendered, *found, shown)
         # A token may hold a word and the sign after it; cut off, the sign is in no edited word.
-        return made if sum(self._edited(made, style, index)) == sum(goal) else None
-
-    def _edited(self, read: _ReadPrompt, style: str, index: int) -> list[bool]:
-        names = [*BASE_REGIONS, "edited"]
-        mask = region_mask(read.rendered, read.offsets, names, self._regions(style, index, names))
-        return list(mask[:, -1].tolist())
+        return made if int(self._mask(made, style, index, names)[:, -1].sum()) == sum(goal) else None
 
     def _text(self, style: str, index: int) -> str:
         return str(self.file.rows[index][self.file.clean_key if matched_style(style) else style])
 
-    def _regions(self, style: str, index: int, names: list[str]) -> dict[str, list[Span]]:
+    def _mask(self, read: _ReadPrompt, style: str, index: int, names: list[str]) -> torch.Tensor:
+        """Which tokens of a row's prompt lie in which region, [S, R] bool."""
         row, text, typo = self.file.rows[index], self._text(style, index), matched_style(style)
-        clean = row.get(self.file.clean_key) if self.file.clean_key else None
-        task = row.get("task")
-        regions = character_regions(
-            text,
-            names,
-            variants={key: value for key, value in row.items() if isinstance(value, str)},
-            clean=clean if isinstance(clean, str) else None,
-            task=task if isinstance(task, str) else None,
-            task_regex=self.rendering.task_regex,
-        )
-        return regions | {"edited": edited_spans(text, row[typo])[0]} if typo else regions
-
-    def _indices(self, style: str, max_samples: int | None) -> list[int]:
-        """Rows that have the style; those of a control have its typo and the clean form."""
-        sources = [[index for index, _ in self.file.prompts(key, max_samples)] for key in self._keys(style)]
-        return sorted(set(sources[0]).intersection(*sources[1:]))
-
-    def _problems(self, style: str, max_samples: int | None) -> list[Problem]:
-        return [problem for key in self._keys(style) for problem in self.file.problems_of(key, max_samples)]
-
-    def _keys(self, style: str) -> list[str]:
-        typo = matched_style(style)
-        return [style] if typo is None else [str(self.file.clean_key), typo]
-
-    def _pooled(self, names: list[str]) -> list[str]:
-        if self.pool is None:
-            return [name for name in names if name in DEFAULT_POOLED or name.startswith("edited")]
-        wrong = [name for name in self.pool if name not in BASE_REGIONS and not name.startswith("edited")]
-        if wrong:
-            raise UserError(f"--pool_regions {wrong[0]}: choose among {', '.join([*BASE_REGIONS, 'edited'])}")
-        return [name for name in names if name in self.pool or name.split(":")[0] in self.pool]
-
-    def _render(self, text: str) -> Any:
-        how = self.rendering
-        return render_prompt(self.tokenizer, text, how.few_shot, how.apply_chat_template, how.system_prompt)
+        texts = {key: value for key, value in row.items() if isinstance(value, str)}
+        clean = texts.get(self.file.clean_key) if self.file.clean_key else None
+        regions = character_regions(text, names, texts, clean, texts.get("task"), self.rendering.task_regex)
+        if typo:
+            regions["edited"] = edited_spans(text, row[typo])[0]
+        return region_mask(read.rendered, read.offsets, names, regions)
 
     def _encode(self, text: str) -> _ReadPrompt:
-        rendered = self._render(text)
-        # A chat template writes its special tokens itself; adding them again would begin with two BOS.
+        """A text rendered and tokenised; control tokens in it as the tokens of plain text, if the vocabulary can."""
+        # 1. As the tokenizer has it. A chat template writes its special tokens itself; adding them again would begin
+        # with two BOS.
+        how = self.rendering
+        rendered = render_prompt(self.tokenizer, text, how.few_shot, how.apply_chat_template, how.system_prompt)
         encoded = self.tokenizer(
             rendered.text,
             add_special_tokens=not rendered.has_special_tokens,
@@ -203,23 +182,20 @@ class PromptReader:
             return_special_tokens_mask=True,
             truncation=False,
         )
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        # An end-of-text token that the tokenizer puts after a prompt would end it before the answer.
+        read = _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text)
+        # 2. An end-of-text token that the tokenizer puts after a prompt would end it before the answer.
         ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
-        while len(ids) > 1 and encoded["special_tokens_mask"][len(ids) - 1] and ids[-1] in ends:
-            ids, offsets = ids[:-1], offsets[:-1]
-        return self._without_control_tokens(_ReadPrompt(rendered, ids, offsets, text))
-
-    def _without_control_tokens(self, read: _ReadPrompt) -> _ReadPrompt:
-        """The prompt with each control token of its own text as the tokens of plain text, if the vocabulary can."""
-        (start, end), text = read.rendered.own, read.rendered.text
+        while len(read.ids) > 1 and encoded["special_tokens_mask"][len(read.ids) - 1] and read.ids[-1] in ends:
+            del read.ids[-1], read.offsets[-1]
+        # 3. Control tokens that the user typed.
+        start, end = rendered.own
         for at in range(len(read.ids) - 1, -1, -1):
             number, (a, b) = read.ids[at], read.offsets[at]
             if number not in self._control or not start <= a < b <= end:
                 continue
             # After a line's end, so that no tokenizer puts its mark of a first word there.
             as_plain_text = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-            plain = self.tokenizer("\n" + text[a:b], **as_plain_text)
+            plain = self.tokenizer("\n" + rendered.text[a:b], **as_plain_text)
             pairs = zip(plain["input_ids"], plain["offset_mapping"], strict=True)
             pieces = [(one, (a + c - 1, a + d - 1)) for one, (c, d) in pairs if c > 0]
             read.controls[self._control[number]] = as_text = bool(pieces) and number not in dict(pieces)
@@ -230,15 +206,8 @@ class PromptReader:
     def _element(self, index: int) -> int | str:
         try:
             return self.file.element_index(index)
-        except (AttributeError, TypeError, ValueError):
+        except AttributeError:  # the row is not an object
             return index + 1
-
-
-def _common_prefix(known: list[int] | None, ids: list[int]) -> list[int]:
-    if known is None:
-        return ids
-    same = next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
-    return known[:same]
 
 
 def read_few_shot(path: Path | None) -> str:
