@@ -90,7 +90,7 @@ class Result:
     @property
     def fields(self) -> dict[str, Any]:
         """The captured fields; waits while they are still being copied from a GPU."""
-        return self.rows.row(self.row) if self.rows else {}
+        return self.rows.rows[self.row] if self.rows else {}
 
 
 # --- a cache whose rows can leave and join

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from command_line import UserError
 from load_model import scaled_logits
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,6 +30,7 @@ PREFIX_REGIONS = ("all", "context", "first")
 FLASH_HEAD_SIZE = 256  # the widest head of the fused kernels
 MAP_ELEMENTS = 1 << 27  # an explicit attention map is made for as many queries at a time as fit into this
 CACHE_ELEMENTS = 1 << 20  # and on a CPU into this, which its caches hold
+TINY = torch.finfo(torch.float32).tiny
 RENAMED = ("sdpa", "eager")  # attention that the recording function stands before under a name of its own
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 
@@ -140,35 +141,45 @@ class HostCopies:
 class Recorder:
     """Hooks on one model whose attention is `sdpa`, `eager`, `flex_attention` or a flash attention.
 
-    Only one recorder may record at a time, for the attention function is the process's own.
+    Only one recorder may record at a time, for the attention function is the process's own: `active` is its pass.
     """
 
-    active: Recorder | None = None
+    active: _Pass | None = None
 
     def __init__(self, model: Any, options: CaptureOptions):
         self.model, self.options = model, options
-        self.config = model.config.get_text_config(decoder=True)
         self.backbone, self.layers = find_layers(model)
-        self.raw_layers = options.raw_layers
+        self.num_layers = len(self.layers)
         self.base_attention = install_attention(model)
-        self._handles = [self.backbone.register_forward_hook(self._on_backbone)]
+
+        def on_layer(layer: int, _module: Any, args: Any, kwargs: Any) -> None:
+            if (current := self._current()) is not None:
+                current.add_state(layer, args[0] if args else kwargs["hidden_states"])
+
+        def on_mlp(layer: int, _module: Any, args: Any) -> None:
+            if (current := self._current()) is not None:
+                current.add_neurons(layer, args[0])
+
+        def on_backbone(_module: Any, _args: Any, output: Any) -> None:
+            if (current := self._current()) is not None:
+                last = output[0] if isinstance(output, tuple) else output.last_hidden_state
+                current.add_state(self.num_layers, last)
+
+        self._handles = [self.backbone.register_forward_hook(on_backbone)]
         for i, layer in enumerate(self.layers):
-            self._handles.append(layer.register_forward_pre_hook(partial(self._on_layer, i), with_kwargs=True))
+            self._handles.append(layer.register_forward_pre_hook(partial(on_layer, i), with_kwargs=True))
             if options.neurons:
-                self._handles.append(down_projection(layer).register_forward_pre_hook(partial(self._on_mlp, i)))
+                self._handles.append(down_projection(layer).register_forward_pre_hook(partial(on_mlp, i)))
+
+    def _current(self) -> _Pass | None:
+        return Recorder.active if Recorder.active is not None and Recorder.active.recorder is self else None
 
     def close(self) -> None:
         """Take the hooks off and give the model its own attention back."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
         if self.base_attention in RENAMED:
             self.model.set_attn_implementation(self.base_attention)
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return len(self.layers)
 
     @contextmanager
     def recording(self, regions: torch.Tensor, pooled: list[int], num_queries: int) -> Iterator[_Pass]:
@@ -177,28 +188,11 @@ class Recorder:
         `regions` [B, Sk, R] bool over the keys (pads in none); the pass's queries are the last `num_queries` of them.
         `pooled` are the columns whose tokens' states are averaged. The result is `pass.finish()` after the forward.
         """
-        current = _Pass(self, regions, pooled, num_queries)
-        self.current, Recorder.active = current, self
+        Recorder.active = _Pass(self, regions, pooled, num_queries)
         try:
-            yield current
+            yield Recorder.active
         finally:
             Recorder.active = None
-            del self.current  # or the pass's states and maps would stay in memory while responses are made
-
-    # --- hooks
-
-    def _on_layer(self, layer: int, _module: Any, args: Any, kwargs: Any) -> None:
-        if Recorder.active is self:
-            self.current.add_state(layer, args[0] if args else kwargs["hidden_states"])
-
-    def _on_mlp(self, layer: int, _module: Any, args: Any) -> None:
-        if Recorder.active is self:
-            self.current.add_neurons(layer, args[0])
-
-    def _on_backbone(self, _module: Any, _args: Any, output: Any) -> None:
-        if Recorder.active is self:
-            last = output[0] if isinstance(output, tuple) else output.last_hidden_state
-            self.current.add_state(self.num_layers, last)
 
 
 class _Pass:
@@ -227,7 +221,7 @@ class _Pass:
         if state.dim() != 3 or state.shape[1] != self.num_queries:
             raise cannot_capture(f"the states of layer {layer} are {[*state.shape]} for {self.num_queries} tokens")
         self.sums["hidden"][layer] = torch.bmm(self.on(self.pools, state), state.float())
-        if layer in self.recorder.raw_layers:
+        if layer in self.options.raw_layers:
             self.states[layer] = state.detach()
         if layer == self.recorder.num_layers:
             self.last_state = state.detach()
@@ -246,7 +240,7 @@ class _Pass:
             raise cannot_capture(f"layer {layer} attends more than once")
         if call.kwargs.get("scaling") is None:
             call.kwargs["scaling"] = q.shape[-1] ** -0.5  # before the heads are widened
-        wants_map = layer in self.recorder.raw_layers and layer < self.recorder.num_layers
+        wants_map = layer in self.options.raw_layers and layer < self.recorder.num_layers
         if wants_map or self.options.entropy or self.recorder.base_attention == "eager":
             output, mass = self._by_map(call, keep_map=wants_map)
         else:
@@ -288,16 +282,22 @@ class _Pass:
         for start in range(0, queries, step):
             block = slice(start, min(start + step, queries))
             seen = self._block_mask(call, block)
-            visible = slice(0, keys) if eager else _visible_keys(seen, keys)
+            visible = slice(0, keys)
+            if seen is not None and not eager and len(places := _allowed(seen).flatten(0, -2).any(0).nonzero()):
+                visible = slice(int(places[0]), int(places[-1]) + 1)
             seen = None if seen is None else seen[..., visible]
             part = replace(call, q=q[:, :, block], k=k[:, :, visible], v=wide[:, :, visible], mask=seen)
             whole[:, block], probs = part.run() if eager else self._explicit_map(part)
             shares = probs
             if call.kwargs.get("s_aux", call.kwargs.get("sinks")) is not None:
-                shares = _shares(probs)  # some eager functions take out the sink's share after the softmax
+                # Some eager functions take out the sink's share after the softmax: shares of what reaches the keys.
+                shares = probs.float() / probs.float().sum(-1, keepdim=True).clamp(min=TINY)
                 probs = shares * whole[:, block, :, -1:].transpose(1, 2)
             if entropy is not None:
-                entropy[:, :, block] = self._relative_entropy(shares.float(), seen)
+                # H / log(number of keys the query may see); 0 if that is one key (not counted).
+                count = torch.tensor(keys, device=q.device) if seen is None else _allowed(seen).sum(-1)
+                relative = torch.special.entr(shares.float()).sum(-1) / count.clamp(min=2).float().log()
+                entropy[:, :, block] = relative.where(count > 1, 0.0)
             if kept is not None:
                 kept[:, :, block, visible] = probs
         if entropy is not None:
@@ -343,7 +343,6 @@ class _Pass:
         q, mask, window = call.q, call.mask, call.kwargs.get("sliding_window")
         queries, keys = q.shape[2], call.k.shape[2]
         if hasattr(mask, "mask_mod"):
-            from torch.nn.attention.flex_attention import create_mask  # imports the compiler, for flex alone
 
             def shifted(b: Any, h: Any, row: Any, column: Any) -> Any:
                 return mask.mask_mod(b, h, row + block.start, column)
@@ -363,14 +362,6 @@ class _Pass:
             place = mask.long().cumsum(-1)
             seen = seen & (place[:, None, rows] - place[:, None, None] < window)
         return seen
-
-    def _relative_entropy(self, probs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """H(attention) / log(number of keys the query may see), [B,H,S]; 0 if that is one key (not counted)."""
-        if mask is None:
-            seen = torch.full(probs.shape[:-1], probs.shape[-1], device=probs.device)
-        else:
-            seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).sum(-1)
-        return torch.where(seen > 1, torch.special.entr(probs).sum(-1) / seen.clamp(min=2).float().log(), 0.0)
 
     def finish(self) -> Capture:
         """What the pass leaves. Raises UserError if some layer did not take part, or the layers differ in size."""
@@ -397,19 +388,9 @@ def cannot_capture(what: str) -> UserError:
     return UserError(f"this model's attention cannot be captured: {what}; choose another model")
 
 
-def _shares(probs: torch.Tensor) -> torch.Tensor:
-    """Attention [B,H,S,Sk] as shares of what reaches the keys: its sum is 1 even if a sink takes a part. float32."""
-    probs = probs.float()
-    return probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _visible_keys(mask: torch.Tensor | None, keys: int) -> slice:
-    """The keys from the first to the last that any query of a block may see, by its mask [B, 1 or H, S, Sk]."""
-    if mask is None:
-        return slice(0, keys)
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    seen = allowed.flatten(0, -2).any(0).nonzero()
-    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, keys)
+def _allowed(mask: torch.Tensor) -> torch.Tensor:
+    """A bool or additive mask as bool: which keys a query may see."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 # --- from sums to rows of a file
@@ -421,20 +402,17 @@ class PassRows:
 
     def __init__(self, make: Callable[[], list[dict[str, Any]]], copies: list[HostCopies]):
         self._make, self._copies = make, copies
-        self._lock = threading.Lock()
-        self._rows: list[dict[str, Any]] = []
         if not any(one.pending for one in copies):
-            self.row(0)
+            self.rows  # noqa: B018 (made now)
 
-    def row(self, b: int) -> dict[str, Any]:
-        """The captured fields of row b."""
-        with self._lock:
-            if not self._rows:
-                for one in self._copies:
-                    one.wait()
-                self._rows = self._make()
-                del self._make  # and with it the sums of the pass
-            return self._rows[b]
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The captured fields of each row."""
+        for one in self._copies:
+            one.wait()
+        rows = self._make()
+        del self._make  # and with it the sums of the pass
+        return rows
 
 
 @torch.inference_mode()
@@ -452,12 +430,20 @@ def rows_of(
     are averaged. `prefix` is the pass over the prefix alone (its regions are PREFIX_REGIONS). Means over an empty
     region are NaN. States come back in `dtype`, the model's own.
     """
+    places = [names.index(name) for name in pooled]
     if prefix is not None:
-        _add_prefix(capture, prefix, names, pooled)
+        into = torch.tensor([names.index(name) for name in PREFIX_REGIONS])
+        capture.sums["mass"][:, :, :, into[:, None], into[None]] += prefix.sums["mass"]
+        if "entropy" in capture.sums:
+            capture.sums["entropy"][..., into] += prefix.sums["entropy"]
+        for key in {"hidden", "neurons"} & capture.sums.keys():
+            for place, name in enumerate(pooled):
+                if name in PREFIX_REGIONS:
+                    capture.sums[key][:, :, place] += prefix.sums[key][:, :, PREFIX_REGIONS.index(name)]
     counts = torch.stack([mask.sum(0) for mask in masks]).float()  # [B, R]
     first = torch.stack([mask[0] for mask in masks]).float()
     counts[counts == 0] = float("nan")
-    of_pooled = counts[:, [names.index(name) for name in pooled]]
+    of_pooled = counts[:, places]
     mass = (capture.sums["mass"] / counts[None, :, None, :, None]).half()
     hidden = (capture.sums["hidden"] / of_pooled[None, :, :, None]).to(dtype)
     rows = []
@@ -473,48 +459,31 @@ def rows_of(
     return rows
 
 
-def _add_prefix(capture: Capture, prefix: Capture, names: list[str], pooled: list[str]) -> None:
-    into = torch.tensor([names.index(name) for name in PREFIX_REGIONS])
-    capture.sums["mass"][:, :, :, into[:, None], into[None]] += prefix.sums["mass"]
-    if "entropy" in capture.sums:
-        capture.sums["entropy"][..., into] += prefix.sums["entropy"]
-    shared = [(place, PREFIX_REGIONS.index(name)) for place, name in enumerate(pooled) if name in PREFIX_REGIONS]
-    for field in {"hidden", "neurons"} & capture.sums.keys():
-        for place, source in shared:
-            capture.sums[field][:, :, place] += prefix.sums[field][:, :, source]
-
-
 def _raw_fields(capture: Capture, prefix: Capture | None, b: int, length: int) -> dict[str, Any]:
+    """Raw states, maps and logits of row b's own tokens, behind those of the prefix."""
     shared = prefix.num_queries if prefix else 0
     own = length - shared
+
+    def joined(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
+        return after[b, -own:] if before is None else torch.cat([before[0], after[b, -own:]])
+
     fields: dict[str, Any] = {}
     if capture.states:
-        fields["hidden_states"] = {
-            f"layer_{layer}": _joined(prefix.states[layer][0] if prefix else None, state[b, -own:])
-            for layer, state in capture.states.items()
-        }
+        before = prefix.states if prefix else {}
+        fields["hidden_states"] = {f"layer_{i}": joined(before.get(i), one) for i, one in capture.states.items()}
     if capture.maps:
-        fields["attentions"] = {
-            f"layer_{layer}": _whole_map(prefix.maps[layer][0] if prefix else None, probs[b], own, shared)
-            for layer, probs in capture.maps.items()
-        }
+        fields["attentions"] = {}
+        for layer, maps in capture.maps.items():
+            probs = maps[b, :, -own:, maps.shape[-1] - own :]  # a view: nothing is copied until the file is written
+            if prefix:
+                above = F.pad(prefix.maps[layer][0], (0, own))
+                probs = torch.cat([above, torch.cat([maps[b, :, -own:, :shared], probs], dim=2)], dim=1)
+            fields["attentions"][f"layer_{layer}"] = probs
     if capture.topk is not None:
-        before = prefix.topk if prefix and prefix.topk is not None else (None, None, None)
-        for name, earlier, value in zip(("topk_vals", "topk_indices", "logsumexp"), before, capture.topk, strict=True):
-            fields[name] = _joined(earlier[0] if earlier is not None else None, value[b, -own:])
+        earlier = prefix.topk if prefix and prefix.topk is not None else (None, None, None)
+        for name, one, value in zip(("topk_vals", "topk_indices", "logsumexp"), earlier, capture.topk, strict=True):
+            fields[name] = joined(one, value)
     return fields
-
-
-def _joined(before: torch.Tensor | None, after: torch.Tensor) -> torch.Tensor:
-    return after if before is None else torch.cat([before, after])
-
-
-def _whole_map(before: torch.Tensor | None, probs: torch.Tensor, own: int, shared: int) -> torch.Tensor:
-    """[H,S,S] of one prompt from the rows of its own tokens [H,Sq,shared+Sq] and the prefix's map."""
-    if before is None:  # a view: nothing is copied until the file is written
-        return probs[:, -own:, -own:]
-    rows = torch.cat([probs[:, -own:, :shared], probs[:, -own:, probs.shape[2] - own :]], dim=2)
-    return torch.cat([F.pad(before, (0, own)), rows], dim=1)
 
 
 # --- logits
@@ -615,11 +584,10 @@ def _recording_attention(base: str, function: Callable[..., Any] | None = None) 
             kernel = sys.modules[type(module).__module__].eager_attention_forward
         else:
             kernel = function or ALL_ATTENTION_FUNCTIONS[base]
-        recorder = Recorder.active
-        if base in RENAMED or recorder is not None:
+        if base in RENAMED or Recorder.active is not None:
             kwargs.pop("output_attentions", None)
         call = AttentionCall(kernel, module, query, key, value, attention_mask, kwargs)
-        return call.run() if recorder is None else recorder.current.attend(call)
+        return call.run() if Recorder.active is None else Recorder.active.attend(call)
 
     attention.records = base  # type: ignore[attr-defined]
     return attention
