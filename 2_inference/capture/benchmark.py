@@ -7,6 +7,7 @@ import contextlib
 import copy
 import ctypes
 import io
+import shlex
 import statistics
 import sys
 import tempfile
@@ -14,13 +15,15 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import attn_act_logi
 import pandas as pd
 import torch
 import transformers
-from command_line import UserError
+from command_line import EXIT_INTERRUPTED, UserError
+from file_output import write_csv, write_json
 from load_json import load_json_prompts
 from load_model import default_device, load_model, load_tokenizer
 from read_predictions import iter_predictions
@@ -31,7 +34,7 @@ from capture.cpu_speed import keep_heap, onednn_linears
 from capture.decode import GenerationOptions, Generator, Prompt
 from capture.job import EXIT_STOPPED, run_command
 from capture.prompts import DEFAULT_POOLED, read_few_shot
-from capture.recorder import CaptureOptions, Recorder, chosen_raw_layers, find_layers
+from capture.recorder import RAW_LAYERS, CaptureOptions, Recorder, chosen_raw_layers, find_layers
 
 # Shapes of well-known models, so that a timing needs no download: the numbers of their config.json.
 WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -42,12 +45,13 @@ KNOWN_SHAPES = {
     "Qwen/Qwen3-8B": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, 40960),
 }
 OWN_SETTINGS = {"gemma2": {"sliding_window": 4096, "query_pre_attn_scalar": 256}}
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 LOOP_ROWS = 16  # of the plain generate loop
 Way = Callable[[torch.Tensor], int]  # takes ids [B, S], returns the bytes captured
 
 
-def measure(args: argparse.Namespace) -> tuple[str, pd.DataFrame, bool]:
-    """(what was measured where, a row per way and length, whether a signal stopped it) for bench_capture's flags."""
+def run(args: argparse.Namespace, command: list[str]) -> int:
+    """Load or make the model, time, print and write the table; returns the exit code."""
     transformers.logging.set_verbosity_error()
     if args.random_weights:
         model, tokenizer = random_model(args.random_weights, args.dtype, args.device_map), None
@@ -55,7 +59,20 @@ def measure(args: argparse.Namespace) -> tuple[str, pd.DataFrame, bool]:
         model, tokenizer = load_model(args.model_name, args.dtype, args.device_map)
     rows, stopped = bench_job(args, model, tokenizer) if args.prompt_file else bench_batches(args, model)
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{args.model_name or args.random_weights}, {model.dtype}, {where}", pd.DataFrame(rows), stopped
+    title, table = f"{args.model_name or args.random_weights}, {model.dtype}, {where}", pd.DataFrame(rows)
+    print(title)
+    if rows:
+        print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+        if args.csv:
+            write_csv(args.csv, table)
+        if args.json:
+            table["raw_layers"] = " ".join(args.raw_layers or map(str, RAW_LAYERS))
+            shown = shlex.join(["python", "2_inference/run_scripts/bench_capture.py", *command])
+            write_json(args.json, {"what": title, "commands": [shown], "rows": table.to_dict("records")})
+    if stopped:
+        end = "stopped: these are the finished rounds" if rows else "stopped before a round was finished"
+        print(end, file=sys.stderr, flush=True)
+    return EXIT_INTERRUPTED if stopped else 0
 
 
 def random_model(name: str, dtype: str, device_map: str | None) -> Any:
@@ -81,7 +98,7 @@ def random_model(name: str, dtype: str, device_map: str | None) -> Any:
 
 def plain_generate(model: Any, args: argparse.Namespace) -> Way:
     """`generate()` alone."""
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {**GREEDY, "max_new_tokens": args.max_new_tokens}
 
     def run(ids: torch.Tensor) -> int:
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -101,49 +118,38 @@ def generate_onednn(model: Any, args: argparse.Namespace) -> Way:
     return run
 
 
-class _NoTokenizer:
-    """Takes the place of a tokenizer if no text is needed: token ids in, nothing decoded."""
-
-    pad_token_id = 0
-    added_tokens_decoder: ClassVar[dict[int, Any]] = {}  # no control tokens
-
-    def decode(self, *_: Any, **__: Any) -> str:
-        """No text."""
-        return ""
-
-
 def ours(model: Any, args: argparse.Namespace) -> Way:
     """This stage's capture and decoding, every layer; with the raw layers asked for."""
-    layers = chosen_raw_layers(args.raw_layers, model.config.get_text_config(decoder=True).num_hidden_layers)
-    recorder = Recorder(model, CaptureOptions(raw_layers=layers))
+    recorder = Recorder(model, CaptureOptions(raw_layers=raw_layers_of(model, args)))
     generation = GenerationOptions(max_new_tokens=args.max_new_tokens)
-    generator = Generator(model, _NoTokenizer(), recorder, generation, BatchLimit(1 << 20))
+    # Token ids in, nothing decoded.
+    no_tokenizer = SimpleNamespace(pad_token_id=0, added_tokens_decoder={}, decode=lambda *_, **__: "")
+    generator = Generator(model, no_tokenizer, recorder, generation, BatchLimit(1 << 20))
     generator.set_regions([*BASE_REGIONS, "edited"], [*DEFAULT_POOLED, "edited"])
 
     def run(ids: torch.Tensor) -> int:
+        # Plausible regions: a quarter context, a half instruction with an edited word, a quarter task.
+        length, position = ids.shape[1], torch.arange(ids.shape[1])
+        quarter = max(1, length // 4)
+        context, task = position < quarter, position >= length - quarter
+        edited = (position == length // 2) | (position == length // 2 + 1)
+        columns = (position >= 0, position == length - 1, context, ~context & ~task, task, position == 0, edited)
+        prompts = [Prompt(row, tokens, torch.stack(columns, dim=1)) for row, tokens in enumerate(ids.tolist())]
         with onednn_linears(model):
-            return sum(tensor_bytes(result.fields) for result in generator.run([prompts_of(ids)]))
+            return sum(tensor_bytes(result.fields) for result in generator.run([prompts]))
 
     return run
 
 
-def prompts_of(ids: torch.Tensor) -> list[Prompt]:
-    """Prompts with plausible regions: a quarter context, a half instruction with an edited word, a quarter task."""
-    length = ids.shape[1]
-    position = torch.arange(length)
-    quarter = max(1, length // 4)
-    context, task = position < quarter, position >= length - quarter
-    edited = (position == length // 2) | (position == length // 2 + 1)
-    columns = (position >= 0, position == length - 1, context, ~context & ~task, task, position == 0, edited)
-    mask = torch.stack(columns, dim=1)
-    return [Prompt(row, tokens, mask) for row, tokens in enumerate(ids.tolist())]
+def raw_layers_of(model: Any, args: argparse.Namespace) -> tuple[int, ...]:
+    """The layers of `--raw_layers`."""
+    return chosen_raw_layers(args.raw_layers, model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
 def two_pass(model: Any, args: argparse.Namespace) -> Way:
     """The ordinary way: `generate()`, then a second forward pass with eager attention for states, maps and logits."""
     generate = plain_generate(model, args)
-    config = model.config.get_text_config(decoder=True)
-    layers = chosen_raw_layers(args.raw_layers, config.num_hidden_layers)
+    config, layers = model.config.get_text_config(decoder=True), raw_layers_of(model, args)
 
     def run(ids: torch.Tensor) -> int:
         generate(ids)
@@ -162,17 +168,18 @@ def two_pass(model: Any, args: argparse.Namespace) -> Way:
 
 def with_nnsight(model: Any, args: argparse.Namespace) -> Way:
     """nnsight, one pass: hidden states of the raw layers saved while tracing inside generate; no attention maps."""
-    from nnsight import save
-    from nnsight.modeling.transformers import TransformersModel
+    import nnsight.modeling.transformers
 
     if not args.model_name:
         raise ImportError("it needs the tokenizer of --model_name")
     model = copy.deepcopy(model)  # as it wraps every module
-    traced = TransformersModel(model, tokenizer=load_tokenizer(args.model_name), task="text-generation")
+    traced = nnsight.modeling.transformers.TransformersModel(
+        model, tokenizer=load_tokenizer(args.model_name), task="text-generation"
+    )
     _, blocks = find_layers(model)
-    layers = [layer for layer in chosen_raw_layers(args.raw_layers, len(blocks)) if layer < len(blocks)]
+    layers = [layer for layer in raw_layers_of(model, args) if layer < len(blocks)]
     backbone = next(name for name, module in model.named_modules() if module is blocks[0]).split(".")[:-1]
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {**GREEDY, "max_new_tokens": args.max_new_tokens}
 
     def run(ids: torch.Tensor) -> int:
         envoys = traced
@@ -180,7 +187,7 @@ def with_nnsight(model: Any, args: argparse.Namespace) -> Way:
             envoys = getattr(envoys, part)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.inference_mode(), traced.generate(inputs, **options):
-            states: Any = save([])
+            states: Any = nnsight.save([])
             for layer in layers:
                 states.append(envoys[layer].output)
         states = [state[0] if isinstance(state, tuple) else state for state in states]
@@ -197,7 +204,7 @@ def with_transformer_lens(model: Any, args: argparse.Namespace) -> Way:
         raise ImportError("it needs the tokenizer of --model_name")
     # A copy, as it takes modules apart and switches to eager attention.
     lens = TransformerBridge.boot_transformers(args.model_name, hf_model=copy.deepcopy(model), dtype=model.dtype)
-    layers = chosen_raw_layers(args.raw_layers, lens.cfg.n_layers)
+    layers = raw_layers_of(model, args)
     wanted = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
     wanted += [f"blocks.{layer}.attn.hook_pattern" for layer in layers if layer < lens.cfg.n_layers]
 
@@ -275,7 +282,8 @@ def time_in_turn(
         for name, call in calls.items():
             if warm_up:
                 call()
-            give_back_heap()
+            with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
+                ctypes.CDLL(None).malloc_trim(0)  # one way's freed memory would hide another's peak
             spent, peaks[name], results[name] = timed(call, device)
             print(f"{label}, {name}: {spent:.2f} s before the timed rounds", file=sys.stderr, flush=True)
         for number in range(rounds):
@@ -292,37 +300,30 @@ def time_in_turn(
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, float, Any]:
     """Seconds, peak memory in MB above what was held before (GPU memory, or the process's own), and the result."""
-    if device == "cuda":
+    on_gpu = device == "cuda"
+    if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
     else:
         with contextlib.suppress(OSError):  # VmHWM begins anew; if the system refuses that, peaks are too high
             Path("/proc/self/clear_refs").write_text("5")
-        held = status_kb("VmRSS") * 1024
+    held = torch.cuda.memory_allocated() if on_gpu else status_kb("VmRSS") * 1024
     start = time.perf_counter()
     result = run()
-    if device == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = status_kb("VmHWM") * 1024
-    return time.perf_counter() - start, max(0.0, peak - held) / 1e6, result
-
-
-def give_back_heap() -> None:
-    """Return freed memory to the system, so that one way's leavings do not hide another's peak (glibc only)."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if on_gpu else status_kb("VmHWM") * 1024
+    return seconds, max(0.0, peak - held) / 1e6, result
 
 
 def status_kb(key: str) -> int:
     """A number of /proc/self/status in kB; 0 on systems without it."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(key + ":")), 0)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1])
+    return 0
 
 
 def ratio_rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -331,8 +332,9 @@ def ratio_rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     rows = []
     for name, spent in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(spent, base, strict=True))
-        row = {"way": name, "ratio_to_generate": ratio, "seconds": statistics.median(spent), "rounds": len(spent)}
-        rows.append(row)
+        rows.append(
+            {"way": name, "ratio_to_generate": ratio, "seconds": statistics.median(spent), "rounds": len(spent)}
+        )
     return rows
 
 

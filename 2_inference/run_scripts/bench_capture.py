@@ -15,7 +15,6 @@ or --time_limit end the run with a table of the finished rounds (exit code 130).
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from command_line import EXIT_INTERRUPTED, UserError, make_parser, run_main
+from command_line import UserError, make_parser, run_main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,24 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.default_int_handler)
     signal.alarm(args.time_limit or 0)
-    from capture.benchmark import measure
-    from capture.recorder import RAW_LAYERS
-    from file_output import write_csv, write_json
+    from capture.benchmark import run
 
-    title, table, stopped = measure(args)
-    print(title)
-    if not table.empty:
-        print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-        if args.csv:
-            write_csv(args.csv, table)
-        if args.json:
-            command = shlex.join(["python", "2_inference/run_scripts/bench_capture.py", *(argv or sys.argv[1:])])
-            rows = table.assign(raw_layers=" ".join(args.raw_layers or map(str, RAW_LAYERS))).to_dict("records")
-            write_json(args.json, {"what": title, "commands": [command], "rows": rows})
-    if stopped:
-        end = "stopped before a round was finished" if table.empty else "stopped: these are the finished rounds"
-        print(end, file=sys.stderr, flush=True)
-    return EXIT_INTERRUPTED if stopped else 0
+    return run(args, list(argv or sys.argv[1:]))
 
 
 if __name__ == "__main__":
