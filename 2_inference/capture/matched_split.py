@@ -37,12 +37,10 @@ class WordCutter:
         self._tokenizer = tokenizer
 
     @cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return dict(self._tokenizer.get_vocab())
-
-    @cached_property
-    def _longest_piece(self) -> int:
-        return max(map(len, self._vocabulary))
+    def _vocabulary(self) -> tuple[dict[str, int], int]:
+        """{piece: id}, and the length of the longest piece."""
+        known = dict(self._tokenizer.get_vocab())
+        return known, max(map(len, known))
 
     def cut(self, clean: TokenisedText, typo: TokenisedText) -> tuple[list[int], list[Span]] | None:
         """(ids, offsets) of the clean text with as many tokens in each edited word as the typo has; None: cannot be."""
@@ -51,7 +49,12 @@ class WordCutter:
             return None
         ids, offsets = list(clean.ids), list(clean.offsets)
         for own, other in reversed(pairs):
-            found = self._cut_word(clean, own, _shares(typo, other))
+            first, end = _span(typo, other)
+            # Where the tokens of the typo after its first begin, as shares of its visible characters.
+            wanted = [(start - first) / (end - first) for start, _ in typo.offsets[other[0] + 1 : other[1]]]
+            if len(wanted) + 1 == own[1] - own[0]:
+                continue
+            found = self._cut_word(clean, own, wanted)
             if found is None:
                 return None
             ids[own[0] : own[1]], offsets[own[0] : own[1]] = found
@@ -59,32 +62,32 @@ class WordCutter:
 
     def _cut_word(self, clean: TokenisedText, run: Span, wanted: list[float]) -> tuple[list[int], list[Span]] | None:
         """(ids, offsets) of a run of tokens cut at about `wanted`, shares of its length; None: it cannot be."""
-        own = clean.ids[slice(*run)]
-        if len(wanted) + 1 == len(own):
-            return own, clean.offsets[slice(*run)]
+        # 1. The signs with which the vocabulary writes the run, and the character that each of them stands for.
         start, end = _span(clean, run)
-        written = "".join(self._tokenizer.convert_ids_to_tokens(own))
-        signs = _characters(clean.text[start:end], written.lstrip(SPACE_MARKS))
-        if not len(own) <= len(wanted) < len(signs) <= LONGEST:
+        text = clean.text[start:end]
+        written = "".join(self._tokenizer.convert_ids_to_tokens(clean.ids[slice(*run)]))
+        shown = written.lstrip(SPACE_MARKS)
+        signs = list(range(len(text)))
+        if len(shown) != len(text):  # byte-level: a sign a byte
+            signs = [place for place, character in enumerate(text) for _ in character.encode()]
+        if len(shown) != len(signs) or not run[1] - run[0] <= len(wanted) < len(signs) <= LONGEST:
             return None
-        pieces = self._pieces(clean.text[start:end], written, signs)
+        # 2. Every piece (start, end) of them that the vocabulary has.
+        vocabulary, longest = self._vocabulary
+        lead = len(written) - len(signs)
+        pieces: dict[Span, int] = {}
+        for a in range(len(signs)):
+            for b in range(a + 1, min(len(signs), a + longest) + 1):
+                piece = written[lead + a if a else 0 : lead + b]
+                if piece in vocabulary and not text[signs[b - 1]].isspace():
+                    pieces[a, b] = vocabulary[piece]
+        # 3. The best cuts.
         cuts = best_cuts(pieces, len(signs), [share * len(signs) for share in wanted])
         if cuts is None:
             return None
         edges = list(zip([0, *cuts], [*cuts, len(signs)], strict=True))
         spans = [_trimmed(clean.text, start + signs[a], start + signs[b - 1] + 1) for a, b in edges]
         return [pieces[edge] for edge in edges], spans
-
-    def _pieces(self, text: str, written: str, signs: list[int]) -> dict[Span, int]:
-        """{(start, end) in `signs`: id} of every piece of a text that the vocabulary has."""
-        lead = len(written) - len(signs)
-        found = {}
-        for a in range(len(signs)):
-            for b in range(a + 1, min(len(signs), a + self._longest_piece) + 1):
-                piece = written[lead + a if a else 0 : lead + b]
-                if piece in self._vocabulary and not text[signs[b - 1]].isspace():
-                    found[a, b] = self._vocabulary[piece]
-        return found
 
 
 def new_cuts(clean: TokenisedText, offsets: list[Span]) -> list[int]:
@@ -146,26 +149,9 @@ def _runs(edited: list[bool]) -> list[Span]:
 
 def _words(one: TokenisedText, run: Span) -> list[Span]:
     """A run of tokens cut before each token that follows white space."""
-    starts = [run[0]]
-    for token in range(run[0] + 1, run[1]):
-        start = _trimmed(one.text, *one.offsets[token])[0]
-        if one.text[start - 1].isspace():
-            starts.append(token)
+    first = {token: _trimmed(one.text, *one.offsets[token])[0] for token in range(run[0] + 1, run[1])}
+    starts = [run[0], *(token for token, start in first.items() if one.text[start - 1].isspace())]
     return list(zip(starts, [*starts[1:], run[1]], strict=True))
-
-
-def _shares(one: TokenisedText, run: Span) -> list[float]:
-    """Where the tokens of a run after its first begin, as shares of its visible characters."""
-    first, end = _span(one, run)
-    return [(start - first) / (end - first) for start, _ in one.offsets[run[0] + 1 : run[1]]]
-
-
-def _characters(text: str, written: str) -> list[int]:
-    """For each sign of a vocabulary's way to write a text: the character it stands for; [] if that is not known."""
-    if len(written) == len(text):
-        return list(range(len(text)))
-    signs = [place for place, character in enumerate(text) for _ in character.encode()]  # byte-level: a sign a byte
-    return signs if len(written) == len(signs) else []
 
 
 def _span(one: TokenisedText, run: Span) -> Span:

@@ -7,8 +7,7 @@ equal length, else one by one. So a model of an unknown kind is refused in one l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -41,23 +40,25 @@ def check_model(
     `ids` are the tokens of one or two prompts. Raises UserError if the capture of one prompt alone is not what an eager
     pass gives, or fails.
     """
-    pieces = [_piece(ids[0], LONG), _piece(ids[-1], SHORT)]
-    pieces[1][:SHARED] = pieces[0][:SHARED]
-    try_out = _Trial(model, tokenizer, options, min(STEPS, new_tokens))
-    with _in_one_line():
-        alone = try_out.capture(pieces[1:], Batching("alone", prefix=False))
-        if problem := try_out.against_eager(pieces[1], alone):
+    long, same, short = (list(islice(cycle(one), n)) for one, n in ((ids[0], LONG), (ids[0], SHORT), (ids[-1], SHORT)))
+    short[:SHARED] = long[:SHARED]
+    trial = _Trial(model, tokenizer, options, min(STEPS, new_tokens))
+    try:
+        alone = trial.capture([short], Batching("alone", prefix=False))
+        if problem := trial.against_eager(short, alone):
             raise cannot_capture(problem)
         for rows in MODES[MODES.index(wanted.rows) :]:
             for prefix in (True, False) if wanted.prefix else (False,):
                 if rows == "alone" and not prefix:
-                    return Batching(rows, prefix)  # the very capture that was compared
-                together = pieces if rows == "padded" else [_piece(ids[0], SHORT), pieces[1]]
-                together[0][:SHARED] = pieces[1][:SHARED]
-                found = try_out.capture(together[rows == "alone" :], Batching(rows, prefix))
-                if not try_out.against_alone(found, alone):
+                    break  # the very capture that was compared
+                together = {"padded": [long, short], "equal": [same, short], "alone": [short]}[rows]
+                if not trial.differs(trial.capture(together, Batching(rows, prefix)), alone):
                     return Batching(rows, prefix)
-    raise AssertionError("unreachable")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the code of a model of an unknown kind may raise
+        raise cannot_capture(f"its code fails here ({type(error).__name__}: {one_line(str(error), 200)})") from error
+    return Batching("alone", prefix=False)
 
 
 def positions_follow_the_longest_row(config: Any, longest: int) -> bool:
@@ -71,20 +72,6 @@ def positions_follow_the_longest_row(config: Any, longest: int) -> bool:
         and longest > (one.get("original_max_position_embeddings") or own or config.max_position_embeddings)
         for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]
     )
-
-
-def _piece(ids: list[int], length: int) -> list[int]:
-    return list(islice(cycle(ids), length))
-
-
-@contextmanager
-def _in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever the code of a model of an unknown kind may raise
-        raise cannot_capture(f"its code fails here ({type(error).__name__}: {one_line(str(error), 200)})") from error
 
 
 class _Trial:
@@ -106,21 +93,20 @@ class _Trial:
             generator = Generator(self.model, self.tokenizer, recorder, options, limit)
             generator.set_regions(self.names, self.names)
             generator.set_prefix(pieces[0][:SHARED] if how.prefix else [])
-            prompts = [Prompt(key, ids, self._regions(len(ids))) for key, ids in enumerate(pieces)]
+            prompts = []
+            for key, ids in enumerate(pieces):
+                mask = torch.zeros(len(ids), len(self.names), dtype=torch.bool)
+                mask[:, PREFIX_REGIONS.index("all")] = True
+                mask[:SHARED, PREFIX_REGIONS.index("context")] = True
+                mask[0, PREFIX_REGIONS.index("first")] = True
+                mask[:, len(PREFIX_REGIONS) :].fill_diagonal_(True)
+                prompts.append(Prompt(key, ids, mask))
             result = max(generator.run([prompts]), key=lambda result: result.prompt.key)
         finally:
             recorder.close()
         if result.error:
             raise UserError(result.error)
         return result
-
-    def _regions(self, length: int) -> torch.Tensor:
-        mask = torch.zeros(length, len(self.names), dtype=torch.bool)
-        mask[:, PREFIX_REGIONS.index("all")] = True
-        mask[:SHARED, PREFIX_REGIONS.index("context")] = True
-        mask[0, PREFIX_REGIONS.index("first")] = True
-        mask[:, len(PREFIX_REGIONS) :].fill_diagonal_(True)
-        return mask
 
     @torch.inference_mode()
     def against_eager(self, ids: list[int], found: Result) -> str:
@@ -151,7 +137,7 @@ class _Trial:
         behind = [float((row.max() - row[token]) / row.std()) for row, token in zip(logits, answer, strict=False)]
         return "its text is another than without capture" if any(one > self.tolerance for one in behind) else ""
 
-    def against_alone(self, found: Result, alone: Result) -> bool:
+    def differs(self, found: Result, alone: Result) -> bool:
         """Whether what was captured in a batch differs from what was captured alone."""
         # Single tokens of a prefix are no regions of it.
         rows = [*range(len(PREFIX_REGIONS)), *range(len(PREFIX_REGIONS) + SHARED, len(PREFIX_REGIONS) + SHORT)]
