@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accuracy_tables import accuracy_by_edits, break_down
 from command_line import UserError
-from maths.accuracy import evaluate_run, write_evaluation
-from maths.accuracy_tables import accuracy_by_edits, break_down
+from maths.accuracy import evaluate_run
 from maths.gold import number_text
 from paired_stats import clustered_mean, holm, paired_difference
 from parse_predictions import parse_prediction_text
 from scipy.stats import binomtest
+from scored_answers import write_evaluation
 from statsmodels.stats.proportion import proportion_confint
 from synthetic_run import prompt_rows, write_run
 
@@ -180,7 +181,7 @@ def _tokens(run, style, index):
 
 
 def test_files_are_written_and_read_back(run, tmp_path, evaluation):
-    write_evaluation(evaluation, tmp_path)
+    write_evaluation(evaluation, tmp_path, "maths")
     names = {"maths_items.csv", "maths_summary.csv", "maths_flips.csv", "maths_breakdown.csv", "maths_accuracy.png"}
     assert names | {"maths_flips.png"} == {path.name for path in tmp_path.iterdir()}
     items = pd.read_csv(tmp_path / "maths_items.csv")
@@ -316,7 +317,7 @@ def test_a_run_that_differs_nowhere_has_no_p_value(tmp_path):
     assert line["difference"] == 0
     assert line[["difference_ci_low", "p", "p_adjusted", "p_permutation", "minimum_detectable_difference"]].isna().all()
     assert line["p_mcnemar"] == 1
-    write_evaluation(evaluation, tmp_path / "out")
+    write_evaluation(evaluation, tmp_path / "out", "maths")
     assert (tmp_path / "out" / "maths_accuracy.png").stat().st_size > 1000
 
 
@@ -351,12 +352,22 @@ def test_rows_without_a_readable_gold_are_left_out(tmp_path, capsys):
     run = _answered(tmp_path / "run", golds, ["The answer is 12."] * 40)
     assert script.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().err
-    assert told.count("1 of 40 rows are scored: the gold answer of 39 is neither a number nor an expression") == 1
+    assert told.count("1 of 40 rows are scored: 39 have an answer in words, which match_answers.py scores") == 1
     summary = pd.read_csv(tmp_path / "out" / "maths_summary.csv")
     assert summary["n"].tolist() == [1, 1]
     assert summary["estimate"].tolist() == [1.0, 1.0]
     items = pd.read_csv(tmp_path / "out" / "maths_items.csv")
     assert items["correct"].notna().sum() == 2
+
+
+def test_a_gold_that_is_neither_number_nor_words_is_told(tmp_path, capsys):
+    run = _answered(tmp_path / "run", ["12", "May 5", ["three", "3"]], ["12", "May 5", "three"])
+    assert script.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert (
+        "1 of 3 rows are scored: 1 have an answer in words, which match_answers.py scores, the gold answer of 1" in told
+    )
+    assert "(row 2: 'May 5'): write it as a list if it is words" in told
 
 
 def test_expressions_are_scored_by_the_rule_symbolic(tmp_path):

@@ -49,7 +49,7 @@ def test_the_steps_of_a_maths_file(tmp_path, prompt_file):
     assert steps[1].arguments[-3:] == ("--neurons", "--seed", "1")
     assert all((ROOT / step.script).is_file() for step in [*steps, report_step([job], args)])
     heads = next(step for step in steps if step.script.endswith("head_sensitivity.py"))
-    assert heads.after == ("capture", "accuracy")
+    assert heads.after == ("capture", "accuracy", "answers")
     assert steps[0].arguments[-2:] == ("--output_csv", str(job.results / "prompt_findings.csv"))
 
 
@@ -231,7 +231,7 @@ def test_a_failing_stage_stops_the_run_with_its_message(tmp_path, prompt_file):
 
 
 def test_with_keep_going_a_failed_file_does_not_stop_the_next_one(tmp_path):
-    """The first file's prompts are too long for the model; the second one's answers are words: no stage 3."""
+    """The first file's prompts are too long for the model; the second one's answers are words, for stage 4."""
     tiny_models.save(tmp_path / "tiny")
     (tmp_path / "long.json").write_text(json.dumps([{"normal": "too long " * 400}, {"normal": "far too long " * 400}]))
     capitals = [{"normal": f"Please name the capital of land {i}", "answer": "Paris"} for i in range(4)]
@@ -245,7 +245,7 @@ def test_with_keep_going_a_failed_file_does_not_stop_the_next_one(tmp_path):
     assert (done.returncode, done.stderr) == (1, ""), done.stdout + done.stderr
     assert re.search(r"^\[2/\d+\] capture: failed with exit code 1 ", done.stdout, re.M)
     assert "long.json was captured: its other steps are left out" in done.stdout
-    assert "accuracy is left out: no `answer` is a number or an expression" in done.stdout
+    assert re.search(r"^\[\d+/\d+\] answers: answers_breakdown.csv, answers_flips.csv and \d more", done.stdout, re.M)
     results = tmp_path / "results" / "r"
     assert {path.name for path in (results / "capitals").iterdir()} >= {"similarity_summary.csv", "probe_layers.csv"}
     assert not (results / "capitals" / "maths_items.csv").exists()

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from answer_files import SUMMARY_FILES, first_there, item_files
 from command_line import UserError, make_parser, run_main
 from file_output import read_csv, write_text
 from logger import get_logger
@@ -192,7 +193,7 @@ NOTHING = Interval(math.nan)
 
 def headline_rows(counts: dict[str, int], results: Path) -> list[HeadlineRow]:
     """A row for each style of a run (`counts`: style → number of prompts), from the summary CSVs in `results`."""
-    accuracy = by_style(read_table(results / "maths_summary.csv"))
+    accuracy = by_style(read_table(first_there(results, SUMMARY_FILES)))
     similarity = by_style(read_table(results / "similarity_summary.csv"), measure="similarity")
     attention = by_style(read_table(results / "prompt_task_fraction_aggregate.csv"))
     return [
@@ -354,14 +355,17 @@ def answer_of(one: Prediction) -> str:
 
 
 def verdicts_in(results: Path) -> dict[tuple[str, int], str]:
-    """(style, row) → right or wrong, from maths_items.csv; empty if there is none."""
-    items = read_table(results / "maths_items.csv")
-    if items is None:
-        return {}
-    first = items.drop_duplicates(["style", "original_index"])
-    marks = zip(first["style"].astype(str), first["original_index"], first["correct"], strict=True)
+    """(style, row) → right or wrong, from maths_items.csv and answers_items.csv; empty if there is none."""
+    found: dict[tuple[str, int], str] = {}
     known = {"1": "right", "1.0": "right", "True": "right", "0": "wrong", "0.0": "wrong", "False": "wrong"}
-    return {(style, int(row)): known[str(mark)] for style, row, mark in marks if str(mark) in known}
+    for path in item_files(results):
+        items = read_table(path)
+        if items is not None:
+            first = items.drop_duplicates(["style", "original_index"])
+            marks = zip(first["style"].astype(str), first["original_index"], first["correct"], strict=True)
+            scored = {(style, int(row)): known[str(mark)] for style, row, mark in marks if str(mark) in known}
+            found = scored | found
+    return found
 
 
 # --- plots and tables
@@ -427,7 +431,7 @@ def headline_note(columns: Sequence[str], results: Path) -> str:
     whose = {"last": "of the last prompt token's attention", "mean": "of the mean prompt token's attention"}
     notes = {
         "n": "n: prompts run",
-        "accuracy, %": "accuracy: answers equal to the gold answer",
+        "accuracy, %": "accuracy: answers that are right by the gold answer",
         "difference, points": "difference: to the clean form, on the rows that both have, clustered by template",
         "p (Holm)": "p: adjusted for the number of styles",
         "similarity": "similarity: cosine between the embeddings of the answer and of the clean answer",
@@ -435,7 +439,7 @@ def headline_note(columns: Sequence[str], results: Path) -> str:
     }
     parts = [notes[name] for name in columns if name in notes]
     parts.append(f"[{DASH}]: no interval, because nothing varied")
-    return "; ".join([*parts, *detectable(read_table(results / "maths_summary.csv"))]) + "."
+    return "; ".join([*parts, *detectable(read_table(first_there(results, SUMMARY_FILES)))]) + "."
 
 
 def detectable(summary: pd.DataFrame | None) -> list[str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-TEXT_COLUMNS = ("style", "element_index")  # names: a style may be called `None`, `NA`, `nan` or `007`
+TEXT_COLUMNS = ("style", "element_index", "template")  # names: a style may be called `None`, `NA`, `nan` or `007`
 
 
 @contextmanager

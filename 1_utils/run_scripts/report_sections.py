@@ -57,7 +57,10 @@ SECTIONS = (
         (
             Plots("maths_accuracy.png", "Share of right answers by style, with 95 % intervals."),
             Plots("maths_flips.png", "Answers that turned from right to wrong, and from wrong to right, by style."),
+            Plots("answers_accuracy.png", "Share of right answers in words by style, with 95 % intervals."),
+            Plots("answers_flips.png", "Answers in words that turned from right to wrong, and back, by style."),
             Plots("maths_*.png", "Accuracy, seen another way.", folded=True),
+            Plots("answers_*.png", "Accuracy of answers in words, seen another way.", folded=True),
         ),
         (
             TableOf(
@@ -66,6 +69,7 @@ SECTIONS = (
                 "detect (80 % power)",
                 SUMMARY,
             ),
+            TableOf("answers_summary.csv", "The same for answers in words", SUMMARY),
         ),
     ),
     Section(

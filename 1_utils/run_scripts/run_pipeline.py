@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, aligned, make_parser, run_main
+from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from run_store import open_run, outdated, row_indices, unfinished
 from stamps import ROOT, is_done, place_of, read_stamp
@@ -111,6 +112,11 @@ def accuracy_flags(job: Job, args: argparse.Namespace) -> list[str] | None:
     return [] if rows and script_module(MATHS).has_gold(rows) else None
 
 
+def answers_flags(job: Job, args: argparse.Namespace) -> list[str] | None:
+    """Answers in words are scored if there are some, and not by the user."""
+    return [] if args.maths_items is None and has_words(job.prompts.rows[: args.max_samples]) else None
+
+
 def lens_flags(_: Job, args: argparse.Namespace) -> list[str]:
     """The logit lens needs the model."""
     return ["--model_name", args.model_name, "--lens_rows", str(args.lens_rows)] if args.lens_rows else []
@@ -118,7 +124,7 @@ def lens_flags(_: Job, args: argparse.Namespace) -> list[str]:
 
 CAPTURE = "2_inference/run_scripts/attn_act_logi.py"
 STAGE_4, STAGE_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
-SCORED = ("capture", "accuracy")
+SCORED = ("capture", "accuracy", "answers")  # what the analyses of right and wrong answers wait for
 MATHS = "3_maths_eval/run_scripts/evaluate_predictions.py"
 
 
@@ -136,6 +142,7 @@ STEPS = (
     Entry("prompts", "0_data/run_scripts/check_prompts.py", check_flags, after=()),
     Entry("capture", CAPTURE, capture_flags, after=("prompts",)),
     Entry("accuracy", MATHS, accuracy_flags),
+    Entry("answers", f"{STAGE_4}/match_answers.py", answers_flags, ("capture", "accuracy")),
     Entry("similarity", f"{STAGE_4}/compare_responses.py", lambda _, a: given("--embedding_model", a.embedding_model)),
     Entry("reward scores", f"{STAGE_4}/score_scripts.py", lambda _, a: given("--rm_name", a.reward_model) or None),
     Entry("attention fractions", f"{STAGE_5}/dirs_eval.py"),
@@ -200,8 +207,8 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
     known: set[str] = set()
     for job, chain in zip(jobs, chains, strict=True):
         say(f"{job.prompts.path}: captured into {job.output}, results in {job.results}")
-        if not any(step.name == "accuracy" for step in chain):
-            say("accuracy is left out: no `answer` is a number or an expression (your own scores: --maths_items)")
+        if not any(step.name in ("accuracy", "answers") for step in chain):
+            say("accuracy is left out: no row has an `answer` that can be scored (your own scores: --maths_items)")
         for place, step in enumerate(chain, start=number + 1):
             code = run_step(step, f"{place}/{total}", args.verbose, known)
             if code == 0 or (code == EXIT_SOME_FAILED and step.name == "prompts"):

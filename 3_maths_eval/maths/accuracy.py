@@ -1,46 +1,24 @@
-"""Score a run's answers against the gold answers: one line per answer, then the tables and figures of stage 3."""
+"""Score a run's answers against gold answers that are numbers or expressions."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from command_line import UserError, one_line
-from file_output import read_csv, write_csv
-from load_json import CLEAN_KEYS, read_prompt_file
+from gold_words import accepted_texts
 from logger import get_logger
-from read_predictions import Prediction, predictions_of
-from run_store import Run, open_run, row_count
+from read_predictions import Prediction
+from run_store import Run
+from scored_answers import Evaluation, evaluate_items, run_to_score, score_items
 
-from maths.accuracy_plots import plot_accuracy, plot_edits, plot_flips
-from maths.accuracy_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
-from maths.gold import Gold, clean_text, judge, number_text, read_gold
+from maths.gold import Gold, judge, number_text, read_gold
 from maths.own_scores import with_own_scores
-
-UNREAD = "prompt_not_found"  # status of a response that cannot be told from its prompt
-MANY_EDITS = 4
 
 
 class NoReadableGold(UserError):
     """All gold answers are words: nothing is wrong, and there is nothing to score."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The tables of one run, as they are written, and the style that the others are compared with."""
-
-    items: pd.DataFrame
-    summary: pd.DataFrame
-    flips: pd.DataFrame
-    breakdown: pd.DataFrame
-    by_edits: pd.DataFrame
-    clean_style: str
-    name: str
 
 
 def evaluate_run(
@@ -53,203 +31,69 @@ def evaluate_run(
 ) -> Evaluation:
     """Score a run (or the run folder, style's folder or .pt file at a path), and compare its styles.
 
-    prompt_file: if the run keeps no copy (reference format), or to override it. style: the name of a single style,
-    if its folder does not carry it. maths_items: a table of the user's own scores to use instead of stage 3's
+    prompt_file, style: see `run_to_score`. maths_items: a table of the user's own scores to use instead of stage 3's
     (own_scores.py). Raises UserError for missing files and if no row has a gold answer, NoReadableGold if all gold
     answers are words.
     """
-    run = run if isinstance(run, Run) else open_run(run)
-    if style is not None:
-        if len(run.styles) != 1:
-            raise UserError(f"{run.path}: --style names a single style, this run has {', '.join(run.styles)}; drop it")
-        run = replace(run, styles={style: next(iter(run.styles.values()))})
-    if prompt_file is not None:
-        vars(run)["prompt_rows"] = read_prompt_file(
-            prompt_file
-        ).rows  # fills the cached property, so run.row() reads this file
-    edits = _edit_counts(run, edits_csv)
-    items = score_items(run, edits, styles, check_golds=maths_items is None)
+    run = run_to_score(run, prompt_file, style)
+    scorer = NumberScorer()
+    items = score_items(run, scorer, edits_csv, styles)
+    if maths_items is None or items.empty:
+        _check_golds(run, scorer.golds)
     if maths_items is not None:
         items = with_own_scores(items, Path(maths_items))
-    clean = run.clean_style or CLEAN_KEYS[0]
-    _report_items(items, clean)
-    detectable = detectable_differences(items, clean)
-    _report_power(detectable, clean)
-    summary, flips = summarise(items, clean, detectable), find_flips(items, clean)
-    return Evaluation(items, summary, flips, break_down(items, clean), accuracy_by_edits(items, clean), clean, run.name)
+    return evaluate_items(run, items)
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Write the CSVs and figures of an evaluation into `folder`."""
-    clean, name, summary = evaluation.clean_style, evaluation.name, evaluation.summary
-    write_csv(folder / "maths_items.csv", evaluation.items.drop(columns="prompt"))
-    write_csv(folder / "maths_summary.csv", summary)
-    write_csv(folder / "maths_flips.csv", evaluation.flips)
-    write_csv(folder / "maths_breakdown.csv", evaluation.breakdown)
-    plot_accuracy(summary, folder / "maths_accuracy.png", clean, f"Accuracy by prompt style: {name}")
-    if summary["right_to_wrong"].notna().any():
-        plot_flips(summary, folder / "maths_flips.png", clean, f"Flips: {name}")
-    if len(evaluation.by_edits) > 1:
-        plot_edits(evaluation.by_edits, folder / "maths_by_edits.png", f"Accuracy by edits: {name}")
+class NumberScorer:
+    """Scores an answer against the number or expression of its row; `golds`: those of the rows so far."""
+
+    def __init__(self) -> None:
+        self.golds: dict[int, Gold] = {}
+
+    def __call__(self, prediction: Prediction, row: dict[str, Any], clean_prompt: str | None) -> dict[str, Any]:
+        """The columns of maths_items.csv that are about the answer."""
+        index = prediction.original_index
+        if index not in self.golds:
+            self.golds[index] = read_gold(row.get("answer"), clean_prompt)
+        gold = self.golds[index]
+        parsed, correct = judge(prediction.response, prediction.prompt, gold)
+        return {
+            "gold": number_text(gold.number) or gold.expression,
+            "value": parsed.text if parsed.rule == "symbolic" else number_text(parsed.value),
+            "rule": parsed.rule,
+            "status": parsed.status,
+            "correct": correct,
+        }
 
 
-# --- the items
-
-
-def score_items(
-    run: Run, edits: Counter[tuple[str, int]] | None, styles: Sequence[str] | None = None, check_golds: bool = True
-) -> pd.DataFrame:
-    """maths_items.csv: one line per response, in the order of styles and rows.
-
-    edits: edits of each (style, original index), where a log is known. Raises UserError if no row has a gold answer.
-    """
-    lines: list[dict[str, Any]] = []
-    golds: dict[int, Gold] = {}
-    clean_prompts: dict[int, str | None] = {}
-    clean_tokens: dict[int, int | None] = {}
-    for style in run.chosen(styles):
-        is_clean = style == run.clean_style
-        for prediction, tokens, cut_off in _responses(run, style):
-            index, row = prediction.original_index, run.row(prediction.original_index)
-            if index not in golds:
-                clean_prompts[index] = clean_text(row) or (prediction.prompt if is_clean else None)
-                golds[index] = read_gold(row.get("answer"), clean_prompts[index])
-            if is_clean:
-                clean_tokens[index] = tokens
-            gold, read = golds[index], prediction.response is not None
-            parsed, correct = judge(prediction.response, prediction.prompt, gold)
-            kinds = {name: row.get(f"_{name}") for name in ("template", "operation", "digits", "result")}
-            same = not is_clean and clean_prompts[index] is not None and prediction.prompt == clean_prompts[index]
-            lines.append(
-                {
-                    "style": style,
-                    "original_index": index,
-                    "element_index": prediction.element_index,
-                    "sample": prediction.sample,
-                    **{name: None if kind is None else str(kind) for name, kind in kinds.items()},
-                    "edits": None if is_clean or edits is None else _edits_label(edits[style, index]),
-                    "token_change": None if is_clean else _change_label(tokens, clean_tokens.get(index)),
-                    "gold": number_text(gold.number) or gold.expression,
-                    "value": parsed.text if parsed.rule == "symbolic" else number_text(parsed.value),
-                    "rule": parsed.rule,
-                    "status": parsed.status if read else UNREAD,
-                    "correct": correct if read else None,
-                    "identical": same,
-                    "cut_off": cut_off,
-                    "prompt": prediction.prompt,
-                    "response": prediction.response,
-                }
-            )
-    if check_golds or not lines:
-        _check_golds(golds, run.path)
-    return pd.DataFrame(lines)
-
-
-def _responses(run: Run, style: str) -> Iterator[tuple[Prediction, int | None, bool | None]]:
-    """(prediction, prompt tokens, cut off at the token limit?) of every response of a style."""
-    for _, content in run.batches(style):
-        mask = content.get("attention_mask")
-        tokens = [None] * row_count(content) if mask is None else mask.sum(dim=1).tolist()
-        reasons = content.get("finish_reasons")
-        places = {int(i): n for n, i in enumerate(content.get("original_indices", range(row_count(content))))}
-        for prediction in predictions_of(content, style, run):
-            place = places[prediction.original_index]
-            reason = reasons[place] if reasons and prediction.sample == 0 else None  # kept for the first sample
-            yield prediction, tokens[place], None if reason is None else reason == "length"
-
-
-def _edit_counts(run: Run, edits_csv: str | Path | None) -> Counter[tuple[str, int]] | None:
-    """Edits of each (style, original index) in the edit log: the one named, else the one beside the prompt file."""
-    path = Path(edits_csv) if edits_csv is not None else _log_beside_prompts(run)
-    if path is None:
-        return None
-    hint = "give the *_edits.csv of make_variants.py, or drop --edits_csv"
-    log = read_csv(path, ["style", "original_index"], hint)
-    return Counter(zip(log["style"], log["original_index"], strict=True))
-
-
-def _log_beside_prompts(run: Run) -> Path | None:
-    """The edit log of the run's prompt file, if that file is still as it was when the run was made."""
-    for style in run.styles:
-        settings = run.settings(style).get("settings", {})
-        if settings.get("prompt_file"):
-            prompts = Path(settings["prompt_file"])
-            log = prompts.with_name(f"{prompts.stem}_edits.csv")
-            known = log.is_file() and prompts.is_file()
-            same = known and hashlib.sha256(prompts.read_bytes()).hexdigest() == settings.get("prompt_sha256")
-            return log if same else None
-    return None
-
-
-def _edits_label(count: int) -> str | None:
-    return None if not count else str(count) if count < MANY_EDITS else f"{MANY_EDITS} or more"
-
-
-def _change_label(tokens: int | None, clean: int | None) -> str | None:
-    if tokens is None or clean is None:
-        return None
-    change = tokens - clean
-    return "fewer" if change < 0 else "0" if change == 0 else f"+{change}" if change < 3 else "+3 or more"
-
-
-# --- messages
-
-
-def _check_golds(golds: dict[int, Gold], path: Path) -> None:
+def _check_golds(run: Run, golds: dict[int, Gold]) -> None:
     """Warn how many rows have no readable gold answer; raise if none has one."""
-    words = {index: gold.text for index, gold in golds.items() if gold.text and not gold.readable}
+    unread = {index: gold.text for index, gold in golds.items() if gold.text and not gold.readable}
+    words = [index for index in unread if accepted_texts(run.row(index).get("answer"))]
+    odd = [index for index in unread if index not in words]
     readable = sum(gold.readable for gold in golds.values())
-    example = f"row {min(words) + 1}: {one_line(str(words[min(words)]), 60)!r}" if words else ""
-    if words and not readable:
-        raise NoReadableGold(f"{path}: stage 3 is skipped: no gold answer is a number or an expression ({example})")
+    if unread and not readable:
+        by_words = "; match_answers.py scores answers in words" if words else ""
+        raise NoReadableGold(
+            f"{run.path}: stage 3 is skipped: no gold answer is a number or an expression "
+            f"({_example(unread)}){by_words}"
+        )
     if not readable:
         raise UserError(
-            f"{path}: no row has a gold answer; give --prompt_file with `answer` (or clean sums such as `12 * 7 =`)"
+            f"{run.path}: no row has a gold answer; give --prompt_file with `answer` (or clean sums such as `12 * 7 =`)"
         )
-    if readable < len(golds):
-        reason = f"the gold answer of {len(words)} is neither a number nor an expression ({example})" if words else ""
-        without = len(golds) - readable - len(words)
-        reason += f"{', ' if words else ''}{without} have none" if without else ""
-        get_logger().warning(f"{readable} of {len(golds)} rows are scored: {reason}")
-
-
-def _report_items(items: pd.DataFrame, clean: str) -> None:
-    statuses = Counter(items["status"])
-    counts = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
-    get_logger().debug(f"{len(items)} responses in {items['style'].nunique()} styles: {counts}")
-    if statuses[UNREAD]:
-        get_logger().warning(
-            f"{statuses[UNREAD]} responses are not scored: their prompt is not in the decoded text; "
-            "give --prompt_file (and --style, where the folder's name is not the style's)"
+    reasons = [f"{len(words)} have an answer in words, which match_answers.py scores"] if words else []
+    if odd:
+        reasons.append(
+            f"the gold answer of {len(odd)} is neither a number nor an expression "
+            f"({_example({index: unread[index] for index in odd})}): write it as a list if it is words"
         )
-    if clean not in set(items["style"]):
-        get_logger().warning(f"no {clean} style in this run: accuracies are given, but no differences")
+    if without := len(golds) - readable - len(unread):
+        reasons.append(f"{without} have none")
+    if reasons:
+        get_logger().warning(f"{readable} of {len(golds)} rows are scored: {', '.join(reasons)}")
 
 
-def _report_power(detectable: pd.DataFrame, clean: str) -> None:
-    for line in detectable[detectable["n_paired"] > 0].itertuples():
-        get_logger().debug(
-            f"{line.style}: {line.n_paired} pairs in {line.n_clusters} clusters; smallest difference to {clean} "
-            f"that could be detected (80 % power): {line.minimum_detectable_difference:.3f} alone, "
-            f"{line.minimum_detectable_difference_adjusted:.3f} among all styles"
-        )
-    known = detectable["minimum_detectable_difference_adjusted"].dropna()
-    if len(known):
-        limits = " to ".join(dict.fromkeys(f"{value:.3f}" for value in (known.min(), known.max())))
-        get_logger().info(
-            f"smallest difference to {clean} that could be detected (80 % power, all styles tested): {limits}"
-        )
-
-
-def report_summary(summary: pd.DataFrame) -> None:
-    """Log one line per style."""
-    for line in summary[summary["n"] > 0].itertuples():
-        text = f"{line.style}: {line.estimate:.3f} right [{line.ci_low:.3f}, {line.ci_high:.3f}], n = {line.n}"
-        if line.p == line.p:
-            text += (
-                f"; difference {line.difference:+.3f} [{line.difference_ci_low:.3f}, {line.difference_ci_high:.3f}]"
-                f", p = {line.p:.3g}, adjusted {line.p_adjusted:.3g}"
-            )
-        elif line.difference == line.difference:
-            text += f"; difference {line.difference:+.3f}, no interval: too few rows, or none differs"
-        get_logger().info(text)
+def _example(texts: dict[int, str]) -> str:
+    return f"row {min(texts) + 1}: {one_line(str(texts[min(texts)]), 60)!r}"

@@ -12,13 +12,13 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
+from run_on import run_on_places, without_echo
 from thinking_text import without_thinking
 
 from maths.marked_answers import BARE_END, CORRECTION, UNIT_END, last_marked_answer, listed
 from maths.number_roles import mark_numbers
 from maths.numerals import digits_for_words, find_numbers, plain_text
 from maths.reading import NOTHING, ParsedAnswer, Reading, unreadable
-from maths.run_on import run_on_places, without_echo
 
 MARKED_RULES = ("boxed", "marker", "answer_is", "completion")
 

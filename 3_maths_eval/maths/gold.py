@@ -52,6 +52,8 @@ def matches_gold(parsed: ParsedAnswer, gold: Fraction) -> bool:
 def gold_value(answer: Any, clean_prompt: str | None = None) -> Fraction | None:
     """The gold answer as a number: from `answer` (a number or text; `#### 18` too), else from the clean prompt's own
     arithmetic (`12 * 7 =`, `the sum of 2 and 3`). None if neither holds one. A PercentGold for `28%`."""
+    if isinstance(answer, list):  # accepted texts: words
+        return None
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return Fraction(str(answer)) if abs(answer) < float("inf") else None
     if not isinstance(answer, str) or not answer.strip():
@@ -87,6 +89,8 @@ class Gold(NamedTuple):
 
 def read_gold(answer: Any, clean_prompt: str | None = None) -> Gold:
     """The gold answer of a row of a prompt file, see `gold_value`."""
+    if isinstance(answer, list):
+        return Gold(None, None, next((text for text in answer if isinstance(text, str)), None))
     number = gold_value(answer, clean_prompt)
     text = gold_text(answer) if isinstance(answer, str) and answer.strip() else None
     if number is not None or text is None:
@@ -125,10 +129,14 @@ def number_text(value: Fraction | None) -> str | None:
 def has_gold(rows: Sequence[Any]) -> bool:
     """Whether any row of a prompt file has a gold answer that can be read. Without one there is nothing to score."""
     return any(
-        gold_value(row.get("answer"), clean_text(row)) is not None or is_expression(str(row.get("answer") or ""))
+        gold_value(row.get("answer"), clean_text(row)) is not None or _is_expression(row.get("answer"))
         for row in rows
         if isinstance(row, dict)
     )
+
+
+def _is_expression(answer: Any) -> bool:
+    return isinstance(answer, str) and is_expression(answer)
 
 
 def clean_text(row: dict[str, Any]) -> str | None:

@@ -7,12 +7,12 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from run_on import run_on_places, word_set, words_of
 from thinking_text import without_thinking
 
 from maths.number_roles import FUNCTIONS, UNITS, Mark, mark_numbers
-from maths.numerals import Number, word_set, words_of
+from maths.numerals import Number
 from maths.reading import ParsedAnswer, Reading, unreadable
-from maths.run_on import run_on_places
 
 
 def answer_phrase(text: str, prompt: str = "") -> str:

@@ -14,9 +14,10 @@ from functools import lru_cache
 from multiprocessing.pool import Pool
 
 from command_line import UserError
+from run_on import word_set
 
 from maths.marked_answers import answer_phrase
-from maths.numerals import plain_text, word_set
+from maths.numerals import plain_text
 
 SECONDS = 10.0  # for one comparison
 START_SECONDS = 120.0  # for the start of the process, which imports sympy

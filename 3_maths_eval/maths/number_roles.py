@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from maths.numerals import Number, find_numbers, word_set, words_of
+from run_on import word_set, words_of
+
+from maths.numerals import Number, find_numbers
 
 
 @dataclass(slots=True)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from fractions import Fraction
-from functools import lru_cache
 from typing import NamedTuple
+
+from gold_words import ONE_WORDS, TEN_WORDS
+from run_on import words_of
 
 MAX_DIGITS = 300  # longer digit strings are no answers, and Python's int() is quadratic in them
 MAX_EXPONENT = 300
@@ -341,13 +343,8 @@ def _worded_sign(before: str, begin: int) -> tuple[bool, int]:
 
 # --- number words
 
-_ONE_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-)
-_TEN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_ONES = {word: value for value, word in enumerate(_ONE_WORDS.split())}
-_TENS = {word: 10 * (value + 2) for value, word in enumerate(_TEN_WORDS.split())}
+_ONES = {word: value for value, word in enumerate(ONE_WORDS.split())}
+_TENS = {word: 10 * (value + 2) for value, word in enumerate(TEN_WORDS.split())}
 _BIG = {word: size for word, size in _SCALES.items() if len(word) > 4 or word == "lakh"}
 _PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4}
 _PARTS |= {"fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
@@ -367,21 +364,9 @@ _STRONG_WORDS = re.compile(
     re.IGNORECASE,
 )
 _AND_A_HALF = re.compile(r"(?<=\d)[ ]{1,2}and a half\b")
-_LETTERS = re.compile(r"[a-z]+")
 _COUNTING_WORDS = frozenset([*_ONES, *_TENS, *_BIG, "half", "quarter"])
 _WEAK_WORDS = ("one", "half", "a half", "quarter", "a quarter", "one half", "one quarter")
 _ALONE = re.compile(rf"\s*(?:[.!,;)}}]|\n|$)|[ ](?:in|out[ ]of)[ ](?:\d|(?:{_WORD})\b)")
-
-
-def word_set(words: str) -> frozenset[str]:
-    """The words of a list that is written as a text."""
-    return frozenset(words.split())
-
-
-@lru_cache(maxsize=8)
-def words_of(text: str) -> frozenset[str]:
-    """The words of a text in small letters: a cheap test before a slow pattern."""
-    return frozenset(_LETTERS.findall(text.lower()))
 
 
 _CHINESE_DIGITS = {c: value for value, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}

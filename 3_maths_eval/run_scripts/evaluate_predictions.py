@@ -23,9 +23,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
+from answer_files import SUMMARY_FILES
 from command_line import make_parser, run_main
 from logger import get_logger
 from maths.gold import has_gold
+from run_store import open_run, warn_unfinished
 
 __all__ = ["has_gold"]  # what run_pipeline.py asks before it plans this stage
 
@@ -49,8 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score a run and write its tables and figures."""
     args = parse_args(argv)
-    from maths.accuracy import NoReadableGold, evaluate_run, report_summary, write_evaluation
-    from run_store import open_run, warn_unfinished
+    from maths.accuracy import NoReadableGold, evaluate_run
+    from scored_answers import report_summary, write_evaluation
 
     run = open_run(args.run_dir)
     try:
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     warn_unfinished(run, args.styles)
     folder = args.results_dir or Path("results") / evaluation.name
-    write_evaluation(evaluation, folder)
+    write_evaluation(evaluation, folder, "maths")
+    (folder / SUMMARY_FILES[0]).unlink(missing_ok=True)  # over both stages' answers: match_answers.py makes it anew
     report_summary(evaluation.summary)
     get_logger().info(f"wrote {folder}/maths_*.csv and .png")
     return 0 if evaluation.items["correct"].notna().any() else 1

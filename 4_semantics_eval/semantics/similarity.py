@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import regex
 from command_line import UserError, one_line
 from paired_stats import paired_summary
 from rapidfuzz.distance import Levenshtein
@@ -22,22 +21,13 @@ from transformers.utils import logging
 
 from semantics.refusals import is_refusal
 from semantics.responses import NO_RESPONSE, ResponseRow, templates_of_rows
+from semantics.text_tokens import tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDING_MODEL = "all-MiniLM-L6-v2"
 ROWS_AT_ONCE = 256
 TEXT_MEASURES = ("exact_match", "edit_distance", "edit_distance_normalized", "length_ratio")
 MEASURES = ("similarity", *TEXT_MEASURES, "refusal", "empty")
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"  # no space between words
-TOKEN = regex.compile(rf"(?V1)[\w--[{UNSPACED}]][[\w\p{{M}}\p{{Cf}}]--[{UNSPACED}]]*|(?![\s\p{{Cf}}\p{{Cc}}])\X")
-
-
-def tokens_of(text: str) -> list[str]:
-    """Words with their combining marks, and single signs (graphemes) that are neither word nor white space.
-
-    In scripts without spaces between words (Chinese, Japanese, Thai …) each grapheme is a token.
-    """
-    return TOKEN.findall(unicodedata.normalize("NFC", text))
 
 
 def compare_texts(response: str, normal: str) -> dict[str, float]:

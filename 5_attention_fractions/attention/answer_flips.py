@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from accuracy_tables import read_items
+from answer_files import item_files
 from command_line import UserError
-from file_output import read_csv
 from paired_stats import cluster_codes
 from scipy import stats
-from stamps import note_read
 
 from attention.head_overlap import group_sums
 
@@ -21,18 +21,18 @@ MIN_FLIPS = 5  # fewer flips (or fewer kept answers) say nothing about a correla
 
 
 class Answers:
-    """Which answers are right, from the maths_items.csv of stage 3; of several samples, at least half must be.
+    """Which answers are right, from maths_items.csv, answers_items.csv or both; of several samples, at least half.
 
     `correct` is True or False (1 or 0), empty for an answer that was not evaluated. UserError for anything else.
     """
 
-    def __init__(self, path: Path) -> None:
-        columns = ["style", "original_index", "correct"]
-        table = read_csv(path, columns, "run stage 3 (evaluate_predictions.py) first")
+    def __init__(self, *paths: Path) -> None:
+        table = read_items(paths, ["style", "original_index", "correct"])
         words = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
         known = table["correct"].astype(str).str.strip().str.lower().map(words)
         if len(odd := table.loc[table["correct"].notna() & known.isna(), "correct"]):
-            raise UserError(f"{path}: correct is {odd.iloc[0]!r} in {len(odd)} lines; write True, False, or nothing")
+            names = " and ".join(map(str, paths))
+            raise UserError(f"{names}: correct is {odd.iloc[0]!r} in {len(odd)} lines; write True, False, or nothing")
         table["correct"] = known
         share = table.dropna(subset=["correct"]).groupby(["style", "original_index"])["correct"].mean()
         self._right = {(str(style), int(row)): float(value >= 0.5) for (style, row), value in share.items()}
@@ -53,9 +53,8 @@ class Answers:
 
 def open_answers(path: Path | None, folder: Path) -> Answers | None:
     """The table that was asked for, else the results folder's own; None if there is neither."""
-    items = path or folder / "maths_items.csv"
-    note_read(items)
-    return Answers(items) if path or items.is_file() else None
+    files = item_files(folder) if path is None else [path]
+    return Answers(*files) if files else None
 
 
 def flip_association(change: np.ndarray, flipped: np.ndarray, clusters: Sequence[str]) -> dict[str, np.ndarray]:

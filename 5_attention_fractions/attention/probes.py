@@ -245,7 +245,7 @@ def why_not(items: Items, states: States) -> str:
             "typo": "no row whose clean form and style both have states of the region",
             "typo_vs_control": "no typo style has a control here; run stage 2 with --prompt_keys split@<style>",
             "style": "no style has states of the region",
-        }.get(items.target, "no answer of the style is in maths_items.csv, or its states are not there")
+        }.get(items.target, "no answer of the style is scored, or its states are not there")
     if (classes := len(np.unique(labels))) < 2:
         return "there is one style only" if items.target == "style" else "the answers are all right, or all wrong"
     if min(len(np.unique(templates[labels == kind])) for kind in np.unique(labels)) < MIN_CLUSTERS:

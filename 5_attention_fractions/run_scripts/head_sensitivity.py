@@ -1,9 +1,9 @@
 """Which layers and heads react to a typo, how strongly, how surely, and whether that goes with wrong answers.
 
-Reads   outputs/<run>/<style>/activations_*.pt; the maths_items.csv of stage 3, if there is one
+Reads   outputs/<run>/<style>/activations_*.pt; maths_items.csv or answers_items.csv, if there is one
 Writes  head_sensitivity.csv, layer_sensitivity.csv    every style x head (x layer) x measure, ranked by |t|
         head_overlap.csv                               do styles share their heads, and do halves of the data
-        head_answer_flips.csv, layer_answer_flips.csv  with maths_items.csv: does the change go with a flipped answer
+        head_answer_flips.csv, layer_answer_flips.csv  with scored answers: does the change go with a flip
         head_sensitivity.png, head_sensitivity_<style>.png, head_overlap.png, head_answer_flips.png; with controls
         *_vs_control.png
 
@@ -38,7 +38,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--results_dir", type=Path, help="folder for the tables; default: results/<run name>")
     data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
     data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
-    data.add_argument("--maths_items", type=Path, help="for the flips; default: maths_items.csv in results_dir")
+    data.add_argument(
+        "--maths_items", type=Path, help="for the flips; default: maths_ and answers_items.csv in results_dir"
+    )
     data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
     add_first_token(data)
     data.add_argument(

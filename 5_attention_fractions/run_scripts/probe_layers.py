@@ -3,7 +3,7 @@
 A probe is a logistic regression on the mean state of a region. Folds keep a template's rows and all styles of a row
 together. docs/METHODS.md defines the targets, the intervals and what to compare an AUC with.
 
-Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled), maths_items.csv (style, original_index, correct)
+Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled), maths_items.csv or answers_items.csv
 Writes  results/<run>/probe_layers.csv   style, layer, region, target
         results/<run>/probe_layers.png
 
@@ -37,7 +37,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--styles", nargs="+", help="styles to probe beside the clean form; default: all")
     data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
     data.add_argument("--max_rows", type=int, default=1000, help="rows to probe, at most (a random choice)")
-    data.add_argument("--maths_items", type=Path, help="maths_items.csv of stage 3, for the targets wrong and flipped")
+    data.add_argument(
+        "--maths_items", type=Path, help="for wrong and flipped; default: maths_ and answers_items.csv in results_dir"
+    )
     probes = parser.add_argument_group("probes")
     probes.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="what to probe for")
     probes.add_argument(
@@ -66,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = {"wrong", "flipped"} & {*args.targets}
     answers = answer_flips.open_answers(args.maths_items, folder) if wanted else None
     if wanted and answers is None:
-        log.info(f"no {folder}/maths_items.csv: without the targets wrong and flipped (run stage 3, or --maths_items)")
+        log.info(
+            f"{folder}: no scored answers, so without the targets wrong and flipped (run stage 3, or --maths_items)"
+        )
     items = list(probes.all_items(states, args, answers))
     planned = [probe for one in items if (probe := probes.plan_probe(one, states, args.folds, args.seed))]
     for line in probes.not_probed(items, states):

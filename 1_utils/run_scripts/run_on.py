@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from rapidfuzz import fuzz
 
-from maths.numerals import word_set, words_of
+_LETTERS = re.compile(r"[a-z]+")
+
+
+def word_set(words: str) -> frozenset[str]:
+    """The words of a list that is written as a text."""
+    return frozenset(words.split())
+
+
+@lru_cache(maxsize=8)
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text in small letters: a cheap test before a slow pattern."""
+    return frozenset(_LETTERS.findall(text.lower()))
 
 
 def without_echo(text: str, prompt: str) -> str:

@@ -1,11 +1,14 @@
-"""Tables of stage 3: accuracy by style with paired statistics, flipped answers, and accuracy by kind of problem."""
+"""Tables of scored answers: accuracy by style with paired statistics, flipped answers, accuracy by kind of problem."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from file_output import read_csv
 from paired_stats import (
     clustered_mean,
     design_effect,
@@ -21,6 +24,24 @@ from paired_stats import (
 ROW_FACTORS = ("operation", "digits", "result")  # the same in every style of a row
 RESAMPLES = 4999
 STYLE_FACTORS = ("edits", "token_change")  # of one style's prompt
+
+
+def read_items(files: Sequence[Path], columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """One table of the scored answers in `files`: an answer that several of them score is taken from the first.
+
+    columns: those that are read, style, original_index and correct among them; default: all.
+    """
+    tables = [read_csv(path, columns, "run stage 3 or match_answers.py first") for path in files]
+    if len(tables) == 1:
+        return tables[0]
+    scored = [table[table["correct"].notna()].astype({"correct": object}) for table in tables]
+    seen: set[tuple[str, int]] = set()
+    kept = []
+    for table in scored:
+        rows = list(zip(table["style"], table["original_index"], strict=True))
+        kept.append(table[[row not in seen for row in rows]])
+        seen.update(rows)
+    return pd.concat([table for table in kept if len(table)] or scored[:1], ignore_index=True)
 
 
 def row_scores(items: pd.DataFrame) -> pd.DataFrame:
@@ -50,7 +71,7 @@ def detectable_differences(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def summarise(items: pd.DataFrame, baseline: str, detectable: pd.DataFrame | None = None) -> pd.DataFrame:
-    """maths_summary.csv: accuracy of each style with its Wilson interval, the paired difference to `baseline`, tests.
+    """*_summary.csv: accuracy of each style with its Wilson interval, the paired difference to `baseline`, tests.
 
     p and the difference's interval are the clustered t test's. p_mcnemar is the exact McNemar test, which takes rows
     as independent (NaN where a prompt has several samples); p_permutation flips whole templates. *_adjusted is Holm's
@@ -111,7 +132,7 @@ def _pairs(scores: pd.DataFrame, style: str, baseline: str) -> pd.DataFrame:
 
 
 def find_flips(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """maths_flips.csv: every answer that a style turned from right to wrong or back, with both texts (first sample)."""
+    """*_flips.csv: every answer that a style turned from right to wrong or back, with both texts (first sample)."""
     columns = ["prompt", "response", "value", "correct"]
     first = items[(items["sample"] == 0) & items["correct"].notna()]
     clean = first[first["style"] == baseline][["original_index", *columns]]
@@ -125,7 +146,7 @@ def find_flips(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def break_down(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """maths_breakdown.csv: the summary within each level of each factor that the run knows.
+    """*_breakdown.csv: the summary within each level of each factor that the run knows.
 
     Factors of a row (operation, digits, result) take the baseline's line too. Factors of a style's prompt (edits: edits
     in the log; token_change: tokens more than the clean prompt) pair the items of a level with their clean rows.

@@ -1,4 +1,4 @@
-"""Figures of stage 3: accuracy with intervals, flipped answers, accuracy by number of edits."""
+"""Figures of scored answers: accuracy with intervals, flipped answers, accuracy by number of edits."""
 
 from __future__ import annotations
 
