@@ -31,8 +31,10 @@ def onednn_linears(model: Any) -> Iterator[int]:
     (accelerate's offloading) are left alone.
     """
     product: Any = onednn_product()
-    chosen = [module for module in model.modules() if _can_use_onednn(module)] if product else []
-    for module in chosen if product else ():
+    linears = [one for one in model.modules() if type(one) is torch.nn.Linear and "forward" not in vars(one)]
+    on_cpu = [one for one in linears if one.weight.device.type == "cpu" and one.weight.dtype == torch.float32]
+    chosen: list[Any] = on_cpu if product else []
+    for module in chosen:
         module.forward = partial(_few_rows, product, module)
     try:
         yield len(chosen)
@@ -55,12 +57,6 @@ def onednn_product() -> Callable[..., torch.Tensor] | None:
     except (AttributeError, TypeError, ValueError, RuntimeError):  # gone, with other arguments, or refused
         return None
     return product
-
-
-def _can_use_onednn(module: torch.nn.Module) -> bool:
-    if type(module) is not torch.nn.Linear or "forward" in vars(module):
-        return False
-    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 
 
 def _few_rows(product: Callable[..., torch.Tensor], module: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:

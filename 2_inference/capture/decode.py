@@ -408,7 +408,7 @@ class Generator:
             mask, logits = mask.repeat_interleave(samples, 0), logits.repeat_interleave(samples, 0)
         return results, self._advance(_Active(responses, cache, mask, []), logits)
 
-    def _topk(self, recorded: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _topk(self, recorded: Any, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k = self.recorder.options.topk_logits
         if self.recorder.options.topk_positions == "all":
             return all_position_logits(self.model, recorded.last_state, logits, k)
@@ -442,7 +442,7 @@ class Generator:
         if "position_ids" in self.accepts:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self.accepts:
-            # Told by a number, some models leave the other positions out of their last layers.
+            # Given a number, some models leave the other positions out of their last layers.
             inputs["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1]) if ids.shape[1] > 1 else keep
         return self.model(**inputs, use_cache=True).logits[:, -keep:]
 

@@ -57,18 +57,19 @@ class Progress:
         left = max(0, self.tokens - self.read_tokens) * self.read_seconds / self.read_tokens
         if not self.steps:
             return left
+        chance = self.early / max(1, self.new_tokens)  # that a token ends its response, from those so far
+
+        def expected(room: int) -> float:
+            """Length of a response of at most `room` tokens."""
+            return (1 - (1 - chance) ** room) / chance if chance else room
+
         waiting = max(0, (self.prompts - self.done) * self.samples - len(self.running))
-        running = [self._more(self.longest - length) for length in self.running if length < self.longest]
-        tokens = waiting * max(0.0, self._more(self.longest) - 1) + sum(running)
+        running = [expected(self.longest - length) for length in self.running if length < self.longest]
+        tokens = waiting * max(0.0, expected(self.longest) - 1) + sum(running)
         # The last of several responses ends later than the mean one: the maximum of exponential times.
         last = max(running, default=0.0) * (1 + math.log(len(running))) if running else 0.0
         last = min(last, self.longest - min(self.running, default=0))
         return left + max(tokens * self.step_seconds / self.step_tokens, last * self.recent)
-
-    def _more(self, room: int) -> float:
-        """Expected length of a response of at most `room` tokens, from the share of tokens that ended one so far."""
-        chance = self.early / max(1, self.new_tokens)
-        return (1 - (1 - chance) ** room) / chance if chance else room
 
     def close(self) -> None:
         """Show the last state, also if a signal ends the run early."""

@@ -31,7 +31,7 @@ FLASH_HEAD_SIZE = 256  # the widest head of the fused kernels
 MAP_ELEMENTS = 1 << 27  # an explicit attention map is made for as many queries at a time as fit into this
 CACHE_ELEMENTS = 1 << 20  # and on a CPU into this, which its caches hold
 TINY = torch.finfo(torch.float32).tiny
-RENAMED = ("sdpa", "eager")  # attention that the recording function stands before under a name of its own
+RENAMED = ("sdpa", "eager")  # kinds that get a name of their own for the recording function
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 
 
@@ -48,8 +48,7 @@ class CaptureOptions:
 
 def chosen_raw_layers(wanted: Sequence[str] | None, layers: int) -> tuple[int, ...]:
     """Layer numbers of `--raw_layers` for a model of so many layers; RAW_LAYERS (default) as far as it has them."""
-    default = [str(number) for number in RAW_LAYERS]
-    if wanted is None or [*wanted] == default:
+    if wanted is None or [*wanted] == [str(number) for number in RAW_LAYERS]:
         return tuple(number for number in RAW_LAYERS if number < layers)
     if [*wanted] == ["none"]:
         return ()
@@ -98,7 +97,7 @@ class Capture:
     states: dict[int, torch.Tensor]
     maps: dict[int, torch.Tensor]
     copies: HostCopies
-    topk: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    topk: tuple[torch.Tensor, ...] | None = None
 
 
 class HostCopies:
@@ -365,9 +364,8 @@ class _Pass:
 
     def finish(self) -> Capture:
         """What the pass leaves. Raises UserError if some layer did not take part, or the layers differ in size."""
-        missing = [layer for layer in range(self.recorder.num_layers) if layer not in self.sums["mass"]]
-        if missing:
-            raise cannot_capture(f"layer {missing[0]} does not use transformers' attention interface")
+        if missing := {*range(self.recorder.num_layers)} - self.sums["mass"].keys():
+            raise cannot_capture(f"layer {min(missing)} does not use transformers' attention interface")
         for name, parts in self.sums.items():
             if parts and len(parts) != self.recorder.num_layers + (name == "hidden"):
                 raise cannot_capture(f"only {len(parts)} of its layers give their {name}")
@@ -489,7 +487,7 @@ def _raw_fields(capture: Capture, prefix: Capture | None, b: int, length: int) -
 # --- logits
 
 
-def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
     """Top-k values, indices and logsumexp of logits [..., V], float32 and int64 on the CPU."""
     logits = logits.float()
     values, indices = logits.topk(min(k, logits.shape[-1]), dim=-1)
@@ -498,7 +496,7 @@ def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
 
 def all_position_logits(
     model: Any, states: torch.Tensor, last_logits: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Top-k, indices and logsumexp at every position of `states` [B,S,D], a few positions' logits in memory at a time.
 
     Raises UserError if the model does more to its logits than head, scale and softcap: that is seen at the last
@@ -507,15 +505,13 @@ def all_position_logits(
     head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     step = max(1, (1 << 26) // (states.shape[0] * last_logits.shape[-1]))
     parts = []
-    for start in range(0, states.shape[1], step):
-        logits = scaled_logits(config, head(states[:, start : start + step].to(head.weight.device)))
+    for some in states.split(step, dim=1):
+        logits = scaled_logits(config, head(some.to(head.weight.device)))
         parts.append(top_logits(logits, k))
-    own = logits[:, -1].float()
-    last_logits = last_logits.to(own.device)
-    if not torch.allclose(own, last_logits.float(), rtol=1e-2, atol=1e-2 * float(last_logits.float().abs().max())):
+    own, expected = logits[:, -1].float(), last_logits.to(logits.device).float()
+    if not torch.allclose(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise UserError(f"{type(model).__name__} computes its logits in a way of its own; use --topk_positions last")
-    values, indices, sums = zip(*parts, strict=True)
-    return torch.cat(values, 1), torch.cat(indices, 1), torch.cat(sums, 1)
+    return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
 
 # --- finding the parts of a model
