@@ -336,12 +336,14 @@ class Generator:
                         active = active.joined(started) if active and started else active or started
                         if self.progress:
                             tokens = self.prefill_tokens - read_before
-                            self.progress.read(tokens, len(started.responses) if started else 0, _since(began))
+                            self.progress.read(
+                                tokens, len(started.responses) if started else 0, time.perf_counter() - began
+                            )
                     elif active:
                         active = self._step(active)
                         if self.progress:
                             lengths = [len(response.ids) for response in running if not response.finish_reason]
-                            self.progress.stepped(len(running), lengths, _since(began))
+                            self.progress.stepped(len(running), lengths, time.perf_counter() - began)
             except _OutOfMemory as error:
                 # 3. Memory is short: a group that was not read is made smaller, or waits until the others are done;
                 # otherwise all prompts under way begin again, in smaller batches. What is alone fails.
@@ -496,10 +498,6 @@ class Generator:
 
     def _decode(self, ids: list[int], skip: bool = True) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip))
-
-
-def _since(began: float) -> float:
-    return time.perf_counter() - began
 
 
 def _is_done(result: Result) -> bool:
