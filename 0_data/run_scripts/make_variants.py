@@ -37,6 +37,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files.add_argument("--output_file", type=Path, required=True, help="prompt file to write")
     edits = parser.add_argument_group("edits")
     edits.add_argument("--styles", nargs="+", default=["all"], metavar="STYLE", help=f"all, or of: {' '.join(STYLES)}")
+    edits.add_argument(
+        "--dose", nargs="+", type=int, default=[], metavar="K", help="also typo@K: exactly K one-letter edits, nested"
+    )
+    edits.add_argument(
+        "--where",
+        choices=("subject", "content", "any"),
+        default="any",
+        help="subject: typos in the row's task alone; content: doses in content words alone",
+    )
     edits.add_argument("--seed", type=int, default=0, help="another seed gives other variants")
     edits.add_argument("--intensity", type=int, default=1, metavar="K", help="edits a variant")
     keyboards = ("qwerty", "qwertz", "azerty", "dvorak")
@@ -53,9 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = read_prompt_file(args.prompt_file)
     if args.output_file.resolve() == args.prompt_file.resolve():
         raise UserError(f"{args.output_file}: is the prompt file itself; choose another --output_file")
-    styles = STYLES if args.styles == ["all"] else args.styles
+    if any(not 1 <= dose <= 99 for dose in args.dose):
+        raise UserError(f"--dose {' '.join(map(str, args.dose))}: give whole numbers from 1 to 99")
+    styles = [*(STYLES if args.styles == ["all"] else args.styles), *(f"typo@{dose}" for dose in args.dose)]
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    rows, log, summary = make_variants(prompts.rows, styles, args.seed, args.intensity, args.keyboard, tokenizer)
+    rows, log, summary = make_variants(
+        prompts.rows, styles, args.seed, args.intensity, args.keyboard, tokenizer, args.where
+    )
     log_file = edit_log_path(args.output_file)
     try:
         write_json(args.output_file, rows)

@@ -20,6 +20,7 @@ from load_json import (
     RESERVED_KEYS,
     STYLES,
     UnreadLine,
+    dose_of,
     id_problem,
     is_style_key,
     json_type,
@@ -249,7 +250,8 @@ def _row_problems(
         yield from _variant_problems(checked, intensity)
     first: dict[str, str] = {}
     for style, text in row.items():
-        variant = _is_variant(style) and style not in data and _is_prompt(text)
+        # A dose may draw the very edit of a style with one edit.
+        variant = _is_variant(style) and style not in data and _is_prompt(text) and dose_of(style) is None
         if variant and (other := first.setdefault(text, style)) != style:
             yield "duplicate_variant", f"equals {_shown(other)}", style, "drop variant"
 
@@ -288,7 +290,7 @@ def _variant_problems(row: Row, intensity: int) -> Iterator[Problem]:
     if not _is_prompt(clean):
         return
     for key, text in row.items():
-        known = key == clean_key or key in STYLES
+        known = key == clean_key or (key in STYLES and row.get("_where") != "subject")
         if isinstance(task, str) and known and isinstance(text, str) and task not in text:
             fix = "" if key == clean_key else "drop variant"
             yield "task_not_in_prompt", "the row's task is not in it word for word", key, fix

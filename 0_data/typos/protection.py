@@ -129,6 +129,13 @@ def _number_words(text: str) -> list[Span]:
 # --- what is protected
 
 
+def around_task(clean: str, row: dict[str, Any]) -> tuple[int, int]:
+    """How many characters of a clean prompt precede and follow its row's `task`; all precede it if it has none."""
+    task = row.get("task")
+    start = clean.rfind(task.strip()) if isinstance(task, str) and task.strip() else -1
+    return (len(clean), 0) if start < 0 else (start, len(clean) - start - len(task.strip()))
+
+
 def protected_texts(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[str]:
     """The protected parts themselves, in order. An edit is safe only if this list stays as it is."""
     return [text[start:end] for start, end in protected_spans(text, row, clean)]
@@ -138,8 +145,11 @@ def protected_spans(text: str, row: dict[str, Any] | None = None, clean: str | N
     """Character spans of `text` that no edit may touch, in order, disjoint; `row` gives `task` and `answer`.
 
     `clean`: the clean form that `text` is a variant of. Its labels alone are labels then: an instruction that was
-    misspelt (`Calcualte:`) has not become one.
+    misspelt (`Calcualte:`) has not become one. If the row's `_where` is `subject`, all but its task is protected.
     """
+    if (row or {}).get("_where") == "subject":
+        before, after = around_task(text if clean is None else clean, row or {})
+        return [span for span in ((0, before), (max(before, len(text) - after), len(text))) if span[0] < span[1]]
     task, answer = (row.get(key) if row else None for key in ("task", "answer"))
     answers = answer if isinstance(answer, list) else [answer]
     task, *answers = (value.strip() if isinstance(value, str) else "" for value in (task, *answers))

@@ -11,16 +11,25 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from load_json import STYLES
+from load_json import STYLES, dose_of
 from rapidfuzz.distance import Levenshtein
 from token_spans import LABEL_COLON
 
 from typos.protection import has_two_numbers, protected_texts
-from typos.words import FUNCTION_WORDS, NUMBER_WORDS, are_homophones, is_real_word, operation_of, words_in, zipf
+from typos.words import (
+    FUNCTION_WORDS,
+    NUMBER_WORDS,
+    are_homophones,
+    is_real_word,
+    operation_of,
+    osa_distance,
+    words_in,
+    zipf,
+)
 
 Fault = tuple[str, str]  # one of the linter's kinds of finding, and the detail
-FRAMING_STYLES = ("polite", "urgent")
-FIXED_COUNTS = {"two": 2, "three": 3, "polite": 1, "urgent": 1}  # edits, whatever --intensity says
+FRAMING_STYLES = ("polite", "urgent", "rude")
+FIXED_COUNTS = {"two": 2, "three": 3, "polite": 1, "urgent": 1, "rude": 1}  # edits, whatever --intensity says
 # The one kind of edit that the style's name promises.
 OPERATIONS = {"main": "substitution", "swap": "transposition", "missing": "deletion", "repeated": "doubling"}
 SOFT_HYPHEN = "\u00ad"
@@ -45,7 +54,7 @@ def verify_variant(
     before, after = (_NUMBERS_AND_OPERATORS.findall(text) for text in (clean, variant))
     if before != after:
         faults.append(("changed_numbers", f"digits or operators differ: {_first_change(before, after)}"))
-    if style not in STYLES:
+    if style not in STYLES and dose_of(style) is None:
         return faults
     if not faults and style not in FRAMING_STYLES:
         before, after = protected_texts(clean, row), protected_texts(variant, row, clean)
@@ -53,6 +62,8 @@ def verify_variant(
             faults.append(("changed_protected", f"protected text differs: {_first_change(before, after)}"))
         elif clean.count(":") != variant.count(":"):
             faults.append(("changed_protected", "protected text differs: \"':'\" became 'another number of colons'"))
+    if (dose := dose_of(style)) is not None:
+        return [*faults, *_check_dose(clean, variant, style, dose)]
     return [*faults, *_STYLE_CHECKS[style](clean, variant, style, FIXED_COUNTS.get(style, intensity))]
 
 
@@ -72,15 +83,35 @@ def _first_change(before: list[str], after: list[str]) -> str:
 
 def _check_words(clean: str, variant: str, style: str, count: int) -> Iterator[Fault]:
     """Typos and homophones: as many words as meant differ, and each as the style says."""
-    left, right = clean.split(), variant.split()
-    if len(left) != len(right) or re.findall(r"\s+", clean) != re.findall(r"\s+", variant):
+    pairs = _changed_words(clean, variant)
+    if pairs is None:
         yield "edit_count", "words were added, left out or re-spaced"
         return
-    pairs = [(before, after) for before, after in zip(left, right, strict=True) if before != after]
     if len(pairs) != count:
         yield "edit_count", f"{len(pairs)} words differ, {style} means {count}"
     for before, after in pairs:
         yield from _homophone_faults(before, after) if style == "homonym" else _typo_faults(before, after, style)
+
+
+def _changed_words(clean: str, variant: str) -> list[tuple[str, str]] | None:
+    """Pairs of white-space separated pieces that differ; None if the white space differs, too."""
+    left, right = clean.split(), variant.split()
+    if len(left) != len(right) or re.findall(r"\s+", clean) != re.findall(r"\s+", variant):
+        return None
+    return [(before, after) for before, after in zip(left, right, strict=True) if before != after]
+
+
+def _check_dose(clean: str, variant: str, style: str, count: int) -> Iterator[Fault]:
+    """Exactly `count` one-letter edits in all, by optimal string alignment distance; no word became another word."""
+    pairs = _changed_words(clean, variant)
+    if pairs is None:
+        yield "edit_count", "words were added, left out or re-spaced"
+        return
+    if (edits := sum(osa_distance(before, after, limit=count) for before, after in pairs)) != count:
+        yield "edit_count", f"{edits if edits <= count else 'more'} one-letter edits, {style} means {count}"
+    for before, after in pairs:
+        if any(is_real_word(word) for word in words_in(after)):
+            yield "accidental_real_word", f"{before[:40]!r} -> {after[:40]!r}"
 
 
 def _typo_faults(before: str, after: str, style: str) -> Iterator[Fault]:

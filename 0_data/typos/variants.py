@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 from command_line import UserError
-from load_json import CLEAN_KEYS, STYLES, UnreadLine, id_problem, text_problem
+from load_json import CLEAN_KEYS, STYLES, UnreadLine, dose_of, id_problem, text_problem
 
 from typos.grammar import grammar_slips
 from typos.protection import Span, protected_spans, touches
@@ -27,6 +27,7 @@ from typos.style_rules import FIXED_COUNTS, FRAMING_STYLES, OPERATIONS, SOFT_HYP
 from typos.words import (
     FUNCTION_WORDS,
     KNOWN_WORD_ZIPF,
+    OFFENSIVE_WORDS,
     PROTECTED_WORDS,
     SHORTEST_FUNCTION_WORD,
     TYPO_OPERATIONS,
@@ -73,6 +74,7 @@ class Prompt:
     intensity: int
     keyboard: str
     tokenizer: Any = None
+    where: str = "any"
 
     @cached_property
     def words(self) -> list[Word]:
@@ -82,8 +84,8 @@ class Prompt:
 
     @cached_property
     def content(self) -> list[Word]:
-        """Content words, the most important first."""
-        return by_importance(self.words)
+        """Content words, the most important first; all words of a subject that the edits go into."""
+        return self.words if self.where == "subject" else by_importance(self.words)
 
     def rng(self, style: str) -> Random:
         """A generator of its own for each (seed, row, style), so that no variant depends on which others are made."""
@@ -105,16 +107,19 @@ def make_variants(
     intensity: int = 1,
     keyboard: str = "qwerty",
     tokenizer: Any = None,
+    where: str = "any",
 ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
     """(rows with the styles added, edit log, summary) of prompt-file rows; the given rows are left as they are.
 
     Each choice is seeded by (seed, row id, style), the row id being `element_index` or, without one, the clean text.
     A style that a row already has is made anew. A row without a usable clean prompt stays as it is and is named in
     summary["bad_rows"] [(original index, reason)]; summary["styles"][style] holds `made` and `lacking`
-    {reason: rows}. `tokenizer` is a fast Hugging Face tokenizer. Raises UserError for an unknown style.
+    {reason: rows}. `tokenizer` is a fast Hugging Face tokenizer. where: `subject` puts the typos into the row's `task`
+    (and notes it in the row's `_where`, which does the same), `content` the doses into content words alone. Raises
+    UserError for an unknown style.
     """
-    if unknown := [style for style in styles if style not in STYLES]:
-        raise UserError(f"no such style: {', '.join(unknown)}; choose from {', '.join(STYLES)}")
+    if unknown := [style for style in styles if style not in STYLES and dose_of(style) is None]:
+        raise UserError(f"no such style: {', '.join(unknown)}; choose from {', '.join(STYLES)}, typo@1, typo@2 …")
     if len(set(styles)) < len(styles):
         raise UserError("a style is named twice; name each once")
     if intensity < 1:
@@ -128,9 +133,11 @@ def make_variants(
             bad_rows.append((index, reason))
             rows_out.append(row)
             continue
+        if where == "subject":
+            row = {**row, "_where": where}
         text, own_id = clean_text(row), row.get("element_index")
         row_id = str(own_id) if own_id is not None else hashlib.sha256(text.encode()).hexdigest()
-        prompt = Prompt(text, row, row_id, seed, intensity, keyboard, tokenizer)
+        prompt = Prompt(text, row, row_id, seed, intensity, keyboard, tokenizer, row.get("_where", where))
         new_row = {key: value for key, value in row.items() if key not in styles}
         for style in styles:
             try:
@@ -165,8 +172,9 @@ def bad_row(row: Any) -> str | None:
 
 def make_variant(prompt: Prompt, style: str) -> tuple[str, list[Edit]]:
     """(variant, its edits in order); never one that fails a check. Raises Lacks if the prompt has none."""
-    count = FIXED_COUNTS.get(style, prompt.intensity)
-    edits = sorted(islice(_MAKERS[style](prompt, style), count), key=lambda edit: edit.start)
+    count, dose = FIXED_COUNTS.get(style, prompt.intensity), dose_of(style)
+    made = _dose(prompt, dose) if dose else islice(_MAKERS[style](prompt, style), count)
+    edits = sorted(made, key=lambda edit: edit.start)
     variant = prompt.text
     for edit in reversed(edits):
         variant = variant[: edit.start] + edit.after + variant[edit.end :]
@@ -208,6 +216,48 @@ def _typos(prompt: Prompt, style: str) -> Iterator[Edit]:
                 yield Edit(word.start, word.end, after, operation, word)
                 break
     raise Lacks(f"fewer than {count} {where}s that can take the edit" if count > 1 else f"no {where} that can take it")
+
+
+def _dose(prompt: Prompt, dose: int) -> list[Edit]:
+    """`dose` one-letter edits, the first ones of one sequence a row, so that a higher dose holds every lower one.
+
+    One edit in each content word, then one in each function word, then a second in each word, and so on, up to half of
+    a word's letters. Several edits of a word are one `Edit`; its distance in the log counts them.
+    """
+    rng, words = prompt.rng("typo@"), list(prompt.content)
+    if prompt.where == "any":
+        small = {word.lower: word for word in reversed(prompt.words) if word.lower in FUNCTION_WORDS}
+        words += shuffled(rng, sorted(small.values(), key=lambda word: word.start))
+    forms = {word: word.text for word in words}
+    kinds: dict[Word, str] = {}
+    operations = shuffled(rng, TYPO_OPERATIONS)
+    left = dose
+    for distance in range(1, max((len(word.text) // 2 for word in words), default=0) + 1):
+        for word in words:
+            # A word that could not take an earlier edit takes no later one.
+            if left == 0 or distance > len(word.text) // 2 or kinds.get(word, "").count("+") != max(0, distance - 2):
+                continue
+            if distance > 1 and word not in kinds:
+                continue
+            for operation in operations:
+                options = shuffled(rng, typo_options(forms[word], operation, prompt.keyboard))
+                if typo := next((typo for typo in options if _is_next_typo(word, typo, distance)), None):
+                    forms[word] = typo
+                    kinds[word] = f"{kinds[word]}+{operation}" if word in kinds else operation
+                    operations = [*(other for other in operations if other != operation), operation]
+                    left -= 1
+                    break
+    if left:
+        raise Lacks(f"fewer than {dose} one-letter edits are possible")
+    return [Edit(word.start, word.end, forms[word], kind, word) for word, kind in kinds.items()]
+
+
+def _is_next_typo(word: Word, typo: str, distance: int) -> bool:
+    """Whether `typo` is `distance` edits from the word and no word; the first edit also leaves it the likeliest one."""
+    if distance == 1:
+        return is_clear_typo(word.lower, typo.lower())
+    far = osa_distance(word.lower, typo.lower(), limit=distance) == distance
+    return far and zipf(typo) < KNOWN_WORD_ZIPF and typo.lower() not in OFFENSIVE_WORDS
 
 
 def _split(prompt: Prompt, _: str) -> Iterator[Edit]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from token_spans import MATCHED, matched_style
 
 CLEAN_KEYS = ("normal", "instruction")
 TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
-STYLES = (*TYPO_STYLES, "polite", "urgent", "noise_words", "split", "real_word")  # all that make_variants.py makes
+STYLES = (*TYPO_STYLES, "polite", "urgent", "rude", "noise_words", "split", "real_word")  # what make_variants.py makes
 RESERVED_KEYS = frozenset({"element_index", "answer", "task"})
 RUN_NAMES = frozenset({"all", "prompts.json", "run.json", "failures.csv"})  # taken in a run folder and its flags
 LONGEST_STYLE = 200  # bytes: a folder's name has at most 255
@@ -111,6 +112,12 @@ def style_problem(style: str) -> str | None:
     if not style.isprintable():
         return "it holds a character that cannot be shown"
     return f"it is longer than {LONGEST_STYLE} bytes" if len(style.encode()) > LONGEST_STYLE else None
+
+
+def dose_of(style: str) -> int | None:
+    """Number of one-letter edits of a dose style: 2 of `typo@2`; None of any other style."""
+    match = re.fullmatch(r"typo@([1-9]\d?)", style)
+    return int(match[1]) if match else None
 
 
 def surrogate_problem(text: str) -> str | None:

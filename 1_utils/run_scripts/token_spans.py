@@ -121,15 +121,21 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
 def task_span(prompt: str, task: str | None = None, task_regex: str | None = None, clean: str | None = None) -> Span:
     """Characters of the task in the prompt's own text.
 
-    `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, then the task of
-    its clean form `clean`, where that stands in the prompt unchanged, apart by white space (so that what a framing puts
-    around a request is no task), then: all after the first colon that white space and more text follow, or a full-width
-    one. Where no rule finds a split, or the clean form is all task, everything is.
+    `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, or what is in its
+    place if all around it is as in the clean form `clean`, then the task of the clean form, where that is in the prompt
+    unchanged, apart by white space (so that what a framing puts around a request is no task), then: all after the first
+    colon that white space and more text follow, or a full-width one. If no rule finds a split, or the clean form is all
+    task, everything is.
     """
     if task_regex is not None:
         if match := re.search(task_regex, prompt, re.DOTALL):
             return match.span(1) if match.re.groups and match.group(1) is not None else match.span()
         return 0, len(prompt)
+    if task and clean is not None and (at := clean.rfind(task)) >= 0:
+        before, after = clean[:at], clean[at + len(task) :]
+        around = (before + after).strip() and len(prompt) > len(before + after)
+        if around and prompt.startswith(before) and prompt.endswith(after):  # `Jamaica` in `Jamaicaa` is not the task
+            return at, len(prompt) - len(after)
     if task and (start := prompt.rfind(task)) >= 0:
         return start, start + len(task)
     if clean is not None and (span := _clean_task(prompt, clean, task)):
@@ -146,7 +152,9 @@ def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:
         right = "" if text[-1:].isspace() else r"(?!\S)"
         if text.strip() and (places := [m.start() for m in re.finditer(left + re.escape(text) + right, prompt)]):
             return places[-1] + before, places[-1] + before + end - start
-    return (0, len(prompt)) if (start, end) == (0, len(clean)) else None
+    if (start, end) == (0, len(clean)):
+        return 0, len(prompt)
+    return None
 
 
 def words_of(text: str) -> list[Span]:
