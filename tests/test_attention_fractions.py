@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from attention.attention_fields import ENTROPY_QUERIES, QUERIES, REGIONS, attention_fields
-from attention.fraction_plots import box_of
 from attention.reference_format import TokenRegions, decoded_offsets
-from attention.region_fractions import CELLS, SINK, all_levels, fraction_cells, uniform_shares
+from attention.region_fractions import CELLS, SINK, all_levels, box_of, fraction_cells, uniform_shares
 from dirs_eval import main
 from run_store import load_pt, open_run, save_pt
 from scipy import stats

@@ -5,7 +5,7 @@ Formulas: docs/METHODS.md, "Queries and regions". Pads count in nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +83,30 @@ def attention_fields(
     Raises UserError if the file holds no attention, or no regions and there is no tokenizer to find them with.
     """
     names, mask, real = regions_of(content, path, reference)
-    keys = _selected(mask, names, [edited if name == "edited" else name for name in REGIONS])
+    wanted = [edited if name == "edited" else name for name in REGIONS]
+    keys = np.zeros((*mask.shape[:2], len(REGIONS)), dtype=bool)  # a region that the file lacks is empty
+    for column, name in enumerate(wanted):
+        if name in names:
+            keys[..., column] = mask[..., names.index(name)]
     if "first" not in names:
         keys[..., REGIONS.index("first")] = _first_token(real)
     if "span_mass" not in content and not content.get("attentions"):
         raise UserError(f"{path}: holds neither span_mass nor attentions; run stage 2 with attention capture")
     windows = _windows(content, layers_of(content))
     uniform = {window: uniform_mass(keys, real, window) for window in {*windows}}
-    fields = {"tokens": keys.sum(axis=1), "holds_first": _holds_first(keys, real)}
+    holds_first = (keys & _first_token(real)[..., None]).any(axis=1).astype(np.float32)
+    fields = {"tokens": keys.sum(axis=1), "holds_first": holds_first}
     fields["uniform"] = np.stack([uniform[window] for window in windows], axis=1)
     if "span_mass" in content:
-        fields["mass"] = _select_mass(content["span_mass"], names, edited)
         queries = [names.index(SPAN_NAMES.get(query, query)) for query in QUERIES]
-        fields["whole"] = content["span_mass"][:, :, :, queries, names.index("all")].float().numpy().swapaxes(0, 1)
-        fields["entropy"] = _select_entropy(content, names, edited)
+        span_mass = content["span_mass"][:, :, :, queries]
+        fields["mass"], fields["whole"] = _select(span_mass, names, wanted), _select(span_mass, names, ["all"])[..., 0]
+        entropy = content.get("attention_entropy")
+        if entropy is None:
+            fields["entropy"] = np.full((*fields["mass"].shape[:3], len(ENTROPY_QUERIES)), np.nan, dtype=np.float32)
+        else:
+            columns = [edited if query == "edited" else SPAN_NAMES.get(query, query) for query in ENTROPY_QUERIES]
+            fields["entropy"] = _select(entropy, names, columns)
     else:
         keys = np.concatenate([keys, real[..., None]], axis=-1)
         mass, fields["entropy"] = _from_maps(content["attentions"], keys, real, windows)
@@ -161,27 +171,13 @@ def _windows(content: dict[str, Any], layers: list[int]) -> list[int]:
 # --- from span_mass
 
 
-def _select_mass(span_mass: torch.Tensor, names: list[str], edited: str | None) -> np.ndarray:
-    queries = [names.index(SPAN_NAMES.get(query, query)) for query in QUERIES]
-    wanted = [edited if name == "edited" else name for name in REGIONS]
-    have = [position for position, name in enumerate(wanted) if name in names]
-    columns = [names.index(str(wanted[position])) for position in have]
-    picked = span_mass[:, :, :, queries][..., columns].float().numpy()  # [L,B,H,Q,·]
-    mass = np.full((*picked.shape[:-1], len(REGIONS)), np.nan, dtype=np.float32)
-    mass[..., have] = picked
-    return mass.swapaxes(0, 1)
-
-
-def _select_entropy(content: dict[str, Any], names: list[str], edited: str | None) -> np.ndarray:
-    layers, rows, heads = content["span_mass"].shape[:3]
-    entropy = np.full((rows, layers, heads, len(ENTROPY_QUERIES)), np.nan, dtype=np.float32)
-    if "attention_entropy" not in content:
-        return entropy
-    for column, query in enumerate(ENTROPY_QUERIES):
-        name = edited if query == "edited" else SPAN_NAMES.get(query, query)
-        if name in names:
-            entropy[..., column] = content["attention_entropy"][..., names.index(name)].float().numpy().swapaxes(0, 1)
-    return entropy
+def _select(values: torch.Tensor, names: list[str], wanted: Sequence[str | None]) -> np.ndarray:
+    """The columns `wanted` of the last axis of values [L,B,...], float32 [B,L,...]; NaN for a region the file lacks."""
+    have = [place for place, name in enumerate(wanted) if name in names]
+    picked = values[..., [names.index(str(wanted[place])) for place in have]].float().numpy()
+    found = np.full((*picked.shape[:-1], len(wanted)), np.nan, dtype=np.float32)
+    found[..., have] = picked
+    return found.swapaxes(0, 1)
 
 
 # --- from raw maps
@@ -235,25 +231,12 @@ def _query_weights(real: np.ndarray) -> np.ndarray:
 # --- tokens
 
 
-def _selected(mask: np.ndarray, names: list[str], wanted: list[str | None]) -> np.ndarray:
-    """Columns [B,S,R] of the region mask; a region that the file does not have is empty."""
-    chosen = np.zeros((*mask.shape[:2], len(wanted)), dtype=bool)
-    for column, name in enumerate(wanted):
-        if name in names:
-            chosen[..., column] = mask[..., names.index(name)]
-    return chosen
-
-
 def _first_token(real: np.ndarray) -> np.ndarray:
     return real & (real.cumsum(axis=1) == 1)
 
 
 def _last_token(real: np.ndarray) -> np.ndarray:
     return real & (real.cumsum(axis=1) == real.sum(axis=1, keepdims=True))
-
-
-def _holds_first(keys: np.ndarray, real: np.ndarray) -> np.ndarray:
-    return (keys & _first_token(real)[..., None]).any(axis=1).astype(np.float32)
 
 
 def layer_number(name: str) -> int:

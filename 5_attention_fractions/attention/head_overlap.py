@@ -57,7 +57,10 @@ def cross_half(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> Overlap:
     used = np.flatnonzero(counts.max(axis=(0, 2)) > 0)
     halves = []
     if len(used) >= MIN_GROUPS:
-        halves = [_half_means(sums[:, used], counts[:, used], weights) for weights in _half_weights(len(used), seed)]
+        for weights in _half_weights(len(used), seed):
+            total, n = (np.einsum("tg,agk->tak", weights, part[:, used], optimize=True) for part in (sums, counts))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                halves.append(total / n)  # mean differences [splits * (G+1), n, K]
         known = np.isfinite(halves[0]).all(axis=0) & np.isfinite(halves[1]).all(axis=0)  # [n,K]
         ranked = known[known.any(axis=1)].all(axis=0)
         halves, heads = [half[..., ranked] for half in halves], int(ranked.sum())
@@ -95,14 +98,6 @@ def _half_weights(groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return halves[0], halves[1]
 
 
-def _half_means(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean differences [T,n,K] under each of T weightings [T,G] of the groups."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.einsum("tg,agk->tak", weights, sums, optimize=True) / np.einsum(
-            "tg,agk->tak", weights, counts, optimize=True
-        )
-
-
 def _standardised_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks over the last axis (ties share theirs), centred and of length 1, so that a dot product is Spearman's r."""
     ranks = stats.rankdata(values, axis=-1, nan_policy="propagate")
@@ -113,15 +108,12 @@ def _standardised_ranks(values: np.ndarray) -> np.ndarray:
 
 def _top_overlap(one: np.ndarray, other: np.ndarray, top: int) -> np.ndarray:
     """Mean share [n,n] of the `top` heads of one half [SPLITS,n,K] that are among those of the other."""
-    among = [_is_top(half, top).astype(float) for half in (one, other)]
+    among = []
+    for half in (one, other):
+        best = np.argpartition(-np.abs(np.nan_to_num(half)), top - 1, axis=-1)[..., :top]
+        among.append(np.zeros(half.shape))
+        np.put_along_axis(among[-1], best, 1.0, axis=-1)
     share = np.einsum("sak,sbk->ab", among[0], among[1], optimize=True) / (top * len(one))
     share = (share + share.T) / 2
     known = np.isfinite(one).all(axis=(0, 2)) & np.isfinite(other).all(axis=(0, 2))
     return np.where(known[:, None] & known, share, np.nan)
-
-
-def _is_top(values: np.ndarray, top: int) -> np.ndarray:
-    size = np.abs(np.nan_to_num(values))
-    chosen = np.zeros(values.shape, dtype=bool)
-    np.put_along_axis(chosen, np.argpartition(-size, top - 1, axis=-1)[..., :top], True, axis=-1)
-    return chosen

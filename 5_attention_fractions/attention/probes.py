@@ -181,25 +181,20 @@ def style_items(states: States, styles: Sequence[str], region: str) -> Items:
     return items
 
 
-def wrong_items(states: States, style: str, answers: Answers) -> Items:
-    """Whether the answer to the style's prompt is wrong (1); rows that were not evaluated are left out."""
-    items, source = Items("wrong", style, ANSWER_REGION), (style, ANSWER_REGION)
+def answer_items(states: States, target: str, style: str, answers: Answers) -> Items:
+    """Whether the answer to the style's prompt is wrong (1): `wrong` among the rows evaluated, `flipped` among
+    those that the style changes and whose clean answer is right."""
+    items, source = Items(target, style, ANSWER_REGION), (style, ANSWER_REGION)
     if states.pooled(source):
-        rows = [row for row in states.rows if row in states.tables[style] and (style, row) in answers]
-        rows = sorted(states.known(source, rows))
-        labels = [int(answers.right(style, row) == 0) for row in rows]
-        items.add(source, rows, labels, [style] * len(rows))
-    return items
-
-
-def flipped_items(states: States, style: str, answers: Answers) -> Items:
-    """Whether the answer is wrong (1), on the rows whose clean answer is right and whose text the style changes."""
-    items, source = Items("flipped", style, ANSWER_REGION), (style, ANSWER_REGION)
-    if states.pooled(source):
-        rows = sorted(states.known(source, states.common(style)))
-        flips = answers.flips(style, states.clean, np.array(rows, dtype=np.int64))
-        known = [(row, int(flip)) for row, flip in zip(rows, flips, strict=True) if not np.isnan(flip)]
-        items.add(source, [row for row, _ in known], [flip for _, flip in known], [style] * len(known))
+        if target == "flipped":
+            rows = sorted(states.known(source, states.common(style)))
+            wrong = answers.flips(style, states.clean, np.array(rows, dtype=np.int64))
+        else:
+            rows = [row for row in states.rows if row in states.tables[style] and (style, row) in answers]
+            rows = sorted(states.known(source, rows))
+            wrong = np.array([1 - answers.right(style, row) for row in rows])
+        known = [(row, int(label)) for row, label in zip(rows, wrong, strict=True) if not np.isnan(label)]
+        items.add(source, [row for row, _ in known], [label for _, label in known], [style] * len(known))
     return items
 
 
@@ -216,10 +211,9 @@ def all_items(states: States, args: argparse.Namespace, answers: Answers | None)
             yield control_items(states, typos, region)
         if "style" in args.targets:
             yield style_items(states, [style for style in styles if matched_style(style) is None], region)
-    if answers is not None and "wrong" in args.targets:
-        yield from (wrong_items(states, style, answers) for style in (states.clean, *styles) if not is_control(style))
-    if answers is not None and "flipped" in args.targets:
-        yield from (flipped_items(states, style, answers) for style in styles if not is_control(style))
+    for target, own in (("wrong", [states.clean, *styles]), ("flipped", styles)):
+        if answers is not None and target in args.targets:
+            yield from (answer_items(states, target, style, answers) for style in own if not is_control(style))
 
 
 # --- probing

@@ -47,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the plots."""
     args = parse_args(argv)
-    from attention import fraction_plots, region_fractions
+    from attention import region_fractions
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not results:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
     tables = region_fractions.write_tables(results, folder, args.query, args.sink)
-    pictures = fraction_plots.save_boxplots(results, folder, args.query, args.sink)
+    pictures = region_fractions.save_boxplots(results, folder, args.query, args.sink)
     get_logger().info(f"wrote {tables[0]}, {len(tables) - 1} tables prompt_task_fraction_*, {len(pictures)} box plots")
     return 0
 
