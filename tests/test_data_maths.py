@@ -21,7 +21,7 @@ from wordfreq import zipf_frequency
 DATA = Path(__file__).resolve().parents[1] / "0_data"
 NON_WORD = {"main": 1, "swap": 1, "missing": 1, "repeated": 1, "two": 2, "three": 3, "noise_words": 1}
 TYPOS = {**NON_WORD, "real_word": 1}
-ALL_STYLES = {*TYPOS, "grammar", "punctuation", "homonym", "polite", "urgent", "split"}
+ALL_STYLES = {*TYPOS, "grammar", "punctuation", "homonym", "polite", "urgent", "rude", "split"}
 
 Row = dict[str, Any]
 
@@ -46,7 +46,7 @@ def variants(maths: list[Row], instructions: list[Row]) -> list[tuple[Row, str, 
 
 
 def test_every_row_has_every_style_and_no_variant_is_a_no_op(variants: list[tuple[Row, str, str]]) -> None:
-    assert len(variants) == (1000 + 210) * 14
+    assert len(variants) == (1000 + 210) * 15
     assert [text for row, _, text in variants if text == row["normal"]] == []
     for row in {id(row): row for row, _, _ in variants}.values():
         assert len({row[style] for style in ALL_STYLES}) == 14
@@ -110,7 +110,7 @@ def test_two_and_three_mix_their_kinds(variants: list[tuple[Row, str, str]]) -> 
 
 
 def test_tones_keep_the_request_word_for_word(variants: list[tuple[Row, str, str]]) -> None:
-    framed = [(row["normal"], text) for row, style, text in variants if style in ("polite", "urgent")]
+    framed = [(row["normal"], text) for row, style, text in variants if style in ("polite", "urgent", "rude")]
     assert all(text.endswith(" " + clean) and ":" not in text.removesuffix(clean) for clean, text in framed)
 
 

@@ -107,7 +107,7 @@ def assert_sound(clean: str, variants: dict[str, str], intensity: int = 1) -> No
                     assert zipf_frequency(letters(after), "en") < 3, (style, after)
                 if style == "real_word":
                     assert zipf_frequency(letters(after), "en") >= 3, after
-        if style in ("polite", "urgent"):
+        if style in FRAMINGS:
             assert variant.endswith(clean)
             assert variant[: -len(clean)].strip()
         if style == "split":
@@ -331,7 +331,7 @@ def test_every_variant_has_something_to_mark_as_edited(made):
 def test_a_prompt_without_a_free_word_gets_framings_alone(prompt, row):
     (out,), _, summary = make_variants([{"normal": prompt, **row}])
     assert set(variants_of(out)) == set(FRAMINGS)
-    assert sum(sum(c["lacking"].values()) for c in summary["styles"].values()) == len(STYLES) - 2
+    assert sum(sum(c["lacking"].values()) for c in summary["styles"].values()) == len(STYLES) - 3
 
 
 def test_operator_words_units_and_labels_stay_in_arithmetic():
@@ -382,7 +382,7 @@ def test_intensity_is_the_number_of_edits(intensity):
     (row,), log, summary = make_variants([{"normal": prompt}], intensity=intensity)
     assert all(counts["made"] for counts in summary["styles"].values())
     per_style = Counter(line["style"] for line in log)
-    fixed = {"two": 2, "three": 3, "polite": 1, "urgent": 1}
+    fixed = {"two": 2, "three": 3, "polite": 1, "urgent": 1, "rude": 1}
     assert per_style == {style: fixed.get(style, intensity) for style in STYLES}
     assert_sound(prompt, variants_of(row), intensity)
 

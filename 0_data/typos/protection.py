@@ -131,9 +131,9 @@ def _number_words(text: str) -> list[Span]:
 
 def around_task(clean: str, row: dict[str, Any]) -> tuple[int, int]:
     """How many characters of a clean prompt precede and follow its row's `task`; all precede it if it has none."""
-    task = row.get("task")
-    start = clean.rfind(task.strip()) if isinstance(task, str) and task.strip() else -1
-    return (len(clean), 0) if start < 0 else (start, len(clean) - start - len(task.strip()))
+    task = str(row.get("task") or "").strip()
+    start = clean.rfind(task) if task else -1
+    return (len(clean), 0) if start < 0 else (start, len(clean) - start - len(task))
 
 
 def protected_texts(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[str]:
