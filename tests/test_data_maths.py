@@ -49,7 +49,7 @@ def test_every_row_has_every_style_and_no_variant_is_a_no_op(variants: list[tupl
     assert len(variants) == (1000 + 210) * 15
     assert [text for row, _, text in variants if text == row["normal"]] == []
     for row in {id(row): row for row, _, _ in variants}.values():
-        assert len({row[style] for style in ALL_STYLES}) == 14
+        assert len({row[style] for style in ALL_STYLES}) == 15
 
 
 def test_no_digit_and_no_operator_changes(variants: list[tuple[Row, str, str]]) -> None:
