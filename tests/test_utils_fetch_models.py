@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from command_line import UserError
+from convert_gguf import convert_gguf
 from fetch_models import (
     EMBEDDED_MODELS,
     MODELS_DIR,
     EmbeddedModel,
     check_sha256,
-    convert_gguf,
     fetch_any,
     fetch_embedded,
     main,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import UserError
-from load_json import load_json_prompts, read_prompt_file, style_problem, styles_of
+from load_json import load_json_prompts, read_prompt_file, style_problem
 
 
 def write(tmp_path, content) -> str:
@@ -27,7 +27,7 @@ def test_prompts_of_a_style_keep_their_row_numbers(tmp_path):
 def test_styles_are_told_clean_form_first_and_metadata_is_none(tmp_path):
     rows = [{"swap": "b", "answer": "4", "task": "2 + 2", "_kind": "x", "element_index": 9, "normal": "a", "level": 3}]
     path = write(tmp_path, rows)
-    assert list(styles_of(path)) == ["normal", "swap"]
+    assert list(read_prompt_file(path).style_counts) == ["normal", "swap"]
     assert read_prompt_file(path).element_index(0) == 9
     assert read_prompt_file(path).clean_key == "normal"
 

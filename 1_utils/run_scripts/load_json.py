@@ -2,8 +2,8 @@
 
 The file is a JSON list of the objects, or JSON Lines: one object a line. What it holds decides, not its name. A value
 null means that the row lacks the key. Reserved keys hold no prompt: `element_index`, `answer`, `task` and every key
-that starts with `_`. The clean form of a row stands under `normal` (or `instruction`). Files come from many hands: a
-bad row or value never stops a run, it comes back in `PromptFile.problems`, by its row number, for the caller to tell.
+that starts with `_`. The clean form of a row has the key `normal` (or `instruction`). A bad row or value never
+stops a run: `PromptFile.problems` reports it by its row number.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass
 class PromptFile:
-    """A prompt file in memory: its rows as they stand in the file, and what is wrong with some of them."""
+    """A prompt file in memory: its rows as they are in the file, and what is wrong with some of them."""
 
     path: Path
     sha256: str
@@ -229,11 +229,6 @@ def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
 def load_json_prompts(file_path: str | Path, prompt_key: str, max_samples: int | None = None) -> list[tuple[int, str]]:
     """(original index, text) of the prompts under `prompt_key`, among the first `max_samples` rows of the file."""
     return read_prompt_file(file_path).prompts(prompt_key, max_samples)
-
-
-def styles_of(file_path: str | Path) -> dict[str, int]:
-    """Every style of a prompt file with its number of prompts, the clean form first."""
-    return read_prompt_file(file_path).style_counts
 
 
 # ---

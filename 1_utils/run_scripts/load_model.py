@@ -1,4 +1,4 @@
-"""Load any causal language model of the Hugging Face hub or of a local folder, with errors told in one line."""
+"""Load any causal language model of the Hugging Face hub or of a local folder, with one-line errors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from command_line import UserError, one_line
+from huggingface_hub import try_to_load_from_cache
 from run_store import fingerprint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -18,14 +21,12 @@ def load_tokenizer(model_name: str, revision: str | None = None, trust_remote_co
 
     Raises UserError (missing, gated, no network, a tokenizer that knows no character offsets).
     """
-    from transformers import AutoTokenizer
-
     _check_folder(model_name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, padding_side="left", **options)
     except Exception as error:
-        raise _told(error, model_name, "tokenizer") from error
+        raise _load_error(error, model_name, "tokenizer") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{model_name}: its tokenizer knows no character offsets; use a model with a fast tokenizer")
     ensure_pad_token(tokenizer)
@@ -45,13 +46,11 @@ def ensure_pad_token(tokenizer: Any) -> None:
 
 def load_config(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Config of a model, without its weights. Raises UserError as `load_model` does."""
-    from transformers import AutoConfig
-
     _check_folder(model_name)
     try:
         return AutoConfig.from_pretrained(model_name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _told(error, model_name, "config") from error
+        raise _load_error(error, model_name, "config") from error
 
 
 def resolve_dtype(dtype: str, config: Any, device_map: str | None = None) -> str:
@@ -71,8 +70,6 @@ def resolve_dtype(dtype: str, config: Any, device_map: str | None = None) -> str
 
 def default_device(device_map: str | None = None) -> str:
     """`cuda:<LOCAL_RANK>`, `mps` or `cpu`; with a `device_map` of one device's name, that one."""
-    import torch
-
     if device_map not in (None, "auto", "balanced", "balanced_low_0", "sequential"):
         return str(device_map)
     if torch.cuda.is_available():
@@ -94,9 +91,6 @@ def load_model(
     the CPU. `"auto"`: spread over all GPUs by accelerate. A device's name: there.
     Raises UserError: gated or missing model, no network, no memory, unknown dtype.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     tokenizer = load_tokenizer(model_name, revision, trust_remote_code)
     config = load_config(model_name, revision, trust_remote_code)
     resolved = getattr(torch, resolve_dtype(dtype, config, device_map))
@@ -113,7 +107,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(model_name, **options)
     except Exception as error:
-        raise _told(error, model_name, "model") from error
+        raise _load_error(error, model_name, "model") from error
     return model.eval(), tokenizer
 
 
@@ -125,7 +119,7 @@ def scaled_logits(config: Any, logits: Any) -> Any:
 
 
 def model_fingerprint(model_name: str, config: Any) -> str:
-    """What tells two models of one name apart: the hub's commit, or a hash over a local folder's files."""
+    """What differs between two models of one name: the hub's commit, or a hash over a local folder's files."""
     folder = Path(model_name)
     if folder.is_dir():
         wanted = [p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model")]
@@ -135,8 +129,6 @@ def model_fingerprint(model_name: str, config: Any) -> str:
 
 def _check_folder(model_name: str) -> None:
     """Raise UserError at once where a name means a local folder that is not there, rather than ask the hub for it."""
-    from huggingface_hub import try_to_load_from_cache
-
     folder = Path(model_name).expanduser()
     local = model_name.startswith((".", "/", "~")) or model_name.count("/") > 1
     if folder.exists() or not (local or ("/" in model_name and folder.parent.is_dir())):
@@ -150,7 +142,7 @@ def _check_folder(model_name: str) -> None:
     raise UserError(f"{model_name}: no such folder; {near}")
 
 
-def _told(error: Exception, model_name: str, part: str) -> UserError:
+def _load_error(error: Exception, model_name: str, part: str) -> UserError:
     """The one line for whatever the hub, the disk or the device said."""
     text = f"{type(error).__name__}: {error} {error.__cause__ or ''}"
     low = text.lower()

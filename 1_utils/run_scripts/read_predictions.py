@@ -22,8 +22,8 @@ from run_store import Run, open_run
 
 @dataclass(frozen=True)
 class Prediction:
-    """One response. `sample` counts the samples of a prompt from 0; `response` is None where a file of the reference
-    format does not let it be told apart from the prompt."""
+    """One response. `sample` counts the samples of a prompt from 0. `response` is None if a file of the reference
+    format does not show where the prompt ends."""
 
     style: str
     original_index: int

@@ -15,6 +15,7 @@ import csv
 import fcntl
 import hashlib
 import json
+import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -131,10 +132,7 @@ class Run:
         identical (the prompt equals the clean prompt), cluster (for clustered standard errors). Of several samples the
         first. Raises UserError for a style that the run lacks.
         """
-        from style_rows import rows_table
-
-        clean = None if self.clean_style is None else self.style_rows(self.clean_style)
-        return rows_table(self.style_rows(style), clean)
+        return self.style_rows(style).table(self.style_rows(self.clean_style) if self.clean_style else None)
 
     def field(self, key: str, style: str, region: str | None = None, layers: slice | int = slice(None)) -> np.ndarray:
         """A field of the .pt files for all rows of a style: one array [n, ...], line by line as in `rows`.
@@ -247,8 +245,6 @@ def load_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def _read_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    import pickle
-
     import torch
 
     path = Path(path)
@@ -272,11 +268,6 @@ def _read_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     elif isinstance(content.get("original_indices"), torch.Tensor):
         content["original_indices"] = content["original_indices"].tolist()
     return content
-
-
-def row_count(content: dict[str, Any]) -> int:
-    """B, the number of rows of a .pt file's content."""
-    return len(content["original_indices"])
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -336,12 +327,12 @@ def unfinished(run: Run, styles: Sequence[str] | None = None, max_samples: int |
 
 def warn_unfinished(run: Run, styles: Sequence[str] | None = None, max_samples: int | None = None) -> str:
     """One warning if stage 2 has not run all prompts that an analysis reads; returns what `unfinished` says."""
-    if told := unfinished(run, styles, max_samples):
+    if missing := unfinished(run, styles, max_samples):
         get_logger().warning(
-            f"{run.path}: this run holds only {told}; the results are of these. The same command of stage 2 runs the "
+            f"{run.path}: this run holds only {missing}; the results are of these. The same command of stage 2 runs the "
             "rest; failures.csv there names prompts that failed"
         )
-    return told
+    return missing
 
 
 def _style_of(folder: Path) -> str:
@@ -388,7 +379,7 @@ def begin_run(
     """Write run.json, or check that the one there has the same settings. Raises UserError naming the difference.
 
     `settings` decide the numbers and must agree, those of GROWING apart; `environment` (versions, device) is recorded,
-    a new one is appended (None: only check). `ends` is what `planned_ends` told for the prompt file's `rows`;
+    a new one is appended (None: only check). `ends` is what `planned_ends` returned for the prompt file's `rows`;
     `planned`: how many of the style's prompts can be run.
     """
     path = folder / "run.json"
@@ -436,7 +427,7 @@ def save_pt(path: Path, content: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch tells a full disk as a RuntimeError of its zip writer
+        except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
             raise OSError(0, one_line(str(error), 120)) from error
 
 
@@ -482,7 +473,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Short hash over names and sizes of files, and over the content of the small ones: tells two models apart."""
+    """Short hash over names and sizes of files, and over the content of the small ones: it differs between two models."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())

@@ -260,6 +260,31 @@ class StyleRows:
                     found[one.original_index].append(one)
         return found
 
+    def table(self, clean: StyleRows | None) -> pd.DataFrame:
+        """One line per row beside its clean form: the columns of `Run.rows`."""
+        predictions = self.predictions()
+        clean_predictions = {} if clean is None else clean.predictions()
+        lines = []
+        for index in self.indices:
+            first, twins = predictions[index][0], clean_predictions.get(index, [])
+            clean_text = clean_prompt(self.run, index)
+            if clean_text is None and twins:
+                clean_text = twins[0].prompt
+            is_variant = self.style != self.run.clean_style
+            lines.append(
+                {
+                    "original_index": index,
+                    "element_index": first.element_index,
+                    "prompt": first.prompt,
+                    "clean_prompt": clean_text,
+                    "response": first.response,
+                    "clean_response": twins[0].response if twins else None,
+                    "identical": is_variant and clean_text is not None and first.prompt == clean_text,
+                    "cluster": self.run.template(index),
+                }
+            )
+        return pd.DataFrame(lines)
+
     def clusters(self, indices: Sequence[int]) -> list[str]:
         """Cluster of each row for clustered standard errors: its template, or else the row itself."""
         return [self.run.template(int(index)) for index in indices]
@@ -376,31 +401,6 @@ def clean_prompt(run: Run, original_index: int) -> str | None:
     """The clean form of a row (`normal`, else `instruction`) in the prompt file; None if it has none."""
     row = run.row(original_index)
     return next((row[key] for key in CLEAN_KEYS if isinstance(row.get(key), str)), None)
-
-
-def rows_table(own: StyleRows, clean: StyleRows | None) -> pd.DataFrame:
-    """One line per row of a style beside its clean form: the columns of `Run.rows`."""
-    predictions = own.predictions()
-    clean_predictions = {} if clean is None else clean.predictions()
-    lines = []
-    for index in own.indices:
-        first, twins = predictions[index][0], clean_predictions.get(index, [])
-        clean_text = clean_prompt(own.run, index)
-        if clean_text is None and twins:
-            clean_text = twins[0].prompt
-        lines.append(
-            {
-                "original_index": index,
-                "element_index": first.element_index,
-                "prompt": first.prompt,
-                "clean_prompt": clean_text,
-                "response": first.response,
-                "clean_response": twins[0].response if twins else None,
-                "identical": own.style != own.run.clean_style and clean_text is not None and first.prompt == clean_text,
-                "cluster": own.run.template(index),
-            }
-        )
-    return pd.DataFrame(lines)
 
 
 def clean_and_styles(run: Run, styles: Sequence[str] | None, with_controls: bool = True) -> tuple[str, list[str]]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from command_line import UserError
+from rapidfuzz.distance import Levenshtein
 
 if TYPE_CHECKING:
     import torch
 
 Span = tuple[int, int]  # characters, end exclusive
-MARKER = "\u2402content\u2403"  # stands for a prompt; no template holds it
+MARKER = "\u2402content\u2403"  # in the place of a prompt; no template holds it
 # A template that prints today's date would change the prompts from day to day: it prints this one.
 DATE = "26 Jul 2024"
 FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
@@ -71,7 +72,7 @@ def render_prompt(
 
 
 def _content_start(tokenizer: Any, system_prompt: str | None) -> int:
-    # A text that stands in no template shows where the content begins; searching for the prompt itself would
+    # A text that is in no template shows where the content begins; searching for the prompt itself would
     # find "user" or "a" in the template's own words.
     start = template_text(tokenizer, system_prompt).find(MARKER)
     if start < 0:
@@ -80,7 +81,7 @@ def _content_start(tokenizer: Any, system_prompt: str | None) -> int:
 
 
 def template_text(tokenizer: Any, system_prompt: str | None) -> str:
-    """What the chat template puts around a prompt (`MARKER` stands for it): part of a run's settings."""
+    """What the chat template puts around a prompt (`MARKER` is in its place): part of a run's settings."""
     return _apply_template(tokenizer, MARKER, system_prompt)
 
 
@@ -121,11 +122,13 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
 def task_span(prompt: str, task: str | None = None, task_regex: str | None = None, clean: str | None = None) -> Span:
     """Characters of the task in the prompt's own text.
 
-    `task_regex` decides where given (its group 1, else the whole match), then the row's own `task`, or what is in its
-    place if all around it is as in the clean form `clean`, then the task of the clean form, where that is in the prompt
-    unchanged, apart by white space (so that what a framing puts around a request is no task), then: all after the first
-    colon that white space and more text follow, or a full-width one. If no rule finds a split, or the clean form is all
-    task, everything is.
+    The first rule that finds it decides:
+    1. `task_regex`, if given: its group 1, else the whole match; everything if it does not match.
+    2. The row's own `task`; if it was edited and all around it is as in the clean form, what is in its place.
+    3. The task of its clean form `clean`, if the prompt holds the clean form or this task unchanged between white
+       space. What a framing adds around a request is then not part of the task.
+    4. Everything, if the clean form is all task.
+    5. What follows the first colon before white space and more text, or a full-width colon; without one, everything.
     """
     if task_regex is not None:
         if match := re.search(task_regex, prompt, re.DOTALL):
@@ -145,7 +148,7 @@ def task_span(prompt: str, task: str | None = None, task_regex: str | None = Non
 
 
 def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:
-    """The clean form's task in the prompt; None where only the prompt's own colon can tell."""
+    """The clean form's task in the prompt; None if only the prompt's own colon can decide."""
     start, end = task_span(clean, task)
     for text, before in ((clean, start), (clean[start:end], 0)):
         left = "" if text[:1].isspace() else r"(?<!\S)"
@@ -185,8 +188,6 @@ def edited_spans(clean: str, variant: str) -> tuple[list[Span], list[Span]]:
     A word inserted has no clean twin, a word left out none in the variant. Where two words agree and only the white
     space before them differs, both are marked, so that a re-spaced word has its twin too.
     """
-    from rapidfuzz.distance import Levenshtein
-
     clean_words, variant_words = words_of(clean), words_of(variant)
     in_clean: list[Span] = []
     in_variant: list[Span] = []
