@@ -329,8 +329,8 @@ def warn_unfinished(run: Run, styles: Sequence[str] | None = None, max_samples: 
     """One warning if stage 2 has not run all prompts that an analysis reads; returns what `unfinished` says."""
     if missing := unfinished(run, styles, max_samples):
         get_logger().warning(
-            f"{run.path}: this run holds only {missing}; the results are of these. The same command of stage 2 runs the "
-            "rest; failures.csv there names prompts that failed"
+            f"{run.path}: this run holds only {missing}; the results are of these. The same command of stage 2 runs "
+            "the rest; failures.csv there names prompts that failed"
         )
     return missing
 
@@ -473,7 +473,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Short hash over names and sizes of files, and over the content of the small ones: it differs between two models."""
+    """Short hash over names and sizes of files, and over the content of the small ones."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
