@@ -23,7 +23,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv, write_json
 from load_json import STYLES, read_prompt_file
-from load_model import load_tokenizer
 from logger import get_logger
 
 ROWS_SHOWN = 20
@@ -65,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(not 1 <= dose <= 99 for dose in args.dose):
         raise UserError(f"--dose {' '.join(map(str, args.dose))}: give whole numbers from 1 to 99")
     styles = [*(STYLES if args.styles == ["all"] else args.styles), *(f"typo@{dose}" for dose in args.dose)]
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = None
+    if args.tokenizer:
+        from load_model import load_tokenizer  # two seconds to import
+
+        tokenizer = load_tokenizer(args.tokenizer)
     rows, log, summary = make_variants(
         prompts.rows, styles, args.seed, args.intensity, args.keyboard, tokenizer, args.where
     )
