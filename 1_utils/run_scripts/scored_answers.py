@@ -20,7 +20,7 @@ from file_output import read_csv, write_csv
 from load_json import CLEAN_KEYS, read_prompt_file
 from logger import get_logger
 from read_predictions import Prediction, predictions_of
-from run_store import Run, open_run, row_count
+from run_store import Run, open_run
 from style_rows import clean_prompt
 
 UNREAD = "prompt_not_found"  # status of a response that cannot be told from its prompt
@@ -138,9 +138,9 @@ def _responses(run: Run, style: str) -> Iterator[tuple[Prediction, int | None, b
     """(prediction, prompt tokens, cut off at the token limit?) of every response of a style."""
     for _, content in run.batches(style):
         mask = content.get("attention_mask")
-        tokens = [None] * row_count(content) if mask is None else mask.sum(dim=1).tolist()
+        places = {index: place for place, index in enumerate(content["original_indices"])}
+        tokens = [None] * len(places) if mask is None else mask.sum(dim=1).tolist()
         reasons = content.get("finish_reasons")
-        places = {int(i): n for n, i in enumerate(content.get("original_indices", range(row_count(content))))}
         for prediction in predictions_of(content, style, run):
             place = places[prediction.original_index]
             reason = reasons[place] if reasons and prediction.sample == 0 else None  # kept for the first sample
