@@ -12,9 +12,9 @@ import torch
 from attention import activations, layer_curves
 from attention.linear_cka import clustered_cka, item_contributions
 from attention.logit_lens import LogitLens, find_final_norm
-from attention.next_token_change import next_token_change
 from attention.typo_recovery import first_lasting_layer, half_recovery_depth, recovery_depth
 from command_line import UserError
+from next_token_change import next_token_change
 from paired_stats import paired_difference
 from scipy.special import log_softmax
 from scipy.stats import entropy

@@ -9,17 +9,20 @@ import evaluate_predictions
 import head_sensitivity
 import match_answers
 import numpy as np
+import pandas as pd
 import pytest
 import run_pipeline
+import torch
 from build_report import headline_rows, verdicts_in
 from command_line import UserError
+from decomposition import share_interval
 from file_output import read_csv
 from gold_words import BIG_WORDS, ONE_WORDS, TEN_WORDS, accepted_texts, has_words
 from maths import numerals
 from maths.gold import read_gold
-from paired_stats import paired_difference
+from paired_stats import clustered_mean, paired_difference
 from semantics.answers import answer_text, match_letter, match_words, normalised, options_of
-from synthetic_run import prompt_rows, write_run
+from synthetic_run import prompt_rows, with_controls, write_run
 
 CITIES = ["Paris", "Rome", "Bern", "Oslo", "Lima", "Baku"]
 
@@ -374,3 +377,126 @@ def test_the_pipeline_plans_the_stage_that_is_needed(answers, steps, tmp_path):
         )
     }
     assert own & {"accuracy", "answers"} == {"accuracy"}
+
+
+# --- fragmentation and spelling
+
+
+def cut(index: int, word: str, _: str) -> str:
+    """The clean word with one cut, as a control has it."""
+    return f"{word[:2]}\u00ad{word[2:]}"
+
+
+def decomposed(folder: Path, wrong: dict[str, np.ndarray], kl_of_control: str) -> pd.DataFrame:
+    """decomposition.csv of a run of 60 rows in 20 templates whose answers are wrong where `wrong[style]` says.
+
+    kl_of_control: the form whose logits the control has.
+    """
+    rows = with_controls(facts(60, templates=20), "swap", cut)
+
+    def change(row, style, index):
+        row["response"] = "Cairo" if wrong[style][index] else CITIES[index % 6]
+        form = kl_of_control if style == "split@swap" else style
+        logits = np.random.default_rng(index).normal(size=5) + (form == "swap") * np.array([0, 1, 2, 0, index % 4])
+        row["topk_indices"] = torch.arange(5).expand_as(row["topk_indices"]).clone()
+        row["topk_vals"] = torch.tensor(logits).float().expand_as(row["topk_vals"]).clone()
+        row["logsumexp"] = torch.logsumexp(row["topk_vals"], -1).reshape(row["logsumexp"].shape)
+
+    run = write_run(folder / "run", rows, change=change)
+    assert match_answers.main(["--run_dir", str(run), "--results_dir", str(folder)]) == 0
+    return read_csv(folder / "decomposition.csv").set_index("measure")
+
+
+def planted_harm(of_control: str) -> dict[str, np.ndarray]:
+    """The clean form is wrong in every tenth row, the style in half of the rows; the control as one of them."""
+    clean = np.arange(60) % 10 == 0
+    style = clean | (np.random.default_rng(1).random(60) < 0.5)
+    return {"normal": clean, "swap": style, "split@swap": style if of_control == "swap" else clean}
+
+
+@pytest.mark.parametrize(("control_as", "share"), [("swap", 1.0), ("normal", 0.0)])
+def test_planted_fragmentation_is_found_and_planted_spelling_too(tmp_path, control_as, share):
+    """A model that reads the number of tokens and no letters gives a share of 1; one that reads letters alone, 0."""
+    table = decomposed(tmp_path, planted_harm(control_as), control_as)
+    assert table["fragmentation_share"].tolist() == pytest.approx([share, share])
+    # In every row the same share: there is nothing to estimate an interval from.
+    assert table[["fragmentation_share_ci_low", "fragmentation_share_ci_high"]].isna().all(axis=None)
+    accuracy, kl = table.loc["accuracy"], table.loc["next_token_kl"]
+    wrong = planted_harm(control_as)
+    expected = paired_difference(~wrong["swap"], ~wrong["normal"], np.arange(60) % 20)
+    found = accuracy[["total", "total_ci_low", "total_ci_high", "total_p"]].tolist()
+    assert found == pytest.approx([expected.mean, expected.ci_low, expected.ci_high, expected.p])
+    assert accuracy["total"] < -0.2
+    assert kl["total"] > 0.1
+    assert np.isnan(kl["total_p"])
+    for line in (accuracy, kl):
+        assert line["fragmentation"] + line["spelling"] == pytest.approx(line["total"])
+        assert (line["n"], line["n_clusters"], line["n_without_control"]) == (60, 20, 0)
+
+
+def test_no_share_of_a_total_that_is_not_clear_of_0(tmp_path):
+    rng = np.random.default_rng(3)
+    wrong = {style: rng.random(60) < 0.5 for style in ("normal", "swap", "split@swap")}
+    line = decomposed(tmp_path, wrong, "normal").loc["accuracy"]
+    assert line["total_ci_low"] < 0 < line["total_ci_high"]
+    assert line[["fragmentation_share", "fragmentation_share_ci_low", "fragmentation_share_ci_high"]].isna().all()
+
+
+def test_rows_without_a_control_or_with_the_clean_prompt_are_left_out(tmp_path):
+    rows = with_controls(facts(30), "swap", cut)
+    del rows[4]["split@swap"], rows[9]["split@swap"]
+    rows[7]["swap"] = rows[7]["normal"]
+    run = answered(
+        tmp_path / "run", rows, lambda index, style: "Cairo" if style == "swap" and index % 2 else CITIES[index % 6]
+    )
+    assert match_answers.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    table = read_csv(tmp_path / "decomposition.csv").set_index("measure")
+    assert table["n"].tolist() == [27, 27]
+    assert table["n_without_control"].tolist() == [2, 2]
+    assert table.loc["accuracy", "total"] == pytest.approx(-13 / 27)
+
+
+def test_a_mixed_file_is_decomposed_over_both_stages(tmp_path):
+    rows = with_controls(prompt_rows(40, ["swap"]), "swap", cut)
+    golds = [CITIES[index % 6] if index % 2 else row["answer"] for index, row in enumerate(rows)]
+    for row, gold in zip(rows, golds, strict=True):
+        row["answer"] = gold
+    run = answered(tmp_path / "run", rows, lambda i, style: "7777" if style == "swap" and i % 5 < 2 else golds[i])
+    flags = ["--run_dir", str(run), "--results_dir", str(tmp_path)]
+    assert evaluate_predictions.main(flags) == 0
+    assert not (tmp_path / "decomposition.csv").exists()
+    assert match_answers.main(flags) == 0
+    line = read_csv(tmp_path / "decomposition.csv").set_index("measure").loc["accuracy"]
+    assert (line["n"], line["total"], line["fragmentation"]) == (40, -0.4, 0)
+
+
+def test_stage_3_decomposes_a_file_of_numbers(tmp_path):
+    rows = with_controls(prompt_rows(30, ["swap"]), "swap", cut)
+    wrong = {"normal": (), "swap": range(0, 30, 2), "split@swap": range(0, 30, 6)}
+    run = answered(tmp_path / "run", rows, lambda i, style: "7777" if i in wrong[style] else rows[i]["answer"])
+    assert evaluate_predictions.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    line = read_csv(tmp_path / "decomposition.csv").set_index("measure").loc["accuracy"]
+    assert line["fragmentation_share"] == pytest.approx(1 / 3)
+    assert line["fragmentation_share_ci_low"] < 1 / 3 < line["fragmentation_share_ci_high"]
+
+
+def test_the_share_has_its_interval_in_19_of_20_runs():
+    """1,000 draws of 60 clusters of two rows that are alike; the true share is 0.6."""
+    rng = np.random.default_rng(5)
+    inside = 0
+    for _ in range(1000):
+        whole = np.repeat(rng.random(60) < 0.5, 2) & (rng.random(120) < 0.9)
+        part = whole & (rng.random(120) < 0.6)
+        low, high = share_interval(part * 1.0, whole * 1.0, np.repeat(np.arange(60), 2))
+        inside += low <= 0.6 <= high
+    assert 0.93 < inside / 1000 < 0.97
+
+
+def test_the_interval_of_the_share_is_where_the_test_finds_nothing():
+    rng = np.random.default_rng(6)
+    whole, clusters = rng.normal(1, 1, 80), np.arange(80) % 23
+    part = 0.4 * whole + rng.normal(0, 1, 80)
+    for end in share_interval(part, whole, clusters):
+        assert clustered_mean(part - end * whole, clusters).p == pytest.approx(0.05)
+    assert np.isnan(share_interval(part, whole - whole.mean(), clusters)).all()
+    assert np.isnan(share_interval(0.5 * whole, whole, clusters)).all()

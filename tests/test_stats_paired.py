@@ -282,6 +282,8 @@ def test_minimum_detectable_effect_solves_the_noncentral_t_equation():
         power = stats.nct.sf(limit, df, shift) + stats.nct.cdf(-limit, df, shift)
         assert power == pytest.approx(0.8, abs=1e-3), (df, comparisons)
     assert math.isnan(minimum_detectable_effect(math.nan, 9))
+    # For these the solver finds the effect below 0.
+    assert all(minimum_detectable_effect(1.0, 80, comparisons=count) > 0 for count in (3, 5))
 
 
 # --------------------------------------------------------------------------- nothing to estimate

@@ -244,7 +244,8 @@ def minimum_detectable_effect(standard_error: float, df: float, comparisons: int
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no convergence at a df near 0: NaN below
         size = TTestPower().solve_power(nobs=nobs, alpha=0.05 / comparisons, power=0.8)
-    return math.nan if size is None else float(np.ravel(size)[0]) * math.sqrt(nobs) * standard_error
+    # The solver may find the negative effect of the same power.
+    return math.nan if size is None else abs(float(np.ravel(size)[0])) * math.sqrt(nobs) * standard_error
 
 
 # --- tables

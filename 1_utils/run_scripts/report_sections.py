@@ -70,6 +70,15 @@ SECTIONS = (
                 SUMMARY,
             ),
             TableOf("answers_summary.csv", "The same for answers in words", SUMMARY),
+            TableOf(
+                "decomposition.csv",
+                "How much of the change is fragmentation (control − clean form) and how much is spelling (style − "
+                "control)",
+                (
+                    "style", "measure", "n", "n_clusters", "total", "fragmentation", "spelling", "spelling_p_adjusted",
+                    "fragmentation_share",
+                ),
+            ),
         ),
     ),
     Section(

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from answer_files import SUMMARY_FILES
 from command_line import UserError, one_line
-from gold_words import accepted_texts
+from decomposition import write_decomposition
+from gold_words import accepted_texts, has_words
 from logger import get_logger
 from read_predictions import Prediction
 from run_store import Run
-from scored_answers import Evaluation, evaluate_items, run_to_score, score_items
+from scored_answers import Evaluation, evaluate_items, report_summary, run_to_score, score_items, write_evaluation
 
 from maths.gold import Gold, judge, number_text, read_gold
 from maths.own_scores import with_own_scores
@@ -43,6 +45,18 @@ def evaluate_run(
     if maths_items is not None:
         items = with_own_scores(items, Path(maths_items))
     return evaluate_items(run, items)
+
+
+def write_maths(run: Run, evaluation: Evaluation, folder: Path, own_scores: bool = False) -> None:
+    """Write and log the tables and figures of stage 3. own_scores: the user scored the answers in words, too."""
+    write_evaluation(evaluation, folder, "maths")
+    report_summary(evaluation.summary)
+    # Over both stages' answers: match_answers.py makes it anew.
+    (folder / SUMMARY_FILES[0]).unlink(missing_ok=True)
+    if own_scores or not has_words(run.prompt_rows):
+        write_decomposition(run, evaluation.items, evaluation.clean_style, folder)
+    else:
+        get_logger().info("decomposition.csv is written by match_answers.py, over the answers in words too")
 
 
 class NumberScorer:

@@ -6,6 +6,7 @@ Writes  results/<run>/maths_items.csv        one line per answer: gold, value, r
         results/<run>/maths_summary.csv      per style: accuracy, paired difference to normal, intervals, p values
         results/<run>/maths_flips.csv        answers that turned from right to wrong or back, with both texts
         results/<run>/maths_breakdown.csv    the same by operation, digits, number of edits, token change
+        results/<run>/decomposition.csv      with split@<style> in the run: fragmentation and spelling (docs/METHODS.md)
         results/<run>/maths_accuracy.png, maths_flips.png, maths_by_edits.png
 
     python 3_maths_eval/run_scripts/evaluate_predictions.py --run_dir outputs/demo/maths \\
@@ -23,7 +24,6 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from answer_files import SUMMARY_FILES
 from command_line import make_parser, run_main
 from logger import get_logger
 from maths.gold import has_gold
@@ -51,8 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score a run and write its tables and figures."""
     args = parse_args(argv)
-    from maths.accuracy import NoReadableGold, evaluate_run
-    from scored_answers import report_summary, write_evaluation
+    from maths.accuracy import NoReadableGold, evaluate_run, write_maths
 
     run = open_run(args.run_dir)
     try:
@@ -62,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     warn_unfinished(run, args.styles)
     folder = args.results_dir or Path("results") / evaluation.name
-    write_evaluation(evaluation, folder, "maths")
-    (folder / SUMMARY_FILES[0]).unlink(missing_ok=True)  # over both stages' answers: match_answers.py makes it anew
-    report_summary(evaluation.summary)
+    write_maths(run, evaluation, folder, args.maths_items is not None)
     get_logger().info(f"wrote {folder}/maths_*.csv and .png")
     return 0 if evaluation.items["correct"].notna().any() else 1
 

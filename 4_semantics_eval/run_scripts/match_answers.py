@@ -6,6 +6,7 @@ Writes  results/<run>/answers_items.csv        one line per answer: gold, value,
         results/<run>/answers_summary.csv      per style: accuracy, paired difference to normal, intervals, p values
         results/<run>/answers_flips.csv, answers_breakdown.csv, answers_accuracy.png, answers_flips.png …
         results/<run>/accuracy_summary.csv     if maths_items.csv is there: the summary of both stages' answers together
+        results/<run>/decomposition.csv        with split@<style> in the run: fragmentation and spelling
 
     python 4_semantics_eval/run_scripts/match_answers.py --run_dir outputs/demo/facts --results_dir results/demo/facts
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluation = evaluate_answers(run, args.prompt_file, args.edits_csv, args.styles, args.style, args.measure)
     warn_unfinished(run, args.styles)
     folder = args.results_dir or Path("results") / evaluation.name
-    write_answers(evaluation, folder)
+    write_answers(run, evaluation, folder)
     get_logger().info(f"wrote {folder}/answers_*.csv and .png")
     return 0 if evaluation.items["correct"].notna().any() else 1
 

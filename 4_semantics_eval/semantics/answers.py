@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from accuracy_tables import read_items, summarise
 from answer_files import SUMMARY_FILES, item_files
 from command_line import UserError
+from decomposition import write_decomposition
 from file_output import write_csv
 from gold_words import accepted_texts
 from logger import get_logger
@@ -86,15 +87,17 @@ def evaluate_answers(
     return evaluate_items(run, items)
 
 
-def write_answers(evaluation: Evaluation, folder: Path) -> None:
-    """Write the tables and figures; with stage 3's items in the folder, accuracy_summary.csv over both stages too."""
+def write_answers(run: Run, evaluation: Evaluation, folder: Path) -> None:
+    """Write and log the tables and figures; with stage 3's items in the folder, those over both stages' answers too."""
     write_evaluation(evaluation, folder, "answers")
     report_summary(evaluation.summary)
-    whole = folder / SUMMARY_FILES[0]
+    items, whole = evaluation.items, folder / SUMMARY_FILES[0]
     if len(files := item_files(folder)) > 1:
-        write_csv(whole, summarise(read_items(files), evaluation.clean_style))
+        items = read_items(files)
+        write_csv(whole, summarise(items, evaluation.clean_style))
     else:
         whole.unlink(missing_ok=True)  # of a run with answers that stage 3 scored
+    write_decomposition(run, items, evaluation.clean_style, folder)
 
 
 class WordScorer:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from command_line import UserError
 from logger import get_logger
+from next_token_change import last_logits, next_token_change
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
 from run_store import Run, open_run
 from style_rows import (
@@ -34,7 +35,6 @@ from torch.nn.functional import cosine_similarity
 from attention.layer_slices import layer_slices
 from attention.linear_cka import clustered_cka
 from attention.logit_lens import LogitLens, open_lens
-from attention.next_token_change import last_logits, next_token_change
 from attention.typo_recovery import (
     Centre,
     ReferenceWords,
