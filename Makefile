@@ -1,4 +1,4 @@
-# make run     the demo: environment, embedded models, stages 2 to 5 on two prompt files, report
+# make run     the demo: environment, embedded models, stages 2 to 5 on three prompt files, report
 # make test    every check and test
 # make stress  the long tests (minutes to hours)
 # make clean   remove the demo's outputs and results and the tools' caches (your own runs, models/ and .venv stay)
@@ -18,7 +18,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo \
   --model_name models/SmolLM2-135M-Instruct --lens_rows 20 \
   --probe_layers 0 5 10 15 20 25 30 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
-CAPTURE := --neurons --entropy
+CAPTURE := --neurons --entropy --raw_layers none
 
 .PHONY: help run test stress clean check
 .DELETE_ON_ERROR:
@@ -26,15 +26,18 @@ CAPTURE := --neurons --entropy
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-# Two calls, for maths is completed from three shots and instructions are answered in the chat template; one report.
+# Three calls, for facts and maths are completed from shots and instructions are answered in the chat template.
 run: $(VENV)/.installed
 	@$(PY) 1_utils/run_scripts/fetch_models.py
-	@$(PIPELINE) --prompt_file 0_data/maths.json --max_samples 60 --few_shot_file 0_data/few_shot_maths.txt \
-	  --styles all split@swap split@three \
-	  -- --max_new_tokens 16 $(CAPTURE)
+	@$(PIPELINE) --prompt_file 0_data/facts.json --max_samples 150 --few_shot_file 0_data/few_shot_facts.txt \
+	  --styles normal swap missing typo@1 typo@2 polite split@swap split@typo@1 split@typo@2 \
+	  -- --max_new_tokens 8 $(CAPTURE)
 	@$(PIPELINE) --prompt_file 0_data/instructions.json --max_samples 12 \
 	  --styles normal swap three real_word split polite urgent split@swap \
 	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE)
+	@$(PIPELINE) --prompt_file 0_data/maths.json --max_samples 40 --few_shot_file 0_data/few_shot_maths.txt \
+	  --styles normal swap three polite split@swap split@three \
+	  -- --max_new_tokens 16 $(CAPTURE)
 
 # One thread a worker, because the workers share the cores.
 test: $(VENV)/.installed-dev check

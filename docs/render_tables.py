@@ -1,13 +1,14 @@
 """Write the generated parts of the documentation: tables of measured figures, and the stages' lists of files.
 
 Reads   docs/measured/*.json, the first sentence of every module; with --example the CSVs of the run that
-        docs/EXAMPLE.md describes
+        docs/EXAMPLE.md describes; with --facts those of the demo's facts
 Writes  what is between `<!-- table: NAME -->` and `<!-- /table -->` in README.md and docs/*.md, and between
         `<!-- files -->` and `<!-- /files -->` in a stage's README.md, the `<!-- fields -->` of a .pt file; with
-        --example docs/measured/example.json
+        --example docs/measured/example.json; with --facts docs/measured/facts.json
 
     python docs/render_tables.py
     python docs/render_tables.py --example results/example/maths
+    python docs/render_tables.py --facts results/demo/facts
 """
 
 from __future__ import annotations
@@ -77,6 +78,11 @@ EXAMPLE = {  # measure: (its line in the table, decimals)
     ),
     "recovery": ("layers by which the word is recovered later than the control's", 1),
 }
+FACTS = {  # part of the change in accuracy: its line in the table
+    "total": "typo − clean, in points",
+    "fragmentation": "of it by more tokens: control − clean",
+    "spelling": "of it by the letters: typo − control",
+}
 
 
 def number(record: Record, key: str = "value", decimals: int = 2) -> str:
@@ -108,6 +114,12 @@ LAYOUTS = {
         lambda r: JOBS[r["job"]],
         lambda _: "÷ `generate()` loop",
         lambda r: number(r, "ratio_to_generate"),
+    ),
+    "facts": Layout(
+        "facts",
+        lambda record: FACTS[record["part"]],
+        lambda record: f"`{record['style']}`",
+        lambda record: number(record, decimals=0),
     ),
     "example": Layout(
         "",
@@ -191,15 +203,32 @@ def example_rows(results: Path, styles: Sequence[str] = ("swap", "missing", "thr
     return rows
 
 
+def facts_rows(results: Path, styles: Sequence[str] = ("swap", "typo@1", "typo@2")) -> list[Record]:
+    """The parts of the change in accuracy of the demo's facts, in points."""
+    parts = read_csv(results / "decomposition.csv", hint="run `make run`").query("measure == 'accuracy'")
+    lines = parts.set_index("style")
+    return [
+        {"part": part, "style": style}
+        | {
+            name: round(100 * float(lines.loc[style, f"{part}{column}"]), 2)
+            for name, column in (("value", ""), ("low", "_ci_low"), ("high", "_ci_high"))
+        }
+        for part in FACTS
+        for style in styles
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Take in the example's figures if asked to, then write every generated part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--example", type=Path, help="results folder of the example's run")
+    parser.add_argument("--facts", type=Path, help="results folder of the demo's facts")
     args = parser.parse_args(argv)
-    if args.example:
-        path = DOCS / "measured" / "example.json"
-        content = json.loads(path.read_text(encoding="utf-8")) | {"rows": example_rows(args.example)}
-        path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    for name, results, rows in (("example", args.example, example_rows), ("facts", args.facts, facts_rows)):
+        if results:
+            path = DOCS / "measured" / f"{name}.json"
+            content = json.loads(path.read_text(encoding="utf-8")) | {"rows": rows(results)}
+            path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     for page in pages():
         page.write_text(filled(page), encoding="utf-8")
     return 0
