@@ -225,6 +225,33 @@ def test_distances_are_given_without_a_test(out: Path) -> None:
     assert set(rows["measure"]) == {*MEASURES}
 
 
+def test_a_measure_may_be_added_anywhere(out: Path, tmp_path: Path) -> None:
+    """Before, between and after the divergences, a measure and they themselves have the values they had."""
+    last, mean = (MEASURES.pop(name) for name in ("jsd_last", "jsd_mean"))
+    try:
+        for name, measure in (("jsd_last", last), ("between", MEASURES["first_mass_last"]), ("jsd_mean", mean)):
+            MEASURES[name] = measure
+        MEASURES["at_the_end"] = MEASURES["first_mass_last"]
+        assert main(["--run_dir", str(out / "run"), "--results_dir", str(tmp_path)]) == 0
+    finally:
+        for name in ("jsd_last", "between", "jsd_mean", "at_the_end"):
+            MEASURES.pop(name, None)
+        MEASURES.update({"jsd_last": last, "jsd_mean": mean})
+    before, after = table(out), pd.read_csv(tmp_path / "head_sensitivity.csv")
+    keys, values = ["style", "layer", "head"], ["difference", "difference_vs_control", "n"]
+    for new, old in (
+        ("between", "first_mass_last"),
+        ("at_the_end", "first_mass_last"),
+        ("jsd_last",) * 2,
+        ("jsd_mean",) * 2,
+    ):
+        found, expected = (
+            rows[rows["measure"] == name].set_index(keys)[values].sort_index()
+            for rows, name in ((after, new), (before, old))
+        )
+        pd.testing.assert_frame_equal(found, expected)
+
+
 def test_pictures_and_overlap_are_written(out: Path) -> None:
     names = {path.name for path in (out / "out").glob("*.png")}
     styles = {f"head_sensitivity_{style}.png" for style in ("swap", "missing", "split")}

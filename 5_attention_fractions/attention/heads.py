@@ -244,7 +244,8 @@ def _read(
         return {"values": head_values(fields), "tokens": fields["tokens"][:, EDITED]}
 
     found = form.extract(extract, rows)
-    values, divergences = found["values"], slice(-len(DIVERGENCES), None)
+    values = found["values"]
+    divergences = [place for place, measure in enumerate(MEASURES.values()) if measure.function is None]
     if form is clean:
         values[..., divergences] = 0
     elif form.has("attentions") and clean.has("attentions"):
@@ -255,7 +256,9 @@ def _read(
             block = both[start : start + MAP_ROWS]
             indices = [rows[place] for place in block]
             own, twin = (one.extract(read, indices)["maps"] for one, read in zip((form, clean), maps, strict=True))
-            values[block, ..., divergences] = aligned_divergence(own, twin, layers, values.shape[2])
+            divergence = aligned_divergence(own, twin, layers, values.shape[2])
+            for column, place in enumerate(divergences):
+                values[block, ..., place] = divergence[..., column]
     return values, found["tokens"]
 
 
