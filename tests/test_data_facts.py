@@ -16,7 +16,7 @@ import pytest
 from command_line import UserError
 from rapidfuzz.distance import OSA
 from token_spans import task_span
-from typos.facts import DOSES, STYLES, read_facts
+from typos.facts import DOSES, FACT_STYLES, read_facts
 from typos.style_rules import FRAMING_STYLES, verify_variant
 from typos.variants import make_variants as variants_of
 
@@ -60,7 +60,7 @@ def test_typos_lie_in_the_subject_alone_and_doses_are_nested(facts: list[Row]) -
         clean, subject = row["normal"], row["task"]
         before, after = clean.split(subject)
         found = {}
-        for style in STYLES:
+        for style in FACT_STYLES:
             if style in row and style not in FRAMING_STYLES:
                 assert row[style].startswith(before)
                 assert row[style].endswith(after)

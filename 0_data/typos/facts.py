@@ -14,7 +14,7 @@ from load_json import read_text
 from typos.variants import make_variants, shuffled
 
 DOSES = ("typo@1", "typo@2", "typo@3")
-STYLES = ("main", "swap", "missing", "repeated", *DOSES, "polite", "urgent", "rude")
+FACT_STYLES = ("main", "swap", "missing", "repeated", *DOSES, "polite", "urgent", "rude")
 MAY_LACK = frozenset({"typo@3"})  # a short subject has no three edits
 Fact = tuple[str, str, list[str]]  # relation, subject, accepted answers
 
@@ -64,8 +64,8 @@ def make_rows(
             "_template": subject,
             "_relation": relation,
         }
-        (row,), edits, _ = make_variants([clean], STYLES, seed=seed, where="subject")
-        if any(style not in row and style not in MAY_LACK for style in STYLES):
+        (row,), edits, _ = make_variants([clean], FACT_STYLES, seed=seed, where="subject")
+        if any(style not in row and style not in MAY_LACK for style in FACT_STYLES):
             left_out.append((relation, subject, answers))
             continue
         log += [{**edit, "original_index": len(rows)} for edit in edits]

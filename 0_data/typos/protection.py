@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+from token_spans import around_task
+
 from typos.words import (
     ARITHMETIC_WORDS,
     FUNCTION_WORDS,
@@ -129,13 +131,6 @@ def _number_words(text: str) -> list[Span]:
 # --- what is protected
 
 
-def around_task(clean: str, row: dict[str, Any]) -> tuple[int, int]:
-    """How many characters of a clean prompt precede and follow its row's `task`; all precede it if it has none."""
-    task = str(row.get("task") or "").strip()
-    start = clean.rfind(task) if task else -1
-    return (len(clean), 0) if start < 0 else (start, len(clean) - start - len(task))
-
-
 def protected_texts(text: str, row: dict[str, Any] | None = None, clean: str | None = None) -> list[str]:
     """The protected parts themselves, in order. An edit is safe only if this list stays as it is."""
     return [text[start:end] for start, end in protected_spans(text, row, clean)]
@@ -148,7 +143,8 @@ def protected_spans(text: str, row: dict[str, Any] | None = None, clean: str | N
     misspelt (`Calcualte:`) has not become one. If the row's `_where` is `subject`, all but its task is protected.
     """
     if (row or {}).get("_where") == "subject":
-        before, after = around_task(text if clean is None else clean, row or {})
+        original = text if clean is None else clean
+        before, after = map(len, around_task(original, str((row or {}).get("task") or "").strip()) or (original, ""))
         return [span for span in ((0, before), (max(before, len(text) - after), len(text))) if span[0] < span[1]]
     task, answer = (row.get(key) if row else None for key in ("task", "answer"))
     answers = answer if isinstance(answer, list) else [answer]

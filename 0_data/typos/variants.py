@@ -228,28 +228,26 @@ def _dose(prompt: Prompt, dose: int) -> list[Edit]:
     if prompt.where == "any":
         small = {word.lower: word for word in reversed(prompt.words) if word.lower in FUNCTION_WORDS}
         words += shuffled(rng, sorted(small.values(), key=lambda word: word.start))
-    forms = {word: word.text for word in words}
-    kinds: dict[Word, str] = {}
+    made: dict[Word, list[tuple[str, str]]] = {word: [] for word in words}  # operation and result of each edit
     operations = shuffled(rng, TYPO_OPERATIONS)
     left = dose
     for distance in range(1, max((len(word.text) // 2 for word in words), default=0) + 1):
         for word in words:
-            # A word that could not take an earlier edit takes no later one.
-            if left == 0 or distance > len(word.text) // 2 or kinds.get(word, "").count("+") != max(0, distance - 2):
+            # A word that could not take the edit before takes no further one.
+            if left == 0 or distance > len(word.text) // 2 or len(made[word]) < distance - 1:
                 continue
-            if distance > 1 and word not in kinds:
-                continue
+            form = made[word][-1][1] if made[word] else word.text
             for operation in operations:
-                options = shuffled(rng, typo_options(forms[word], operation, prompt.keyboard))
+                options = shuffled(rng, typo_options(form, operation, prompt.keyboard))
                 if typo := next((typo for typo in options if _is_next_typo(word, typo, distance)), None):
-                    forms[word] = typo
-                    kinds[word] = f"{kinds[word]}+{operation}" if word in kinds else operation
+                    made[word].append((operation, typo))
                     operations = [*(other for other in operations if other != operation), operation]
                     left -= 1
                     break
     if left:
         raise Lacks(f"fewer than {dose} one-letter edits are possible")
-    return [Edit(word.start, word.end, forms[word], kind, word) for word, kind in kinds.items()]
+    edited = {word: edits for word, edits in made.items() if edits}
+    return [Edit(w.start, w.end, e[-1][1], "+".join(operation for operation, _ in e), w) for w, e in edited.items()]
 
 
 def _is_next_typo(word: Word, typo: str, distance: int) -> bool:

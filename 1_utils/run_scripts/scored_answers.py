@@ -56,9 +56,8 @@ def run_to_score(run: Run | str | Path, prompt_file: str | Path | None = None, s
             raise UserError(f"{run.path}: --style names a single style, this run has {', '.join(run.styles)}; drop it")
         run = replace(run, styles={style: next(iter(run.styles.values()))})
     if prompt_file is not None:
-        vars(run)["prompt_rows"] = read_prompt_file(
-            prompt_file
-        ).rows  # fills the cached property, so run.row() reads this file
+        # Fills the cached property, so that run.row() reads this file.
+        vars(run)["prompt_rows"] = read_prompt_file(prompt_file).rows
     return run
 
 

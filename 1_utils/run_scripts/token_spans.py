@@ -134,17 +134,23 @@ def task_span(prompt: str, task: str | None = None, task_regex: str | None = Non
         if match := re.search(task_regex, prompt, re.DOTALL):
             return match.span(1) if match.re.groups and match.group(1) is not None else match.span()
         return 0, len(prompt)
-    if task and clean is not None and (at := clean.rfind(task)) >= 0:
-        before, after = clean[:at], clean[at + len(task) :]
-        around = (before + after).strip() and len(prompt) > len(before + after)
-        if around and prompt.startswith(before) and prompt.endswith(after):  # `Jamaica` in `Jamaicaa` is not the task
-            return at, len(prompt) - len(after)
+    if task and clean is not None and (around := around_task(clean, task)) and "".join(around).strip():
+        before, after = around
+        longer = len(prompt) > len(before) + len(after)
+        if longer and prompt.startswith(before) and prompt.endswith(after):  # the task of `Jamaicaa` is not `Jamaica`
+            return len(before), len(prompt) - len(after)
     if task and (start := prompt.rfind(task)) >= 0:
         return start, start + len(task)
     if clean is not None and (span := _clean_task(prompt, clean, task)):
         return span
     colon = LABEL_COLON.search(prompt)
     return colon.end() if colon else 0, len(prompt)
+
+
+def around_task(clean: str, task: str) -> tuple[str, str] | None:
+    """(text before, text after) the last place of the task in a clean prompt; None if it has no task there."""
+    start = clean.rfind(task) if task else -1
+    return None if start < 0 else (clean[:start], clean[start + len(task) :])
 
 
 def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:
@@ -155,9 +161,7 @@ def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:
         right = "" if text[-1:].isspace() else r"(?!\S)"
         if text.strip() and (places := [m.start() for m in re.finditer(left + re.escape(text) + right, prompt)]):
             return places[-1] + before, places[-1] + before + end - start
-    if (start, end) == (0, len(clean)):
-        return 0, len(prompt)
-    return None
+    return (0, len(prompt)) if (start, end) == (0, len(clean)) else None
 
 
 def words_of(text: str) -> list[Span]:
