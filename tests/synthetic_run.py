@@ -28,15 +28,8 @@ import torch
 from load_json import CLEAN_KEYS, is_style_key
 from pt_fields import pack_rows
 from run_store import begin_run, save_pt
-from token_spans import (
-    MATCHED,
-    RenderedPrompt,
-    character_regions,
-    edited_spans,
-    matched_style,
-    region_mask,
-    region_names,
-)
+from style_names import MATCHED, matched_style
+from token_spans import RenderedPrompt, character_regions, edited_spans, region_mask, region_names
 
 NOUNS = ["apples", "pencils", "marbles", "tickets", "candles", "pigeons", "buttons", "cookies", "ladders", "lemons"]
 VERBS = ["Count", "Gather", "Combine", "Total", "Measure", "Collect"]

@@ -14,7 +14,8 @@ import pytest
 from pt_fields import unpack_rows
 from run_store import open_run
 from scipy import stats
-from style_rows import clean_and_styles, control_of, is_control, like_control, twin_region
+from style_names import is_control
+from style_rows import clean_and_styles, control_of, like_control, twin_region
 from synthetic_run import prompt_rows, with_controls, write_run
 
 ROWS = 32

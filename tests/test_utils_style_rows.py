@@ -8,15 +8,8 @@ import torch
 from command_line import UserError
 from pt_fields import unpack_rows
 from run_store import Run, load_pt, open_run, pt_files, save_pt
-from style_rows import (
-    StyleRows,
-    clean_and_styles,
-    clean_prompt,
-    control_of,
-    is_control,
-    paired_rows,
-    twin_region,
-)
+from style_names import is_control
+from style_rows import StyleRows, clean_and_styles, clean_prompt, control_of, paired_rows, twin_region
 from synthetic_run import prompt_rows, write_run
 
 ROWS = 10

@@ -20,7 +20,6 @@ from load_json import (
     RESERVED_KEYS,
     STYLES,
     UnreadLine,
-    dose_of,
     id_problem,
     is_style_key,
     json_type,
@@ -29,7 +28,7 @@ from load_json import (
     style_problem,
     surrogate_problem,
 )
-from token_spans import matched_style
+from style_names import dose_of, matched_style
 
 from typos.style_rules import verify_variant
 from typos.words import osa_distance

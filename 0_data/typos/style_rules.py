@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from load_json import STYLES, dose_of
+from load_json import STYLES
 from rapidfuzz.distance import Levenshtein
+from style_names import dose_of
 from token_spans import LABEL_COLON
 
 from typos.protection import has_two_numbers, protected_texts

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import pandas as pd
 from command_line import UserError
-from load_json import CLEAN_KEYS, STYLES, UnreadLine, dose_of, id_problem, text_problem
+from load_json import CLEAN_KEYS, STYLES, UnreadLine, id_problem, text_problem
+from style_names import dose_of
 
 from typos.grammar import grammar_slips
 from typos.protection import Span, protected_spans, touches

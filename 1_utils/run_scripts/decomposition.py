@@ -22,8 +22,8 @@ from next_token_change import last_logits, next_token_change
 from paired_stats import CONFIDENCE, ZERO_VARIANCE, cluster_codes, clustered_mean, holm
 from run_store import Run
 from scipy import stats
+from style_names import MATCHED
 from style_rows import StyleRows, paired_rows
-from token_spans import MATCHED
 
 PARTS = ("total", "fragmentation", "spelling")
 LOGITS = ("topk_vals", "topk_indices", "logsumexp")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError, did_you_mean, one_line
-from token_spans import MATCHED, matched_style
+from style_names import MATCHED, matched_style
 
 CLEAN_KEYS = ("normal", "instruction")
 TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
@@ -112,12 +111,6 @@ def style_problem(style: str) -> str | None:
     if not style.isprintable():
         return "it holds a character that cannot be shown"
     return f"it is longer than {LONGEST_STYLE} bytes" if len(style.encode()) > LONGEST_STYLE else None
-
-
-def dose_of(style: str) -> int | None:
-    """Number of one-letter edits of a dose style: 2 of `typo@2`; None of any other style."""
-    match = re.fullmatch(r"typo@([1-9]\d?)", style)
-    return int(match[1]) if match else None
 
 
 def surrogate_problem(text: str) -> str | None:

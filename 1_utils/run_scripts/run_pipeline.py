@@ -34,7 +34,7 @@ from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from run_store import open_run, outdated, row_indices, unfinished
 from stamps import ROOT, is_done, place_of, read_stamp
-from token_spans import matched_style
+from style_names import matched_style
 
 EXIT_SOME_FAILED = 1
 EXIT_STOPPED = 75  # stage 2 was stopped by a signal

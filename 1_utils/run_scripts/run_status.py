@@ -30,7 +30,7 @@ from command_line import UserError, aligned, make_parser, run_main
 from file_output import gigabytes
 from load_json import read_prompt_file
 from stamps import is_current, read_stamp
-from token_spans import matched_style
+from style_names import matched_style
 
 RATE_SPAN = 3600.0  # seconds
 ENDED = "ended without a word (cancelled, out of time, or its node failed)"

@@ -30,7 +30,7 @@ from file_output import atomic_path, make_folder, read_csv, remove_leftovers, wr
 from load_json import CLEAN_KEYS, RowId, parse_rows, read_prompt_file, read_text
 from logger import get_logger
 from pt_fields import AXES, RUN_AXES, axis_sizes
-from token_spans import matched_style
+from style_names import matched_style
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,10 +23,10 @@ from logger import get_logger
 from pt_fields import AXES, FIELDS
 from read_predictions import Prediction, predictions_of
 from run_store import Run, row_indices
-from token_spans import MATCHED, edited_spans, matched_style
+from style_names import MATCHED, NEUTRAL, SPLIT_STYLE, is_control, matched_style
+from token_spans import edited_spans
 
 Extract = Callable[[dict[str, Any], Path], dict[str, np.ndarray]]
-SPLIT_STYLE = "split"  # a control for fragmentation: the clean word, cut by an invisible character
 
 
 class StyleRows:
@@ -438,14 +438,9 @@ def templates_of(run: Run) -> set[str]:
 # --- controls
 
 
-def is_control(style: str) -> bool:
-    """Whether a style is the clean word in other tokens: `split`, or `split@<style>` (matched_split.py of stage 2)."""
-    return style == SPLIT_STYLE or matched_style(style) is not None
-
-
 def control_of(run: Run, style: str) -> str | None:
-    """The control that a style is compared with: `split@<style>`, else `split`, if the run has one of them."""
-    names = () if is_control(style) else (f"{MATCHED}{style}", SPLIT_STYLE)
+    """The control that a style is compared with, if the run has one: `split@<style>`, `neutral@<style>` or `split`."""
+    names = () if is_control(style) else (f"{MATCHED}{style}", f"{NEUTRAL}{style}", SPLIT_STYLE)
     return next((name for name in names if name in run.styles), None)
 
 

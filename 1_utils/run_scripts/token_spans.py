@@ -27,7 +27,6 @@ BASE_REGIONS = ("all", "last", "context", "instruction", "task", "first")
 # White space and more text follow a colon that splits (after `**Task:**` too); a full-width one, or one after Chinese
 # or Japanese, needs no space. `12 : 4` is a ratio, `(:` a smiley, `std:: x` a name.
 LABEL_COLON = re.compile(r"(?!(?<=\d\s):\s+\d)(?<![:(\[]):(?:(?<!\s:)[*_]+)?(?=\s+\S)|(?:：|(?<=[぀-鿿]):)(?=\s*\S)")
-MATCHED = "split@"  # `split@swap`: the clean prompt, read with as many tokens in each edited word as `swap` has
 
 
 @dataclass(frozen=True)
@@ -215,11 +214,6 @@ def _space_before(text: str, words: list[Span], position: int) -> str:
 
 
 # --- regions
-
-
-def matched_style(style: str) -> str | None:
-    """`swap` of the control `split@swap`, None of any other style."""
-    return style.removeprefix(MATCHED) if style.startswith(MATCHED) and style != MATCHED else None
 
 
 def region_names(style: str, clean_style: str | None, styles: list[str]) -> list[str]:

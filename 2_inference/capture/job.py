@@ -35,7 +35,8 @@ from run_store import (
     record_failures,
     save_pt,
 )
-from token_spans import matched_style, template_text
+from style_names import matched_style
+from token_spans import template_text
 
 from capture.batching import RowCost, attention_layers, batch_limit, file_bytes, plan_files, row_cost, windows_of
 from capture.cpu_speed import keep_heap, onednn_linears

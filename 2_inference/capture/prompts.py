@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from command_line import UserError
 from load_json import PromptFile, read_text
+from style_names import matched_style
 from token_spans import (
     BASE_REGIONS,
     RenderedPrompt,
@@ -19,7 +20,6 @@ from token_spans import (
     character_regions,
     control_tokens,
     edited_spans,
-    matched_style,
     region_mask,
     region_names,
     render_prompt,

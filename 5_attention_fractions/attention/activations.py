@@ -19,17 +19,16 @@ from logger import get_logger
 from next_token_change import last_logits, next_token_change
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
 from run_store import Run, open_run
+from style_names import is_control, matched_style
 from style_rows import (
     StyleRows,
     clean_and_styles,
     control_of,
-    is_control,
     like_control,
     paired_rows,
     twin_region,
     warn_missing_controls,
 )
-from token_spans import matched_style
 from torch.nn.functional import cosine_similarity
 
 from attention.layer_slices import layer_slices

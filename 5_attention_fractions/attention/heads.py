@@ -19,8 +19,8 @@ from command_line import UserError, did_you_mean
 from logger import get_logger
 from paired_stats import benjamini_hochberg, clustered_mean, deal
 from run_store import Run
+from style_names import matched_style
 from style_rows import StyleRows, clean_and_styles, control_of, paired_rows, same_words, templates_of, token_limit
-from token_spans import matched_style
 
 from attention.aligned_maps import aligned_divergence, row_maps
 from attention.answer_flips import Answers, flip_association

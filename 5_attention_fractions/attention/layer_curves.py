@@ -10,8 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from file_output import save_figure
 from matplotlib.ticker import MaxNLocator
-from style_rows import SPLIT_STYLE, is_control
-from token_spans import matched_style
+from style_names import SPLIT_STYLE, is_control, matched_style
 
 MANY_STYLES = 6
 NOTES = {"real_word": "real_word (another word)"}

@@ -21,11 +21,11 @@ from matplotlib.ticker import MaxNLocator
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal, holm
 from run_store import Run
 from scipy import stats
+from style_names import is_control
 from style_rows import (
     StyleRows,
     clean_and_styles,
     control_of,
-    is_control,
     like_control,
     paired_rows,
     templates_of,

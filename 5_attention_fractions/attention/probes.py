@@ -20,19 +20,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from style_names import MATCHED, SPLIT_STYLE, is_control, matched_style
 from style_rows import (
-    SPLIT_STYLE,
     StyleRows,
     clean_and_styles,
     control_of,
-    is_control,
     like_control,
     paired_rows,
     twin_region,
     warn_missing_controls,
 )
 from threadpoolctl import threadpool_limits
-from token_spans import MATCHED, matched_style
 from tqdm import tqdm
 
 from attention.answer_flips import Answers
