@@ -35,7 +35,9 @@ AXES = {
     "T": ("position", "token positions"),
     "k": ("rank", "logits"),
     "G": ("generated token", "generated tokens"),
+    "A": ("accepted answer", "accepted answers"),
 }
+PADDED_RIGHT = "GA"
 RUN_AXES = "LHDFk"  # these must also agree between the files of a run
 
 
@@ -44,8 +46,8 @@ class Field:
     """One key of a .pt file.
 
     axes: its letters; with a B it has a value for each row, without one it belongs to the file; "": no size. `dtype` is
-    that of a tensor, or says what a list holds. S and T are padded on the left with `pad`, G on the right. row_name:
-    what `pack_rows` calls the value of one row, if not by the key. by_layer: a dict {layer_5: tensor}.
+    that of a tensor, or says what a list holds. S and T are padded on the left with `pad`, G and A on the right.
+    row_name: what `pack_rows` calls the value of one row, if not by the key. by_layer: a dict {layer_5: tensor}.
     """
 
     axes: str
@@ -93,6 +95,11 @@ FIELDS = {
     "normal_response_logprob": Field("B", "float", "with `--response_logprobs`: log probability of the clean form's "
                                      "response after this prompt; NaN if there is none"),
     "normal_response_token_count": Field("B", "int", "tokens of that response"),
+    "response_logprob_under_normal": Field("B", "float", "with `--cross_logprobs`: log probability of this response "
+                                           "after the clean form's prompt; NaN if there is none"),
+    "answer_logprobs": Field("BA", "float32", "with `--answer_logprobs`: log probability of each accepted answer of "
+                             "the row after this prompt; NaN after the last", pad=math.nan),
+    "answer_token_counts": Field("BA", "int64", "tokens of each accepted answer; 0 after the last"),
     "style": Field("", "str", "the style"),
     "topk_positions": Field("", "str", "`last` or `all`: see `topk_vals`"),
 }  # fmt: skip
@@ -226,14 +233,14 @@ def unpack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stack(values: list[torch.Tensor], axes: str, pad: float) -> torch.Tensor:
-    """One tensor of the rows on the B axis; what differs in size is padded with `pad`, G on the right, else left."""
+    """One tensor of the rows on the B axis; what differs in size is padded with `pad`, on its side."""
     batch = axes.index("B")
     shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
     whole = values[0].new_full([*shape[:batch], len(values), *shape[batch:]], pad)
     own_axes = axes.replace("B", "")
     for place, value in enumerate(values):
         at = [
-            slice(0, size) if letter == "G" else slice(longest - size, None)
+            slice(0, size) if letter in PADDED_RIGHT else slice(longest - size, None)
             for letter, size, longest in zip(own_axes.ljust(value.ndim), value.shape, shape, strict=True)
         ]
         whole.select(batch, place)[tuple(at)] = value
@@ -245,7 +252,7 @@ def _unpad(value: torch.Tensor, field: Field, real: torch.Tensor) -> torch.Tenso
     for axis, letter in enumerate(field.axes.replace("B", "")):
         if letter == "S" or (letter == "T" and value.shape[axis] == len(real)):
             value = value.index_select(axis, real.nonzero()[:, 0])
-        elif letter == "G":
+        elif letter in PADDED_RIGHT:
             is_pad = value.isnan() if math.isnan(field.pad) else value == field.pad
             value = value[: int((~is_pad).sum())]
     return value
