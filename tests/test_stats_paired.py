@@ -12,6 +12,7 @@ import pytest
 from paired_stats import (
     benjamini_hochberg,
     clustered_mean,
+    clustered_ratio,
     deal,
     design_effect,
     exact_mcnemar,
@@ -408,3 +409,34 @@ def test_summary_without_a_baseline_or_without_rows_has_no_differences():
     assert single["p"].isna().all()
     assert single["n_paired"].tolist() == [0, 1, 1]
     assert len(paired_summary(items.iloc[:0], "score")) == 0
+
+
+# --- ratios of sums
+
+
+def test_a_ratio_over_equal_denominators_is_the_mean():
+    values = np.random.default_rng(1).normal(size=(30, 3, 2))
+    ratio, mean = clustered_ratio(values, np.ones((30, 1, 1))), clustered_mean(values)
+    assert ratio.mean == pytest.approx(mean.mean)
+    assert ratio.ci_low == pytest.approx(mean.ci_low)
+    assert (ratio.n == 30).all()
+
+
+def test_a_ratio_leaves_out_one_cluster_at_a_time():
+    top, bottom, clusters = np.array([1.0, 2, 6, np.nan]), np.array([2.0, 2, 4, 9]), ["a", "a", "b", "b"]
+    found = clustered_ratio(top, bottom, clusters)
+    without = np.array([6 / 4, 3 / 4])  # the last row is not known
+    assert found.mean == 9 / 8
+    assert found.standard_error == pytest.approx(np.sqrt(1 / 2 * ((without - 9 / 8) ** 2).sum()))
+    assert (found.n, found.n_clusters, found.df) == (3, 2, 1)
+    assert np.isnan(clustered_ratio(top[:2], bottom[:2], clusters[:2]).ci_low)
+
+
+def test_the_interval_of_a_ratio_holds_in_19_of_20_runs():
+    rng = np.random.default_rng(2)
+    inside = 0
+    for _ in range(1000):
+        bottom = np.repeat(rng.gamma(1.0, 1.0, 40), 2)
+        found = clustered_ratio(bottom * rng.normal(0.5, 0.4, 80), bottom, np.repeat(np.arange(40), 2))
+        inside += found.ci_low <= 0.5 <= found.ci_high
+    assert 0.92 < inside / 1000 < 0.97

@@ -116,6 +116,43 @@ def paired_difference(variant: Any, clean: Any, clusters: Iterable[Hashable] | N
     return clustered_mean(variant - clean, clusters)
 
 
+def clustered_ratio(top: Any, bottom: Any, clusters: Iterable[Hashable] | None = None) -> Estimate:
+    """Ratio of sums, sum(top) / sum(bottom) over rows, with a cluster jackknife interval, cell by cell.
+
+    top: [n] or [n, *cells]; bottom: of the same shape, or one that broadcasts to it. A row counts if both are known.
+    The standard error is sqrt((C - 1) / C * sum_c (ratio without cluster c - ratio)^2). t has C - 1 degrees of freedom
+    and tests the ratio against 0. Returns floats for [n], else arrays [*cells]. NaN with one cluster.
+    """
+    top = np.asarray(top, dtype=np.float64)
+    bottom = np.broadcast_to(np.asarray(bottom, dtype=np.float64), top.shape)
+    known = ~np.isnan(top + bottom)
+    codes = cluster_codes(len(top), clusters)
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    if not len(starts):
+        empty = np.full(top.shape[1:], math.nan)
+        return Estimate(*[empty] * 7, np.zeros(top.shape[1:], int), np.zeros(top.shape[1:], int))
+
+    def sums(values: np.ndarray) -> np.ndarray:  # [C, *cells]
+        return np.add.reduceat(np.where(known, values, 0.0)[order], starts, axis=0)
+
+    above, below, counts = sums(top), sums(bottom), sums(np.ones(top.shape))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = above.sum(axis=0) / below.sum(axis=0)
+        without = (above.sum(axis=0) - above) / (below.sum(axis=0) - below)
+        n_clusters = (counts > 0).sum(axis=0)
+        shift = np.where(counts > 0, without - ratio, 0.0)
+        error = np.sqrt((n_clusters - 1) / n_clusters * (shift**2).sum(axis=0))
+        error = np.where((n_clusters >= 2) & (error > ZERO_VARIANCE * np.abs(ratio)), error, math.nan)
+        t, df = ratio / error, np.where(np.isnan(error), math.nan, n_clusters - 1)
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
+    fields = [ratio, error, ratio - half, ratio + half, t, 2 * stats.t.sf(np.abs(t), df), df, counts.sum(axis=0)]
+    found = Estimate(*fields, n_clusters)
+    if top.ndim > 1:
+        return found._replace(n=found.n.astype(int))
+    return Estimate._make([*(float(field) for field in fields[:7]), int(fields[7]), int(n_clusters)])
+
+
 def cluster_codes(count: int, clusters: Iterable[Hashable] | None) -> np.ndarray:
     """[n] number of each row's cluster, from 0 in the order of their first rows; a row without a label is its own."""
     labels: list[Any] = [None] * count if clusters is None else list(clusters)
