@@ -131,7 +131,7 @@ def clustered_ratio(top: Any, bottom: Any, clusters: Iterable[Hashable] | None =
     starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
     if not len(starts):
         empty = np.full(top.shape[1:], math.nan)
-        return Estimate(*[empty] * 7, np.zeros(top.shape[1:], int), np.zeros(top.shape[1:], int))
+        return Estimate._make([*[empty] * 7, *[np.zeros(top.shape[1:], dtype=int)] * 2])
 
     def sums(values: np.ndarray) -> np.ndarray:  # [C, *cells]
         return np.add.reduceat(np.where(known, values, 0.0)[order], starts, axis=0)
@@ -147,7 +147,7 @@ def clustered_ratio(top: Any, bottom: Any, clusters: Iterable[Hashable] | None =
         t, df = ratio / error, np.where(np.isnan(error), math.nan, n_clusters - 1)
         half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
     fields = [ratio, error, ratio - half, ratio + half, t, 2 * stats.t.sf(np.abs(t), df), df, counts.sum(axis=0)]
-    found = Estimate(*fields, n_clusters)
+    found = Estimate._make([*fields, n_clusters])
     if top.ndim > 1:
         return found._replace(n=found.n.astype(int))
     return Estimate._make([*(float(field) for field in fields[:7]), int(fields[7]), int(n_clusters)])
