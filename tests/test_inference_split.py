@@ -56,7 +56,9 @@ def test_only_the_ids_of_the_edited_words_change_and_are_as_many_as_the_typos(tm
         assert tokenizer.decode(own.input_ids) == tokenizer.decode(plain.input_ids)
         assert shown.replace(CUT, "") == ROWS[index]["normal"]
         mine, before = own.region_mask[:, edited], plain.region_mask[:, clean.names.index("edited:swap")]
-        assert int(mine.sum()) == int(other.region_mask[:, edited].sum())
+        assert torch.equal(mine, other.region_mask[:, edited])
+        outside = [torch.tensor(one.input_ids)[~mine] for one in (own, other)]
+        assert torch.equal(*outside)
         rest = [torch.tensor(one.input_ids)[~mask] for one, mask in ((own, mine), (plain, before))]
         assert torch.equal(*rest)
         words = [tokenizer.decode(torch.tensor(one.input_ids)[mask]) for one, mask in ((own, mine), (plain, before))]
@@ -74,6 +76,20 @@ def test_the_cuts_lie_where_the_typo_is_cut(tmp_path):
     pieces = own[own.index("Ġca") :][: len(tokens)]
     assert "".join(pieces) == "Ġcalculate"
     assert [len(piece) for piece in pieces] == [len(token) for token in tokens]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_a_space_that_is_a_token_of_its_own_belongs_to_the_word_after_it(tmp_path, monkeypatch, kind):
+    row = {"normal": "Please calculate the sum: 7 + 5 =", "swap": "Please zcalculate teh sum: 7 + 5 ="}
+    monkeypatch.setattr("test_inference_split.ROWS", [row])
+    reader = reader_of(tmp_path, kind)
+    control, typo = (reader.style(style) for style in ("split@swap", "swap"))
+    own, other = (reader.prompt(style, 0) for style in (control, typo))
+    words = [reader.tokenizer.convert_ids_to_tokens(one.input_ids) for one in (own, other)]
+    space = words[1].index("z") - 1
+    assert words[0][space] == words[1][space] in ("Ġ", "▁")
+    assert all(one.region_mask[space, control.names.index("edited")] for one in (own, other))
+    assert len(own.input_ids) == len(other.input_ids)
 
 
 def test_words_side_by_side_are_matched_one_by_one(tmp_path):

@@ -254,7 +254,8 @@ def region_mask(
     """Which tokens lie in which region, [S, R] bool.
 
     `offsets` are the tokenizer's character offsets in `rendered.text`. Base regions take a token by its first
-    character that is no white space (so they are disjoint and together all tokens), edited ones by any overlap.
+    character that is no white space (so they are disjoint and together all tokens), edited ones by any overlap. A token
+    of spaces alone belongs to the word that follows it at once: some tokenizers cut ` 12` into ` ` and `12`.
     """
     import torch
 
@@ -271,8 +272,9 @@ def region_mask(
         if first < last and rendered.own[0] <= first < rendered.own[1]:
             home = "task" if _touches(placed["task"], first, first + 1) else "instruction"
         mask[token, column[home]] = True
+        reach = last if rendered.text[start:end].strip(" ") else last + 1
         for name in names[len(BASE_REGIONS) :]:
-            if first < last and _touches(placed.get(name, []), first, last):
+            if first < last and _touches(placed.get(name, []), first, reach):
                 mask[token, column[name]] = True
     return mask
 

@@ -70,24 +70,28 @@ class WordCutter:
         signs = list(range(len(text)))
         if len(shown) != len(text):  # byte-level: a sign a byte
             signs = [place for place, character in enumerate(text) for _ in character.encode()]
-        if len(shown) != len(signs) or not run[1] - run[0] <= len(wanted) < len(signs) <= LONGEST:
+        if len(shown) != len(signs) or not run[1] - run[0] <= len(wanted) or not len(signs) <= LONGEST:
             return None
-        # 2. Every piece (start, end) of them that the vocabulary has.
+        # 2. Every piece (start, end) of them that the vocabulary has; the space before them is a sign, too.
         vocabulary, longest = self._vocabulary
         lead = len(written) - len(signs)
+        places = [*range(start - lead, start), *(start + sign for sign in signs)]
+        has_space = lead > 0 and clean.text[max(0, start - lead) : start] == " " * lead
         pieces: dict[Span, int] = {}
-        for a in range(len(signs)):
-            for b in range(a + 1, min(len(signs), a + longest) + 1):
-                piece = written[lead + a if a else 0 : lead + b]
-                if piece in vocabulary and not text[signs[b - 1]].isspace():
+        for a in range(len(written)):
+            for b in range(max(a, lead - 1) + 1, min(len(written), a + longest) + 1):
+                piece = written[a:b]
+                if piece in vocabulary and (has_space if b == lead else not clean.text[places[b - 1]].isspace()):
                     pieces[a, b] = vocabulary[piece]
         # 3. The best cuts.
-        cuts = best_cuts(pieces, len(signs), [share * len(signs) for share in wanted])
+        cuts = best_cuts(pieces, len(written), [lead + share * len(signs) for share in wanted])
         if cuts is None:
             return None
-        edges = list(zip([0, *cuts], [*cuts, len(signs)], strict=True))
-        spans = [_trimmed(clean.text, start + signs[a], start + signs[b - 1] + 1) for a, b in edges]
-        return [pieces[edge] for edge in edges], spans
+        edges = list(zip([0, *cuts], [*cuts, len(written)], strict=True))
+        spans = [(places[a], places[b - 1] + 1) for a, b in edges]
+        return [pieces[edge] for edge in edges], [
+            span if span[1] == start else _trimmed(clean.text, *span) for span in spans
+        ]
 
 
 def new_cuts(clean: TokenisedText, offsets: list[Span]) -> list[int]:
@@ -148,9 +152,12 @@ def _runs(edited: list[bool]) -> list[Span]:
 
 
 def _words(one: TokenisedText, run: Span) -> list[Span]:
-    """A run of tokens cut before each token that follows white space."""
-    first = {token: _trimmed(one.text, *one.offsets[token])[0] for token in range(run[0] + 1, run[1])}
-    starts = [run[0], *(token for token, start in first.items() if one.text[start - 1].isspace())]
+    """A run of tokens cut before each token that follows white space; a token of white space begins a word."""
+    starts = [run[0]]
+    for token in range(run[0] + 1, run[1]):
+        start, before = _trimmed(one.text, *one.offsets[token])[0], one.text[slice(*one.offsets[token - 1])]
+        if one.text[start - 1].isspace() and before.strip():
+            starts.append(token)
     return list(zip(starts, [*starts[1:], run[1]], strict=True))
 
 

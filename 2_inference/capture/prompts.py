@@ -153,8 +153,11 @@ class PromptReader:
         for place in reversed(new_cuts(clean, found[1])):
             shown = shown[: place - shift] + CUT + shown[place - shift :]
         made = _ReadPrompt(own.rendered, *found, shown)
-        # A token may hold a word and the sign after it; cut off, the sign is in no edited word.
-        return made if int(self._mask(made, style, index, names)[:, -1].sum()) == sum(goal) else None
+        # Token by token the typo's twin, or none: a token may hold a word and the sign after it; cut off, the sign is
+        # in no edited word.
+        twins = zip(made.ids, other.ids, goal, strict=False)
+        same = len(made.ids) == len(other.ids) and all(inside or a == b for a, b, inside in twins)
+        return made if same and self._mask(made, style, index, names)[:, -1].tolist() == goal else None
 
     def _text(self, style: str, index: int) -> str:
         return str(self.file.rows[index][self.file.clean_key if matched_style(style) else style])
