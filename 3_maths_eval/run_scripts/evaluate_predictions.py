@@ -6,11 +6,11 @@ Writes  results/<run>/maths_items.csv        one line per answer: gold, value, r
         results/<run>/maths_summary.csv      per style: accuracy, paired difference to normal, intervals, p values
         results/<run>/maths_flips.csv        answers that turned from right to wrong or back, with both texts
         results/<run>/maths_breakdown.csv    the same by operation, digits, number of edits, token change
-        results/<run>/decomposition.csv      with split@<style> in the run: fragmentation and spelling (docs/METHODS.md)
+        results/<run>/robustness_summary.csv spread, consistency and others over all styles (docs/METHODS.md)
+        results/<run>/decomposition.csv      with split@<style> in the run: fragmentation and spelling
         results/<run>/maths_accuracy.png, maths_flips.png, maths_by_edits.png
 
-    python 3_maths_eval/run_scripts/evaluate_predictions.py --run_dir outputs/demo/maths \\
-        --results_dir results/demo/maths
+    python 3_maths_eval/run_scripts/evaluate_predictions.py --run_dir outputs/demo/maths
 
 An answer that cannot be read counts as wrong. Rows without a readable gold answer are left out of n, and counted.
 """
