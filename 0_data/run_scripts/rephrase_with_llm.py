@@ -24,9 +24,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from chat_client import ChatClient, add_server_flags
+from chat_client import add_server_flags, client_of
 from command_line import UserError, make_parser, run_main
-from file_output import write_csv, write_json
+from file_output import beside, write_csv, write_json
 from load_json import TYPO_STYLES, read_prompt_file
 from logger import get_logger
 
@@ -65,30 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     styles = list(dict.fromkeys(args.styles))
     rows = read_prompt_file(args.prompt_file).rows
     chosen = rows[: args.max_samples]
-    client = ChatClient(
-        args.model,
-        cache_path=_beside(args.output_file, "_replies.jsonl"),
-        base_url=args.base_url,
-        api_key_env=args.api_key_env,
-        max_concurrency=args.max_concurrency,
-        max_retries=args.max_retries,
-        timeout=args.timeout,
-    )
+    client = client_of(args, args.model, beside(args.output_file, "_replies.jsonl"))
     if args.dry_run:
         logger.info(str(client.estimate(job.request(args.max_tokens) for job in rephrasing.make_jobs(chosen, styles))))
         return 0
     done, log = rephrasing.rephrase(chosen, styles, client, args.attempts, args.max_tokens, args.suffix)
-    write_csv(_beside(args.output_file, "_rephrasings.csv"), rephrasing.log_table(log))
+    write_csv(beside(args.output_file, "_rephrasings.csv"), rephrasing.log_table(log))
     write_json(args.output_file, [*done, *rows[len(chosen) :]])
     for index, row in enumerate(chosen):
         if reason := variants.bad_row(row):
             logger.warning(f"row {index + 1} {reason}; it was copied as it is")
     logger.info(f"prompts with an accepted variant: {_counts(log, styles)}; wrote {args.output_file}")
     return 1 if any(line["reason"].startswith("request failed") for line in log) else 0
-
-
-def _beside(output_file: Path, ending: str) -> Path:
-    return output_file.with_name(output_file.stem + ending)
 
 
 def _counts(log: list[dict[str, Any]], styles: Sequence[str]) -> str:

@@ -28,9 +28,9 @@ from load_json import (
     style_problem,
     surrogate_problem,
 )
-from style_names import dose_of, matched_style
+from style_names import dose_of, matched_style, repaired_style
 
-from typos.style_rules import verify_variant
+from typos.style_rules import verify_repair, verify_variant
 from typos.words import osa_distance
 
 KNOWN_STYLES = (*CLEAN_KEYS, *STYLES, "other")
@@ -106,6 +106,7 @@ def check_rows(rows: list[Any], intensity: int = 1, styles: Sequence[str] = ()) 
     every row should have; the file's others are not looked at (default, or `all`: all that any row has).
     """
     wanted = [matched_style(style) or style for style in styles if "all" not in styles]
+    wanted += [base for base in map(repaired_style, list(wanted)) if base and base not in wanted]
     meant = _meant_keys(rows)
     rows = [_considered(row, wanted, meant) for row in rows]
     objects = {index: row for index, row in enumerate(rows) if isinstance(row, dict)}
@@ -249,8 +250,9 @@ def _row_problems(
         yield from _variant_problems(checked, intensity)
     first: dict[str, str] = {}
     for style, text in row.items():
-        # A dose may draw the very edit of a style with one edit.
-        variant = _is_variant(style) and style not in data and _is_prompt(text) and dose_of(style) is None
+        # A dose may draw the very edit of a style with one edit; repairs are often alike.
+        free = dose_of(style) is not None or repaired_style(style) is not None or style in data
+        variant = _is_variant(style) and _is_prompt(text) and not free
         if variant and (other := first.setdefault(text, style)) != style:
             yield "duplicate_variant", f"equals {_shown(other)}", style, "drop variant"
 
@@ -294,9 +296,16 @@ def _variant_problems(row: Row, intensity: int) -> Iterator[Problem]:
             fix = "" if key == clean_key else "drop variant"
             yield "task_not_in_prompt", "the row's task is not in it word for word", key, fix
     for style, text in row.items():
-        if _is_variant(style) and _is_prompt(text):
-            for kind, detail in verify_variant(clean, text, style, row, intensity):
-                yield kind, detail, style, "drop variant"
+        if not (_is_variant(style) and _is_prompt(text)):
+            continue
+        if (base := repaired_style(style)) is None:
+            faults = verify_variant(clean, text, style, row, intensity)
+        elif _is_prompt(row.get(base)):
+            faults = verify_repair(row[base], text, row)
+        else:
+            faults = [("no_base_style", f"the row has no usable {_shown(base)}, which it would be the repair of")]
+        for kind, detail in faults:
+            yield kind, detail, style, "drop variant"
 
 
 def _duplicate_rows(objects: dict[int, Row], ids: dict[int, Any]) -> Iterator[Finding]:

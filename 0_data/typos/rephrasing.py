@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -44,11 +44,12 @@ LOG_COLUMNS = ["style", "original_index", "element_index", "attempt", "accepted"
 
 @dataclass
 class Job:
-    """One variant to be written: the row, the style, and the talk with the model so far."""
+    """One variant to be written: the row, the key it is for, the text it is made of, and the talk with the model."""
 
     original_index: int
     row: dict[str, Any]
     style: str
+    text: str
     messages: tuple[tuple[str, str], ...]
     attempt: int = 1
 
@@ -63,57 +64,76 @@ def rephrase(
     """(rows with the accepted variants added, one log line an answer); the given rows are left as they are."""
     old = {style + suffix for style in styles}
     rows_out = [{k: v for k, v in row.items() if k not in old} if isinstance(row, dict) else row for row in rows]
+
+    def reasons_of(job: Job, variant: str) -> list[str]:
+        others = {key: text for key, text in rows_out[job.original_index].items() if is_style_key(key)}
+        twins = [f"duplicate_variant: equals {key!r}" for key, text in others.items() if text == variant]
+        return reasons_against(job.row, job.style, variant) or twins
+
+    return rows_out, answer_jobs(make_jobs(rows, styles), rows_out, client, attempts, max_tokens, reasons_of, suffix)
+
+
+def answer_jobs(
+    jobs: list[Job],
+    rows_out: list[Any],
+    client: ChatClient,
+    attempts: int,
+    max_tokens: int,
+    reasons_of: Callable[[Job, str], list[str]],
+    suffix: str = "",
+) -> list[dict[str, Any]]:
+    """Ask until an answer is accepted, at most `attempts` times; one log line an answer.
+
+    reasons_of(job, variant): why the variant is rejected. An accepted one goes into the row under <job.style><suffix>.
+    """
     log: list[dict[str, Any]] = []
-    jobs = make_jobs(rows, styles)
+    order = {(job.original_index, job.style): place for place, job in enumerate(jobs)}
     for _ in range(attempts):
         rejected: list[Job] = []
         replies = client.map(job.request(max_tokens) for job in jobs)
         for job, reply in tqdm(zip(jobs, replies, strict=True), total=len(jobs), unit="answer", disable=None):
-            variant = read_answer(reply.content, clean_text(job.row))
+            variant = read_answer(reply.content, job.text)
             if reply.error is not None:
                 reasons = [f"request failed: {reply.error}"]
             elif reply.finish_reason == "length":
                 reasons = ["cut off: the answer is longer than --max_tokens"]
             else:
-                others = {key: text for key, text in rows_out[job.original_index].items() if is_style_key(key)}
-                twins = [f"duplicate_variant: equals {key!r}" for key, text in others.items() if text == variant]
-                reasons = reasons_against(job.row, job.style, variant) or twins
+                reasons = reasons_of(job, variant)
             log.append(_log_line(job, reply, variant, reasons))
             if not reasons:
                 rows_out[job.original_index][job.style + suffix] = variant
             elif reply.error is None:
                 rejected.append(_next_attempt(job, reply, reasons))
         jobs = rejected
-    log.sort(key=lambda line: (line["original_index"], styles.index(line["style"]), line["attempt"]))
-    return rows_out, log
+    log.sort(key=lambda line: (order[line["original_index"], line["style"]], line["attempt"]))
+    return log
 
 
 def make_jobs(rows: Sequence[Any], styles: Sequence[str]) -> list[Job]:
     """One job for each style of each row with a usable clean prompt."""
     return [
-        Job(index, row, style, first_messages(row, style))
+        Job(index, row, style, text, messages_for(REQUESTS[style], text, protected_texts(text, row)))
         for index, row in enumerate(rows)
         if bad_row(row) is None
+        for text in [clean_text(row)]
         for style in styles
     ]
 
 
-def first_messages(row: dict[str, Any], style: str) -> tuple[tuple[str, str], ...]:
-    """The system and the user message that ask for `style`; protected text is listed for the model."""
-    clean = clean_text(row)
-    kept = dict.fromkeys(protected_texts(clean, row))
-    rule = "These parts must stay exactly as they are:\n" + "\n".join(kept) + "\n\n" if kept else ""
-    return (("system", SYSTEM), ("user", f"{REQUESTS[style]}\n\n{rule}The prompt:\n{clean}"))
+def messages_for(request: str, prompt: str, kept: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The system and the user message that ask for a variant of `prompt`, in which the texts `kept` stay."""
+    rule = "These parts must stay exactly as they are:\n" + "\n".join(dict.fromkeys(kept)) + "\n\n" if kept else ""
+    return (("system", SYSTEM), ("user", f"{request}\n\n{rule}The prompt:\n{prompt}"))
 
 
-def read_answer(content: str | None, clean: str) -> str:
-    """The variant in an answer: without thinking, code fence or quotation marks that the clean prompt has not."""
-    text = (content if without_thinking(clean) != clean else without_thinking(content or "")) or ""
+def read_answer(content: str | None, prompt: str) -> str:
+    """The variant in an answer: without thinking, code fence or quotation marks that the prompt itself has not."""
+    text = (content if without_thinking(prompt) != prompt else without_thinking(content or "")) or ""
     text = text.strip()
     fenced = re.fullmatch(r"```[a-z]*\n(.*?)\n?```", text, re.DOTALL)
-    if fenced and not clean.lstrip().startswith("```"):
+    if fenced and not prompt.lstrip().startswith("```"):
         text = fenced[1].strip()
-    if len(text) > 1 and text[0] + text[-1] in ('""', "“”") and clean.strip()[:1] != text[0]:
+    if len(text) > 1 and text[0] + text[-1] in ('""', "“”") and prompt.strip()[:1] != text[0]:
         text = text[1:-1].strip()
     return text
 
@@ -136,7 +156,7 @@ def reasons_against(row: dict[str, Any], style: str, variant: str) -> list[str]:
 def _next_attempt(job: Job, reply: ChatReply, reasons: list[str]) -> Job:
     complaint = f"This was rejected: {one_line(reasons[0], 200)}. Try again; reply with the edited prompt alone."
     talk = (*job.messages, ("assistant", reply.content or "(no answer)"), ("user", complaint))
-    return Job(job.original_index, job.row, job.style, talk, job.attempt + 1)
+    return replace(job, messages=talk, attempt=job.attempt + 1)
 
 
 def _log_line(job: Job, reply: ChatReply, variant: str, reasons: list[str]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 from load_json import STYLES
 from rapidfuzz.distance import Levenshtein
 from style_names import dose_of
-from token_spans import LABEL_COLON
+from token_spans import LABEL_COLON, Span, aligned_words
 
-from typos.protection import has_two_numbers, protected_texts
+from typos.protection import has_two_numbers, protected_spans, protected_texts
 from typos.words import (
     FUNCTION_WORDS,
     NUMBER_WORDS,
@@ -66,6 +66,38 @@ def verify_variant(
     if (dose := dose_of(style)) is not None:
         return [*faults, *_check_dose(clean, variant, style, dose)]
     return [*faults, *_STYLE_CHECKS[style](clean, variant, style, FIXED_COUNTS.get(style, intensity))]
+
+
+def spans_to_keep(text: str, row: dict[str, Any]) -> list[Span]:
+    """Spans of a style's `text` that no repair may touch, found in this text alone, without the clean form.
+
+    They are the protected ones; `_where` does not count, because it says where the typos are. Nor does a task that is
+    not in the text as it is.
+    """
+    task, known = row.get("task"), {"answer": row.get("answer")}
+    if isinstance(task, str) and row.get("_where") != "subject" and re.search(rf"(?<!\w){re.escape(task)}(?!\w)", text):
+        known["task"] = task
+    return protected_spans(text, known)
+
+
+def verify_repair(text: str, repaired: str, row: dict[str, Any]) -> list[Fault]:
+    """What is wrong with `repaired` as the repair of the style's `text`; empty if nothing is.
+
+    Numbers, operators and protected text stay, and the other words differ by at most three letters each.
+    """
+    before, after = (_NUMBERS_AND_OPERATORS.findall(one) for one in (text, repaired))
+    if before != after:
+        return [("changed_numbers", f"digits or operators differ from the style: {_first_change(before, after)}")]
+    position = 0
+    for start, end in spans_to_keep(text, row):
+        if (found := repaired.find(text[start:end], position)) < 0:
+            return [("changed_protected", f"protected text of the style is not kept: {text[start:end][:40]!r}")]
+        position = found + end - start
+    limit = 3 * sum(edited for *_, edited in aligned_words(text, repaired))
+    old, new = (re.sub(r"[\W_]+", "", one) for one in (text, repaired))
+    if osa_distance(old, new, limit=limit) > limit:
+        return [("wrong_edit", "more than three letters for each changed word differ from the style")]
+    return []
 
 
 _NUMBERS_AND_OPERATORS = re.compile(

@@ -363,6 +363,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for one answer")
 
 
+def client_of(args: argparse.Namespace, model: str, cache_path: Path) -> ChatClient:
+    """The client that the flags of `add_server_flags` describe."""
+    server = (args.base_url, args.api_key_env, args.max_concurrency, args.max_retries, args.timeout)
+    return ChatClient(model, cache_path, *server)
+
+
 # --- requests as servers take them
 
 # How a refusal names what it refuses. A limit of tokens that does not fit this one prompt is no refusal of the limit.

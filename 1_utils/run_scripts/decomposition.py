@@ -19,7 +19,7 @@ from accuracy_tables import row_scores
 from file_output import write_csv
 from logger import get_logger
 from next_token_change import last_logits, next_token_change
-from paired_stats import CONFIDENCE, ZERO_VARIANCE, cluster_codes, clustered_mean, holm
+from paired_stats import CONFIDENCE, ZERO_VARIANCE, Estimate, cluster_codes, clustered_mean, holm
 from run_store import Run
 from scipy import stats
 from style_names import MATCHED
@@ -38,13 +38,14 @@ def write_decomposition(run: Run, items: pd.DataFrame, clean_style: str, folder:
         return
     write_csv(path, table)
     for line in table[table["measure"] == "accuracy"].itertuples():
-        texts = [_with_interval(line, part, "+.3f") for part in PARTS]
+        texts = [with_interval(line, part, "+.3f") for part in PARTS]
         if not math.isnan(line.fragmentation_share):
-            texts.append(_with_interval(line, "fragmentation_share", ".2f"))
+            texts.append(with_interval(line, "fragmentation_share", ".2f"))
         get_logger().info(f"{line.style}: {', '.join(texts)}, n = {line.n}")
 
 
-def _with_interval(line: Any, name: str, digits: str) -> str:
+def with_interval(line: Any, name: str, digits: str) -> str:
+    """`name value [low, high]` of a line with the columns <name>, <name>_ci_low and <name>_ci_high."""
     value, low, high = (getattr(line, f"{name}{end}") for end in ("", "_ci_low", "_ci_high"))
     interval = "no interval" if math.isnan(low) else f"{low:{digits}}, {high:{digits}}"
     return f"{name.replace('_', ' ')} {value:{digits}} [{interval}]"
@@ -63,21 +64,36 @@ def decompose(run: Run, items: pd.DataFrame, clean_style: str) -> pd.DataFrame:
     table = pd.DataFrame([line for line in lines if line is not None and line["n"]])
     if table.empty:
         return table
-    for part in PARTS:
+    return with_holm(table, PARTS)
+
+
+def with_holm(table: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
+    """The table with a column <part>_p_adjusted after each <part>_p: Holm's over the styles of a measure."""
+    for part in parts:
         place = list(table.columns).index(f"{part}_p") + 1
         table.insert(place, f"{part}_p_adjusted", table.groupby("measure")[f"{part}_p"].transform(holm))
     return table
 
 
 def _accuracy_line(scores: pd.DataFrame, style: str, clean_style: str) -> dict[str, Any] | None:
+    if (found := scores_of_forms(scores, (clean_style, f"{MATCHED}{style}", style))) is None:
+        return None
+    return decomposition_line("accuracy", style, *found)
+
+
+def scores_of_forms(scores: pd.DataFrame, forms: tuple[str, str, str]) -> tuple[np.ndarray, pd.Series, int] | None:
+    """(scores [n, 3], clusters [n], rows of the last form) of the rows that have all three forms.
+
+    scores: `row_scores`. Rows whose last form has the clean prompt are left out. None if a form has no row at all.
+    """
     tables = {name: part.set_index("original_index") for name, part in scores.groupby("style")}
-    forms = (clean_style, f"{MATCHED}{style}", style)
     if not tables.keys() >= {*forms}:
         return None
-    own = tables[style][~tables[style]["identical"].astype(bool)]
+    own = tables[forms[-1]]
+    own = own[~own["identical"].astype(bool)]
     rows = [row for row in own.index if all(row in tables[form].index for form in forms)]
     values = np.array([tables[form].loc[rows, "correct"] for form in forms], dtype=np.float64).T
-    return decomposition_line("accuracy", style, values, own.loc[rows, "template"], len(own))
+    return values, own.loc[rows, "template"], len(own)
 
 
 def _kl_line(run: Run, style: str, clean_style: str) -> dict[str, Any] | None:
@@ -113,13 +129,7 @@ def decomposition_line(
         "control_mean": means[1],
         "style_mean": means[2],
     }
-    for place, part in enumerate(PARTS):
-        line |= {
-            part: found.mean[place],
-            f"{part}_ci_low": found.ci_low[place],
-            f"{part}_ci_high": found.ci_high[place],
-            f"{part}_p": found.p[place],
-        }
+    line |= part_columns(PARTS, found)
     share = low = high = math.nan
     if found.ci_low[0] > 0 or found.ci_high[0] < 0:  # else a share of nothing
         share = found.mean[1] / found.mean[0]
@@ -129,6 +139,19 @@ def decomposition_line(
         "fragmentation_share_ci_low": low,
         "fragmentation_share_ci_high": high,
     }
+
+
+def part_columns(parts: Sequence[str], found: Estimate) -> dict[str, float]:
+    """The columns <part>, <part>_ci_low, <part>_ci_high, <part>_p of each cell of an estimate."""
+    columns: dict[str, float] = {}
+    for place, part in enumerate(parts):
+        columns |= {
+            part: found.mean[place],
+            f"{part}_ci_low": found.ci_low[place],
+            f"{part}_ci_high": found.ci_high[place],
+            f"{part}_p": found.p[place],
+        }
+    return columns
 
 
 def share_interval(

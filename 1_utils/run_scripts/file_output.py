@@ -68,6 +68,11 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Where a further file of `path` lies: <name><ending> in its folder."""
+    return path.with_name(path.stem + ending)
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Remove what killed writers of `path` left beside it. Only for a caller that knows nobody is writing it now."""
     path = Path(path)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError, did_you_mean, one_line
-from style_names import MATCHED, matched_style
+from style_names import MATCHED, REPAIRED, matched_style, repaired_style
 
 CLEAN_KEYS = ("normal", "instruction")
 TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
@@ -106,6 +106,8 @@ def style_problem(style: str) -> str | None:
         return "it begins with a dot"
     if style.startswith(MATCHED):
         return f"{MATCHED} begins the names of controls"
+    if style.startswith(REPAIRED) and not is_style_key(repaired_style(style) or "_"):
+        return f"{REPAIRED} is to be followed by the name of a style"
     if style.lower() in RUN_NAMES:
         return "the pipeline uses this name itself"
     if not style.isprintable():

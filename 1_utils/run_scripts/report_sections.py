@@ -85,6 +85,12 @@ SECTIONS = (
                 "rate (SCORE), pdr (PromptBench), shares of the variance, change per edit",
                 ("style", "measure", "n", "n_clusters", "estimate", "p", "minimum_detectable_difference"),
             ),
+            TableOf(
+                "repair_summary.csv",
+                "Does correcting the prompt first give the accuracy back? Regained: repaired − style; remaining: "
+                "repaired − clean form",
+                ("style", "n", "n_clusters", "harm", "regained", "regained_p_adjusted", "remaining", "regained_share"),
+            ),
         ),
     ),
     Section(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from command_line import UserError
@@ -191,22 +192,26 @@ def edited_spans(clean: str, variant: str) -> tuple[list[Span], list[Span]]:
     A word inserted has no clean twin, a word left out none in the variant. Where two words agree and only the white
     space before them differs, both are marked, so that a re-spaced word has its twin too.
     """
+    edited = [(own, twin) for own, twin, differs in aligned_words(clean, variant) if differs]
+    return [own for own, _ in edited if own is not None], [twin for _, twin in edited if twin is not None]
+
+
+def aligned_words(clean: str, variant: str) -> list[tuple[Span | None, Span | None, bool]]:
+    """(clean word, its twin in `variant`, is it edited?) of all words in order; `edited_spans` says when it is."""
     clean_words, variant_words = words_of(clean), words_of(variant)
-    in_clean: list[Span] = []
-    in_variant: list[Span] = []
     left, right = [clean[a:b] for a, b in clean_words], [variant[a:b] for a, b in variant_words]
+    aligned: list[tuple[Span | None, Span | None, bool]] = []
     for step in Levenshtein.opcodes(left, right):
-        if step.tag != "equal":
-            in_clean += clean_words[step.src_start : step.src_end]
-            in_variant += variant_words[step.dest_start : step.dest_end]
-            continue
-        for i, j in zip(range(step.src_start, step.src_end), range(step.dest_start, step.dest_end), strict=True):
-            # At the edge of an edit the white space belongs to the edit.
-            inside = i > step.src_start or (i == 0 and j == 0)
-            if inside and _space_before(clean, clean_words, i) != _space_before(variant, variant_words, j):
-                in_clean.append(clean_words[i])
-                in_variant.append(variant_words[j])
-    return in_clean, in_variant
+        # `equal` and `replace` have as many words on both sides, `delete` and `insert` none on one side.
+        for i, j in zip_longest(range(step.src_start, step.src_end), range(step.dest_start, step.dest_end)):
+            edited = step.tag != "equal"
+            if not edited and (
+                i > step.src_start or i == j == 0
+            ):  # at the edge of an edit the space belongs to the edit
+                edited = _space_before(clean, clean_words, i) != _space_before(variant, variant_words, j)
+            own, twin = None if i is None else clean_words[i], None if j is None else variant_words[j]
+            aligned.append((own, twin, edited))
+    return aligned
 
 
 def _space_before(text: str, words: list[Span], position: int) -> str:

@@ -12,6 +12,7 @@ from decomposition import write_decomposition
 from gold_words import accepted_texts, has_words
 from logger import get_logger
 from read_predictions import Prediction
+from repair_effect import write_repair_effect
 from robustness import write_robustness
 from run_store import Run
 from scored_answers import Evaluation, evaluate_items, report_summary, run_to_score, score_items, write_evaluation
@@ -57,9 +58,10 @@ def write_maths(run: Run, evaluation: Evaluation, folder: Path, own_scores: bool
     if own_scores or not has_words(run.prompt_rows):
         write_decomposition(run, evaluation.items, evaluation.clean_style, folder)
         write_robustness(evaluation.items, evaluation.clean_style, folder)
+        write_repair_effect(evaluation.items, evaluation.clean_style, folder)
     else:
-        both = "decomposition.csv and robustness_summary.csv"
-        get_logger().info(f"{both} are written by match_answers.py, over the answers in words too")
+        others = "decomposition.csv, repair_summary.csv and robustness_summary.csv"
+        get_logger().info(f"{others} are written by match_answers.py, over the answers in words too")
 
 
 class NumberScorer:

@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 from command_line import make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
+from run_store import open_run, warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +44,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare all styles of a run with normal; 1 if a response could not be compared."""
     args = parse_args(argv)
-    from run_store import open_run, warn_unfinished
     from semantics.response_plots import plot_similarity
     from semantics.responses import by_style, response_rows
     from semantics.similarity import MEASURES, compare_rows, load_embedder, noise_floor, summarise

@@ -22,10 +22,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from chat_client import ChatClient, add_server_flags
+from chat_client import add_server_flags, client_of
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
+from run_store import open_run, warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +52,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge a run; 1 if requests failed, so that the same command is worth repeating."""
     args = parse_args(argv)
-    from run_store import open_run, warn_unfinished
     from semantics.judging import MODES, Options, judge_cases, summarise
     from semantics.response_plots import plot_preferences, plot_ratings
     from semantics.responses import by_style, response_rows
@@ -59,11 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = open_run(args.run_dir)
     warn_unfinished(run, args.styles, args.max_samples)
     folder, mode = args.results_dir or Path("results") / run.name, MODES[args.mode]
-    client = ChatClient(
-        args.judge_model,
-        args.cache or folder / "judge_cache.jsonl",
-        *(args.base_url, args.api_key_env, args.max_concurrency, args.max_retries, args.timeout),
-    )
+    client = client_of(args, args.judge_model, args.cache or folder / "judge_cache.jsonl")
     options = Options(args.score_against, args.max_tokens, not args.no_json_schema)
     rows = response_rows(run, args.styles, args.max_samples)
     cases = list(mode.cases(rows, str(run.clean_style), options))

@@ -6,7 +6,7 @@ Writes  results/<run>/answers_items.csv        one line per answer: gold, value,
         results/<run>/answers_summary.csv      per style: accuracy, paired difference to normal, intervals, p values
         results/<run>/answers_flips.csv, answers_breakdown.csv, answers_accuracy.png, answers_flips.png …
         results/<run>/accuracy_summary.csv     if maths_items.csv is there: the summary of both stages' answers together
-        results/<run>/robustness_summary.csv, decomposition.csv   as stage 3 writes them
+        results/<run>/robustness_summary.csv, decomposition.csv, repair_summary.csv   as stage 3 writes them
 
     python 4_semantics_eval/run_scripts/match_answers.py --run_dir outputs/demo/facts --results_dir results/demo/facts
 

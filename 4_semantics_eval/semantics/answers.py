@@ -22,6 +22,7 @@ from file_output import write_csv
 from gold_words import accepted_texts
 from logger import get_logger
 from read_predictions import Prediction
+from repair_effect import write_repair_effect
 from robustness import write_robustness
 from run_on import run_on_places, without_echo
 from run_store import Run
@@ -100,6 +101,7 @@ def write_answers(run: Run, evaluation: Evaluation, folder: Path) -> None:
         whole.unlink(missing_ok=True)  # of a run with answers that stage 3 scored
     write_decomposition(run, items, evaluation.clean_style, folder)
     write_robustness(items, evaluation.clean_style, folder)
+    write_repair_effect(items, evaluation.clean_style, folder)
 
 
 class WordScorer:
