@@ -183,7 +183,7 @@ def test_a_framing_is_instruction_in_prompts_with_and_without_a_colon(tmp_path: 
     assert main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "prompt_task_fraction_aggregate.csv").set_index("style")
     assert table["n"].tolist() == [6, 6]
-    assert table["frac_prompt_density_n"].to_dict() == {"normal": 3, "polite": 6}
+    assert table["frac_instruction_density_n"].to_dict() == {"normal": 3, "polite": 6}
     assert table["frac_task_density_n"].tolist() == [6, 6]
     table = pd.read_csv(tmp_path / "attention_fractions.csv").query("query == 'last' and sink == 'included'")
     shown = table.query("style == 'normal' and region == 'instruction' and level == 'model'").set_index("measure")
@@ -230,6 +230,9 @@ def test_boxes_are_quantiles_and_zero_is_zero() -> None:
 # --- the script
 
 
+ALL_LEVELS = ["--levels", "model", "layer", "head"]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with one missing row and one variant that equals the clean text, and its tables."""
@@ -239,7 +242,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     run = write_run(
         folder / "run", rows, rows_per_file=5, layers=2, heads=3, skip=lambda style, i: (style, i) == ("swap", 6)
     )
-    assert main(["--run_dir", str(run), "--results_dir", str(folder / "out")]) == 0
+    assert main(["--run_dir", str(run), "--results_dir", str(folder / "out"), *ALL_LEVELS]) == 0
     return SimpleNamespace(run=run, out=folder / "out", table=pd.read_csv(folder / "out" / "attention_fractions.csv"))
 
 
@@ -279,8 +282,7 @@ def test_old_names_keep_their_columns(results: SimpleNamespace) -> None:
         table = pd.read_csv(results.out / f"prompt_task_fraction_{word}.csv")
         assert len(table) == count
         assert {"style", "frac_instruction", "frac_task", "frac_task_p_adjusted"} <= set(table.columns)
-        for column in [name for name in table if name.startswith("frac_instruction")]:
-            assert table[column].equals(table[column.replace("instruction", "prompt")])
+        assert table["frac_prompt"].equals(table["frac_instruction"])
         np.testing.assert_allclose(table["frac_prompt"] + table["frac_task"] + table["frac_context"], 1, atol=3e-3)
         variants = table[table["style"] != "normal"]
         assert variants["frac_task_difference_ci_low"].notna().all()
@@ -305,7 +307,7 @@ def test_batch_size_changes_no_number(results: SimpleNamespace, tmp_path: Path) 
     run = write_run(
         tmp_path / "run", rows, rows_per_file=3, layers=2, heads=3, skip=lambda style, i: (style, i) == ("swap", 6)
     )
-    assert main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
+    assert main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out"), *ALL_LEVELS]) == 0
     again = pd.read_csv(tmp_path / "out" / "attention_fractions.csv")
     pd.testing.assert_frame_equal(again, results.table, atol=1e-9)
 

@@ -116,7 +116,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "run", rows, rows_per_file=5, layers=3, heads=4, raw_layers=(0, 2),
         skip=lambda style, index: (style, index) == ("normal", 6),
     )  # fmt: skip
-    assert main(["--run_dir", str(folder / "run"), "--results_dir", str(folder / "out")]) == 0
+    assert main(["--run_dir", str(folder / "run"), "--results_dir", str(folder / "out"), "--all_measures"]) == 0
     return folder
 
 
@@ -208,7 +208,7 @@ def test_rows_whose_typo_is_on_the_first_token_are_in_no_edited_measure(tmp_path
     run = write_run(tmp_path / "run", rows, layers=2, heads=2, raw_layers=())
     for first_token, at_edited in (("excluded", 15), ("included", 18)):
         command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--first_token", first_token]
-        assert main(command) == 0
+        assert main([*command, "--all_measures"]) == 0
         counts = pd.read_csv(tmp_path / "head_sensitivity.csv").groupby("measure")["n"].unique()
         for measure in ("edited_mass_last", "edited_density_mean", "entropy_edited"):
             assert counts[measure].tolist() == [at_edited]
@@ -232,7 +232,7 @@ def test_a_measure_may_be_added_anywhere(out: Path, tmp_path: Path) -> None:
         for name, measure in (("jsd_last", last), ("between", MEASURES["first_mass_last"]), ("jsd_mean", mean)):
             MEASURES[name] = measure
         MEASURES["at_the_end"] = MEASURES["first_mass_last"]
-        assert main(["--run_dir", str(out / "run"), "--results_dir", str(tmp_path)]) == 0
+        assert main(["--run_dir", str(out / "run"), "--results_dir", str(tmp_path), "--all_measures"]) == 0
     finally:
         for name in ("jsd_last", "between", "jsd_mean", "at_the_end"):
             MEASURES.pop(name, None)

@@ -35,7 +35,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     folder = tmp_path_factory.mktemp("planted")
     rows = prompt_rows(60, ["swap", "missing", "polite"], templates=20)
     write_run(folder / "run", rows, rows_per_file=16, layers=4, heads=3, scores=look_at_typos)
-    assert main(["--run_dir", str(folder / "run"), "--results_dir", str(folder / "out")]) == 0
+    assert main(["--run_dir", str(folder / "run"), "--results_dir", str(folder / "out"), "--all_measures"]) == 0
     return pd.read_csv(folder / "out" / "head_sensitivity.csv")
 
 

@@ -18,6 +18,7 @@ from command_line import UserError
 from run_store import load_pt, save_pt
 
 WINDOW = 8
+ALL_LEVELS = ["--levels", "model", "layer", "head"]
 PROMPTS = [
     {"normal": "Calculate the sum of these numbers: 7 + 5 =", "swap": "Calculate teh sum of these numbers: 7 + 5 ="},
     {"normal": "Find how many there are in all: 3 + 4 + 8 =", "swap": "Find how many there rae in all: 3 + 4 + 8 ="},
@@ -145,7 +146,7 @@ def test_a_layer_of_unknown_windows_has_no_density_nor_has_the_model(run: Path, 
         target = tmp_path / "run" / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         save_pt(target, load_pt(path) | {"attention_windows": [0, -1, 0]})
-    assert dirs_eval.main(["--run_dir", str(tmp_path / "run"), "--results_dir", str(tmp_path)]) == 0
+    assert dirs_eval.main(["--run_dir", str(tmp_path / "run"), "--results_dir", str(tmp_path), *ALL_LEVELS]) == 0
     table = pd.read_csv(tmp_path / "attention_fractions.csv").query("region == 'task'")
     assert set(table[table["measure"] == "fraction"]["level"]) == {"head", "layer", "model"}
     density = table[table["measure"] == "density"]

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from command_line import UserError
-from file_output import atomic_path, read_csv, write_csv
+from file_output import FLOAT_FORMAT, atomic_path, read_csv, write_csv
 from load_model import load_model
 from pt_fields import pack_rows, unpack_rows
 from read_predictions import iter_predictions
@@ -251,6 +251,12 @@ def test_only_an_empty_cell_of_a_table_is_missing(tmp_path):
     assert table["style"].isna().tolist() == [False, True]
     assert table["value"].isna().tolist() == table["correct"].isna().tolist()[::-1] == [True, False]
     assert read_csv(path, ["style", "value"]).columns.tolist() == ["style", "value"]
+
+
+def test_numbers_of_a_table_have_six_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr("file_output.FLOAT_FORMAT", FLOAT_FORMAT)
+    write_csv(tmp_path / "t.csv", pd.DataFrame({"p": [1 / 3e9, 2 / 3, 150.0], "n": [12345678, 1, 2]}))
+    assert (tmp_path / "t.csv").read_text() == "p,n\n3.33333e-10,12345678\n0.666667,1\n150,2\n"
 
 
 @pytest.mark.parametrize(

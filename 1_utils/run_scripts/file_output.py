@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+FLOAT_FORMAT = "%.6g"  # of CSV tables: more digits than any of these numbers is known to
 TEXT_COLUMNS = ("style", "element_index", "template")  # names: a style may be called `None`, `NA`, `nan` or `007`
 
 
@@ -92,9 +93,10 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
 
 
 def write_csv(path: str | Path, table: pd.DataFrame) -> None:
-    """Write a table as UTF-8 CSV with one header row and no index column."""
+    """Write a table as UTF-8 CSV with one header row and no index column; floats with FLOAT_FORMAT's digits."""
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "lineterminator": "\n"}
     with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, encoding="utf-8", errors="backslashreplace", lineterminator="\n")
+        table.to_csv(temporary, index=False, float_format=FLOAT_FORMAT, **options)
 
 
 def read_csv(path: str | Path, columns: Sequence[str] | None = None, hint: str = "run its stage again") -> pd.DataFrame:

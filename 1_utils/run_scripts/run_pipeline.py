@@ -21,6 +21,7 @@ import shlex
 import site
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, aligned, make_parser, run_main
+from findings import findings
 from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from run_store import open_run, outdated, row_indices, unfinished
@@ -292,9 +294,9 @@ def summary_of(wrote: Sequence[str] | dict[str, Any]) -> str:
 
 
 def print_headline(args: argparse.Namespace) -> None:
-    """A table for each prompt file: accuracy, difference, similarity, attention, each with its interval."""
+    """For each prompt file a table and what was found; the first file comes last, for a terminal shows the end."""
     results = args.results_dir / args.run_name
-    for output in runs_in(args.output_dir / args.run_name):
+    for output in reversed(runs_in(args.output_dir / args.run_name)):
         try:
             run = open_run(output)
         except UserError as error:
@@ -303,6 +305,8 @@ def print_headline(args: argparse.Namespace) -> None:
         counts = {style: sum(1 for _ in row_indices(run, style)) for style in run.styles}
         columns, lines = headline_table(headline_rows(counts, results / output.name))
         say("\n".join([f"\n{output.name}", *aligned([columns, *lines])]))
+        for finding in findings(results / output.name):
+            say(textwrap.fill(finding.text, 118, initial_indent="- ", subsequent_indent="  "))
         if missing := unfinished(run):
             say(f"warning: this run holds only {missing}; the same command runs the rest")
         if old := outdated(run, results / output.name):

@@ -204,8 +204,10 @@ def uniform_share_of(uniform: np.ndarray, query: str, sink: str, region: str) ->
     return uniform[:, QUERIES.index(query), SINK.index(sink), REGIONS.index(region)]
 
 
-def write_tables(results: Sequence[StyleFractions], folder: Path, query: str, sink: str) -> list[Path]:
-    """Write attention_fractions.csv and the three tables of one query and sink; returns their paths.
+def write_tables(
+    results: Sequence[StyleFractions], folder: Path, query: str, sink: str, levels: Sequence[str]
+) -> list[Path]:
+    """Write attention_fractions.csv of these levels and the three tables of one query and sink; returns their paths.
 
     p_adjusted of the model's rows is Holm's over the styles, for each kind of row.
     """
@@ -215,7 +217,7 @@ def write_tables(results: Sequence[StyleFractions], folder: Path, query: str, si
     for _, rows in model.groupby(["query", "sink", "region", "measure"], sort=False):
         table.loc[rows.index, "p_adjusted"] = holm(rows["p"].to_numpy())
     paths = [folder / "attention_fractions.csv"]
-    write_csv(paths[0], table)
+    write_csv(paths[0], table[table["level"].isin(levels)])
     for level, word in TABLES.items():
         paths.append(folder / f"prompt_task_fraction_{word}.csv")
         write_csv(paths[-1], wide_table(table, level, query, sink))
@@ -226,7 +228,7 @@ def wide_table(table: pd.DataFrame, level: str, query: str, sink: str) -> pd.Dat
     """One row per style (and layer, and head) with frac_instruction, frac_task and what belongs to them.
 
     Each has its interval, uniform share, density and paired difference; frac_context, frac_edited and frac_first are
-    means alone. The columns frac_prompt* repeat frac_instruction* under the original pipeline's name.
+    means alone. frac_prompt repeats frac_instruction under the original pipeline's name.
     """
     keys = ["style", *{"model": [], "layer": ["layer"], "head": ["layer", "head"]}[level]]
     chosen = table[(table["level"] == level) & (table["query"] == query) & (table["sink"] == sink)]
@@ -246,8 +248,7 @@ def wide_table(table: pd.DataFrame, level: str, query: str, sink: str) -> pd.Dat
             out[f"{name}_{column}"] = rows[column]
     for region in ("context", "edited", "first"):
         out[f"frac_{region}"] = cells[region, "fraction"]["estimate"] if (region, "fraction") in cells else float("nan")
-    for column in [name for name in out if name.startswith("frac_instruction")]:
-        out[column.replace("frac_instruction", "frac_prompt")] = out[column]
+    out["frac_prompt"] = out["frac_instruction"]
     return out.reset_index()
 
 

@@ -1,7 +1,7 @@
 """Where attention goes: the fraction on the instruction, the task, the edited words, per style, layer and head.
 
 Reads   outputs/<run>/<style>/activations_*.pt (span_mass, or raw maps; the reference format with --tokenizer)
-Writes  attention_fractions.csv                every region, query and measure; model, layers and heads
+Writes  attention_fractions.csv                every region, query and measure (--levels layer head: by layer and head)
         prompt_task_fraction_aggregate.csv, _perlayer.csv, _perhead.csv    frac_instruction and frac_task by style
         boxplot_frac_prompt.png, boxplot_frac_task.png, boxplot_perlayer_frac_prompt_<style>.png
 
@@ -41,6 +41,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shown.add_argument(
         "--sink", choices=("included", "excluded"), default="included", help="with or without the first token's mass"
     )
+    levels = ("model", "layer", "head")
+    shown.add_argument(
+        "--levels", nargs="+", choices=levels, default=["model"], help="rows of attention_fractions.csv; default: model"
+    )
     return parser.parse_args(argv)
 
 
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [one for one in found if one is not None]
     if not results:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
-    tables = region_fractions.write_tables(results, folder, args.query, args.sink)
+    tables = region_fractions.write_tables(results, folder, args.query, args.sink, args.levels)
     pictures = region_fractions.save_boxplots(results, folder, args.query, args.sink)
     get_logger().info(f"wrote {tables[0]}, {len(tables) - 1} tables prompt_task_fraction_*, {len(pictures)} box plots")
     return 0

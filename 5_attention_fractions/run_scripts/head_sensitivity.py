@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     shown = parser.add_argument_group("pictures and splits")
     shown.add_argument("--measure", help="measure shown for all styles, as in the tables; default: the log2 mass")
+    shown.add_argument("--all_measures", action="store_true", help="tables of every measure; default: those drawn")
     shown.add_argument("--seed", type=int, default=0, help="of the random halves")
     return parser.parse_args(argv)
 
@@ -69,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     heads.log_missing_divergence(run, to_clean)
     tables = heads.all_tables(to_clean, to_control, controls, args.seed)
+    kept = heads.MEASURES if args.all_measures else {args.measure, *heads.SHOWN, *heads.DIVERGENCES}
     for name, table in tables.items():
-        write_csv(folder / f"{name}.csv", table)
+        write_csv(folder / f"{name}.csv", table[table["measure"].isin(kept)])
     measure = args.measure or heads.first_shown(tables["head_sensitivity"])
     pictures = head_plots.save_pictures(to_clean, tables, folder, measure)
     for line in heads.top_lines(tables["head_sensitivity"], measure):

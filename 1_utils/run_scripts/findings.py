@@ -1,0 +1,317 @@
+"""What a run found, in sentences. Each is made from one table of the results folder by one rule of RULES.
+
+A rule gives its claim if the table supports it, else what could have been detected, else nothing. What each rule asks
+for: docs/METHODS.md, "Findings".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from answer_files import SUMMARY_FILES, first_there
+from file_output import read_csv
+from paired_stats import minimum_detectable_effect
+from style_names import is_variant, matched_style
+
+ALPHA = 0.05
+SHOWN_HEADS = 3
+HEAD_MEASURE = "edited_log2_mass_last"
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence, the table that it is made from, the number of prompts, and whether it claims an effect."""
+
+    text: str
+    source: str
+    n: int
+    is_claim: bool
+
+
+class Rule(NamedTuple):
+    """A rule: the files whose first present one is its table; `numbers` of its sentence, with `holds` and `n`."""
+
+    sources: Sequence[str]
+    numbers: Callable[[pd.DataFrame, Path], Numbers | None]
+    claim: str
+    otherwise: str = ""
+
+
+def findings(results: Path) -> list[Finding]:
+    """The sentences on a results folder, in the order of RULES; none of a table that is missing."""
+    found = []
+    for rule in RULES:
+        path = first_there(results, tuple(rule.sources))
+        table = _table(path)
+        numbers = None if table is None else rule.numbers(table, results)
+        if numbers is not None and (template := rule.claim if numbers["holds"] else rule.otherwise):
+            found.append(Finding(template.format(**numbers), path.name, int(numbers["n"]), bool(numbers["holds"])))
+    return found
+
+
+# --- rules: the numbers of a sentence from its table; None if the table has nothing for it
+
+
+def accuracy_numbers(table: pd.DataFrame, _: Path) -> Numbers | None:
+    """The style with the largest fall in accuracy; it holds if that is clear of 0 after Holm over the styles."""
+    styles = _compared(table)
+    if styles.empty:
+        return None
+    worst = styles.loc[styles["difference"].idxmin()]
+    clean = table[table["difference"].isna()]
+    fell = styles[(styles["p_adjusted"] < ALPHA) & (styles["difference"] < 0)]
+    limits = styles["minimum_detectable_difference_adjusted"].dropna()
+    others = [str(style) for style in fell["style"] if style != worst["style"]]
+    return {
+        "holds": worst["style"] in set(fell["style"]),
+        "style": worst["style"],
+        "n": worst["n_paired"],
+        "right": _percent(worst["estimate"]),
+        "clean": _percent(clean["estimate"].iloc[0]) if len(clean) else "?",
+        "points": _points(worst, "difference"),
+        "p": _p(worst["p_adjusted"]),
+        "styles": _count(len(styles), "style"),
+        "others": f" It also falls with {_join(others)}." if others else "",
+        "limits": "unknown" if limits.empty else _range(100 * limits.min(), 100 * limits.max()),
+    }
+
+
+def part_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
+    """The two parts of the worst style's change in accuracy; it holds if the change is clear of 0 after Holm."""
+    line = _line_of(table[table["measure"] == "accuracy"], results, "total_p_adjusted")
+    if line is None:
+        return None
+    parts = {part: _points(line, part) + ("" if line[f"{part}_p_adjusted"] < ALPHA else ", not clear of 0")
+             for part in ("fragmentation", "spelling")}  # fmt: skip
+    share = "" if math.isnan(line["fragmentation_share_ci_low"]) else (
+        f" More tokens make {_percent(line['fragmentation_share'])}"
+        f" [{_percent(line['fragmentation_share_ci_low'], '')}, {_percent(line['fragmentation_share_ci_high'], '')}]"
+        " of the change."
+    )  # fmt: skip
+    holds = line["total_p_adjusted"] < ALPHA
+    return {"holds": holds, "total": _points(line, "total"), "share": share, **_names(line), **parts}
+
+
+def recovery_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
+    """How much later than its control the worst style's word is recovered; it holds if clear of 0 after Holm."""
+    of_depth = table[table["measure"] == "recovery_depth"]
+    line = _line_of(of_depth, results, "p_adjusted")
+    if line is None:
+        return None
+    counts = of_depth.set_index("style")
+    control = counts.loc[line["control"]] if line["control"] in counts.index else None
+    later = line["difference_to_control"] > 0
+    return {
+        "holds": line["p_adjusted"] < ALPHA,
+        **_names(line, "n_with_control"),
+        "recovered": f"{line['n'] - line['n_censored']:.0f} of {line['n']:.0f}",
+        "of_control": ""
+        if control is None
+        else f", those of {line['control']} in {control['n'] - control['n_censored']:.0f} of {control['n']:.0f}",
+        "layers": _number(line, "difference_to_control", 1, "difference_ci_low", "difference_ci_high", not later),
+        "when": "later" if later else "earlier",
+        "p": _p(line["p_adjusted"]),
+    }
+
+
+def peak_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
+    """The layer at which most words of the worst style are nearest to their clean twin; it holds if that differs from
+    the control after Benjamini-Hochberg over styles and layers."""
+    lines = table[(table["measure"] == "own_nearest") & (table["region"] == "edited")]
+    lines = lines[lines["p_adjusted"].notna() & lines["control"].map(matched_style, na_action="ignore").notna()]
+    if lines.empty:
+        return None
+    own = lines[lines["style"] == _preferred(lines, results, "p_adjusted")]
+    line = own.loc[own["estimate"].idxmax()]
+    fewer = line["difference_to_control"] < 0
+    return {
+        "holds": line["p_adjusted"] < ALPHA,
+        **_names(line, "n_with_control"),
+        "layer": int(line["layer"]),
+        "share": _percent(line["estimate"]),
+        "interval": f"[{_percent(line['ci_low'], '')}, {_percent(line['ci_high'], '')}]",
+        "points": _points(line, "difference_to_control", "difference_ci_low", "difference_ci_high", fewer),
+        "than": "fewer" if fewer else "more",
+    }
+
+
+def head_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
+    """The heads whose attention to the edited words differs most surely from the control; it holds if one does after
+    Benjamini-Hochberg over the heads and Bonferroni over the styles, and the ranking repeats on other prompts."""
+    lines = table[(table["measure"] == HEAD_MEASURE) & table["p_adjusted_vs_control"].notna()]
+    lines = lines[lines["control"].map(matched_style, na_action="ignore").notna()]
+    if lines.empty:
+        return None
+    styles = lines["style"].nunique()
+    own = lines[lines["style"] == _preferred(lines, results, "p_adjusted_vs_control")].sort_values("rank_vs_control")
+    sure = own[own["p_adjusted_vs_control"] * styles < ALPHA]
+    overlap = _table(results / "head_overlap.csv")
+    halves = None
+    if overlap is not None:
+        same = (overlap["style"] == own["style"].iloc[0]) & (overlap["other_style"] == overlap["style"])
+        same &= (overlap["measure"] == HEAD_MEASURE) & (overlap["reference_form"] == "control")
+        halves = overlap[same].iloc[0] if same.any() else None
+    repeats = halves is not None and halves["ci_low"] > 0
+    n = int(own["n_vs_control"].max())
+    limit = minimum_detectable_effect(own["standard_error_vs_control"].median(), n - 1, comparisons=len(own))
+    named = [
+        f"{head['layer']:.0f}.{head['head']:.0f} (×{_factor(head['difference_vs_control'])} "
+        f"[{_factor(head['difference_ci_low_vs_control'])}, {_factor(head['difference_ci_high_vs_control'])}])"
+        for _, head in sure.head(SHOWN_HEADS).iterrows()
+    ]
+    return {
+        "holds": bool(len(sure)) and repeats,
+        **_names(own.iloc[0], "n_vs_control"),
+        "n": n,
+        "count": f"{len(sure)} of {len(own)}",
+        "heads": _join(named),
+        "halves": "" if halves is None else _number(halves, "cross_half_spearman", 2),
+        "limit": _factor(limit),
+    }
+
+
+def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Numbers | None]:
+    """Units found on one half of the prompts that work harder on the worst style than on the clean word and the
+    control; it holds if the set does on the other half after Holm, and some unit is confirmed there."""
+
+    def numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
+        line = _line_of(table[table["unit"] == unit], results, "p_adjusted")
+        if line is None:
+            return None
+        holds = line["p_adjusted"] < ALPHA and line["n_confirmed"] > 0
+        counts = {"found": f"{line['n_found']:.0f}", "confirmed": f"{line['n_confirmed']:.0f}"}
+        return {"holds": holds, **_names(line), **counts, "p": _p(line["p_adjusted"])}
+
+    return numbers
+
+
+CHOSEN = (
+    "Chosen on one half of the prompts, {{found}} {unit} for {{style}} than for the clean word and for {{control}}. "
+    "On the other half {{confirmed}} of them are confirmed (n = {{n}}, {{p}})."
+)
+RULES = (
+    Rule(
+        SUMMARY_FILES,
+        accuracy_numbers,
+        "Of {styles}, {style} costs most: {right} of the answers are right, with the clean prompt {clean}. That is a "
+        "change of {points} points (n = {n}, {p}).{others}",
+        "None of {styles} lowers the accuracy detectably. The lowest change is {points} points, with {style} (n = {n}, "
+        "{p}). A change of {limits} points would have been found (80 % power).",
+    ),
+    Rule(
+        ("decomposition.csv",),
+        part_numbers,
+        "The change with {style}, {total} points on the prompts that have the control, has two parts: {fragmentation} "
+        "points come from more tokens ({control}, the clean words in as many tokens), {spelling} points from the "
+        "letters (n = {n}).{share}",
+    ),
+    Rule(
+        ("activation_diffs_summary.csv",),
+        recovery_numbers,
+        "The words mistyped by {style} are recovered, which means that their state is the nearest to their own clean "
+        "state, in {recovered} prompts{of_control}. That is {layers} layers {when} than with the control (n = {n}, "
+        "{p}; a word that is never recovered counts as one layer beyond the last).",
+    ),
+    Rule(
+        ("activation_diffs.csv",),
+        peak_numbers,
+        "At layer {layer} most words mistyped by {style} are the nearest to their own clean state: {share} {interval}, "
+        "{points} points {than} than with {control} (n = {n}).",
+    ),
+    Rule(
+        ("head_sensitivity.csv",),
+        head_numbers,
+        "In {count} heads the last token's attention to the words mistyped by {style} differs from that in {control} "
+        "(n = {n}). The surest (layer.head): {heads}. The ranking of the heads repeats on the other half of the "
+        "prompts: rank correlation {halves}.",
+        "No head can be named whose attention to the words mistyped by {style} differs from that in {control} and "
+        "repeats on other prompts (n = {n}). In a typical head a change by the factor {limit} would have been found "
+        "(80 % power).",
+    ),
+    Rule(("neuron_sensitivity_summary.csv",), unit_numbers("neuron"), CHOSEN.format(unit="neurons are more active")),
+    Rule(
+        ("neuron_sensitivity_summary.csv",),
+        unit_numbers("head"),
+        CHOSEN.format(unit="heads focus their attention more"),
+    ),
+)
+
+
+# --- lines and styles
+
+
+def _table(path: Path) -> pd.DataFrame | None:
+    return read_csv(path) if path.is_file() and path.stat().st_size else None
+
+
+def _compared(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines of ways to write the prompt that are compared with the clean form; no controls, no repairs."""
+    return table[table["difference"].notna() & table["style"].map(lambda style: is_variant(style, None))]
+
+
+def _preferred(lines: pd.DataFrame, results: Path, p: str) -> str:
+    """The style whose accuracy falls most, if these lines have it; else that of the smallest p."""
+    summary = _table(first_there(results, SUMMARY_FILES))
+    order = [] if summary is None else _compared(summary).sort_values("difference")["style"].tolist()
+    return next((style for style in order if style in set(lines["style"])), str(lines.loc[lines[p].idxmin(), "style"]))
+
+
+def _line_of(table: pd.DataFrame, results: Path, p: str) -> pd.Series | None:
+    """The line of the preferred style among those with a `split@` control; None if there is none."""
+    lines = table[table["control"].map(matched_style, na_action="ignore").notna() & table[p].notna()]
+    return None if lines.empty else lines[lines["style"] == _preferred(lines, results, p)].iloc[0]
+
+
+def _names(line: pd.Series, n: str = "n") -> Numbers:
+    return {"style": line["style"], "control": line["control"], "n": int(line[n])}
+
+
+# --- numbers as text
+
+
+def _percent(value: float, sign: str = " %") -> str:
+    return f"{100 * value:.0f}{sign}"
+
+
+def _p(value: float) -> str:
+    return "adjusted p < 0.001" if value < 0.001 else f"adjusted p = {value:.3f}"
+
+
+def _factor(log2: float) -> str:
+    return f"{2**log2:.2f}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
+
+
+def _join(words: Sequence[str]) -> str:
+    return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1] if words else ""
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _number(
+    line: pd.Series, name: str, digits: int, low: str = "ci_low", high: str = "ci_high", negated: bool = False
+) -> str:
+    """`4.7 [2.9, 6.6]`; with `negated` of the opposite number."""
+    ends = sorted(-line[end] if negated else line[end] for end in (low, high))
+    value = -line[name] if negated else line[name]
+    texts = [f"{number:.{digits}f}".replace("-", "\u2212") for number in (value, *ends)]
+    return texts[0] if any(math.isnan(end) for end in ends) else f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def _points(line: pd.Series, name: str, low: str = "", high: str = "", negated: bool = False) -> str:
+    """A share's change and interval in points of a hundred."""
+    low, high = low or f"{name}_ci_low", high or f"{name}_ci_high"
+    scaled = pd.Series({key: 100 * float(line[key]) for key in (name, low, high)})
+    return _number(scaled, name, 0, low, high, negated)

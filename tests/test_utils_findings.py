@@ -1,0 +1,147 @@
+"""The sentences of a run: planted effects give them with the right numbers, a run without effects makes no claim."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from findings import RULES, findings
+
+PARTS = ("total", "fragmentation", "spelling")
+
+
+def with_interval(name, value, half, **names):
+    low, high = names.get("low", f"{name}_ci_low"), names.get("high", f"{name}_ci_high")
+    return {name: value, low: value - half, high: value + half}
+
+
+def accuracy(style, difference, p, half=0.06):
+    line = {"style": style, "n": 150, "n_paired": 150, "estimate": 0.55 + difference, "p_adjusted": p}
+    return line | with_interval("difference", difference, half) | {"minimum_detectable_difference_adjusted": 0.1}
+
+
+def part_line(style, p, share, **values):
+    line = {"style": style, "measure": "accuracy", "control": f"split@{style}", "n": 149}
+    for part in PARTS:
+        line |= with_interval(part, values[part], 0.08) | {f"{part}_p_adjusted": p}
+    return line | with_interval("fragmentation_share", share, 0.12)
+
+
+def against_control(style, value, half, p, **more):
+    line = {"style": style, "control": f"split@{style}", "n": 150, "n_with_control": 149, "p_adjusted": p}
+    names = {"low": "difference_ci_low", "high": "difference_ci_high"}
+    return line | with_interval("difference_to_control", value, half, **names) | more
+
+
+def head_lines(style, changes, p):
+    return [
+        {"style": style, "layer": 7, "head": head, "measure": "edited_log2_mass_last", "control": f"split@{style}",
+         "rank_vs_control": head + 1, "n_vs_control": 149, "standard_error_vs_control": 0.1,
+         "p_adjusted_vs_control": p if change else 0.9}
+        | with_interval("difference_vs_control", change, 0.5, low="difference_ci_low_vs_control",
+                        high="difference_ci_high_vs_control")
+        for head, change in enumerate(changes)
+    ]  # fmt: skip
+
+
+def write_run(folder, effect, repeats=True):
+    """Tables of two typo styles, `typo@2` the worse, with effects or without; `split@…` and `polite` beside them."""
+    p, share = (1e-9, 0.6) if effect else (0.4, np.nan)
+    falls = (-0.5, -0.3) if effect else (-0.03, 0.02)
+    tables = {
+        "answers_summary": [
+            {"style": "normal", "n": 150, "n_paired": 0, "estimate": 0.55, "p_adjusted": np.nan, "difference": np.nan},
+            accuracy("swap", falls[1], p), accuracy("split@swap", -0.9, 1e-12), accuracy("typo@2", falls[0], p),
+            accuracy("polite", -0.01, 0.8),
+        ],
+        "decomposition": [
+            part_line("swap", p, share, total=falls[1], fragmentation=-0.2, spelling=-0.1),
+            part_line("typo@2", p, share, total=falls[0], fragmentation=-0.3, spelling=-0.2),
+        ],
+        "activation_diffs_summary": [
+            against_control("swap", 9.0, 1.0, p, measure="recovery_depth", n_censored=100),
+            against_control("typo@2", 4.7, 1.8, p, measure="recovery_depth", n_censored=126),
+            {"style": "split@typo@2", "measure": "recovery_depth", "n": 149, "n_censored": 101},
+        ],
+        "activation_diffs": [
+            against_control("typo@2", change, 0.07, p, measure="own_nearest", region="edited", layer=layer)
+            | with_interval("estimate", estimate, 0.06, low="ci_low", high="ci_high")
+            for layer, estimate, change in ((6, 0.1, -0.2), (7, 0.15, -0.16), (8, 0.12, -0.1))
+        ],
+        "head_sensitivity": head_lines("swap", (2.0, 1.5), p) + head_lines("typo@2", (1.0, -1.0, 0.0), p),
+        "head_overlap": [
+            {"style": "typo@2", "other_style": "typo@2", "measure": "edited_log2_mass_last", "reference_form": form}
+            | with_interval("cross_half_spearman", value, 0.1, low="ci_low", high="ci_high")
+            for form, value in (("clean form", 0.95), ("control", 0.78 if repeats else 0.05))
+        ],
+        "neuron_sensitivity_summary": [
+            {"style": style, "unit": unit, "control": f"split@{style}", "n": 74, "n_found": 230, "n_confirmed": 115,
+             "p_adjusted": p}
+            for style in ("swap", "typo@2") for unit in ("neuron", "head")
+        ],
+    }  # fmt: skip
+    for name, lines in tables.items():
+        pd.DataFrame(lines).to_csv(folder / f"{name}.csv", index=False)
+    return folder
+
+
+def test_planted_effects_are_told_with_their_numbers(tmp_path):
+    found = findings(write_run(tmp_path, effect=True))
+    assert [one.text for one in found] == [
+        "Of 3 styles, typo@2 costs most: 5 % of the answers are right, with the clean prompt 55 %. That is a change of "
+        "−50 [−56, −44] points (n = 150, adjusted p < 0.001). It also falls with swap.",
+        "The change with typo@2, −50 [−58, −42] points on the prompts that have the control, has two parts: −30 "
+        "[−38, −22] points come from more tokens (split@typo@2, the clean words in as many tokens), −20 [−28, −12] "
+        "points from the letters (n = 149). More tokens make 60 % [48, 72] of the change.",
+        "The words mistyped by typo@2 are recovered, which means that their state is the nearest to their own clean "
+        "state, in 24 of 150 prompts, those of split@typo@2 in 48 of 149. That is 4.7 [2.9, 6.5] layers later than "
+        "with the control (n = 149, adjusted p < 0.001; a word that is never recovered counts as one layer beyond the "
+        "last).",
+        "At layer 7 most words mistyped by typo@2 are the nearest to their own clean state: 15 % [9, 21], 16 [9, 23] "
+        "points fewer than with split@typo@2 (n = 149).",
+        "In 2 of 3 heads the last token's attention to the words mistyped by typo@2 differs from that in split@typo@2 "
+        "(n = 149). The surest (layer.head): 7.0 (×2.00 [1.41, 2.83]) and 7.1 (×0.50 [0.35, 0.71]). The ranking of the "
+        "heads repeats on the other half of the prompts: rank correlation 0.78 [0.68, 0.88].",
+        "Chosen on one half of the prompts, 230 neurons are more active for typo@2 than for the clean word and for "
+        "split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
+        "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean word "
+        "and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
+    ]
+    assert [one.n for one in found] == [150, 149, 149, 149, 149, 74, 74]
+    assert [one.source for one in found][:2] == ["answers_summary.csv", "decomposition.csv"]
+    assert len(found) == len(RULES)
+    assert all(one.is_claim for one in found)
+
+
+def test_without_an_effect_nothing_is_claimed(tmp_path):
+    found = findings(write_run(tmp_path, effect=False))
+    assert not any(one.is_claim for one in found)
+    assert [one.text for one in found] == [
+        "None of 3 styles lowers the accuracy detectably. The lowest change is −3 [−9, 3] points, with typo@2 (n = "
+        "150, adjusted p = 0.400). A change of 10.0 points would have been found (80 % power).",
+        "No head can be named whose attention to the words mistyped by typo@2 differs from that in split@typo@2 and "
+        "repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would have been found "
+        "(80 % power).",
+    ]
+
+
+def test_heads_whose_ranking_does_not_repeat_are_not_named(tmp_path):
+    texts = [one.text for one in findings(write_run(tmp_path, effect=True, repeats=False))]
+    assert any(text.startswith("No head can be named") for text in texts)
+    assert not any("7.0" in text for text in texts)
+
+
+@pytest.mark.parametrize("gone", ["answers_summary", "head_overlap", "decomposition"])
+def test_a_missing_table_takes_its_sentence_with_it(tmp_path, gone):
+    write_run(tmp_path, effect=True)
+    (tmp_path / f"{gone}.csv").unlink()
+    found = findings(tmp_path)
+    assert f"{gone}.csv" not in {one.source for one in found}
+    if gone == "answers_summary":  # the style is then that of the smallest p, the first of equals
+        assert found[0].text.startswith("The change with swap")
+
+
+def test_a_style_without_a_control_has_no_parts(tmp_path):
+    pd.DataFrame([against_control("swap", 3.0, 1.0, 1e-9, measure="recovery_depth", n_censored=3)]).assign(
+        control=np.nan
+    ).to_csv(tmp_path / "activation_diffs_summary.csv", index=False)
+    assert findings(tmp_path) == []
+    assert findings(tmp_path / "nothing") == []
