@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,6 +144,34 @@ def test_a_file_holds_the_fields_of_the_contract(undisturbed, prompt_file):
         content["prompts"], content["responses"], content["final_predictions"], strict=True
     ):
         assert whole == FEW_SHOT + prompt + response
+
+
+def test_pooled_states_of_chosen_regions_in_sixteen_bits(model_dir, prompt_file, undisturbed, tmp_path):
+    rows = json.loads(prompt_file.read_text())
+    rows = [row | {"polite": f"Please help me. {row['normal']}"} for row in rows]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "p.txt").write_text(FEW_SHOT)
+    flags = ["--pool_regions", "last", "edited:swap", "--pooled_dtype", "float16", "--raw_layers", "none"]
+    assert run(model_dir, tmp_path / "p.json", tmp_path / "run", *flags) == 0
+    opened, whole = open_run(tmp_path / "run"), open_run(undisturbed)
+    pooled = {style: opened.load(opened.files(style)[0])["pooled_regions"] for style in opened.styles}
+    assert pooled == {"normal": ["last", "edited:swap"], "swap": ["last", "edited"], "polite": ["last"]}
+    for style, region in (("normal", "edited:swap"), ("swap", "edited"), ("swap", "last")):
+        content = opened.load(opened.files(style)[0])
+        assert content["hidden_pooled"].dtype == torch.float16
+        found, expected = (one.field("hidden_pooled", style, region) for one in (opened, whole))
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(UserError, match=r"--pool_regions edited:swpa: choose among .*edited:swap"):
+        run(model_dir, prompt_file, tmp_path / "other", "--pool_regions", "edited:swpa")
+
+
+def test_a_state_that_float16_cannot_hold_is_an_error():
+    capture = recorder.Capture(1, {"mass": torch.zeros(1, 1, 1, 1, 1), "hidden": torch.full((2, 1, 1, 4), 7e4)}, {}, {},
+                               recorder.HostCopies())  # fmt: skip
+    rows = partial(recorder.rows_of, capture, [torch.ones(1, 1, dtype=torch.bool)], ["last"], ["last"])
+    assert rows(torch.bfloat16)[0]["hidden_pooled"].isfinite().all()
+    with pytest.raises(UserError, match=r"above 65504.*--pooled_dtype bfloat16"):
+        rows(torch.float16)
 
 
 @pytest.mark.parametrize("more", [["--batch_size", "7"], ["--batch_size", "16", "--no_prefix_reuse"], []])
@@ -571,7 +600,10 @@ def test_preflight_refuses_what_the_disk_cannot_hold(model_dir, prompt_file, tmp
     assert run(model_dir, prompt_file, tmp_path / "run", "--force") == 0
 
 
-@pytest.mark.parametrize("more", [[], ["--raw_layers", "none"], ["--neurons", "--topk_positions", "all", "--entropy"]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--raw_layers", "none", "--pooled_dtype", "float16"], ["--neurons", "--topk_positions", "all", "--entropy"]],
+)
 def test_the_estimate_is_within_a_tenth_of_what_is_written(model_dir, tmp_path, more):
     prompts = write_prompts(tmp_path / "prompts.json", 200)
     flags = arguments(model_dir, prompts, tmp_path / "run", *more)

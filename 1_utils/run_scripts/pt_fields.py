@@ -81,7 +81,8 @@ FIELDS = {
     "attention_entropy": Field("LBHR", "float16", "with `--entropy`: entropy of attention over log(visible keys), mean "
                                "over a region's queries"),
     "pooled_regions": Field("P", "str", "the regions of the two fields below"),
-    "hidden_pooled": Field("+BPD", MODEL, "residual stream, mean over a region's tokens; layer 0 is the embeddings"),
+    "hidden_pooled": Field("+BPD", MODEL, "residual stream, mean over a region's tokens; layer 0 is the embeddings; "
+                           "in 16 bits with `--pooled_dtype`"),
     "mlp_pooled": Field("LBPF", "float16", "with `--neurons`: MLP activations, mean over a region's tokens"),
     "topk_vals": Field("BTk", "float32", "largest next-token logits at the last prompt token (T = 1), or with "
                        "`--topk_positions all` at every token (T = S)"),
@@ -122,18 +123,19 @@ def fields_table() -> str:
 # --- sizes
 
 
-def row_bytes(sizes: dict[str, int], model_itemsize: int, count: dict[str, int]) -> int:
+def row_bytes(sizes: dict[str, int], model_itemsize: int, count: dict[str, float]) -> int:
     """Bytes of one row's tensors. `sizes`: length of each axis; fields with an axis that is not there do not count.
 
-    count: how many of a field there are, if not one: 0 if it is not captured, the raw layers of a field by layer.
+    count: how many of a field there are, if not one: 0 if it is not captured, the raw layers of a field by layer, one
+    half if it is stored in half as many bytes.
     """
     known = sizes | {"B": 1, "+": sizes["L"] + 1}
-    total = 0
+    total = 0.0
     for key, field in FIELDS.items():
         if field.is_tensor and known.keys() >= {*field.axes}:
             item = ITEM_BYTES.get(field.dtype, model_itemsize)
             total += count.get(key, 1) * item * math.prod(known[axis] for axis in field.axes)
-    return total
+    return int(total)
 
 
 def axis_sizes(content: dict[str, Any], path: Path) -> dict[str, tuple[int, str]]:

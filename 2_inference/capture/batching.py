@@ -40,7 +40,7 @@ class RowCost:
 
     sizes: dict[str, int]  # of the axes, but for a prompt's own length
     itemsize: int
-    count: dict[str, int]
+    count: dict[str, float]
     all_positions: bool = False
 
     def bytes(self, length: int) -> int:
@@ -59,6 +59,8 @@ def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, it
     maps = sum(layer < layers for layer in options.raw_layers)
     count = {"hidden_states": len(options.raw_layers), "attentions": maps}
     count |= {"mlp_pooled": options.neurons, "attention_entropy": options.entropy}
+    if options.pooled_dtype:
+        count["hidden_pooled"] = 2 / itemsize
     return RowCost(sizes, itemsize, count, options.topk_positions == "all")
 
 

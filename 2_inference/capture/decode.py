@@ -388,7 +388,9 @@ class Generator:
         capture.topk = self._topk(recorded, logits)
         passes = [capture] + ([self.prefix.capture] if self.prefix else [])
         masks = [prompt.region_mask for prompt in group]
-        make = partial(rows_of, capture, masks, self.names, self.pooled, self.model.dtype, *passes[1:])
+        half = self.recorder.options.pooled_dtype
+        dtype = getattr(torch, half) if half else self.model.dtype
+        make = partial(rows_of, capture, masks, self.names, self.pooled, dtype, *passes[1:])
         rows = PassRows(make, [one.copies for one in passes])
         self.prefill_tokens += sum(map(len, own))
         self.prompt_tokens += sum(len(prompt.input_ids) for prompt in group)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from command_line import UserError
 from load_json import PromptFile, read_text
-from style_names import matched_style
+from style_names import controlled_style, matched_style
 from token_spans import (
     BASE_REGIONS,
     RenderedPrompt,
@@ -86,10 +86,11 @@ class PromptReader:
     def style(self, style: str, max_samples: int | None = None) -> StylePrompts:
         """Lengths of all prompts of a style; those that cannot be run are in `failures`."""
         names = region_names(style, self.file.clean_key, list(self.file.style_counts))
-        pool = self.pool or [*DEFAULT_POOLED, *(name for name in names if name.startswith("edited"))]
-        if wrong := [name for name in pool if name not in BASE_REGIONS and not name.startswith("edited")]:
-            raise UserError(f"--pool_regions {wrong[0]}: choose among {', '.join([*BASE_REGIONS, 'edited'])}")
-        pooled = [name for name in names if name in pool or name.split(":")[0] in pool]
+        pool, own = self.pool or [*DEFAULT_POOLED, "edited"], f"edited:{controlled_style(style) or style}"
+        known = [*BASE_REGIONS, "edited", *(f"edited:{other}" for other in self.file.style_counts)]
+        if wrong := [name for name in pool if name not in known]:
+            raise UserError(f"--pool_regions {wrong[0]}: choose among {', '.join(known)}")
+        pooled = [name for name in names if {name, name.split(":")[0]} & {*pool} or (name == "edited" and own in pool)]
         found = StylePrompts(style, names, pooled)
         typo = matched_style(style)  # rows of a control have its typo and the clean form
         keys = [style] if typo is None else [str(self.file.clean_key), typo]

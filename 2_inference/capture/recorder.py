@@ -37,13 +37,15 @@ DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What is recorded. `raw_layers` index like Hugging Face's `hidden_states` and `attentions`."""
+    """What is recorded. `raw_layers` index like Hugging Face's `hidden_states` and `attentions`; `pooled_dtype` is that
+    of the averaged states, None the model's."""
 
     raw_layers: tuple[int, ...] = RAW_LAYERS
     topk_logits: int = 10
     topk_positions: str = "last"
     neurons: bool = False
     entropy: bool = False
+    pooled_dtype: str | None = None
 
 
 def chosen_raw_layers(wanted: Sequence[str] | None, layers: int) -> tuple[int, ...]:
@@ -426,7 +428,7 @@ def rows_of(
 
     `masks` hold each prompt's regions [S, R], prefix included; `names` are the R regions, `pooled` those whose states
     are averaged. `prefix` is the pass over the prefix alone (its regions are PREFIX_REGIONS). Means over an empty
-    region are NaN. States come back in `dtype`, the model's own.
+    region are NaN. Pooled states come back in `dtype`. Raises UserError if they are too large for it.
     """
     places = [names.index(name) for name in pooled]
     if prefix is not None:
@@ -443,7 +445,11 @@ def rows_of(
     counts[counts == 0] = float("nan")
     of_pooled = counts[:, places]
     mass = (capture.sums["mass"] / counts[None, :, None, :, None]).half()
-    hidden = (capture.sums["hidden"] / of_pooled[None, :, :, None]).to(dtype)
+    states = capture.sums["hidden"] / of_pooled[None, :, :, None]
+    hidden = states.to(dtype)
+    if (hidden.isinf() & states.isfinite()).any():
+        largest = f"{torch.finfo(dtype).max:.0f}, the largest number of {dtype}"
+        raise UserError(f"the states of a prompt are above {largest}; use --pooled_dtype bfloat16")
     rows = []
     for b, mask in enumerate(masks):
         row: dict[str, Any] = {"region_mask": mask, "span_mass": mass[:, b], "hidden_pooled": hidden[:, b]}

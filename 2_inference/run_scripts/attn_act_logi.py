@@ -66,8 +66,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--topk_positions", choices=("last", "all"), default="last", help="of the prompt")
     flag("--neurons", action="store_true", help="MLP activations averaged over regions")
     flag("--entropy", action="store_true", help="attention entropy of every head (needs full maps)")
-    pooled = "regions whose states are averaged; default: last instruction task and the edited ones"
+    pooled = "regions whose states are averaged (edited:swap: for that style); default: last instruction task edited"
     flag("--pool_regions", nargs="+", help=pooled)
+    half = ("float16", "bfloat16")
+    flag("--pooled_dtype", choices=half, help="of the averaged states; default: the model's")
 
     flag = parser.add_argument_group("run").add_argument
     flag("--output_dir", type=Path, required=True, help="run folder")

@@ -134,6 +134,8 @@ def study_style(study: Study, style: str) -> tuple[pd.DataFrame, dict[str, Any]]
 def compared_rows(study: Study, style: str) -> list[int]:
     """Rows that the style changes, that its control matches, and whose edited words are not on the first token."""
     own, clean, *controls = study.compared(style)
+    if any(twin_region(name, style) not in clean.regions(FIELDS[study.unit]) for name in study.regions):
+        return []  # the style's edited words are not among --pool_regions
     rows = paired_rows(own, clean).changed
     for control in controls:
         rows = like_control(own, control, rows, None)
