@@ -18,7 +18,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo \
   --model_name models/SmolLM2-135M-Instruct --lens_rows 20 \
   --probe_layers 0 5 10 15 20 25 30 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
-CAPTURE := --neurons --entropy --raw_layers none
+CAPTURE := --entropy --raw_layers none --pooled_dtype float16
 
 .PHONY: help run test stress clean check
 .DELETE_ON_ERROR:
@@ -31,13 +31,14 @@ run: $(VENV)/.installed
 	@$(PY) 1_utils/run_scripts/fetch_models.py
 	@$(PIPELINE) --prompt_file 0_data/facts.json --max_samples 150 --few_shot_file 0_data/few_shot_facts.txt \
 	  --styles normal swap missing typo@1 typo@2 polite split@swap split@typo@1 split@typo@2 \
-	  -- --max_new_tokens 8 $(CAPTURE)
+	  -- --max_new_tokens 8 $(CAPTURE) --neurons --pool_regions last edited:swap edited:missing edited:typo@1 edited:typo@2
 	@$(PIPELINE) --prompt_file 0_data/instructions.json --max_samples 12 \
 	  --styles normal swap three real_word split polite urgent split@swap \
-	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE)
+	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE) --pool_regions last task \
+	  edited:swap edited:three edited:real_word edited:split
 	@$(PIPELINE) --prompt_file 0_data/maths.json --max_samples 40 --few_shot_file 0_data/few_shot_maths.txt \
 	  --styles normal swap three polite split@swap split@three \
-	  -- --max_new_tokens 16 $(CAPTURE)
+	  -- --max_new_tokens 16 $(CAPTURE) --pool_regions last task edited:swap edited:three
 
 # One thread a worker, because the workers share the cores.
 test: $(VENV)/.installed-dev check

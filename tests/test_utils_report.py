@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from attention.heatmaps import save_layer_head_grid
 from build_report import (
     ANY,
     CHANGED,
@@ -24,12 +26,14 @@ from build_report import (
     merge_intervals,
     pick_examples,
     rows_of,
+    sections_of,
     to_table,
     whiskers,
     word_difference,
 )
 from command_line import UserError
 from paired_stats import paired_summary
+from PIL import Image
 from report_sections import TableOf
 from run_store import open_run
 from synthetic_run import prompt_rows, write_run
@@ -123,7 +127,30 @@ def test_the_page_is_self_contained(page_text):
     assert "@import" not in page_text
     assert "link" not in page.tags
     plots = [value.partition(",")[2] for name, value in page.attributes if name == "src"]
-    assert [base64.b64decode(plot) for plot in plots] == [PNG, PNG]
+    assert [pixels(base64.b64decode(plot)).tolist() for plot in plots] == [pixels(PNG).tolist()] * 2
+
+
+def pixels(png):
+    """[height, width, 3] of a PNG on white."""
+    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), int)
+
+
+def test_a_picture_is_smaller_in_the_page_and_keeps_its_rare_colours(tmp_path):
+    values = np.abs(np.random.default_rng(0).standard_normal((30, 9)))  # none is blue but in the colour bar
+    save_layer_head_grid(tmp_path / "heads.png", [("swap", values, values > 2)] * 3, "change", "title")
+    (tmp_path / "head_sensitivity_swap.png").write_bytes(PNG)
+    (tmp_path / "heads.png").rename(tmp_path / "head_sensitivity.png")
+    (section,) = sections_of(tmp_path)
+    assert [figure.name for figure in section["figures"]] == ["head_sensitivity.png"]
+    assert section["more"] == ["head_sensitivity_swap.png"]
+    whole = (tmp_path / "head_sensitivity.png").read_bytes()
+    reduced = base64.b64decode(section["figures"][0].data)
+    assert len(reduced) < len(whole) / 2
+    assert np.abs(pixels(whole) - pixels(reduced)).max() < 32
+    (tmp_path / "head_sensitivity.png").write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"head_sensitivity\.png: cannot be read"):
+        sections_of(tmp_path)
 
 
 def test_ten_pairs_are_shown_with_their_difference(made, page_text):

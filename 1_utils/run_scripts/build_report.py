@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import base64
 import difflib
+import io
 import json
 import math
 import random
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from answer_files import SUMMARY_FILES, first_there, item_files
-from command_line import UserError, make_parser, run_main
+from command_line import UserError, make_parser, one_line, run_main
 from file_output import read_csv, write_text
 from logger import get_logger
 from read_predictions import Prediction, iter_predictions
@@ -47,6 +48,7 @@ TEMPLATE = "report_template.html"
 MAX_TEXT = 700  # characters of a prompt or answer that are shown
 INVISIBLE = {"\u00ad": "\u2027", "\u200b": "\u2027", "\u200c": "\u2027", "\u200d": "\u2027", "\ufeff": "\u2027"}
 MAX_ROWS = 120  # of a table
+COLOURS = 128  # of a picture
 DASH = "–"
 
 
@@ -455,21 +457,27 @@ def detectable(summary: pd.DataFrame | None) -> list[str]:
 
 
 def sections_of(results: Path) -> list[dict[str, Any]]:
-    """Every section that has a plot or a table in `results`; plots that no section names come last."""
+    """Every section that has a plot or a table in `results`; plots that no section names come last.
+
+    `more`: names of pictures that stay in the results folder.
+    """
     found: list[dict[str, Any]] = []
     used: set[Path] = set()
     for section in SECTIONS:
         figures: list[Figure] = []
-        folded: list[Figure] = []
+        more: list[str] = []
         for plots in section.plots:
             for path in sorted(set(results.glob(plots.pattern)) - used):
-                (folded if plots.folded else figures).append(embedded(path, plots.caption))
                 used.add(path)
+                if plots.left_out:
+                    more.append(path.name)
+                else:
+                    figures.append(embedded(path, plots.caption))
         tables = [(table, one.caption) for one in section.tables if (table := rows_of(results, one)) is not None]
-        if figures or folded or tables:
-            found.append({"title": section.title, "figures": figures, "folded": folded, "tables": tables})
+        if figures or more or tables:
+            found.append({"title": section.title, "figures": figures, "more": more, "tables": tables})
     if rest := [embedded(path, "") for path in sorted(set(results.glob("*.png")) - used)]:
-        found.append({"title": "Further plots", "figures": rest, "folded": [], "tables": []})
+        found.append({"title": "Further plots", "figures": rest, "more": [], "tables": []})
     return found
 
 
@@ -497,8 +505,22 @@ def rows_of(results: Path, wanted: TableOf) -> Table | None:
 
 
 def embedded(path: Path, caption: str) -> Figure:
-    """A PNG as text inside the page."""
-    return Figure(path.name, caption, base64.b64encode(path.read_bytes()).decode("ascii"))
+    """A picture as text inside the page: a PNG of COLOURS colours, a third of its file's size."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            whole = picture.convert("RGBA")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({one_line(str(error), 100)}); delete it and run its stage again"
+        ) from None
+    flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    # The other methods merge rare colours: a colour bar would lose its blues.
+    reduced = flat.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    data = io.BytesIO()
+    reduced.save(data, "PNG", optimize=True)
+    return Figure(path.name, caption, base64.b64encode(data.getvalue()).decode("ascii"))
 
 
 def settings_of(run: Run) -> list[tuple[str, str]]:

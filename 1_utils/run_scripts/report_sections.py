@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plots:
-    """Plots of one kind. Those that match `pattern` are shown, or wait under a fold."""
+    """Plots of one kind: those that match `pattern`. `left_out`: they stay in the results folder and are only named."""
 
     pattern: str
     caption: str
-    folded: bool = False
+    left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ SECTIONS = (
             Plots("maths_flips.png", "Answers that turned from right to wrong, and from wrong to right, by style."),
             Plots("answers_accuracy.png", "Share of right answers in words by style, with 95 % intervals."),
             Plots("answers_flips.png", "Answers in words that turned from right to wrong, and back, by style."),
-            Plots("maths_*.png", "Accuracy, seen another way.", folded=True),
-            Plots("answers_*.png", "Accuracy of answers in words, seen another way.", folded=True),
+            Plots("maths_*.png", "Accuracy, seen another way.", left_out=True),
+            Plots("answers_*.png", "Accuracy of answers in words, seen another way.", left_out=True),
         ),
         (
             TableOf(
@@ -121,7 +121,7 @@ SECTIONS = (
                 "the diamond is the share of the tokens that lie there, so a box above it is more than even attention.",
             ),
             Plots("boxplot_frac_prompt.png", "The same for the instruction, the words around the task."),
-            Plots("boxplot_perlayer_*.png", "Attention on the instruction by layer, for one style.", folded=True),
+            Plots("boxplot_perlayer_*.png", "Attention on the instruction by layer, for one style.", left_out=True),
         ),
         (
             TableOf(
@@ -163,7 +163,7 @@ SECTIONS = (
             Plots("head_overlap_vs_control.png", "The same for the changes from the controls."),
             Plots("head_answer_flips.png", "Heads whose change goes with an answer that turns from right to wrong."),
             Plots("head_answer_flips_vs_control.png", "The same for the changes from the controls."),
-            Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", folded=True),
+            Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", left_out=True),
         ),
         (
             TableOf(
