@@ -49,7 +49,7 @@ def results(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (style, i, style != "swap" or i % 3 > 0) for style in ("normal", "split@swap", "swap") for i in range(ROWS)
     ]
     pd.DataFrame(items, columns=["style", "original_index", "correct"]).to_csv(folder / "maths_items.csv", index=False)
-    assert head_sensitivity.main(arguments) == 0
+    assert head_sensitivity.main([*arguments, "--all_measures"]) == 0
     assert activation_diffs.main(arguments) == 0
     assert neuron_sensitivity.main([*arguments, *shares]) == 0
     assert probe_layers.main([*arguments, *probes]) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from attention.answer_flips import Answers, flip_association, rank_test
 from attention.head_overlap import GROUPS, cross_half, group_sums
-from attention.heads import MEASURES, Comparison, compare, overlap_table
+from attention.heads import MEASURES, SHOWN, Comparison, compare, overlap_table
 from command_line import UserError
 from file_output import read_csv
 from head_sensitivity import main
@@ -254,7 +254,12 @@ def test_a_head_whose_reaction_goes_with_wrong_answers_is_named(tmp_path) -> Non
     items[5] = ("normal", 5, False)  # wrong before the typo: no flip, and left out
     pd.DataFrame(items, columns=["style", "original_index", "correct"]).to_csv(tmp_path / "items.csv", index=False)
     out = tmp_path / "out"
-    assert main(["--run_dir", str(run), "--results_dir", str(out), "--maths_items", str(tmp_path / "items.csv")]) == 0
+    command = ["--run_dir", str(run), "--results_dir", str(out), "--maths_items", str(tmp_path / "items.csv")]
+    assert main(command) == 0
+    drawn = pd.read_csv(out / "head_answer_flips.csv")
+    assert set(drawn["measure"]) == {"edited_log2_mass_last"}
+    assert set(pd.read_csv(out / "head_sensitivity.csv")["measure"]) == {*SHOWN}
+    assert main([*command, "--all_measures"]) == 0
     found = pd.read_csv(out / "head_answer_flips.csv")
     best = found[(found["measure"] == "edited_mass_last") & (found["rank"] == 1)].iloc[0]
     assert (best["layer"], best["head"]) == (0, 2)

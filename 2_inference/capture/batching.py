@@ -57,7 +57,7 @@ def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, it
     sizes |= {"D": config.hidden_size, "k": options.topk_logits}
     sizes["F"] = _largest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
     maps = sum(layer < layers for layer in options.raw_layers)
-    count = {"hidden_states": len(options.raw_layers), "attentions": maps}
+    count: dict[str, float] = {"hidden_states": len(options.raw_layers), "attentions": maps}
     count |= {"mlp_pooled": options.neurons, "attention_entropy": options.entropy}
     if options.pooled_dtype:
         count["hidden_pooled"] = 2 / itemsize
@@ -188,7 +188,7 @@ def batch_limit(batch_size: str, model: Any, cost: RowCost, **options: Any) -> B
     kv_heads = _largest(config, "num_key_value_heads") or sizes["H"]
     # Joining two batches holds their cache twice. Reading a prompt holds a few states and the MLP's inner ones at
     # once, in float32 where they are averaged, and the raw states and maps of every raw layer.
-    raw_states, raw_maps = cost.count["hidden_states"], cost.count["attentions"]
+    raw_states, raw_maps = (int(cost.count[name]) for name in ("hidden_states", "attentions"))
     cache = 2 * 2 * sizes["L"] * kv_heads * head_size * cost.itemsize
     states = 4 * (8 * sizes["D"] + 4 * sizes["F"]) + raw_states * sizes["D"] * cost.itemsize
     maps = sizes["H"] * (raw_maps * cost.itemsize + (12 if raw_maps else 0))

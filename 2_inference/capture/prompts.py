@@ -86,11 +86,11 @@ class PromptReader:
     def style(self, style: str, max_samples: int | None = None) -> StylePrompts:
         """Lengths of all prompts of a style; those that cannot be run are in `failures`."""
         names = region_names(style, self.file.clean_key, list(self.file.style_counts))
-        pool, own = self.pool or [*DEFAULT_POOLED, "edited"], f"edited:{controlled_style(style) or style}"
+        pool, mine = self.pool or [*DEFAULT_POOLED, "edited"], f"edited:{controlled_style(style) or style}"
         known = [*BASE_REGIONS, "edited", *(f"edited:{other}" for other in self.file.style_counts)]
         if wrong := [name for name in pool if name not in known]:
             raise UserError(f"--pool_regions {wrong[0]}: choose among {', '.join(known)}")
-        pooled = [name for name in names if {name, name.split(":")[0]} & {*pool} or (name == "edited" and own in pool)]
+        pooled = [name for name in names if {name, name.split(":")[0]} & {*pool} or (name == "edited" and mine in pool)]
         found = StylePrompts(style, names, pooled)
         typo = matched_style(style)  # rows of a control have its typo and the clean form
         keys = [style] if typo is None else [str(self.file.clean_key), typo]

@@ -431,6 +431,12 @@ def first_shown(heads: pd.DataFrame) -> str:
     return next((name for name in SHOWN if (heads["measure"] == name).any()), SHOWN[0])
 
 
+def drawn_rows(table: pd.DataFrame, name: str, measure: str) -> pd.DataFrame:
+    """The rows of the measures that the pictures show: of flips `measure` alone, else SHOWN and the divergences too."""
+    kept = {measure} if name.endswith("_answer_flips") else {measure, *SHOWN, *DIVERGENCES}
+    return table[table["measure"].isin(kept)]
+
+
 def with_equal_tokens(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows whose control is a `split@<style>`, if there are any; else all.
 

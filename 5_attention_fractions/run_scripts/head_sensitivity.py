@@ -70,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     heads.log_missing_divergence(run, to_clean)
     tables = heads.all_tables(to_clean, to_control, controls, args.seed)
-    kept = heads.MEASURES if args.all_measures else {args.measure, *heads.SHOWN, *heads.DIVERGENCES}
-    for name, table in tables.items():
-        write_csv(folder / f"{name}.csv", table[table["measure"].isin(kept)])
     measure = args.measure or heads.first_shown(tables["head_sensitivity"])
+    for name, table in tables.items():
+        write_csv(folder / f"{name}.csv", table if args.all_measures else heads.drawn_rows(table, name, measure))
     pictures = head_plots.save_pictures(to_clean, tables, folder, measure)
     for line in heads.top_lines(tables["head_sensitivity"], measure):
         get_logger().info(line)
