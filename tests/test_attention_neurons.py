@@ -10,7 +10,7 @@ import torch
 from attention import neurons
 from command_line import UserError
 from paired_stats import clustered_mean, deal
-from run_store import open_run
+from run_store import load_pt, open_run, save_pt
 from scipy import stats
 from synthetic_run import prompt_rows, with_first_word_typo, write_run
 
@@ -83,6 +83,22 @@ def test_planted_units_come_first_and_fragmentation_does_not(tmp_path):
     assert summary["p"] < 0.01
     assert summary["delta"] > summary["random_high"]
     assert summary["control"] == "split"
+
+
+def test_a_style_whose_edited_words_are_not_pooled_has_heads_only(tmp_path):
+    run = run_of(tmp_path, plant_typo, styles=("swap", "split", "missing"))
+    for path in [
+        *run.glob("normal/*.pt"),
+        *run.glob("missing/*.pt"),
+    ]:  # as --pool_regions last edited:swap edited:split
+        content = load_pt(path)
+        names = content["pooled_regions"]
+        keep = [place for place, name in enumerate(names) if name in ("last", "edited:swap", "edited:split")]
+        content["pooled_regions"] = [names[place] for place in keep]
+        save_pt(path, content | {key: content[key][:, :, keep] for key in ("hidden_pooled", "mlp_pooled")})
+    found = study(run, tmp_path)
+    assert set(found["summary"].index) == {("swap", "neuron"), ("swap", "head"), ("missing", "head")}
+    assert found["neuron_sensitivity"].loc[0, ["layer", "neuron"]].tolist() == [1, 7]
 
 
 def test_without_the_control_fragmentation_passes_and_the_table_says_so(tmp_path):

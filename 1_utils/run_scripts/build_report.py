@@ -27,6 +27,7 @@ from answer_files import SUMMARY_FILES, first_there, item_files
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import read_csv, write_text
 from logger import get_logger
+from PIL import Image
 from read_predictions import Prediction, iter_predictions
 from report_sections import SECTIONS, TableOf
 from run_store import (
@@ -492,10 +493,9 @@ def rows_of(results: Path, wanted: TableOf) -> Table | None:
     if wanted.by is not None:
         if wanted.by not in frame.columns:
             return None
-        import pandas as pd
-
-        parts = [part.sort_values(wanted.by, kind="stable") for _, part in frame.groupby("style", sort=False)]
-        frame = pd.concat(parts).dropna(subset=[wanted.by]) if parts else frame
+        places = {style: place for place, style in enumerate(frame["style"].unique())}
+        frame = frame.dropna(subset=[wanted.by]).sort_values(wanted.by, kind="stable")
+        frame = frame.sort_values("style", key=lambda styles: styles.map(places), kind="stable")
     if wanted.prefer is not None and wanted.prefer[0] in frame.columns:
         liked = frame[wanted.prefer[0]].astype(str).str.startswith(wanted.prefer[1])
         frame = frame[liked] if liked.any() else frame
@@ -506,8 +506,6 @@ def rows_of(results: Path, wanted: TableOf) -> Table | None:
 
 def embedded(path: Path, caption: str) -> Figure:
     """A picture as text inside the page: a PNG of COLOURS colours, a third of its file's size."""
-    from PIL import Image
-
     try:
         with Image.open(path) as picture:
             whole = picture.convert("RGBA")

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, aligned, make_parser, run_main
-from findings import findings
 from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from run_store import open_run, outdated, row_indices, unfinished
@@ -295,6 +294,8 @@ def summary_of(wrote: Sequence[str] | dict[str, Any]) -> str:
 
 def print_headline(args: argparse.Namespace) -> None:
     """For each prompt file a table and what was found; the first file comes last, for a terminal shows the end."""
+    from findings import findings
+
     results = args.results_dir / args.run_name
     for output in reversed(runs_in(args.output_dir / args.run_name)):
         try:

@@ -115,7 +115,10 @@ def find_units(run: Run, studies: list[Study]) -> tuple[dict[str, pd.DataFrame],
 
 
 def study_style(study: Study, style: str) -> tuple[pd.DataFrame, dict[str, Any]] | None:
-    """(table of the found units, summary line) of a style; None if a half of its rows has fewer than two templates."""
+    """(table of the found units, summary line) of a style; None if a half of its rows has fewer than two templates, or
+    the style's edited words are not pooled."""
+    if any(twin_region(name, style) not in study.clean.regions(FIELDS[study.unit]) for name in study.regions):
+        return None
     halves = half_means(study, style, compared_rows(study, style))
     if any(len({study.run.template(row) for row in rows}) < 2 for rows in halves.rows):
         return None
@@ -134,8 +137,6 @@ def study_style(study: Study, style: str) -> tuple[pd.DataFrame, dict[str, Any]]
 def compared_rows(study: Study, style: str) -> list[int]:
     """Rows that the style changes, that its control matches, and whose edited words are not on the first token."""
     own, clean, *controls = study.compared(style)
-    if any(twin_region(name, style) not in clean.regions(FIELDS[study.unit]) for name in study.regions):
-        return []  # the style's edited words are not among --pool_regions
     rows = paired_rows(own, clean).changed
     for control in controls:
         rows = like_control(own, control, rows, None)
