@@ -56,6 +56,12 @@ def write_run(folder, effect, repeats=True):
             part_line("swap", p, share, total=falls[1], fragmentation=-0.2, spelling=-0.1),
             part_line("typo@2", p, share, total=falls[0], fragmentation=-0.3, spelling=-0.2),
         ],
+        "robustness_summary": [
+            {"style": "all", "measure": "accuracy_slope", "forms": forms, "n": 148, "p": p,
+             "minimum_detectable_difference": 0.031}
+            | with_interval("estimate", falls[0] / 2, 0.04, low="ci_low", high="ci_high")
+            for forms in ("normal, typo@1, typo@2", "normal, typo@1")
+        ],
         "activation_diffs_summary": [
             against_control("swap", 9.0, 1.0, p, measure="recovery_depth", n_censored=100),
             against_control("typo@2", 4.7, 1.8, p, measure="recovery_depth", n_censored=126),
@@ -91,6 +97,8 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "The change with typo@2, −50 [−58, −42] points on the prompts that have the control, has two parts: −30 "
         "[−38, −22] points come from more tokens (split@typo@2, the clean words in as many tokens), −20 [−28, −12] "
         "points from the letters (n = 149). More tokens make 60 % [48, 72] of the change.",
+        "Each one-letter edit changes the accuracy by −25 [−29, −21] points on average (normal, typo@1, typo@2; n = "
+        "148, p < 0.001).",
         "The words mistyped by typo@2 are recovered, which means that their state is the nearest to their own clean "
         "state, in 24 of 150 prompts, those of split@typo@2 in 48 of 149. That is 4.7 [2.9, 6.5] layers later than "
         "with the control (n = 149, adjusted p < 0.001; a word that is never recovered counts as one layer beyond the "
@@ -105,7 +113,7 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean word "
         "and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
     ]
-    assert [one.n for one in found] == [150, 149, 149, 149, 149, 74, 74]
+    assert [one.n for one in found] == [150, 149, 148, 149, 149, 149, 74, 74]
     assert [one.source for one in found][:2] == ["answers_summary.csv", "decomposition.csv"]
     assert len(found) == len(RULES)
     assert all(one.is_claim for one in found)
@@ -117,6 +125,8 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
     assert [one.text for one in found] == [
         "None of 3 styles lowers the accuracy detectably. The lowest change is −3 [−9, 3] points, with typo@2 (n = "
         "150, adjusted p = 0.400). A change of 10.0 points would have been found (80 % power).",
+        "The accuracy shows no slope over the number of edits (normal, typo@1, typo@2; n = 148, p = 0.400). A change "
+        "of 3.1 points per edit would have been found (80 % power).",
         "No head can be named whose attention to the words mistyped by typo@2 differs from that in split@typo@2 and "
         "repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would have been found "
         "(80 % power).",

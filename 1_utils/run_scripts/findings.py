@@ -99,6 +99,22 @@ def part_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
     return {"holds": holds, "total": _points(line, "total"), "share": share, **_names(line), **parts}
 
 
+def slope_numbers(table: pd.DataFrame, _: Path) -> Numbers | None:
+    """The change of accuracy per edit over at least two doses; it holds if that is clear of 0."""
+    lines = table[(table["measure"] == "accuracy_slope") & (table["forms"].str.count(",") > 1)]
+    if lines.empty:
+        return None
+    line = lines.iloc[0]
+    return {
+        "holds": line["p"] < ALPHA,
+        "n": int(line["n"]),
+        "forms": line["forms"],
+        "points": _points(line, "estimate", "ci_low", "ci_high"),
+        "p": _p(line["p"]).removeprefix("adjusted "),
+        "limit": f"{100 * line['minimum_detectable_difference']:.1f}",
+    }
+
+
 def recovery_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
     """How much later than its control the worst style's word is recovered; it holds if clear of 0 after Holm."""
     of_depth = table[table["measure"] == "recovery_depth"]
@@ -211,6 +227,13 @@ RULES = (
         "The change with {style}, {total} points on the prompts that have the control, has two parts: {fragmentation} "
         "points come from more tokens ({control}, the clean words in as many tokens), {spelling} points from the "
         "letters (n = {n}).{share}",
+    ),
+    Rule(
+        ("robustness_summary.csv",),
+        slope_numbers,
+        "Each one-letter edit changes the accuracy by {points} points on average ({forms}; n = {n}, {p}).",
+        "The accuracy shows no slope over the number of edits ({forms}; n = {n}, {p}). A change of {limit} points per "
+        "edit would have been found (80 % power).",
     ),
     Rule(
         ("activation_diffs_summary.csv",),
