@@ -147,7 +147,7 @@ def test_a_picture_is_smaller_in_the_page_and_keeps_its_rare_colours(tmp_path):
     whole = (tmp_path / "head_sensitivity.png").read_bytes()
     reduced = base64.b64decode(section["figures"][0].data)
     assert len(reduced) < len(whole) / 2
-    assert np.abs(pixels(whole) - pixels(reduced)).max() < 32
+    assert np.abs(pixels(whole) - pixels(reduced)).max() < 24
     (tmp_path / "head_sensitivity.png").write_bytes(whole[:100])
     with pytest.raises(UserError, match=r"head_sensitivity\.png: cannot be read"):
         sections_of(tmp_path)

@@ -49,7 +49,7 @@ TEMPLATE = "report_template.html"
 MAX_TEXT = 700  # characters of a prompt or answer that are shown
 INVISIBLE = {"\u00ad": "\u2027", "\u200b": "\u2027", "\u200c": "\u2027", "\u200d": "\u2027", "\ufeff": "\u2027"}
 MAX_ROWS = 120  # of a table
-COLOURS = 128  # of a picture
+COLOURS = 256  # of a picture
 DASH = "–"
 
 
@@ -514,8 +514,8 @@ def embedded(path: Path, caption: str) -> Figure:
             f"{path}: cannot be read ({one_line(str(error), 100)}); delete it and run its stage again"
         ) from None
     flat = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
-    # The other methods merge rare colours: a colour bar would lose its blues.
-    reduced = flat.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    # The default method merges rare colours, and a colour bar loses its blues; MAXCOVERAGE tints the grey bands.
+    reduced = flat.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     data = io.BytesIO()
     reduced.save(data, "PNG", optimize=True)
     return Figure(path.name, caption, base64.b64encode(data.getvalue()).decode("ascii"))
