@@ -28,7 +28,7 @@ import torch
 from load_json import CLEAN_KEYS, is_style_key
 from pt_fields import pack_rows
 from run_store import begin_run, save_pt
-from style_names import MATCHED, matched_style
+from style_names import MATCHED, matched_style, source_style
 from token_spans import RenderedPrompt, character_regions, edited_spans, region_mask, region_names
 
 NOUNS = ["apples", "pencils", "marbles", "tickets", "candles", "pigeons", "buttons", "cookies", "ladders", "lemons"]
@@ -261,16 +261,17 @@ def write_run(
 ) -> Path:
     """Write a run folder as stage 2 does; returns it.
 
-    prompts: rows of a prompt file (and controls, `with_controls`); a row may lack a style. styles: default all of them.
-    `size`: fields of `Size`.
+    prompts: rows of a prompt file (and what stage 2 makes, `with_controls`); a row may lack a style.
+    styles: default all of them. `size`: fields of `Size`.
     skip(style, index): rows that failed and are in no file.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{key: value for key, value in row.items() if matched_style(key) is None} for row in prompts]
+    rows = [{key: value for key, value in row.items() if source_style(key) == key} for row in prompts]
     (folder / "prompts.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     have = list(dict.fromkeys(key for row in rows for key in row if is_style_key(key)))
-    controls = [f"{MATCHED}{style}" for style in have if any(f"{MATCHED}{style}" in row for row in prompts)]
+    made = dict.fromkeys(key for row in prompts for key in row if source_style(key) != key)
+    controls = sorted(made, key=lambda key: have.index(source_style(key)))
     for style in styles or [*have, *controls]:
         target = folder / style
         begin_run(target, {"schema_version": 1, "style": style, "model_name": "synthetic", "seed": seed}, {},

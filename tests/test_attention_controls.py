@@ -230,6 +230,60 @@ def test_probes_of_typos_against_their_matched_control_have_no_token_counts_to_r
     assert table.loc[("style", "edited"), "n_classes"] == 3  # main, split, swap; a matched control is no style
 
 
+def test_a_tone_is_compared_with_neutral_words_of_as_many_tokens(tmp_path):
+    rows = prompt_rows(ROWS, ["swap"], templates=16)
+    for row in rows:  # both add six tokens
+        row["polite"], row["neutral@polite"] = (
+            f"{words} {row['normal']}" for words in ("Kindly help me.", "Plates stood by.")
+        )
+    run_dir = write_run(
+        tmp_path / "run", rows, layers=3, heads=2, neurons=6, raw_layers=(1,), few_shot="Add: 1 + 1 = 2. "
+    )
+    run = open_run(run_dir)
+    assert list(run.styles) == ["normal", "swap", "polite", "neutral@polite"]
+    assert control_of(run, "polite") == "neutral@polite"
+    assert twin_region("edited", "neutral@polite") == "edited:polite"
+    flags = ["--run_dir", str(run_dir), "--results_dir", str(tmp_path)]
+    assert head_sensitivity.main(flags) == 0
+    assert activation_diffs.main(flags) == 0
+    assert neuron_sensitivity.main([*flags, "--neuron_share", "0.2", "--head_share", "0.2"]) == 0
+    probes = ["--typo_styles", "polite", "--targets", "typo_vs_control", "style", "--layers", "1"]
+    assert probe_layers.main([*flags, *probes]) == 0
+    own, control = rows_of(run_dir, "polite"), rows_of(run_dir, "neutral@polite")
+    names = run.load(next((run_dir / "polite").glob("*.pt")))["regions"]
+    # 1. Heads: the words added have no clean twin, and the neutral ones are theirs.
+    heads = pd.read_csv(tmp_path / "head_sensitivity.csv").query("style == 'polite'").set_index("measure")
+    for measure, region in (("task_fraction_last", "task"), ("edited_mass_last", "edited")):
+        change = [own[i]["span_mass"].float() - control[i]["span_mass"].float() for i in range(ROWS)]
+        mean = np.mean([one[..., names.index("last"), names.index(region)].numpy() for one in change], axis=0)
+        if region == "edited":
+            assert measure not in heads.index or heads.loc[[measure], "n"].max() == 0
+            continue
+        for row in heads.loc[[measure]].itertuples():
+            assert (row.control, row.n_vs_control) == ("neutral@polite", ROWS)
+            assert row.difference_vs_control == pytest.approx(mean[row.layer, row.head], abs=1e-6)
+    # 2. States: how much further the tone moves the last token than neutral words of as many tokens do.
+    curves = pd.read_csv(tmp_path / "activation_diffs.csv").query("region == 'last' and measure == 'relative_l2'")
+    lines = curves.query("style == 'polite'").sort_values("layer")
+    assert set(lines["n_with_control"]) == {ROWS}
+    place = run.load(next((run_dir / "polite").glob("*.pt")))["pooled_regions"].index("last")
+    clean = rows_of(run_dir, "normal")
+    before = np.array([clean[i]["hidden_pooled"][:, place].numpy() for i in range(ROWS)])
+    far = [
+        np.linalg.norm(np.array([form[i]["hidden_pooled"][:, place].numpy() for i in range(ROWS)]) - before, axis=2)
+        / np.linalg.norm(before, axis=2)
+        for form in (own, control)
+    ]
+    np.testing.assert_allclose(lines["difference_to_control"], (far[0] - far[1]).mean(axis=0), atol=1e-5)
+    assert curves.query("style == 'neutral@polite'")["p_adjusted"].isna().all()
+    # 3. Probes: a tone against its control; the control is none of the styles.
+    table = pd.read_csv(tmp_path / "probe_layers.csv").set_index(["target", "region"])
+    assert table.loc[("typo_vs_control", "last"), "n"].tolist() == 2 * ROWS
+    assert table.loc[("typo_vs_control", "last"), "token_count_auc"].tolist() == pytest.approx(0.5, abs=0.1)
+    assert table.loc[("style", "last"), "n_classes"].tolist() == 2
+    assert "neutral@polite" not in set(pd.read_csv(tmp_path / "neuron_sensitivity_summary.csv")["style"])
+
+
 def test_a_style_none_of_whose_rows_is_matched_has_empty_columns(tmp_path):
     rows = [row | {"split@swap": row["normal"].replace("carefully", "c\u00ada\u00ad\u00adrefully")} for row in
             control_rows(8, 4)]  # fmt: skip

@@ -456,6 +456,26 @@ def test_rows_without_a_control_or_with_the_clean_prompt_are_left_out(tmp_path):
     assert table.loc["accuracy", "total"] == pytest.approx(-13 / 27)
 
 
+def test_a_tone_has_two_parts_too_length_and_tone(tmp_path, caplog):
+    rows = with_controls(facts(30), "swap", cut)
+    for row in rows:
+        row["polite"], row["neutral@polite"] = (f"{words} {row['normal']}" for words in ("Please help.", "It rained."))
+    wrong = {"polite": 2, "neutral@polite": 6, "swap": 3, "split@swap": 5}
+    run = answered(
+        tmp_path / "run", rows, lambda i, style: "Cairo" if style in wrong and i % wrong[style] == 0 else CITIES[i % 6]
+    )
+    with caplog.at_level("INFO"):
+        assert match_answers.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    table = read_csv(tmp_path / "decomposition.csv").query("measure == 'accuracy'").set_index("style")
+    assert table["control"].to_dict() == {"swap": "split@swap", "polite": "neutral@polite"}
+    found = table.loc["polite", ["n", "total", "fragmentation", "spelling"]].tolist()
+    assert found == pytest.approx([30, -15 / 30, -5 / 30, -10 / 30])
+    said = {line.partition(":")[0]: line for line in caplog.messages if "total " in line}
+    assert "length -0.167" in said["polite"]
+    assert "tone -0.333" in said["polite"]
+    assert "fragmentation -0.200" in said["swap"]
+
+
 def test_a_mixed_file_is_decomposed_over_both_stages(tmp_path):
     rows = with_controls(prompt_rows(40, ["swap"]), "swap", cut)
     golds = [CITIES[index % 6] if index % 2 else row["answer"] for index, row in enumerate(rows)]

@@ -184,6 +184,14 @@ def test_a_style_has_the_task_of_its_clean_form(clean, style, expected):
     assert "".join(style[a:b] for a, b in spans["instruction"]) == style[:start] + style[end:]
 
 
+def test_the_task_of_a_framing_is_that_within_the_clean_form():
+    for clean in ("Peru lies in", "Tell of Peru"):
+        for prompt in (f"Peru! {clean} Say Peru.", f"Please help. {clean}", f"{clean}\nThanks to Peru"):
+            start, end = task_span(prompt, "Peru", clean=clean)
+            assert prompt[start:end] == "Peru"
+            assert start == prompt.index(clean, prompt.startswith("Peru!")) + clean.index("Peru")
+
+
 def test_the_task_of_the_row_and_the_regex_come_before_the_clean_form():
     assert task_span("Hello! Add 7 + 5 now", "7 + 5", clean="Add 7 + 5 now") == (11, 16)
     assert task_span("Hello! Add 7 + 6 now", "7 + 5", clean="Add 7 + 5 now") == (0, 20)
@@ -201,6 +209,8 @@ def test_the_task_of_the_row_and_the_regex_come_before_the_clean_form():
         ("the cat, sat", "the cat sat", [","], []),
         ("a b c", "x a b c", [], ["x"]),
         ("same text", "same text", [], []),
+        ("This one is", "This is all! This one is", [], ["This", "is", "all", "!"]),
+        ("This one is", "Hi, you!\n\nThis one is this one", [], ["Hi", ",", "you", "!", "this", "one"]),
         ("the cat sat", "thecat sat", ["the", "cat"], ["thecat"]),
     ],
 )

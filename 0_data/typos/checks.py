@@ -28,7 +28,7 @@ from load_json import (
     style_problem,
     surrogate_problem,
 )
-from style_names import dose_of, matched_style, repaired_style
+from style_names import dose_of, repaired_style, source_style
 
 from typos.style_rules import verify_repair, verify_variant
 from typos.words import osa_distance
@@ -105,7 +105,7 @@ def check_rows(rows: list[Any], intensity: int = 1, styles: Sequence[str] = ()) 
     `intensity` is the number of edits that the styles were made with. `styles` are those that will be run, which
     every row should have; the file's others are not looked at (default, or `all`: all that any row has).
     """
-    wanted = [matched_style(style) or style for style in styles if "all" not in styles]
+    wanted = [source_style(style) for style in styles if "all" not in styles]
     wanted += [base for base in map(repaired_style, list(wanted)) if base and base not in wanted]
     meant = _meant_keys(rows)
     rows = [_considered(row, wanted, meant) for row in rows]

@@ -2,8 +2,9 @@
 
     total = style - clean = (control - clean) + (style - control) = fragmentation + spelling
 
-The control `split@<style>` has the clean words in as many tokens as the style. All three differences are over the same
-rows: those that have all three forms, without those whose style is the clean prompt.
+The control `split@<style>` has the clean words in as many tokens as the style. That of a tone, `neutral@<style>`, has
+as many neutral tokens around the clean prompt, so its two parts are length and tone. All three differences are over the
+same rows: those that have all three forms, without those whose style is the clean prompt.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from next_token_change import last_logits, next_token_change
 from paired_stats import CONFIDENCE, ZERO_VARIANCE, Estimate, cluster_codes, clustered_mean, holm
 from run_store import Run
 from scipy import stats
-from style_names import MATCHED
-from style_rows import StyleRows, paired_rows
+from style_names import controlled_style, neutral_style
+from style_rows import StyleRows, control_of, paired_rows
 
 PARTS = ("total", "fragmentation", "spelling")
+OF_TONE = {"fragmentation": "length", "spelling": "tone"}
 LOGITS = ("topk_vals", "topk_indices", "logsumexp")
 
 
@@ -41,7 +43,10 @@ def write_decomposition(run: Run, items: pd.DataFrame, clean_style: str, folder:
         texts = [with_interval(line, part, "+.3f") for part in PARTS]
         if not math.isnan(line.fragmentation_share):
             texts.append(with_interval(line, "fragmentation_share", ".2f"))
-        get_logger().info(f"{line.style}: {', '.join(texts)}, n = {line.n}")
+        text = ", ".join(texts)
+        for part, name in OF_TONE.items() if neutral_style(line.control) else ():
+            text = text.replace(part, name)
+        get_logger().info(f"{line.style}: {text}, n = {line.n}")
 
 
 def with_interval(line: Any, name: str, digits: str) -> str:
@@ -58,9 +63,10 @@ def decompose(run: Run, items: pd.DataFrame, clean_style: str) -> pd.DataFrame:
     the files have its logits.
     """
     scores = row_scores(items)
-    styles = [style for style in dict.fromkeys(items["style"]) if f"{MATCHED}{style}" in run.styles]
-    lines = [_accuracy_line(scores, style, clean_style) for style in styles]
-    lines += [_kl_line(run, style, clean_style) for style in styles]
+    known = {style: str(control_of(run, style)) for style in dict.fromkeys(items["style"])}
+    pairs = [(style, control) for style, control in known.items() if controlled_style(control)]
+    lines = [_accuracy_line(scores, *pair, clean_style) for pair in pairs]
+    lines += [_kl_line(run, *pair, clean_style) for pair in pairs]
     table = pd.DataFrame([line for line in lines if line is not None and line["n"]])
     if table.empty:
         return table
@@ -75,10 +81,10 @@ def with_holm(table: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _accuracy_line(scores: pd.DataFrame, style: str, clean_style: str) -> dict[str, Any] | None:
-    if (found := scores_of_forms(scores, (clean_style, f"{MATCHED}{style}", style))) is None:
+def _accuracy_line(scores: pd.DataFrame, style: str, control: str, clean_style: str) -> dict[str, Any] | None:
+    if (found := scores_of_forms(scores, (clean_style, control, style))) is None:
         return None
-    return decomposition_line("accuracy", style, *found)
+    return decomposition_line("accuracy", style, control, *found)
 
 
 def scores_of_forms(scores: pd.DataFrame, forms: tuple[str, str, str]) -> tuple[np.ndarray, pd.Series, int] | None:
@@ -96,9 +102,9 @@ def scores_of_forms(scores: pd.DataFrame, forms: tuple[str, str, str]) -> tuple[
     return values, own.loc[rows, "template"], len(own)
 
 
-def _kl_line(run: Run, style: str, clean_style: str) -> dict[str, Any] | None:
+def _kl_line(run: Run, style: str, control_style: str, clean_style: str) -> dict[str, Any] | None:
     """Of KL(clean || form), which is 0 for the clean form."""
-    clean, control, own = (StyleRows(run, form) for form in (clean_style, f"{MATCHED}{style}", style))
+    clean, control, own = (StyleRows(run, form) for form in (clean_style, control_style, style))
     if not all(table.has(name) for table in (clean, control, own) for name in LOGITS):
         return None
     changed = paired_rows(own, clean).changed
@@ -106,13 +112,18 @@ def _kl_line(run: Run, style: str, clean_style: str) -> dict[str, Any] | None:
     sides = [table.extract(last_logits, rows) for table in (clean, control, own)]
     kl = [next_token_change(sides[0], side)["next_token_kl"] for side in sides[1:]]
     values = np.stack([np.zeros(len(rows)), *kl], axis=1)
-    line = decomposition_line("next_token_kl", style, values, own.clusters(rows), len(changed))
+    line = decomposition_line("next_token_kl", style, control_style, values, own.clusters(rows), len(changed))
     # A divergence is never below 0, so a test of its mean against 0 says nothing.
     return line | {"total_p": math.nan, "fragmentation_p": math.nan}
 
 
 def decomposition_line(
-    measure: str, style: str, values: np.ndarray, clusters: Sequence[Hashable] | pd.Series, n_of_style: int
+    measure: str,
+    style: str,
+    control: str,
+    values: np.ndarray,
+    clusters: Sequence[Hashable] | pd.Series,
+    n_of_style: int,
 ) -> dict[str, Any]:
     """One line of the table from values [n, 3] of clean form, control and style."""
     differences = values[:, [2, 1, 2]] - values[:, [0, 0, 1]]  # total, fragmentation, spelling
@@ -121,7 +132,7 @@ def decomposition_line(
     line: dict[str, Any] = {
         "style": style,
         "measure": measure,
-        "control": f"{MATCHED}{style}",
+        "control": control,
         "n": len(values),
         "n_without_control": n_of_style - len(values),
         "n_clusters": int(cluster_codes(len(values), clusters).max(initial=-1)) + 1,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError, did_you_mean, one_line
-from style_names import MATCHED, REPAIRED, matched_style, repaired_style
+from style_names import REPAIRED, controlled_style, is_again, repaired_style, reserved_name, source_style
 
 CLEAN_KEYS = ("normal", "instruction")
 TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
@@ -104,8 +104,8 @@ def style_problem(style: str) -> str | None:
         return "it holds a slash"
     if style.startswith("."):
         return "it begins with a dot"
-    if style.startswith(MATCHED):
-        return f"{MATCHED} begins the names of controls"
+    if reserved := reserved_name(style):
+        return f"{reserved} is kept for what stage 2 makes of a style"
     if style.startswith(REPAIRED) and not is_style_key(repaired_style(style) or "_"):
         return f"{REPAIRED} is to be followed by the name of a style"
     if style.lower() in RUN_NAMES:
@@ -209,16 +209,19 @@ def chosen_styles(prompts: PromptFile, keys: Sequence[str] | None) -> list[str]:
             raise UserError(f"{prompts.path}: holds several styles: {have}; choose with --prompt_keys, or all")
         return available
     for key in keys:
-        typo = matched_style(key)
-        if typo is not None and (prompts.clean_key is None or typo == prompts.clean_key):
+        if controlled_style(key) and (prompts.clean_key is None or source_style(key) == prompts.clean_key):
             raise UserError(f"--prompt_keys {key}: a control needs a clean form and another style; leave it out")
+        if is_again(key) and source_style(key) != prompts.clean_key:
+            raise UserError(
+                f"--prompt_keys {key}: only the clean form ({prompts.clean_key}) is run again; leave it out"
+            )
         if key != "all":
-            prompts.prompts(typo or key, 0)  # raises for a key nobody has
+            prompts.prompts(source_style(key), 0)  # raises for a key nobody has
     styles = [style for style in available if style in keys or "all" in keys]
     for style in styles:
         if reason := style_problem(style):
             raise UserError(f"{prompts.path}: the key {style!r} cannot name a folder; rename it ({reason})")
-    return styles + [f"{MATCHED}{style}" for style in available if f"{MATCHED}{style}" in keys]
+    return styles + [key for style in available for key in dict.fromkeys(keys) if key != style == source_style(key)]
 
 
 def load_json_prompts(file_path: str | Path, prompt_key: str, max_samples: int | None = None) -> list[tuple[int, str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from style_names import MADE_IN_STAGE_2
+
 
 @dataclass(frozen=True)
 class Plots:
@@ -22,7 +24,7 @@ class Plots:
 class TableOf:
     """Rows of a CSV: those where `only` holds, the first `per_style` of each style; `columns` empty: all.
 
-    by: the column that tells which are the first; a row without it is left out. prefer: (column, beginning): only rows
+    by: the column that tells which are the first; a row without it is left out. prefer: (column, beginnings): only rows
     with such a value, if there are any.
     """
 
@@ -32,7 +34,7 @@ class TableOf:
     only: tuple[tuple[str, str], ...] = ()
     per_style: int | None = None
     by: str | None = None
-    prefer: tuple[str, str] | None = None
+    prefer: tuple[str, tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ SECTIONS = (
             TableOf(
                 "decomposition.csv",
                 "How much of the change is fragmentation (control − clean form) and how much is spelling (style − "
-                "control)",
+                "control); of a tone (control neutral@…): how much is length, and how much is tone",
                 (
-                    "style", "measure", "n", "n_clusters", "total", "fragmentation", "spelling", "spelling_p_adjusted",
-                    "fragmentation_share",
+                    "style", "measure", "control", "n", "n_clusters", "total", "fragmentation", "spelling",
+                    "spelling_p_adjusted", "fragmentation_share",
                 ),
             ),
             TableOf(
@@ -152,8 +154,9 @@ SECTIONS = (
             ),
             Plots(
                 "head_sensitivity_vs_control.png",
-                "The same from the control to the style. A control split@… has the clean words in as many tokens, so "
-                "that what is left is the typo; `split` has them cut by an invisible character.",
+                "The same from the control to the style. A control split@… has the clean words in as many tokens, and "
+                "neutral@… as many neutral words, so that what is left is the typo, or the tone; `split` has the clean "
+                "words cut by an invisible character.",
             ),
             Plots(
                 "head_overlap.png",
@@ -187,7 +190,7 @@ SECTIONS = (
                 (("measure", "edited_log2_mass_last"),),
                 3,
                 "rank_vs_control",
-                ("control", "split@"),
+                ("control", MADE_IN_STAGE_2),
             ),
             TableOf(
                 "head_sensitivity.csv",

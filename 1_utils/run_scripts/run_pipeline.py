@@ -35,7 +35,7 @@ from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from run_store import open_run, outdated, row_indices, unfinished
 from stamps import ROOT, is_done, place_of, read_stamp
-from style_names import matched_style
+from style_names import source_style
 
 EXIT_SOME_FAILED = 1
 EXIT_STOPPED = 75  # stage 2 was stopped by a signal
@@ -90,7 +90,7 @@ def given(flag: str, value: Any) -> list[str]:
 
 def check_flags(job: Job, args: argparse.Namespace) -> list[str]:
     """Stage 0 warns of what would bias a comparison; it stops nothing."""
-    styles = [] if "all" in args.styles else [style for style in args.styles if not matched_style(style)]
+    styles = [] if "all" in args.styles else [style for style in args.styles if source_style(style) == style]
     files = ["--prompt_file", str(job.prompts.path), "--output_csv", str(job.results / "prompt_findings.csv")]
     return files + given("--styles", styles)
 

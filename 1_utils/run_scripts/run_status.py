@@ -30,7 +30,7 @@ from command_line import UserError, aligned, make_parser, run_main
 from file_output import gigabytes
 from load_json import read_prompt_file
 from stamps import is_current, read_stamp
-from style_names import matched_style
+from style_names import source_style
 
 RATE_SPAN = 3600.0  # seconds
 ENDED = "ended without a word (cancelled, out of time, or its node failed)"
@@ -81,7 +81,7 @@ def read_style(folder: Path) -> StyleStatus:
             rows.update(indices)
             written.append((path.stat().st_mtime, len(indices)))
     failed = set(run_store.read_failures(folder)) - rows
-    if matched_style(style):  # which rows a control has only its tokenizer knows
+    if source_style(style) != style:  # which rows a control has only its tokenizer knows
         missing = (run_store.planned_prompts(folder, style) or 0) - len(rows | failed)
     else:  # those that are no prompts were asked for, too
         chosen, limit = prompts_in(copy), settings.get("max_samples")

@@ -30,7 +30,7 @@ from file_output import atomic_path, make_folder, read_csv, remove_leftovers, wr
 from load_json import CLEAN_KEYS, RowId, parse_rows, read_prompt_file, read_text
 from logger import get_logger
 from pt_fields import AXES, RUN_AXES, axis_sizes
-from style_names import matched_style
+from style_names import source_style
 
 if TYPE_CHECKING:
     import numpy as np
@@ -224,8 +224,9 @@ def sort_styles(styles: Iterable[str], run_path: Path) -> list[str]:
         for row in parse_rows(read_text(copy, "the run's copy of its prompt file"), copy):
             for key in row if isinstance(row, dict) else ():
                 order.setdefault(key, len(order))
-    names = {style: matched_style(style) or style for style in styles}  # a control follows its style
-    return sorted(names, key=lambda style: (order.get(names[style], len(order)), names[style], style != names[style]))
+    names = {style: source_style(style) for style in styles}  # a control follows its style
+    place = {style: order.get(name, len(order)) for style, name in names.items()}
+    return sorted(names, key=lambda style: (place[style], names[style], style != names[style], style))
 
 
 def pt_files(folder: Path) -> list[Path]:
@@ -315,7 +316,7 @@ def unfinished(run: Run, styles: Sequence[str] | None = None, max_samples: int |
     begun = {_style_of(path.parent): path.parent for path in sorted(run.path.glob("*/run.json"))}
     found: dict[tuple[int, int], list[str]] = {}
     for style, folder in {**run.styles, **begun}.items():
-        if styles is not None and not {style, matched_style(style)} & {*styles, run.clean_style}:
+        if styles is not None and not {style, source_style(style)} & {*styles, run.clean_style}:
             continue
         planned = planned_prompts(folder, style, max_samples)
         there = set(row_indices(run, style)) if style in run.styles else set()

@@ -40,6 +40,17 @@ def controlled_style(style: str) -> str | None:
     return matched_style(style) or neutral_style(style)
 
 
+def source_style(style: str) -> str:
+    """The style whose rows of the prompt file it has: `swap` of `split@swap`, `normal` of `normal@again`, or itself."""
+    return controlled_style(style) or (style.removesuffix(AGAIN) if is_again(style) else style)
+
+
+def reserved_name(style: str) -> str | None:
+    """Which part of a name is kept for what stage 2 makes: `split@`, `neutral@` or `@again`; None of any other name."""
+    begins = (prefix for prefix in MADE_IN_STAGE_2 if style.startswith(prefix))
+    return next(begins, AGAIN if style.endswith(AGAIN) else None)
+
+
 def repaired_style(style: str) -> str | None:
     """`swap` of `repaired@swap`, None of any other style."""
     return _after(REPAIRED, style)

@@ -23,7 +23,7 @@ from logger import get_logger
 from pt_fields import AXES, FIELDS
 from read_predictions import Prediction, predictions_of
 from run_store import Run, row_indices
-from style_names import MATCHED, NEUTRAL, SPLIT_STYLE, is_control, matched_style
+from style_names import MATCHED, NEUTRAL, SPLIT_STYLE, controlled_style, is_again, is_control
 from token_spans import edited_spans
 
 Extract = Callable[[dict[str, Any], Path], dict[str, np.ndarray]]
@@ -424,7 +424,7 @@ def clean_and_styles(run: Run, styles: Sequence[str] | None, with_controls: bool
 
 def twin_region(region: str, style: str) -> str:
     """The clean run's region that `region` of a style is compared with."""
-    return f"edited:{matched_style(style) or style}" if region == "edited" else region
+    return f"edited:{controlled_style(style) or style}" if region == "edited" else region
 
 
 def templates_of(run: Run) -> set[str]:
@@ -440,17 +440,17 @@ def templates_of(run: Run) -> set[str]:
 
 def control_of(run: Run, style: str) -> str | None:
     """The control that a style is compared with, if the run has one: `split@<style>`, `neutral@<style>` or `split`."""
-    names = () if is_control(style) else (f"{MATCHED}{style}", f"{NEUTRAL}{style}", SPLIT_STYLE)
+    names = () if is_control(style) or is_again(style) else (f"{MATCHED}{style}", f"{NEUTRAL}{style}", SPLIT_STYLE)
     return next((name for name in names if name in run.styles), None)
 
 
 def warn_missing_controls(run: Run, styles: Sequence[str]) -> None:
     """Log which styles have no control with their own number of tokens."""
-    controls = {style: control_of(run, style) for style in styles if not is_control(style)}
+    controls = {style: control_of(run, style) for style in styles if not (is_control(style) or is_again(style))}
     if alone := [style for style, control in controls.items() if control is None]:
         get_logger().warning(
             f"without a control: {' '.join(alone)}; their differences may come from the number of tokens alone. "
-            f"Stage 2 makes controls with --prompt_keys {MATCHED}<style>"
+            f"Stage 2 makes controls with --prompt_keys {MATCHED}<style> (typos) and {NEUTRAL}<style> (tones)"
         )
     if by_split := [style for style, control in controls.items() if control == SPLIT_STYLE]:
         get_logger().debug(
@@ -460,8 +460,11 @@ def warn_missing_controls(run: Run, styles: Sequence[str]) -> None:
 
 
 def same_words(run: Run, style: str, control: str, indices: Iterable[int]) -> np.ndarray:
-    """Mask [n] of the rows in which both styles edit the same words of the clean text, by the prompt file."""
-    if matched_style(control) == style:
+    """Mask [n] of the rows in which both styles edit the same words of the clean text, by the prompt file.
+
+    A control that stage 2 made for the style does so in all its rows.
+    """
+    if controlled_style(control) == style:
         return np.ones(len(list(indices)), dtype=bool)
 
     def words(row: dict[str, Any], name: str) -> list[tuple[int, int]]:
@@ -473,8 +476,8 @@ def same_words(run: Run, style: str, control: str, indices: Iterable[int]) -> np
 
 
 def token_limit(control: str, split_tokens: int | None) -> int | None:
-    """Most tokens by which a style's edited words may differ from its control's: none for `split@<style>`."""
-    return 0 if matched_style(control) else split_tokens
+    """Most tokens by which a style's edited words may differ from its control's: none if stage 2 made it for it."""
+    return 0 if controlled_style(control) else split_tokens
 
 
 def like_control(own: StyleRows, control: StyleRows, rows: Sequence[int], split_tokens: int | None) -> list[int]:

@@ -124,7 +124,8 @@ def task_span(prompt: str, task: str | None = None, task_regex: str | None = Non
 
     The first rule that finds it decides:
     1. `task_regex`, if given: its group 1, else the whole match; everything if it does not match.
-    2. The row's own `task`; if it was edited and all around it is as in the clean form, what is in its place.
+    2. The row's own `task`, in a framing around the clean form the one within it; if it was edited and all around it
+       is as in the clean form, what is in its place.
     3. The task of its clean form `clean`, if the prompt holds the clean form or this task unchanged between white
        space. What a framing adds around a request is then not part of the task.
     4. Everything, if the clean form is all task.
@@ -134,9 +135,12 @@ def task_span(prompt: str, task: str | None = None, task_regex: str | None = Non
         if match := re.search(task_regex, prompt, re.DOTALL):
             return match.span(1) if match.re.groups and match.group(1) is not None else match.span()
         return 0, len(prompt)
-    if task and clean is not None and (around := around_task(clean, task)) and "".join(around).strip():
+    if task and clean is not None and (around := around_task(clean, task)):
         before, after = around
-        longer = len(prompt) > len(before) + len(after)
+        if frame := framing(prompt, clean):
+            start = len(frame[0] + before)
+            return start, start + len(task)
+        longer = (before + after).strip() and len(prompt) > len(before) + len(after)
         if longer and prompt.startswith(before) and prompt.endswith(after):  # the task of `Jamaicaa` is not `Jamaica`
             return len(before), len(prompt) - len(after)
     if task and (start := prompt.rfind(task)) >= 0:
@@ -151,6 +155,17 @@ def around_task(clean: str, task: str) -> tuple[str, str] | None:
     """(text before, text after) the last place of the task in a clean prompt; None if it has no task there."""
     start = clean.rfind(task) if task else -1
     return None if start < 0 else (clean[:start], clean[start + len(task) :])
+
+
+def framing(prompt: str, clean: str) -> tuple[str, str] | None:
+    """(text before, text after) the clean form in a prompt that only adds words around it; None for another prompt.
+
+    White space parts these words from the clean form. One of the two texts may be empty.
+    """
+    before, after = around_task(prompt, clean) or ("", "")
+    edges = ((before[::-1], clean[:1]), (after, clean[-1:]))
+    apart = all(not side or (side.strip() and (side[0].isspace() or edge.isspace())) for side, edge in edges)
+    return (before, after) if before + after and apart else None
 
 
 def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:
@@ -190,7 +205,8 @@ def edited_spans(clean: str, variant: str) -> tuple[list[Span], list[Span]]:
     """(spans in `clean`, spans in `variant`) of the words that differ, by a minimal word-by-word alignment.
 
     A word inserted has no clean twin, a word left out none in the variant. Where two words agree and only the white
-    space before them differs, both are marked, so that a re-spaced word has its twin too.
+    space before them differs, both are marked, so that a re-spaced word has its twin too. Of a framing its own words
+    are marked, though another alignment may be as short: `This is urgent! This one`.
     """
     edited = [(own, twin) for own, twin, differs in aligned_words(clean, variant) if differs]
     return [own for own, _ in edited if own is not None], [twin for _, twin in edited if twin is not None]
@@ -198,6 +214,10 @@ def edited_spans(clean: str, variant: str) -> tuple[list[Span], list[Span]]:
 
 def aligned_words(clean: str, variant: str) -> list[tuple[Span | None, Span | None, bool]]:
     """(clean word, its twin in `variant`, is it edited?) of all words in order; `edited_spans` says when it is."""
+    if around := framing(variant, clean):
+        start, end = len(around[0]), len(variant) - len(around[1])
+        twins = [(a, b, start <= a < end) for a, b in words_of(variant)]
+        return [((a - start, b - start) if kept else None, (a, b), not kept) for a, b, kept in twins]
     clean_words, variant_words = words_of(clean), words_of(variant)
     left, right = [clean[a:b] for a, b in clean_words], [variant[a:b] for a, b in variant_words]
     aligned: list[tuple[Span | None, Span | None, bool]] = []

@@ -35,7 +35,7 @@ from run_store import (
     record_failures,
     save_pt,
 )
-from style_names import matched_style
+from style_names import matched_style, source_style
 from token_spans import template_text
 
 from capture.batching import RowCost, attention_layers, batch_limit, file_bytes, plan_files, row_cost, windows_of
@@ -177,7 +177,9 @@ def plan_style(
     style = reader.style(name, ends[-1])
     if style.unmatched:
         count = f"{style.unmatched} of {style.unmatched + len(style.texts)}"
-        why = "the words of their clean form cannot be cut into as many tokens as the typo has"
+        why = "no neutral sentence has as many tokens as what the style adds, or it adds nothing around the clean form"
+        if matched_style(name):
+            why = "the words of their clean form cannot be cut into as many tokens as the typo has"
         log.info(f"{name}: {count} prompts are left out: {why}")
     for as_text, fate in ((True, "they are read as plain text"), (False, "this tokenizer has no plain text for them")):
         found = [(index, token) for index, seen in style.controls.items() for token in seen if seen[token] is as_text]
@@ -196,7 +198,7 @@ def plan_style(
         start = stop
     index, count = args.shard
     # Each style begins with another shard, else the only file of every small style fell to shard 0.
-    first = [*reader.file.style_counts].index(matched_style(name) or name) + bool(matched_style(name))
+    first = [*reader.file.style_counts].index(source_style(name)) + (source_style(name) != name)
     files = [positions for i, positions in enumerate(layout, first) if i % count == index]
     own = {"style": name, "max_samples": ends[-1], "regions": style.names}
     own["capture"] = settings["capture"] | {"pooled_regions": style.pooled}

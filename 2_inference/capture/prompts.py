@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from command_line import UserError
 from load_json import PromptFile, read_text
-from style_names import controlled_style, matched_style
+from style_names import controlled_style, matched_style, source_style
 from token_spans import (
     BASE_REGIONS,
     RenderedPrompt,
@@ -20,6 +20,7 @@ from token_spans import (
     character_regions,
     control_tokens,
     edited_spans,
+    framing,
     region_mask,
     region_names,
     render_prompt,
@@ -27,8 +28,10 @@ from token_spans import (
 
 from capture.decode import Prompt
 from capture.matched_split import CUT, TokenisedText, WordCutter, new_cuts
+from capture.neutral_text import NeutralSentences
 
 DEFAULT_POOLED = ("last", "instruction", "task")
+EDITED_TOO = [*BASE_REGIONS, "edited"]
 SHORTEST_PREFIX = 8  # tokens; a shorter one is not worth a pass of its own
 
 
@@ -52,17 +55,18 @@ class StylePrompts:
     texts: list[tuple[int, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     failures: dict[int, tuple[int | str, str]] = field(default_factory=dict)
-    unmatched: int = 0  # of a control: prompts that are not in it, for their words cannot be cut like the typo
+    unmatched: int = 0  # of a control: prompts that are not in it, for they cannot have as many tokens as the style's
     controls: dict[int, dict[str, bool]] = field(default_factory=dict)  # by row: see `_ReadPrompt`
 
 
 @dataclass(frozen=True)
 class _ReadPrompt:
-    """A prompt as the model will see it; `shown` is its own text as it is stored."""
+    """A prompt as the model will see it: its own text, and that text as it is stored, with the cuts of a control."""
 
     rendered: RenderedPrompt
     ids: list[int]
     offsets: list[Span]
+    text: str
     shown: str
     controls: dict[str, bool] = field(default_factory=dict)  # control tokens typed in it: whether they are read as text
 
@@ -75,7 +79,7 @@ class PromptReader:
     ):
         self.file, self.tokenizer, self.rendering = prompts, tokenizer, rendering
         self.max_length, self.pool = max_length, pool
-        self._cutter = WordCutter(tokenizer)
+        self._cutter, self._sentences = WordCutter(tokenizer), NeutralSentences(tokenizer)
         self._control = control_tokens(tokenizer)
         self._common: list[int] | None = None
         try:
@@ -92,8 +96,8 @@ class PromptReader:
             raise UserError(f"--pool_regions {wrong[0]}: choose among {', '.join(known)}")
         pooled = [name for name in names if {name, name.split(":")[0]} & {*pool} or (name == "edited" and mine in pool)]
         found = StylePrompts(style, names, pooled)
-        typo = matched_style(style)  # rows of a control have its typo and the clean form
-        keys = [style] if typo is None else [str(self.file.clean_key), typo]
+        # Rows of a control have the clean form and the style that it controls.
+        keys = [source_style(style), *([str(self.file.clean_key)] if controlled_style(style) else [])]
         for problem in (problem for key in keys for problem in self.file.problems_of(key, max_samples)):
             found.failures[problem.original_index] = (self._element(problem.original_index), str(problem))
         indices = [{index for index, _ in self.file.prompts(key, max_samples)} for key in keys]
@@ -134,43 +138,60 @@ class PromptReader:
         return Prompt(index, read.ids, self._mask(read, style.style, index, style.names), forced_ids)
 
     def _read(self, style: str, index: int) -> _ReadPrompt | None:
-        """A row's prompt in a style, rendered and tokenised; None if a control does not have it.
-
-        In a control each edited word of the clean prompt has as many tokens as its typo.
-        """
-        own, typo = self._encode(self._text(style, index)), matched_style(style)
-        if typo is None:
+        """A row's prompt in a style, rendered and tokenised; None if a control does not have it."""
+        own = self._encode(self.file.rows[index][source_style(style)])
+        if controlled_style(style) is None:
             return own
-        other = self._encode(self._text(typo, index))
-        names = [*BASE_REGIONS, "edited"]
+        clean = self.file.rows[index][str(self.file.clean_key)]
+        make = self._split if matched_style(style) else self._neutral
+        return make(style, index, clean, own)
+
+    def _split(self, style: str, index: int, text: str, typo: _ReadPrompt) -> _ReadPrompt | None:
+        """The clean prompt with as many tokens in each edited word as its typo has; None: it cannot be."""
+        own = self._encode(text)
         edited, goal = (
-            self._mask(read, key, index, names)[:, -1].tolist() for read, key in ((own, style), (other, typo))
+            self._mask(read, key, index, EDITED_TOO)[:, -1].tolist()
+            for read, key in ((own, style), (typo, source_style(style)))
         )
         clean = TokenisedText(own.rendered.text, own.ids, own.offsets, edited)
-        found = self._cutter.cut(clean, TokenisedText(other.rendered.text, other.ids, other.offsets, goal))
+        found = self._cutter.cut(clean, TokenisedText(typo.rendered.text, typo.ids, typo.offsets, goal))
         if found is None:
             return None
-        shown, shift = own.shown, own.rendered.own[0] - own.rendered.own_offset
+        shown, shift = own.text, own.rendered.own[0] - own.rendered.own_offset
         for place in reversed(new_cuts(clean, found[1])):
             shown = shown[: place - shift] + CUT + shown[place - shift :]
-        made = _ReadPrompt(own.rendered, *found, shown)
+        made = _ReadPrompt(own.rendered, *found, own.text, shown)
         # Token by token the typo's twin, or none: a token may hold a word and the sign after it; cut off, the sign is
         # in no edited word.
-        twins = zip(made.ids, other.ids, goal, strict=False)
-        same = len(made.ids) == len(other.ids) and all(inside or a == b for a, b, inside in twins)
-        return made if same and self._mask(made, style, index, names)[:, -1].tolist() == goal else None
+        same = _differ_only_within(goal, made, typo)
+        return made if same and self._mask(made, style, index, EDITED_TOO)[:, -1].tolist() == goal else None
 
-    def _text(self, style: str, index: int) -> str:
-        return str(self.file.rows[index][self.file.clean_key if matched_style(style) else style])
+    def _neutral(self, style: str, index: int, text: str, tone: _ReadPrompt) -> _ReadPrompt | None:
+        """The clean prompt in neutral sentences of as many tokens as those of the tone style; None: it cannot be."""
+        around = framing(tone.text, text)
+        if around is None:
+            return None
+        parts, made = [around[0], text, around[1]], tone
+        goal = self._mask(tone, source_style(style), index, EDITED_TOO)
+        for side in (place for place in (0, 2) if parts[place]):  # one after the other: before and after
+            for added in self._sentences.in_place_of(parts[side], f"{index} {side}"):
+                parts[side] = added
+                made = self._encode("".join(parts))
+                same = _differ_only_within(goal[:, -1].tolist(), made, tone)
+                if same and torch.equal(self._mask(made, style, index, EDITED_TOO), goal):
+                    break
+            else:
+                return None
+        return made
 
     def _mask(self, read: _ReadPrompt, style: str, index: int, names: list[str]) -> torch.Tensor:
         """Which tokens of a row's prompt lie in which region, [S, R] bool."""
-        row, text, typo = self.file.rows[index], self._text(style, index), matched_style(style)
+        row = self.file.rows[index]
         texts = {key: value for key, value in row.items() if isinstance(value, str)}
         clean = texts.get(self.file.clean_key) if self.file.clean_key else None
-        regions = character_regions(text, names, texts, clean, texts.get("task"), self.rendering.task_regex)
-        if typo:
-            regions["edited"] = edited_spans(text, row[typo])[0]
+        regions = character_regions(read.text, names, texts, clean, texts.get("task"), self.rendering.task_regex)
+        if typo := matched_style(style):
+            regions["edited"] = edited_spans(read.text, row[typo])[0]
         return region_mask(read.rendered, read.offsets, names, regions)
 
     def _encode(self, text: str) -> _ReadPrompt:
@@ -186,7 +207,7 @@ class PromptReader:
             return_special_tokens_mask=True,
             truncation=False,
         )
-        read = _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text)
+        read = _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text, text)
         # 2. An end-of-text token that the tokenizer puts after a prompt would end it before the answer.
         ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
         while len(read.ids) > 1 and encoded["special_tokens_mask"][len(read.ids) - 1] and read.ids[-1] in ends:
@@ -212,6 +233,12 @@ class PromptReader:
             return self.file.element_index(index)
         except AttributeError:  # the row is not an object
             return index + 1
+
+
+def _differ_only_within(places: list[bool], one: _ReadPrompt, other: _ReadPrompt) -> bool:
+    """Whether two prompts have as many tokens, and the same ones but for these places."""
+    twins = zip(one.ids, other.ids, places, strict=False)
+    return len(one.ids) == len(other.ids) and all(inside or a == b for a, b, inside in twins)
 
 
 def read_few_shot(path: Path | None) -> str:

@@ -7,7 +7,7 @@ Writes  results/<run>/maths_items.csv        one line per answer: gold, value, r
         results/<run>/maths_flips.csv        answers that turned from right to wrong or back, with both texts
         results/<run>/maths_breakdown.csv    the same by operation, digits, number of edits, token change
         results/<run>/robustness_summary.csv spread, consistency and others over all styles (docs/METHODS.md)
-        results/<run>/decomposition.csv, repair_summary.csv    with split@<style>, with repaired@<style> in the run
+        results/<run>/decomposition.csv, repair_summary.csv    with a control, with repaired@<style> in the run
         results/<run>/maths_accuracy.png, maths_flips.png, maths_by_edits.png
 
     python 3_maths_eval/run_scripts/evaluate_predictions.py --run_dir outputs/demo/maths

@@ -19,7 +19,7 @@ from logger import get_logger
 from next_token_change import last_logits, next_token_change
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
 from run_store import Run, open_run
-from style_names import is_control, matched_style
+from style_names import controlled_style, is_control, source_style
 from style_rows import (
     StyleRows,
     clean_and_styles,
@@ -207,8 +207,9 @@ def style_values(study: Comparison, style: str) -> StyleValues:
     A state that overflowed its 16-bit dtype has no distance: missing, not infinite.
     """
     own, pairs = study.styles[style], paired_rows(study.styles[style], study.clean)
-    # If a typo has as many tokens as the word, the clean word is its own control.
-    found = StyleValues(pairs.rows if matched_style(style) else pairs.changed, pairs.identical)
+    # If a typo has as many tokens as the word, the clean word is its own control; the clean form again changes no text.
+    made = source_style(style) != style
+    found = StyleValues(pairs.rows if made else pairs.changed, pairs.identical)
     if not found.rows:
         return found
     for region in study.regions:
@@ -416,13 +417,13 @@ def item_table(study: Comparison, measured: dict[str, StyleValues]) -> pd.DataFr
 def recovery_lines(summary: pd.DataFrame) -> list[str]:
     """The result in words: from which layer on a mistyped word is recovered, against its control if it has one.
 
-    If some styles have a control of as many tokens (`split@<style>`), only these.
+    If some styles have a control of as many tokens, only these.
     """
     rows = summary[summary["measure"] == "recovery_depth"] if len(summary) else summary
     rows = rows[~rows["style"].map(is_control)] if len(rows) else rows
     if not len(rows):
         return ["recovery depth: not known for any style"]
-    matched = rows[rows["control"].map(matched_style, na_action="ignore").notna() & (rows["n_with_control"] > 0)]
+    matched = rows[rows["control"].map(controlled_style, na_action="ignore").notna() & (rows["n_with_control"] > 0)]
     lines = []
     for row in (matched if len(matched) else rows).itertuples():
         line = f"{row.style}: words recovered from layer {row.estimate:.1f} on [{row.ci_low:.1f}, {row.ci_high:.1f}]"

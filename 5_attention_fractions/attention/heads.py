@@ -19,7 +19,7 @@ from command_line import UserError, did_you_mean
 from logger import get_logger
 from paired_stats import benjamini_hochberg, clustered_mean, deal
 from run_store import Run
-from style_names import matched_style
+from style_names import controlled_style
 from style_rows import StyleRows, clean_and_styles, control_of, paired_rows, same_words, templates_of, token_limit
 
 from attention.aligned_maps import aligned_divergence, row_maps
@@ -379,7 +379,7 @@ def all_tables(
         table = table.assign(control=table["style"].map(controls)).merge(beside, "left", keys)
         tables[f"{level}_sensitivity"] = table
     # As in the picture: if some styles have a control of as many tokens, only these.
-    equal = [one for one in to_control if matched_style(str(one.control))] or to_control
+    equal = [one for one in to_control if controlled_style(str(one.control))] or to_control
     overlaps = [overlap_table(some, seed) for some in (to_clean, equal) if some]
     tables["head_overlap"] = pd.concat(overlaps, ignore_index=True)
     order = {one.style: place for place, one in enumerate(to_clean)}
@@ -438,11 +438,11 @@ def drawn_rows(table: pd.DataFrame, name: str, measure: str) -> pd.DataFrame:
 
 
 def with_equal_tokens(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose control is a `split@<style>`, if there are any; else all.
+    """The rows whose control has as many tokens as the style (stage 2 made it), if there are any; else all.
 
     Next to what an invisible character does (`split`) one would see nothing of a typo.
     """
-    equal = rows["control"].map(matched_style, na_action="ignore").notna()
+    equal = rows["control"].map(controlled_style, na_action="ignore").notna()
     return rows[equal] if equal.any() else rows
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from file_output import save_figure
 from matplotlib.ticker import MaxNLocator
-from style_names import SPLIT_STYLE, is_control, matched_style
+from style_names import SPLIT_STYLE, controlled_style, is_control
 
 MANY_STYLES = 6
 NOTES = {"real_word": "real_word (another word)"}
@@ -35,7 +35,7 @@ def style_colours(styles: list[str]) -> dict[str, Any]:
     """A colour per style, the same in every picture of a run; `split@swap` has that of `swap`, `split` is black."""
     pairs = mpl.colormaps["tab20"](range(20))  # dark and light by turns: first all the dark ones
     palette = [*pairs[0::2], *pairs[1::2]]
-    names = {style: matched_style(style) or style for style in styles if style != SPLIT_STYLE}
+    names = {style: controlled_style(style) or style for style in styles if style != SPLIT_STYLE}
     own = {name: palette[i % len(palette)] for i, name in enumerate(dict.fromkeys(names.values()))}
     return {SPLIT_STYLE: "black"} | {style: own[name] for style, name in names.items()}
 

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from style_names import MATCHED, SPLIT_STYLE, is_control, matched_style
+from style_names import MATCHED, SPLIT_STYLE, is_control, source_style
 from style_rows import (
     StyleRows,
     clean_and_styles,
@@ -208,7 +208,7 @@ def all_items(states: States, args: argparse.Namespace, answers: Answers | None)
         if "typo_vs_control" in args.targets:
             yield control_items(states, typos, region)
         if "style" in args.targets:
-            yield style_items(states, [style for style in styles if matched_style(style) is None], region)
+            yield style_items(states, [style for style in styles if source_style(style) == style], region)
     for target, own in (("wrong", [states.clean, *styles]), ("flipped", styles)):
         if answers is not None and target in args.targets:
             yield from (answer_items(states, target, style, answers) for style in own if not is_control(style))
