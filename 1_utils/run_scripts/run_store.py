@@ -432,14 +432,16 @@ def save_pt(path: Path, content: dict[str, Any]) -> None:
             raise OSError(0, one_line(str(error), 120)) from error
 
 
-def record_failures(folder: Path, style: str, tried: Iterable[int], failed: dict[int, tuple[RowId, str]]) -> int:
-    """Bring failures.csv up to date for the rows `tried`; `failed`: original index → (element_index, reason).
+def record_failures(
+    folder: Path, style: str, tried: Iterable[int], failed: dict[int, tuple[RowId, str]], name: str = "failures.csv"
+) -> int:
+    """Bring a list of failures up to date for the rows `tried`; `failed`: original index → (element_index, reason).
 
     Rows that were not tried keep their line; the file goes when none is left. Returns the number of lines now there.
     """
-    path = folder / "failures.csv"
+    path = folder / name
     with locked(folder):
-        lines = {index: line for index, line in read_failures(folder).items() if index not in set(tried)}
+        lines = {index: line for index, line in read_failures(folder, name).items() if index not in set(tried)}
         lines |= {index: (style, index, element, one_line(reason)) for index, (element, reason) in failed.items()}
         if not lines:
             path.unlink(missing_ok=True)
@@ -449,9 +451,9 @@ def record_failures(folder: Path, style: str, tried: Iterable[int], failed: dict
     return len(lines)
 
 
-def read_failures(folder: Path) -> dict[int, tuple[Any, ...]]:
+def read_failures(folder: Path, name: str = "failures.csv") -> dict[int, tuple[Any, ...]]:
     """Lines of failures.csv by original index; empty where there is no such file."""
-    path = folder / "failures.csv"
+    path = folder / name
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as handle:

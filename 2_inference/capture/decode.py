@@ -325,7 +325,7 @@ class Generator:
             group: list[Prompt] = []
             began = time.perf_counter()
             try:
-                with _memory_errors():
+                with memory_errors():
                     # 2. Read prompts if there is room for them, else decode a step.
                     if waiting and not self.crowded and self.limit.may_join(len(running), len(waiting)):
                         group = self.limit.next_group(waiting, len(running))
@@ -344,7 +344,7 @@ class Generator:
                         if self.progress:
                             lengths = [len(response.ids) for response in running if not response.finish_reason]
                             self.progress.stepped(len(running), lengths, time.perf_counter() - began)
-            except _OutOfMemory as error:
+            except OutOfMemory as error:
                 # 3. Memory is short: a group that was not read is made smaller, or waits until the others are done;
                 # otherwise all prompts under way begin again, in smaller batches. What is alone fails.
                 if not group:
@@ -506,12 +506,12 @@ def _is_done(result: Result) -> bool:
     return all(response.finish_reason for response in result.responses)
 
 
-class _OutOfMemory(Exception):
+class OutOfMemory(Exception):
     """Its text is the reason for failures.csv."""
 
 
 @contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Turn the several ways in which memory runs out into one."""
     try:
         yield
@@ -521,7 +521,7 @@ def _memory_errors() -> Iterator[None]:
         if not short:
             raise
         why = one_line(str(error) or type(error).__name__, 200)
-        raise _OutOfMemory(f"out of memory even alone: {why}") from None
+        raise OutOfMemory(f"out of memory even alone: {why}") from None
     finally:
         if sys.exc_info()[0] is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()

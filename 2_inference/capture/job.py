@@ -364,9 +364,7 @@ def run_jobs(
     args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, model: Any, batching: Batching
 ) -> bool:
     """Run all styles with one loaded model. Returns whether a signal stopped the run."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = reader.tokenizer.eos_token_id if ends is None else ends
-    ends = frozenset(i for i in (ends if isinstance(ends, list) else [ends]) if i is not None)
+    ends = end_tokens(model, reader.tokenizer)
     options = GenerationOptions(**{name: getattr(args, name) for name in GENERATION_FLAGS}, eos_token_ids=ends)
     batch_size = "1" if batching.rows == "alone" else args.batch_size
     rows = {"samples": args.num_samples, "new_tokens": args.max_new_tokens, "equal_lengths": batching.rows == "equal"}
@@ -390,6 +388,13 @@ def run_jobs(
                 break
     log.debug(f"read {generator.prefill_tokens:,} tokens for prompts of {generator.prompt_tokens:,} tokens in all")
     return generator.stop.is_set()
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a response: the model's own, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset(i for i in (ends if isinstance(ends, list) else [ends]) if i is not None)
 
 
 # For positions of a job: the token ids of the clean prompt's response.

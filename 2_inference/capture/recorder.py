@@ -32,6 +32,7 @@ MAP_ELEMENTS = 1 << 27  # an explicit attention map is made for as many queries 
 CACHE_ELEMENTS = 1 << 20  # and on a CPU into this, which its caches hold
 TINY = torch.finfo(torch.float32).tiny
 RENAMED = ("sdpa", "eager")  # kinds that get a name of their own for the recording function
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn")
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 
 
@@ -52,17 +53,20 @@ def chosen_raw_layers(wanted: Sequence[str] | None, layers: int) -> tuple[int, .
     """Layer numbers of `--raw_layers` for a model of so many layers; RAW_LAYERS (default) as far as it has them."""
     if wanted is None or [*wanted] == [str(number) for number in RAW_LAYERS]:
         return tuple(number for number in RAW_LAYERS if number < layers)
-    if [*wanted] == ["none"]:
-        return ()
+    return () if [*wanted] == ["none"] else chosen_layers(wanted, layers, "--raw_layers")
+
+
+def chosen_layers(wanted: Sequence[str], last_layer: int, flag: str) -> tuple[int, ...]:
+    """Layer numbers from the words after a flag: numbers, ranges (0-5), -1 (the last), all."""
     numbers: set[int] = set()
     for text in wanted:
-        found = re.fullmatch(r"(-?\d+)(?:-(\d+))?", f"0-{layers}" if text == "all" else text)
+        found = re.fullmatch(r"(-?\d+)(?:-(\d+))?", f"0-{last_layer}" if text == "all" else text)
         if found is None:
-            raise UserError(f"--raw_layers {text}: give layer numbers, ranges (0-5), -1 for the last, all, or none")
-        first = int(found[1]) + (layers + 1 if found[1].startswith("-") else 0)
+            raise UserError(f"{flag} {text}: give layer numbers, ranges (0-5), -1 for the last, all, or none")
+        first = int(found[1]) + (last_layer + 1 if found[1].startswith("-") else 0)
         last = int(found[2] or first)
-        if not 0 <= first <= last <= layers:
-            raise UserError(f"--raw_layers {text}: the model has layers 0 to {layers}; choose among these")
+        if not 0 <= first <= last <= last_layer:
+            raise UserError(f"{flag} {text}: the model has layers 0 to {last_layer}; choose among these")
         numbers |= {*range(first, last + 1)}
     return tuple(sorted(numbers))
 
@@ -145,7 +149,7 @@ class Recorder:
     Only one recorder may record at a time, for the attention function is the process's own: `active` is its pass.
     """
 
-    active: _Pass | None = None
+    active: Any = None  # has `recorder` and `attend(call)`: a `_Pass`, or a pass of another kind
 
     def __init__(self, model: Any, options: CaptureOptions):
         self.model, self.options = model, options
@@ -282,13 +286,13 @@ class _Pass:
         step = max(16, (MAP_ELEMENTS if eager or q.is_cuda else CACHE_ELEMENTS) // (batch * heads * keys))
         for start in range(0, queries, step):
             block = slice(start, min(start + step, queries))
-            seen = self._block_mask(call, block)
+            seen = visible_keys(call, self.recorder.base_attention, block)
             visible = slice(0, keys)
             if seen is not None and not eager and len(places := _allowed(seen).flatten(0, -2).any(0).nonzero()):
                 visible = slice(int(places[0]), int(places[-1]) + 1)
             seen = None if seen is None else seen[..., visible]
             part = replace(call, q=q[:, :, block], k=k[:, :, visible], v=wide[:, :, visible], mask=seen)
-            whole[:, block], probs = part.run() if eager else self._explicit_map(part)
+            whole[:, block], probs = part.run() if eager else explicit_attention(part, self.recorder.base_attention)
             shares = probs
             if call.kwargs.get("s_aux", call.kwargs.get("sinks")) is not None:
                 # Some eager functions take out the sink's share after the softmax: shares of what reaches the keys.
@@ -308,62 +312,6 @@ class _Pass:
             self.maps[call.module.layer_idx] = kept
         return whole[..., :size].contiguous(), whole[..., size:-1]
 
-    def _explicit_map(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [B,S,H,D] and probabilities [B,H,S,Sk]; grouped heads share their keys, which are not repeated."""
-        q, mask = call.q, call.mask
-        batch, heads, queries, size = q.shape
-        groups = call.k.shape[1]
-        grouped = (q * call.kwargs["scaling"]).reshape(batch, groups, -1, size)  # [B, Hkv, Hq / Hkv * S, D]
-        scores = (grouped @ call.k.transpose(2, 3)).view(batch, heads, queries, -1)
-        softcap, sinks = call.kwargs.get("softcap"), call.kwargs.get("s_aux")
-        if self.recorder.base_attention == "sdpa":
-            softcap = sinks = None  # SDPA knows neither
-        if call.kwargs.get("position_bias") is not None:
-            raise UserError(
-                "raw layers and entropy of attention with a position bias need --attn_implementation eager; "
-                "or run with --raw_layers none and without --entropy"
-            )
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        if mask is not None:
-            floor = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill_(~mask, floor) if mask.dtype == torch.bool else scores.add_(mask)
-        if sinks is not None:  # learned logits that take a share of the attention to nowhere
-            scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, queries, 1)], dim=-1)
-        probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        if sinks is not None:
-            probs = probs[..., :-1]
-        output = (probs.view(batch, groups, -1, probs.shape[-1]) @ call.v).view(batch, heads, queries, -1)
-        return output.transpose(1, 2), probs
-
-    def _block_mask(self, call: AttentionCall, block: slice) -> torch.Tensor | None:
-        """What the block's queries may see, [B or 1, 1 or H, S, Sk], bool or additive; None: all of them.
-
-        SDPA and eager come with it or with None, flash with the keys that are no pads [B, Sk], flex with a BlockMask.
-        """
-        q, mask, window = call.q, call.mask, call.kwargs.get("sliding_window")
-        queries, keys = q.shape[2], call.k.shape[2]
-        if hasattr(mask, "mask_mod"):
-
-            def shifted(b: Any, h: Any, row: Any, column: Any) -> Any:
-                return mask.mask_mod(b, h, row + block.start, column)
-
-            return create_mask(shifted, q.shape[0], 1, block.stop - block.start, keys, device=q.device)
-        if mask is not None and mask.dim() == 4:
-            return mask[:, :, block, :keys] if mask.shape[2] > 1 else mask[..., :keys]
-        if (queries == 1 and mask is None) or self.recorder.base_attention == "eager":
-            return None
-        flash = self.recorder.base_attention not in ("sdpa", "flex_attention")
-        rows = torch.arange(block.start, block.stop, device=q.device)[:, None] + keys - queries
-        columns = torch.arange(keys, device=q.device)
-        if mask is None:
-            mask = torch.ones(1, keys, dtype=torch.bool, device=q.device)
-        seen = mask[:, None, None, :keys].bool() & (columns <= rows)
-        if flash and window is not None:  # pads are taken out before the window is laid
-            place = mask.long().cumsum(-1)
-            seen = seen & (place[:, None, rows] - place[:, None, None] < window)
-        return seen
-
     def finish(self) -> Capture:
         """What the pass leaves. Raises UserError if some layer did not take part, or the layers differ in size."""
         if missing := {*range(self.recorder.num_layers)} - self.sums["mass"].keys():
@@ -381,6 +329,72 @@ class _Pass:
         sums = {name: copies.stack(parts) for name, parts in in_order.items()}
         states, maps = ({i: copies.copy(one) for i, one in raw.items()} for raw in (self.states, self.maps))
         return Capture(self.num_queries, sums, states, maps, copies)
+
+
+def explicit_attention(
+    call: AttentionCall, base: str, edit: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B,S,H,D] and probabilities [B,H,S,Sk]; grouped heads share their keys, which are not repeated.
+
+    base: name of the attention whose mask and kind of softmax this is. edit: changes the probabilities before they are
+    multiplied with the values. The call has its `scaling`, and as its mask what `visible_keys` returns.
+    """
+    q, mask = call.q, call.mask
+    batch, heads, queries, size = q.shape
+    groups = call.k.shape[1]
+    grouped = (q * call.kwargs["scaling"]).reshape(batch, groups, -1, size)  # [B, Hkv, Hq / Hkv * S, D]
+    scores = (grouped @ call.k.transpose(2, 3)).view(batch, heads, queries, -1)
+    softcap, sinks = call.kwargs.get("softcap"), call.kwargs.get("s_aux")
+    if base == "sdpa":
+        softcap = sinks = None  # SDPA knows neither
+    if call.kwargs.get("position_bias") is not None:
+        raise UserError(
+            "raw layers and entropy of attention with a position bias need --attn_implementation eager; "
+            "or run with --raw_layers none and without --entropy"
+        )
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        floor = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill_(~mask, floor) if mask.dtype == torch.bool else scores.add_(mask)
+    if sinks is not None:  # learned logits that take a share of the attention to nowhere
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, queries, 1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    if sinks is not None:
+        probs = probs[..., :-1]
+    if edit is not None:
+        probs = edit(probs)
+    output = (probs.view(batch, groups, -1, probs.shape[-1]) @ call.v).view(batch, heads, queries, -1)
+    return output.transpose(1, 2), probs
+
+
+def visible_keys(call: AttentionCall, base: str, block: slice) -> torch.Tensor | None:
+    """What the block's queries may see, [B or 1, 1 or H, S, Sk], bool or additive; None: all of them.
+
+    SDPA and eager come with it or with None, flash with the keys that are no pads [B, Sk], flex with a BlockMask.
+    """
+    q, mask, window = call.q, call.mask, call.kwargs.get("sliding_window")
+    queries, keys = q.shape[2], call.k.shape[2]
+    if hasattr(mask, "mask_mod"):
+
+        def shifted(b: Any, h: Any, row: Any, column: Any) -> Any:
+            return mask.mask_mod(b, h, row + block.start, column)
+
+        return create_mask(shifted, q.shape[0], 1, block.stop - block.start, keys, device=q.device)
+    if mask is not None and mask.dim() == 4:
+        return mask[:, :, block, :keys] if mask.shape[2] > 1 else mask[..., :keys]
+    if (queries == 1 and mask is None) or base == "eager":
+        return None
+    flash = base not in ("sdpa", "flex_attention")
+    rows = torch.arange(block.start, block.stop, device=q.device)[:, None] + keys - queries
+    columns = torch.arange(keys, device=q.device)
+    if mask is None:
+        mask = torch.ones(1, keys, dtype=torch.bool, device=q.device)
+    seen = mask[:, None, None, :keys].bool() & (columns <= rows)
+    if flash and window is not None:  # pads are taken out before the window is laid
+        place = mask.long().cumsum(-1)
+        seen = seen & (place[:, None, rows] - place[:, None, None] < window)
+    return seen
 
 
 def cannot_capture(what: str) -> UserError:
@@ -554,6 +568,20 @@ def down_projection(layer: torch.nn.Module) -> torch.nn.Module:
     if len(found) != 1 or any("expert" in name for name, _ in layer.named_modules()):
         raise UserError(f"no single MLP in {type(layer).__name__} (a mixture of experts?); run without --neurons")
     return found[0]
+
+
+def attention_module(layer: torch.nn.Module) -> torch.nn.Module:
+    """The attention of a decoder layer, its output projection included."""
+    found = [module for _, module in layer.named_children() if hasattr(module, "layer_idx")]
+    if len(found) != 1:
+        raise UserError(f"no single attention module in {type(layer).__name__}; choose another site than attn_out")
+    return found[0]
+
+
+def mlp_module(layer: torch.nn.Module) -> torch.nn.Module:
+    """The MLP or mixture of experts of a decoder layer; if it has no module of its own, its last linear map."""
+    children = dict(layer.named_children())
+    return next((children[name] for name in MLP_NAMES if name in children), None) or down_projection(layer)
 
 
 def install_attention(model: Any) -> str:

@@ -1,0 +1,398 @@
+"""One command of patching: pair the prompts of a run, load its model, prove, patch, and write patches_*.pt.
+
+The run's own settings say how prompts are rendered. Rows are paired token by token: a row is left out, and counted, if
+its style has no control of its length. A file holds the rows of ROWS_PER_FILE lines of the prompt file, so files do not
+depend on how often a run was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from command_line import UserError, one_line
+from file_output import remove_leftovers, write_json
+from load_json import read_prompt_file
+from load_model import load_config, load_model, load_tokenizer, model_fingerprint
+from logger import get_logger
+from run_store import (
+    Run,
+    differences,
+    load_pt,
+    locked,
+    open_run,
+    read_json_file,
+    record_failures,
+    save_pt,
+    warn_unfinished,
+)
+from style_names import MATCHED
+from tqdm import tqdm
+
+from capture.batching import FREE_SHARE, attention_layers, free_memory
+from capture.decode import OutOfMemory, Prompt, memory_errors
+from capture.job import EXIT_STOPPED, end_tokens, stopped_by_signals
+from capture.patch_measures import HEAD_SITES, MEASURES, Cell, all_cells, measures, prove
+from capture.patching import LIVE, Pair, Patch, Patcher, States
+from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt
+from capture.recorder import cannot_capture, chosen_layers
+
+ROWS_PER_FILE = 16
+CPU_ROWS, GPU_ROWS = 32, 128  # patched rows in a batch; on a CPU more are slower
+FAILURES = "patches_failures.csv"
+WHOSE = ("", "recipient_", "donor_")  # a measure of the patched row, of the unpatched one, of the donor
+ALWAYS_0_OR_1 = ("donor_nats", "donor_nats_first", "donor_restored")
+ROW_ID = ("original_index", "element_index")
+ONE_TOKEN = ("edited_last", "readout")  # what a donor of another length has a counterpart for
+log = get_logger("patch_activations")
+
+
+@dataclass
+class StylePlan:
+    """The rows of a style that can be patched: {original index: (position in `clean`, position in `typo`)}."""
+
+    style: str
+    folder: Path
+    clean: StylePrompts
+    typo: StylePrompts
+    rows: dict[int, tuple[int, int]]
+    settings: dict[str, Any]
+    dropped: int
+    files: list[tuple[Path, list[int]]] = field(default_factory=list)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Patch what is missing; returns the exit code."""
+    # 1. Plan, from the run, config and tokenizer alone.
+    run = open_run(args.run_dir)
+    warn_unfinished(run, args.styles, args.max_samples)
+    config, reader = open_reader(args, run)
+    args.layers = chosen_layers(args.layers, attention_layers(config) - 1, "--layers")
+    plans = [plan_style(args, run, reader, style) for style in args.styles]
+    todo = [plan for plan in plans if plan.files]
+    if not todo:
+        log.info(f"{run.path}: nothing to do, all rows are patched")
+        return 0
+
+    # 2. The model, and the work.
+    model, tokenizer = load_model(args.model_name, args.dtype, args.device_map, args.revision, args.trust_remote_code)
+    stop, whole = Event(), True
+    with closing(Patcher(model, args.seed)) as patcher, stopped_by_signals(stop):
+        study = Study(args, patcher, reader, end_tokens(model, tokenizer))
+        rows = sum(len(indices) for plan in todo for _, indices in plan.files)
+        with tqdm(total=rows, desc=todo[0].style, unit="prompt", smoothing=0, dynamic_ncols=True) as bar:
+            for plan in todo:
+                bar.set_description(plan.style)
+                for path, indices in plan.files:
+                    whole &= study.run_file(plan, path, indices, bar, stop)
+                    if stop.is_set():
+                        return EXIT_STOPPED
+    return int(not whole)
+
+
+# --- plan
+
+
+def open_reader(args: argparse.Namespace, run: Run) -> tuple[Any, PromptReader]:
+    """(config, reader of the run's prompts as the run rendered them). Sets what `args` leaves to the run."""
+    run.chosen(args.styles)  # raises for one that it does not have
+    settings = run.settings(args.styles[0]).get("settings")
+    if not settings:
+        raise UserError(f"{run.path}: has no run.json, so its prompts cannot be made again; run stage 2 again")
+    name = settings["model_name"]
+    args.model_name = args.model_name or (f"models/{name}" if Path(f"models/{name}").is_dir() else name)
+    args.revision, args.dtype = settings["revision"], args.dtype or settings["dtype"]
+    args.stop_strings = settings["generation"]["stop_strings"]
+    args.response_tokens = args.response_tokens or settings["generation"]["max_new_tokens"]
+    wrong = [*({*args.positions} - {*ONE_TOKEN}), *({*args.sites} & {*HEAD_SITES, "mlp_post"})]  # these take all tokens
+    if args.source != "split" and wrong:
+        raise UserError(
+            f"--source {args.source}: prompts of unequal length have no counterpart for {wrong[0]}; leave it out"
+        )
+    config = load_config(args.model_name, args.revision, args.trust_remote_code)
+    own, theirs = model_fingerprint(args.model_name, config), settings["model_fingerprint"]
+    if own != theirs:
+        raise UserError(
+            f"--model_name {args.model_name}: is not the model of {run.path} ({own}, not {theirs}); name it"
+        )
+    tokenizer = load_tokenizer(args.model_name, args.revision, args.trust_remote_code)
+    names = ("few_shot_text", "apply_chat_template", "system_prompt", "task_regex")
+    place = run.path if (run.path / "prompts.json").is_file() else run.path.parent
+    prompts = read_prompt_file(place / "prompts.json")
+    longest = longest_prompt(config, args.response_tokens)
+    return config, PromptReader(prompts, tokenizer, Rendering(*(settings[name] for name in names)), longest, None)
+
+
+def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: str) -> StylePlan:
+    """The pairs of a style, and which files are not there yet. Raises UserError if its folder holds other patches."""
+    # 1. Its rows, those of them that have a counterpart, and a check that the tokens are those of the run.
+    clean_key = reader.file.clean_key
+    if clean_key is None or style == clean_key:
+        raise UserError(f"--styles {style}: patching compares a style with the clean form; name another style")
+    known = run.settings(style)["settings"]
+    limit = min(args.max_samples or known["max_samples"], known["max_samples"])
+    clean = reader.style(f"{MATCHED}{style}" if args.source == "split" else clean_key, limit)
+    typo = reader.style(style, limit)
+    place_of = {index: place for place, (index, _) in enumerate(clean.texts)}
+    pairs = {index: (place_of[index], place) for place, (index, _) in enumerate(typo.texts) if index in place_of}
+    rows = {index: pair for index, pair in pairs.items() if _is_edited(reader, clean, typo, style, pair)}
+    if not rows:
+        raise UserError(f"{run.path}: no row of {style} has a counterpart to take states from; try --source normal")
+    content = run.load(run.files(style)[0])
+    first, real = content["original_indices"][0], content["attention_mask"][0]
+    if first in rows and content["input_ids"][0][real].tolist() != reader.prompt(typo, rows[first][1]).input_ids:
+        raise UserError(f"{run.path}: this tokenizer reads row {first + 1} of {style} as other tokens than the run did")
+
+    # 2. What decides the content of its files.
+    flags = ("source", "directions", "sites", "positions", "layers", "response_tokens", "controls", "seed", "dtype")
+    settings = {name: getattr(args, name) for name in flags}
+    settings |= {"model_fingerprint": known["model_fingerprint"], "prompt_sha256": known["prompt_sha256"]}
+    plan = StylePlan(style, run.styles[style], clean, typo, rows, settings, len(typo.texts) - len(rows))
+    log.info(f"{style}: {len(rows)} rows are one to one with {clean.style}; {plan.dropped} are not and are left out")
+    begin_patches(args, plan)
+
+    # 3. Its files.
+    tag = "" if args.source == "split" else f"{args.source}_"
+    for start in range(0, limit, ROWS_PER_FILE):
+        indices = [index for index in rows if start <= index < start + ROWS_PER_FILE]
+        path = plan.folder / f"patches_{tag}{start:05d}_{start + ROWS_PER_FILE:05d}.pt"
+        if indices and start // ROWS_PER_FILE % args.shard[1] == args.shard[0] and not _is_whole(path, indices):
+            plan.files.append((path, indices))
+    return plan
+
+
+def begin_patches(args: argparse.Namespace, plan: StylePlan) -> None:
+    """Write patches.json beside the files, or find it the same. UserError names what differs."""
+    path = plan.folder / ("patches.json" if args.source == "split" else f"patches_{args.source}.json")
+    with locked(plan.folder):
+        if args.overwrite:
+            for old in [path, *plan.folder.glob("patches_*.pt")]:
+                old.unlink(missing_ok=True)
+        known = read_json_file(path).get("settings", {}) if path.is_file() else None
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in plan.settings.items()}
+        if known is not None and (found := differences(known, settings)):
+            raise UserError(
+                f"{plan.folder}: holds patches of other settings ({'; '.join(found)}); use these, or --overwrite"
+            )
+        write_json(path, {"settings": settings, "rows": len(plan.rows), "left_out": plan.dropped})
+
+
+def _is_edited(
+    reader: PromptReader, clean: StylePrompts, typo: StylePrompts, style: str, pair: tuple[int, int]
+) -> bool:
+    """Whether both prompts of a pair have tokens that the style edits."""
+    prompts = [reader.prompt(one, place) for one, place in zip((clean, typo), pair, strict=True)]
+    return all(
+        any(edited_tokens(prompt, names.names, style)) for prompt, names in zip(prompts, (clean, typo), strict=True)
+    )
+
+
+def edited_tokens(prompt: Prompt, names: list[str], style: str) -> list[bool]:
+    """Which tokens of a prompt lie in the edited words, or in the words that the style edits."""
+    column = names.index("edited" if "edited" in names else f"edited:{style}")
+    return [bool(inside) for inside in prompt.region_mask[:, column].tolist()]
+
+
+def _is_whole(path: Path, indices: list[int]) -> bool:
+    try:
+        return {*indices} <= {*load_pt(path)["original_indices"]} if path.is_file() else False
+    except UserError as error:
+        log.warning(f"{error}; it is run again")
+        return False
+
+
+def groups_of(edited: list[bool]) -> dict[str, list[int]]:
+    """Groups of a prompt's tokens, by position.
+
+    edited, and edited_last: the last of them; after: the others behind the first edited one; readout: the last token of
+    the prompt (with the forced tokens after it), if it is not edited; all: from the first edited one on; before: the
+    two before it.
+    """
+    places, last = [place for place, inside in enumerate(edited) if inside], len(edited) - 1
+    return {
+        "edited": places,
+        "edited_last": places[-1:],
+        "after": [place for place in range(places[0], last) if not edited[place]],
+        "readout": [] if edited[last] else [last],
+        "all": [*range(places[0], last + 1)],
+        "before": [*range(max(0, places[0] - 2), places[0])],
+    }
+
+
+# --- run
+
+
+class Study:
+    """The rows of a run on one model."""
+
+    def __init__(self, args: argparse.Namespace, patcher: Patcher, reader: PromptReader, ends: frozenset[int]):
+        self.args, self.patcher, self.reader, self.ends = args, patcher, reader, ends
+        self.batch_size = args.batch_size
+        self.cells: list[Cell] = []
+
+    def run_file(self, plan: StylePlan, path: Path, indices: list[int], bar: Any, stop: Event) -> bool:
+        """Patch the rows of one file and write it, whole or not at all; returns whether every row could be run."""
+        rows: list[dict[str, Any]] = []
+        failed: dict[int, tuple[int | str, str]] = {}
+        proof: dict[str, float] = {}
+        for place, index in enumerate(indices):
+            if stop.is_set():
+                return True
+            try:
+                if not proof:
+                    proof = self.prove(plan, path, index)
+                rows.append(self.run_row(plan, index, indices[(place + 1) % len(indices)]))
+            except OutOfMemory as error:
+                failed[index] = self.reader.file.element_index(index), str(error)
+            bar.update()
+        record_failures(plan.folder, plan.style, indices, failed, FAILURES)
+        remove_leftovers(path)
+        if rows:
+            save_pt(path, self.content(plan, rows, proof))
+        return not failed
+
+    def prove(self, plan: StylePlan, path: Path, index: int) -> dict[str, float]:
+        """The proof of a file, on one row; and, the first time, the cells of the run."""
+        pair, alone = self.pair(plan, index, self.args.directions[0])
+        self.patcher.stored = {}
+        try:
+            if len(alone.recipient) != len(pair.recipient) or plan.clean.style == self.reader.file.clean_key:
+                self.patcher.stored["own"] = self.patcher.record(alone, self.args.sites)[0]
+            proof = prove(self.patcher, pair, self.args.sites, self.rows_at_once(pair))
+            if not self.cells:
+                states = self.patcher.record(alone, ["z", "v"])[0]
+                heads = {
+                    site: [states.values[0, where, i].shape[1] for i in range(len(self.patcher.layers))]
+                    for site, where in (("z", "z"), ("pattern", "z"), ("v", "v"))
+                }
+                what = self.args.sites, self.args.positions, self.args.layers, self.args.controls
+                self.cells = [cell for way in self.args.directions for cell in all_cells(way, *what, heads)]
+        except UserError:
+            raise
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:  # of a model of an unknown kind
+            raise cannot_capture(
+                f"it cannot be patched ({type(error).__name__}: {one_line(str(error), 200)})"
+            ) from error
+        shown = ", ".join(f"{name} {value:.1g}" for name, value in proof.items())
+        log.info(f"{plan.style}, {path.name}: the proof holds, in standard deviations of the logits: {shown}")
+        return proof
+
+    def pair(self, plan: StylePlan, index: int, direction: str) -> tuple[Pair, Pair]:
+        """A row's pair; and its donor alone, as donor and recipient in one."""
+        prompts = [
+            self.reader.prompt(style, place)
+            for style, place in zip((plan.clean, plan.typo), plan.rows[index], strict=True)
+        ]
+        groups = [
+            groups_of(edited_tokens(prompt, style.names, plan.style))
+            for prompt, style in zip(prompts, (plan.clean, plan.typo), strict=True)
+        ]
+        order = (0, 1) if direction == "denoising" else (1, 0)
+        donor, recipient = (prompts[i].input_ids for i in order)
+        response = self.patcher.respond(donor, self.args.response_tokens, self.ends, self.is_stopped)
+        answers: list[list[int]] = [*getattr(prompts[0], "forced", {}).get("answers", [])]
+        pair = Pair(index, donor, recipient, response, groups[order[1]], answers)
+        return pair, replace(pair, recipient=donor, groups=groups[order[0]])
+
+    def is_stopped(self, response: list[int]) -> bool:
+        """Whether a response holds a stop string of the run."""
+        text = self.reader.tokenizer.decode(response, skip_special_tokens=True)
+        return any(stop in text for stop in self.args.stop_strings)
+
+    def run_row(self, plan: StylePlan, index: int, other: int) -> dict[str, Any]:
+        """All cells of a row: {field: [K]}; NaN where a cell has no state to take."""
+        size = len(self.cells)
+        names = [f"{whose}{name}" for name in MEASURES for whose in WHOSE]
+        found = {name: torch.full((size,), torch.nan) for name in names if name not in ALWAYS_0_OR_1}
+        for direction in self.args.directions:
+            # 1. The donors that are no row of the batch.
+            pair, alone = self.pair(plan, index, direction)
+            self.patcher.stored, donor_logits, donor_answers = {}, None, None
+            if plan.clean.style == self.reader.file.clean_key:
+                own, donor_logits, donor_answers = self.patcher.record(alone, self.args.sites)
+                self.patcher.stored["own"] = own
+            if "other" in self.args.controls and other != index:
+                self.patcher.stored["other"] = self.other_item(plan, other, direction, pair)
+            # 2. The cells that can be run.
+            places = [
+                k
+                for k, cell in enumerate(self.cells)
+                if cell.direction == direction and (cell.donor in LIVE or cell.donor in self.patcher.stored)
+            ]
+            rows = [self.cells[k].row for k in places]
+            for where, logits, answers in self.batches(pair, rows):
+                if donor_logits is not None and donor_answers is not None:
+                    logits, answers = (
+                        torch.cat([one, both[1:]]) for one, both in ((donor_logits, logits), (donor_answers, answers))
+                    )
+                told = measures(logits, logits[0], logits[1], pair.response)
+                told["answer_logprob"] = (
+                    answers.amax(1).cpu() if answers.shape[1] else torch.full((len(answers),), torch.nan)
+                )
+                for name, values in told.items():
+                    for whose, value in zip(WHOSE, (values[2:], values[1], values[0]), strict=True):
+                        if f"{whose}{name}" in found:
+                            found[f"{whose}{name}"][places[where]] = value.float()
+        return {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
+
+    def batches(self, pair: Pair, rows: Sequence[tuple[Patch, ...]]) -> Iterator[Any]:
+        """`Patcher.run`; if memory runs out, what is left in smaller batches."""
+        done = 0
+        while done < len(rows):
+            size, begin = self.rows_at_once(pair), done
+            try:
+                with memory_errors():
+                    for where, logits, answers in self.patcher.run(pair, rows[begin:], size):
+                        yield slice(begin + where.start, begin + where.stop), logits, answers
+                        done = begin + where.stop
+            except OutOfMemory:
+                if size == 1:
+                    raise
+                self.batch_size = size // 2
+
+    def other_item(self, plan: StylePlan, index: int, direction: str, pair: Pair) -> States:
+        """States of another row's donor. Its group is laid over this row's from the end; its first token fills up."""
+        _, alone = self.pair(plan, index, direction)
+        aligned = {}
+        for name, own in pair.groups.items():
+            theirs = alone.groups[name]
+            aligned[name] = [theirs[max(0, len(theirs) - len(own) + i)] for i in range(len(own))] if theirs else []
+        return self.patcher.record(replace(alone, groups=aligned, answers=[]), self.args.sites)[0]
+
+    def rows_at_once(self, pair: Pair) -> int:
+        """Patched rows in a batch: the number given, or what memory takes."""
+        if self.batch_size:
+            return int(self.batch_size)
+        config, device = self.patcher.model.config.get_text_config(decoder=True), self.patcher.device
+        tokens = len(pair.recipient) - pair.shared + len(pair.response)
+        inner = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        cache = 4 * len(self.patcher.layers) * config.hidden_size * self.patcher.model.dtype.itemsize
+        per_row = tokens * 4 * inner + (tokens + pair.shared) * cache + len(pair.response) * config.vocab_size * 8
+        most = CPU_ROWS if device.type == "cpu" else GPU_ROWS
+        return max(1, min(most, int(FREE_SHARE * free_memory(device) / per_row)))
+
+    def content(self, plan: StylePlan, rows: list[dict[str, Any]], proof: dict[str, float]) -> dict[str, Any]:
+        """A file: see docs/DATA_FORMAT.md."""
+        cells = self.cells
+        return {
+            "original_indices": [row["original_index"] for row in rows],
+            "element_index": [row["element_index"] for row in rows],
+            "style": plan.style,
+            "source": self.args.source,
+            "directions": [*self.args.directions],
+            "cell_directions": [cell.direction for cell in cells],
+            "sites": [cell.site for cell in cells],
+            "positions": [cell.positions for cell in cells],
+            "donors": [cell.donor for cell in cells],
+            "sets": [cell.set_name for cell in cells],
+            "layers": torch.tensor([cell.layer for cell in cells]),
+            "heads": torch.tensor([cell.head for cell in cells]),
+            **{name: torch.stack([row[name] for row in rows]) for name in rows[0] if name not in ROW_ID},
+            "proof": proof,
+        }

@@ -1,0 +1,420 @@
+"""Activation patching: each patched logit against plain hooks on one whole forward pass, and what must hold exactly."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import attn_act_logi
+import patch_activations
+import pytest
+import tiny_models
+import torch
+from capture import patch_job
+from capture.patch_job import groups_of
+from capture.patch_measures import MEASURES, measures
+from capture.patching import SITES, Pair, Patch, Patcher
+from command_line import UserError
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+FAMILIES = ("llama", "gemma2", "gemma3_text", "qwen3", "gpt2", "gpt_neox", "mistral", "phi3", "mixtral")
+RECIPIENT = [9, 30, 41, 52, 63, 74, 85, 96, 107, 118, 129, 140]
+DONOR = [9, 30, 41, 52, 163, 174, 85, 96, 207, 118, 129, 140]
+RESPONSE = [55, 66, 77]
+GROUPS = {
+    "edited": [4, 5, 8],
+    "edited_last": [8],
+    "after": [6, 7, 9, 10],
+    "readout": [11],
+    "before": [2, 3],
+    "all": list(range(12)),
+}
+PAIR = Pair(7, DONOR, RECIPIENT, RESPONSE, GROUPS, answers=[[55, 66], [55, 99, 12], [31, 32]])
+
+
+def tiny(family, dtype=torch.float32):
+    changes = {"sliding_window": 8} if family == "gemma3_text" else {}
+    return tiny_models.model(family, **changes).to(dtype)
+
+
+def sites_of(family):
+    return [site for site in SITES if (family, site) != ("mixtral", "mlp_post")]
+
+
+# --- the plain, slow way: one prompt at a time, no cache, transformers' own eager attention
+
+
+class Plain:
+    """Hooks on a full forward of a single prompt; `patches` are (site, layer, positions, units, states of a donor)."""
+
+    O_PROJECTIONS = ("o_proj", "c_proj", "dense")
+
+    def __init__(self, model):
+        self.model = model
+        backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.layers = next(one for one in backbone.children() if isinstance(one, torch.nn.ModuleList))
+
+    def attention(self, module, query, key, value, mask, **kwargs):
+        kwargs.pop("output_attentions", None)
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        value = self.see("v", module.layer_idx, value.transpose(1, 2)).transpose(1, 2)
+        _, probs = eager(module, query, key, value, mask, **kwargs)
+        probs = self.see("pattern", module.layer_idx, probs.transpose(1, 2)).transpose(1, 2)
+        wide = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return self.see("z", module.layer_idx, (probs @ wide).transpose(1, 2)).contiguous(), None
+
+    def see(self, site, layer, state):
+        self.states[site, layer] = state[0].clone()
+        for patch_site, patch_layer, positions, units, donor in self.patches:
+            if (patch_site, patch_layer) == (site, layer):
+                state = state.clone()
+                for position, unit in itertools.product(positions, units if units is not None else [slice(None)]):
+                    state[0, position, unit] = donor[site, layer][position, unit]
+        return state
+
+    @torch.no_grad()
+    def __call__(self, ids, patches=()):
+        self.states, self.patches, handles = {}, patches, []
+        AttentionInterface.register("plain_reference", self.attention)
+        AttentionMaskInterface.register("plain_reference", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("plain_reference")
+
+        def first(output):
+            return output[0] if isinstance(output, tuple) else output
+
+        for i, layer in enumerate(self.layers):
+            attn = next(one for name, one in layer.named_children() if name in ("self_attn", "attn", "attention"))
+            down = {"mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h"}
+            neurons = [one for name, one in layer.named_modules() if name in down]
+
+            def on_input(module, args, kwargs, i=i):
+                if args:
+                    return (self.see("resid_pre", i, args[0]), *args[1:]), kwargs
+                return args, kwargs | {"hidden_states": self.see("resid_pre", i, kwargs["hidden_states"])}
+
+            def on_output(module, args, output, i=i, site=""):
+                state = self.see(site, i, first(output))
+                return (state, *output[1:]) if isinstance(output, tuple) else state
+
+            handles.append(layer.register_forward_pre_hook(on_input, with_kwargs=True))
+            handles.append(attn.register_forward_hook(lambda *a, i=i, f=on_output: f(*a, i=i, site="attn_out")))
+            handles.append(layer.mlp.register_forward_hook(lambda *a, i=i, f=on_output: f(*a, i=i, site="mlp_out")))
+            handles += [
+                one.register_forward_pre_hook(lambda m, a, i=i: self.see("mlp_post", i, a[0])) for one in neurons
+            ]
+        try:
+            return self.model(torch.tensor([ids]), use_cache=False).logits[0].float()
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.model.set_attn_implementation(before)
+
+
+def plain_logits(model, pair, row, tail):
+    """Logits [tokens, V] of the patched recipient at what it is forced to write."""
+    plain = Plain(model)
+    plain(pair.donor + tail[:-1])
+    donor, patches = plain.states, []
+    for patch in row:
+        positions = list(pair.groups[patch.positions])
+        if patch.positions in ("readout", "all"):
+            positions += range(len(pair.recipient), len(pair.recipient) + len(tail) - 1)
+        patches.append((patch.site, patch.layer, positions, patch.units, donor))
+    return plain(pair.recipient + tail[:-1], patches)[len(pair.recipient) - 1 :]
+
+
+def patched(patcher, pair, rows, batch_size=32, start=None):
+    """(logits [2 + rows, T, V], answers [2 + rows, A]); the pair is that of the first batch."""
+    parts = list(patcher.run(pair, rows, batch_size, start))
+    return tuple(torch.cat([part[i] if not n else part[i][2:] for n, part in enumerate(parts)]) for i in (1, 2))
+
+
+def rows_for(family):
+    groups = itertools.cycle(("edited", "readout", "all", "after"))
+    rows = [(Patch(site, layer, next(groups)),) for layer in (0, 1, 2) for site in sites_of(family)]
+    rows += [(Patch(site, 1, "all", (1,)),) for site in sites_of(family) if site in ("z", "pattern", "v", "mlp_post")]
+    rows.append((Patch("resid_pre", 1, "edited"), Patch("z", 2, "after", (0, 1)), Patch("v", 2, "before")))
+    return sorted(rows, key=lambda row: row[0].layer)
+
+
+@pytest.fixture
+def patchers():
+    made = []
+
+    def make(model, **options):
+        made.append(Patcher(model, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_patched_logit_is_that_of_plain_hooks_on_one_whole_forward(family, patchers):
+    """In batches of seven, behind a prefix read once, with layers passed over; answers by branches of their own."""
+    model, rows = tiny(family), rows_for(family)
+    expected = torch.stack([plain_logits(model, PAIR, row, RESPONSE) for row in rows])
+    told = torch.tensor([[float(logprob(model, rows[-1], answer)) for answer in PAIR.answers]])
+    logits, answers = patched(patchers(model), PAIR, rows, batch_size=7)
+    torch.testing.assert_close(logits[2:], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answers[-1:], told, rtol=1e-4, atol=1e-4)
+    assert ((logits[2:] - logits[1]).abs().amax((1, 2)) > 1e-3).float().mean() > 0.8
+
+
+def logprob(model, row, answer):
+    return plain_logits(model, PAIR, row, answer).log_softmax(-1)[range(len(answer)), answer].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_must_hold_holds_bit_by_bit(family, dtype, patchers):
+    sites, groups = sites_of(family), ("edited", "after", "readout")
+    same = [(Patch(site, layer, "all", donor="recipient"),) for site in sites for layer in (0, 1, 2)]
+    same += [(Patch("resid_pre", 0, name),) for name in ("after", "readout")]
+    same += [(Patch(site, 1, "before"),) for site in sites]  # tokens that both prompts begin with
+    donor = [(Patch("resid_pre", layer, "all"),) for layer in (0, 1, 2)] + [(Patch("resid_pre", 0, "edited"),)]
+    donor.append(tuple(Patch("resid_pre", 2, name) for name in groups))
+    donor.append(tuple(Patch(site, layer, "all") for site in ("pattern", "v") for layer in (0, 1, 2)))
+    moved = [(Patch(site, layer, "all", donor="random"),) for site in sites for layer in (0, 1, 2)]
+    logits, _ = patched(patchers(tiny(family, dtype)), PAIR, same + donor + moved, 64, start=2)
+    rows = logits[2:].split([len(same), len(donor), len(moved)])
+    assert torch.equal(rows[0], logits[1].expand_as(rows[0]))
+    assert torch.equal(rows[1], logits[0].expand_as(rows[1]))
+    assert bool(((rows[2] - logits[1]).abs().amax((1, 2)) > 0).all()), "a patch that does nothing"
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_order_batch_size_prefix_and_skipped_layers_change_nothing_but_rounding(patchers):
+    patcher, rows = patchers(tiny("llama")), rows_for("llama")
+    one, _ = patched(patcher, PAIR, rows, 50, start=0)
+    two, _ = patched(patcher, PAIR, rows[::-1], 3)
+    torch.testing.assert_close(one[2:], two[2:].flip(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_alone_carries_the_edit_to_the_answer_is_found(patchers):
+    """Only head 2 of layer 1 writes into the residual stream: before it the edited tokens decide, then the readout."""
+    model = tiny("llama", torch.float64)
+    with torch.no_grad():
+        for i, layer in enumerate(model.model.layers):
+            kept = torch.zeros(32, dtype=torch.bool)
+            kept[16:24] = i == 1
+            layer.self_attn.o_proj.weight[:, ~kept] = 0
+            layer.self_attn.o_proj.weight *= 4
+    patcher = patchers(model)
+    cells = {(name, layer): Patch("resid_pre", layer, name) for name in ("edited", "readout") for layer in (0, 1, 2)}
+    cells |= {("z", layer, head): Patch("z", layer, "all", (head,)) for layer in (0, 1, 2) for head in range(4)}
+    logits, _ = patched(patcher, PAIR, [(patch,) for patch in cells.values()])
+    nats = measures(logits, logits[0], logits[1], RESPONSE)["nats"]
+    assert nats[1] > 0.01
+    restored = dict(zip(cells, (1 - nats[2:] / nats[1]).tolist(), strict=True))
+    ones = {("edited", 0), ("edited", 1), ("readout", 2), ("z", 1, 2)}
+    assert {cell for cell, share in restored.items() if share > 0.999} == ones
+    assert all(abs(share) < 1e-6 for cell, share in restored.items() if cell not in ones)
+
+
+def test_measures_are_their_formulas():
+    logits = torch.randn(4, 3, 11, generator=torch.Generator().manual_seed(1))
+    donor, recipient = logits[0], logits[1]
+    response = donor.argmax(-1).tolist()
+    found = measures(logits, donor, recipient, response)
+    d, r = donor.softmax(-1), recipient.softmax(-1)
+    for row, nats, first, sld, restored in zip(logits, *(found[name] for name in MEASURES[:4]), strict=True):
+        kl = torch.nn.functional.kl_div(row.log_softmax(-1), d, reduction="none").sum(-1)
+        a, b = (d * (d / r).log()).argmax(-1), (r * (r / d).log()).argmax(-1)
+        torch.testing.assert_close(torch.stack([nats, first]), torch.stack([kl.sum(), kl[0]]))
+        torch.testing.assert_close(sld, sum(row[t, a[t]] - row[t, b[t]] for t in range(3)))
+        assert bool(restored) == (row.argmax(-1).tolist() == response)
+    assert bool(found["restored"][0])
+    assert found["nats"][0] == 0
+    assert found["sld"][0] > found["sld"][1]
+
+
+def test_restored_says_what_patched_greedy_decoding_writes(patchers):
+    model = tiny("llama")
+    patcher = patchers(model)
+    response = patcher.respond(DONOR, 3, frozenset(), lambda _: False)
+    pair = Pair(0, DONOR, RECIPIENT, response, GROUPS)
+    rows = [
+        (Patch("resid_pre", layer, name),) for layer in (0, 1, 2) for name in ("edited", "after", "all", "edited_last")
+    ]
+    logits, _ = patched(patcher, pair, rows)
+    restored = measures(logits, logits[0], logits[1], response)["restored"][2:].tolist()
+    assert {True, False} <= {*restored}
+    for row, told in zip(rows, restored, strict=True):
+        written: list[int] = []
+        for _ in response:
+            written.append(int(plain_logits(model, pair, row, [*written, 0])[-1].argmax()))
+        assert (written == response) == told
+
+
+def test_a_donor_of_another_length_gives_the_states_of_single_tokens(patchers):
+    model = tiny("gpt_neox")
+    patcher = patchers(model)
+    longer = [9, 30, 41, 52, 163, 163, 174, 85, 96, 207, 118, 129, 140]
+    pair = replace(PAIR, donor=longer)
+    alone = replace(pair, recipient=longer, groups=GROUPS | {"edited_last": [9], "readout": [12]})
+    rows = [(Patch(site, 1, name),) for site in ("resid_pre", "z", "v") for name in ("edited_last", "readout")]
+    patcher.stored["own"], donor, told = patcher.record(alone, ["resid_pre", "z", "v"])
+    logits, answers = patched(patcher, pair, rows)
+    torch.testing.assert_close(donor[0], plain_logits(model, alone, (), RESPONSE), rtol=1e-4, atol=1e-4)
+    plain = Plain(model)
+    for tail, found in ((RESPONSE, logits[2:]), (PAIR.answers[2], None)):
+        plain(longer + tail[:-1])
+        states = plain.states
+        for (patch,), row, answer in zip(rows, logits[2:], answers[2:], strict=True):
+            places = {8: 9} if patch.positions == "edited_last" else {11: 12, 12: 13, 13: 14}
+            shifted = {key: value.clone() for key, value in states.items()}
+            for own, theirs in places.items():
+                if theirs < len(states["v", 0]):
+                    shifted[patch.site, 1][own] = states[patch.site, 1][theirs]
+            own = [place for place in places if place < 12 + len(tail) - 1]
+            out = plain(RECIPIENT + tail[:-1], [(patch.site, 1, own, None, shifted)])[11:]
+            if found is not None:
+                torch.testing.assert_close(row, out, rtol=1e-4, atol=1e-4)
+            else:
+                assert float(answer[2]) == pytest.approx(float(out.log_softmax(-1)[range(2), tail].sum()), abs=1e-3)
+    assert float(told[0, 0]) == pytest.approx(float(donor[0].log_softmax(-1)[range(2), [55, 66]].sum()), abs=1e-4)
+
+
+def test_groups_share_out_the_tokens_from_the_first_edited_one_on():
+    groups = groups_of([False, False, True, True, False, True, False, False])
+    assert groups["edited"] == [2, 3, 5]
+    assert groups["edited_last"] == [5]
+    assert groups["after"] == [4, 6]
+    assert groups["readout"] == [7]
+    assert groups["all"] == [2, 3, 4, 5, 6, 7]
+    assert groups["before"] == [0, 1]
+    assert groups_of([True, False, True])["readout"] == groups_of([True, False, True])["before"] == []
+
+
+# --- the command
+
+TYPOS = itertools.product(("sum", "total"), ("caclulate", "claculate", "calcualte"))
+ROWS = [
+    {
+        "normal": f"Please calculate the {word}: {i} + 5 =",
+        "swap": f"Please {typo} the {word}: {i} + 5 =",
+        "_template": word,
+    }
+    for i, (word, typo) in enumerate(TYPOS)
+]
+ROWS.append({"normal": "Please calculate the sum: 9 + 5 =", "swap": "Please the sum: 9 + 5 ="})  # no counterpart
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(run folder of stage 2, its model) of ROWS."""
+    folder = tmp_path_factory.mktemp("patching")
+    model = tiny_models.save(folder / "model")
+    (folder / "p.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    words = ["--model_name", model, "--prompt_file", str(folder / "p.json"), "--output_dir", str(folder / "run")]
+    assert attn_act_logi.main([*words, "--prompt_keys", "all", "--max_new_tokens", "3", "--raw_layers", "none"]) == 0
+    return folder / "run", model
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch):
+    monkeypatch.setattr(patch_job, "ROWS_PER_FILE", 4)
+
+
+def command(whole, folder, *flags):
+    shutil.copytree(whole[0], folder, dirs_exist_ok=True)
+    return ["--run_dir", str(folder), "--styles", "swap", "--model_name", whole[1], *flags]
+
+
+def files_of(folder):
+    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("swap/patches_*.pt"))}
+
+
+def test_a_run_writes_every_cell_beside_its_baseline_and_its_proof(whole, tmp_path, caplog, capsys):
+    flags = ["--sites", *SITES, "--directions", "denoising", "noising", "--positions", "edited", "after", "readout"]
+    assert patch_activations.main(command(whole, tmp_path, *flags)) == 0
+    assert "6 rows are one to one with split@swap; 1 are not and are left out" in capsys.readouterr().err
+    files = files_of(tmp_path)
+    assert list(files) == ["patches_00000_00004.pt", "patches_00004_00008.pt"]
+    content = files["patches_00000_00004.pt"]
+    assert content["original_indices"] == [0, 1, 2, 3]
+    assert {content["style"], content["source"]} == {"swap", "split"}
+    cells = list(zip(content["cell_directions"], content["sites"], content["positions"], content["donors"],
+                     content["sets"], content["layers"].tolist(), content["heads"].tolist(), strict=True))  # fmt: skip
+    assert len({*cells}) == len(cells) == 2 * (3 * 3 * 3 + 3 * 3 * 2 + 3 + 3 * (4 + 4 + 2) + 4)
+    of = {cell: k for k, cell in enumerate(cells)}
+    nats, before = content["nats"], content["recipient_nats"]
+    assert not nats.isnan().any()
+    for way in ("denoising", "noising"):
+        assert (nats[:, of[way, "resid_pre", "edited", "own", "", 0, -1]] == 0).all()
+        assert torch.equal(*(one[:, of[way, "resid_pre", "after", "own", "", 0, -1]] for one in (nats, before)))
+        assert (nats[:, of[way, "pattern", "all", "own", "all pattern + v", -1, -1]] == 0).all()
+        assert (nats[:, of[way, "resid_pre", "edited", "other", "", 1, -1]] > 0).all()
+    assert content["proof"].keys() >= {"plain", "self", "all", "edited_0", "after_0", "readout_0", "before"}
+    assert all(content["proof"][f"random:{site}"] > 1e-3 for site in SITES)
+    assert (content["sld"] <= content["donor_sld"] + 1e-3).float().mean() > 0.5
+
+
+def test_a_stopped_run_goes_on_and_shards_share_the_files(whole, tmp_path):
+    flags = ["--positions", "edited", "--sites", "resid_pre"]
+    words = command(whole, tmp_path / "a", *flags)
+    assert patch_activations.main(words) == 0
+    files = files_of(tmp_path / "a")
+    (tmp_path / "a/swap/patches_00004_00008.pt").write_bytes(b"cut off")
+    assert patch_activations.main(words) == 0
+    for shard in ("0/2", "1/2"):
+        assert patch_activations.main([*command(whole, tmp_path / "b", *flags), "--shard", shard]) == 0
+    for again in (files_of(tmp_path / "a"), files_of(tmp_path / "b")):
+        for name, content in files.items():
+            assert content.keys() == again[name].keys()
+            for key, value in content.items():
+                if isinstance(value, torch.Tensor):
+                    torch.testing.assert_close(again[name][key], value, rtol=0, atol=0, equal_nan=True)
+                else:
+                    assert again[name][key] == value, key
+    with pytest.raises(UserError, match=r"holds patches of other settings \(seed: 0 there, 1 now\)"):
+        patch_activations.main([*words, "--seed", "1"])
+
+
+def test_the_clean_prompt_itself_as_donor(whole, tmp_path):
+    flags = ["--source", "normal", "--positions", "edited_last", "readout", "--sites", "resid_pre", "z"]
+    with pytest.raises(UserError, match="no counterpart for z"):
+        patch_activations.main(command(whole, tmp_path, *flags))
+    assert patch_activations.main(command(whole, tmp_path, *flags[:-1])) == 0
+    content = torch.load(tmp_path / "swap/patches_normal_00000_00004.pt", weights_only=True)
+    assert content["source"] == "normal"
+    assert not content["nats"].isnan().any()
+    assert "random:resid_pre" in content["proof"]
+
+
+def test_a_proof_that_fails_stops_the_run(whole, tmp_path, monkeypatch):
+    edited = Patcher._edited
+    monkeypatch.setattr(
+        Patcher, "_edited", lambda self, site, *rest: rest[1] if site == "z" else edited(self, site, *rest)
+    )
+    with pytest.raises(UserError, match="the proof 'random:z' does not move the logits"):
+        patch_activations.main(command(whole, tmp_path))
+    assert not files_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layers", "3"], "--layers 3: the model has layers 0 to 2"),
+        (["--styles", "normal"], "patching compares a style with the clean form"),
+        (["--styles", "nope"], "has no style 'nope'"),
+        (["--source", "normal"], "no counterpart for"),
+        (["--batch_size", "0"], "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_patched_is_told_in_one_line(whole, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        patch_activations.main([*command(whole, tmp_path), *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_of_experts_has_no_neurons(patchers):
+    with pytest.raises(UserError, match="no single MLP"):
+        patchers(tiny("mixtral")).hook(["mlp_post"])
