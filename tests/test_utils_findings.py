@@ -149,9 +149,21 @@ def test_a_missing_table_takes_its_sentence_with_it(tmp_path, gone):
         assert found[0].text.startswith("The change with swap")
 
 
+def test_nothing_varied(tmp_path):
+    lines = [accuracy("normal", np.nan, np.nan), accuracy("swap", 0.0, np.nan, half=np.nan)]
+    table = pd.DataFrame(lines).assign(estimate=0.5, minimum_detectable_difference_adjusted=np.nan)
+    table.to_csv(tmp_path / "maths_summary.csv", index=False)
+    assert [one.text for one in findings(tmp_path)] == [
+        "None of 1 style lowers the accuracy detectably. The lowest change is 0 points, with swap (n = 150, no p, "
+        "because nothing varied)."
+    ]
+
+
 def test_a_style_without_a_control_has_no_parts(tmp_path):
     pd.DataFrame([against_control("swap", 3.0, 1.0, 1e-9, measure="recovery_depth", n_censored=3)]).assign(
         control=np.nan
     ).to_csv(tmp_path / "activation_diffs_summary.csv", index=False)
+    assert findings(tmp_path) == []
+    (tmp_path / "head_sensitivity.csv").write_text("style,layer,head,measure\n")
     assert findings(tmp_path) == []
     assert findings(tmp_path / "nothing") == []

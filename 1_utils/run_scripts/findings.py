@@ -79,7 +79,9 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Numbers | None:
         "p": _p(worst["p_adjusted"]),
         "styles": _count(len(styles), "style"),
         "others": f" It also falls with {_join(others)}." if others else "",
-        "limits": "unknown" if limits.empty else _range(100 * limits.min(), 100 * limits.max()),
+        "limits": ""
+        if limits.empty
+        else f" A change of {_range(100 * limits)} points would have been found (80 % power).",
     }
 
 
@@ -219,7 +221,7 @@ RULES = (
         "Of {styles}, {style} costs most: {right} of the answers are right, with the clean prompt {clean}. That is a "
         "change of {points} points (n = {n}, {p}).{others}",
         "None of {styles} lowers the accuracy detectably. The lowest change is {points} points, with {style} (n = {n}, "
-        "{p}). A change of {limits} points would have been found (80 % power).",
+        "{p}).{limits}",
     ),
     Rule(
         ("decomposition.csv",),
@@ -271,7 +273,9 @@ RULES = (
 
 
 def _table(path: Path) -> pd.DataFrame | None:
-    return read_csv(path) if path.is_file() and path.stat().st_size else None
+    """A table; None if it is missing or has no rows."""
+    table = read_csv(path) if path.is_file() and path.stat().st_size else None
+    return None if table is None or table.empty else table
 
 
 def _compared(table: pd.DataFrame) -> pd.DataFrame:
@@ -304,6 +308,8 @@ def _percent(value: float, sign: str = " %") -> str:
 
 
 def _p(value: float) -> str:
+    if math.isnan(value):
+        return "no p, because nothing varied"
     return "adjusted p < 0.001" if value < 0.001 else f"adjusted p = {value:.3f}"
 
 
@@ -311,7 +317,8 @@ def _factor(log2: float) -> str:
     return f"{2**log2:.2f}"
 
 
-def _range(low: float, high: float) -> str:
+def _range(values: pd.Series) -> str:
+    low, high = values.min(), values.max()
     return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
 
 
