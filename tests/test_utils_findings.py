@@ -18,8 +18,8 @@ def accuracy(style, difference, p, half=0.06):
     return line | with_interval("difference", difference, half) | {"minimum_detectable_difference_adjusted": 0.1}
 
 
-def part_line(style, p, share, **values):
-    line = {"style": style, "measure": "accuracy", "control": f"split@{style}", "n": 149}
+def part_line(style, p, share, prefix="split", **values):
+    line = {"style": style, "measure": "accuracy", "control": f"{prefix}@{style}", "n": 149}
     for part in PARTS:
         line |= with_interval(part, values[part], 0.08) | {f"{part}_p_adjusted": p}
     return line | with_interval("fragmentation_share", share, 0.12)
@@ -55,6 +55,7 @@ def write_run(folder, effect, repeats=True):
         "decomposition": [
             part_line("swap", p, share, total=falls[1], fragmentation=-0.2, spelling=-0.1),
             part_line("typo@2", p, share, total=falls[0], fragmentation=-0.3, spelling=-0.2),
+            part_line("polite", p, np.nan, "neutral", total=-0.11, fragmentation=-0.09, spelling=-0.02),
         ],
         "robustness_summary": [
             {"style": "all", "measure": "accuracy_slope", "forms": forms, "n": 148, "p": p,
@@ -96,7 +97,10 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "−50 [−56, −44] points (n = 150, adjusted p < 0.001). It also falls with swap.",
         "The change with typo@2, −50 [−58, −42] points on the prompts that have the control, has two parts: −30 "
         "[−38, −22] points come from more tokens (split@typo@2, the clean words in as many tokens), −20 [−28, −12] "
-        "points from the letters (n = 149). More tokens make 60 % [48, 72] of the change.",
+        "points from the letters (n = 149). The first part is 60 % [48, 72] of the change.",
+        "The change with polite, −11 [−19, −3] points on the prompts that have the control, has two parts: −9 [−17, "
+        "−1] points come from the length (neutral@polite, neutral sentences of as many tokens), −2 [−10, 6] points "
+        "from the tone (n = 149).",
         "Each one-letter edit changes the accuracy by −25 [−29, −21] points on average (normal, typo@1, typo@2; n = "
         "148, p < 0.001).",
         "The words mistyped by typo@2 are recovered, which means that their state is the nearest to their own clean "
@@ -113,7 +117,7 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean word "
         "and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
     ]
-    assert [one.n for one in found] == [150, 149, 148, 149, 149, 149, 74, 74]
+    assert [one.n for one in found] == [150, 149, 149, 148, 149, 149, 149, 74, 74]
     assert [one.source for one in found][:2] == ["answers_summary.csv", "decomposition.csv"]
     assert len(found) == len(RULES)
     assert all(one.is_claim for one in found)

@@ -16,7 +16,7 @@ import pandas as pd
 from answer_files import SUMMARY_FILES, first_there
 from file_output import read_csv
 from paired_stats import minimum_detectable_effect
-from style_names import is_variant, matched_style
+from style_names import is_variant, matched_style, neutral_style
 
 ALPHA = 0.05
 SHOWN_HEADS = 3
@@ -85,20 +85,25 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Numbers | None:
     }
 
 
-def part_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
-    """The two parts of the worst style's change in accuracy; it holds if the change is clear of 0 after Holm."""
-    line = _line_of(table[table["measure"] == "accuracy"], results, "total_p_adjusted")
-    if line is None:
-        return None
-    parts = {part: _points(line, part) + ("" if line[f"{part}_p_adjusted"] < ALPHA else ", not clear of 0")
-             for part in ("fragmentation", "spelling")}  # fmt: skip
-    share = "" if math.isnan(line["fragmentation_share_ci_low"]) else (
-        f" More tokens make {_percent(line['fragmentation_share'])}"
-        f" [{_percent(line['fragmentation_share_ci_low'], '')}, {_percent(line['fragmentation_share_ci_high'], '')}]"
-        " of the change."
-    )  # fmt: skip
-    holds = line["total_p_adjusted"] < ALPHA
-    return {"holds": holds, "total": _points(line, "total"), "share": share, **_names(line), **parts}
+def part_numbers(is_control: Callable[[str], str | None]) -> Callable[[pd.DataFrame, Path], Numbers | None]:
+    """The two parts of the change in accuracy with the worst style of those with such a control; it holds if the change
+    is clear of 0 after Holm."""
+
+    def numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
+        line = _line_of(table[table["measure"] == "accuracy"], results, "total_p_adjusted", is_control)
+        if line is None:
+            return None
+        texts = {"share": ""}
+        for part in ("fragmentation", "spelling"):
+            sure = line[f"{part}_p_adjusted"] < ALPHA
+            texts[part] = _points(line, part) + ("" if sure else ", not clear of 0")
+        if not math.isnan(line["fragmentation_share_ci_low"]):
+            low, share, high = (_percent(line[f"fragmentation_share{end}"], "") for end in ("_ci_low", "", "_ci_high"))
+            texts["share"] = f" The first part is {share} % [{low}, {high}] of the change."
+        holds = line["total_p_adjusted"] < ALPHA
+        return {"holds": holds, "total": _points(line, "total"), **_names(line), **texts}
+
+    return numbers
 
 
 def slope_numbers(table: pd.DataFrame, _: Path) -> Numbers | None:
@@ -210,6 +215,10 @@ def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Numbers | None]:
     return numbers
 
 
+PARTS = (
+    "The change with {{style}}, {{total}} points on the prompts that have the control, has two parts: "
+    "{{fragmentation}} points come {first}, {{spelling}} points {second} (n = {{n}}).{{share}}"
+)
 CHOSEN = (
     "Chosen on one half of the prompts, {{found}} {unit} for {{style}} than for the clean word and for {{control}}. "
     "On the other half {{confirmed}} of them are confirmed (n = {{n}}, {{p}})."
@@ -225,10 +234,15 @@ RULES = (
     ),
     Rule(
         ("decomposition.csv",),
-        part_numbers,
-        "The change with {style}, {total} points on the prompts that have the control, has two parts: {fragmentation} "
-        "points come from more tokens ({control}, the clean words in as many tokens), {spelling} points from the "
-        "letters (n = {n}).{share}",
+        part_numbers(matched_style),
+        PARTS.format(
+            first="from more tokens ({control}, the clean words in as many tokens)", second="from the letters"
+        ),
+    ),
+    Rule(
+        ("decomposition.csv",),
+        part_numbers(neutral_style),
+        PARTS.format(first="from the length ({control}, neutral sentences of as many tokens)", second="from the tone"),
     ),
     Rule(
         ("robustness_summary.csv",),
@@ -290,9 +304,11 @@ def _preferred(lines: pd.DataFrame, results: Path, p: str) -> str:
     return next((style for style in order if style in set(lines["style"])), str(lines.loc[lines[p].idxmin(), "style"]))
 
 
-def _line_of(table: pd.DataFrame, results: Path, p: str) -> pd.Series | None:
-    """The line of the preferred style among those with a `split@` control; None if there is none."""
-    lines = table[table["control"].map(matched_style, na_action="ignore").notna() & table[p].notna()]
+def _line_of(
+    table: pd.DataFrame, results: Path, p: str, is_control: Callable[[str], str | None] = matched_style
+) -> pd.Series | None:
+    """The line of the preferred style among those with such a control; None if there is none."""
+    lines = table[table["control"].map(is_control, na_action="ignore").notna() & table[p].notna()]
     return None if lines.empty else lines[lines["style"] == _preferred(lines, results, p)].iloc[0]
 
 
