@@ -30,6 +30,7 @@ from load_json import (
 )
 from style_names import dose_of, repaired_style, source_style
 
+from typos.languages import LANGUAGE_KEY, language_problem
 from typos.style_rules import verify_repair, verify_variant
 from typos.words import osa_distance
 
@@ -267,6 +268,8 @@ def _value_problems(row: Row) -> Iterator[Problem]:
             yield "wrong_type", "answer is a list, but not of texts that are not empty", "answer", ""
     elif isinstance(answer, bool) or not isinstance(answer, str | int | float) or not finite:
         yield "wrong_type", f"answer is a JSON {json_type(answer)}, not a string or a finite number", "answer", ""
+    if LANGUAGE_KEY in row and (reason := language_problem(row[LANGUAGE_KEY])):
+        yield "wrong_type", f"{LANGUAGE_KEY}: {reason}", LANGUAGE_KEY, ""
     if "task" in row and not isinstance(row["task"], str):
         yield "wrong_type", f"task is a JSON {json_type(row['task'])}, not a string", "task", ""
     for key, value in row.items():

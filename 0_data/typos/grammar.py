@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+from typos.languages import WORD_LISTS, is_real_word, word_set
 from typos.words import (
     FUNCTION_WORDS,
     INSTRUCTION_VERBS,
     NUMBER_WORDS,
     UNITS,
-    WORD_LISTS,
     Edit,
     Word,
     ends_sentence,
     in_case_of,
-    is_real_word,
-    word_set,
 )
 
 _LISTS = {name: word_set(words) for name, words in WORD_LISTS["grammar"].items()}

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from load_json import read_text
 
-from typos.words import OFFENSIVE_WORDS, WORD_LISTS, word_set, zipf
+from typos.languages import WORD_LISTS, word_set, zipf
+from typos.words import OFFENSIVE_WORDS
 
 LOWEST_ZIPF = 2.5
 _CONTRACTIONS = word_set(WORD_LISTS["homophones"]["contractions"])

@@ -16,17 +16,9 @@ from rapidfuzz.distance import Levenshtein
 from style_names import dose_of
 from token_spans import LABEL_COLON, Span, aligned_words
 
+from typos.languages import ENGLISH, LANGUAGE_KEY, Language, is_real_word, language_of, zipf
 from typos.protection import has_two_numbers, protected_spans, protected_texts
-from typos.words import (
-    FUNCTION_WORDS,
-    NUMBER_WORDS,
-    are_homophones,
-    is_real_word,
-    operation_of,
-    osa_distance,
-    words_in,
-    zipf,
-)
+from typos.words import are_homophones, composed, letter_runs, operation_of, osa_distance, words_in
 
 Fault = tuple[str, str]  # one of the linter's kinds of finding, and the detail
 FRAMING_STYLES = ("polite", "urgent", "rude")
@@ -41,7 +33,7 @@ def verify_variant(
 ) -> list[Fault]:
     """What is wrong with `variant` as the form of `clean` in `style`; empty if nothing is.
 
-    `row` gives `task` and `answer`, `intensity` the number of edits (FIXED_COUNTS has those of some styles).
+    `row` gives `task`, `answer` and `_language`, `intensity` the number of edits (FIXED_COUNTS has some styles').
     A style of the user's own is held to two rules: it differs from the clean text, and keeps its digits and operators.
     `other` (a free rewording) has to differ only.
     """
@@ -64,8 +56,9 @@ def verify_variant(
         elif clean.count(":") != variant.count(":"):
             faults.append(("changed_protected", "protected text differs: \"':'\" became 'another number of colons'"))
     if (dose := dose_of(style)) is not None:
-        return [*faults, *_check_dose(clean, variant, style, dose)]
-    return [*faults, *_STYLE_CHECKS[style](clean, variant, style, FIXED_COUNTS.get(style, intensity))]
+        return [*faults, *_check_dose(clean, variant, style, dose, language_of(row))]
+    count = FIXED_COUNTS.get(style, intensity)
+    return [*faults, *_STYLE_CHECKS[style](clean, variant, style, count, language_of(row))]
 
 
 def spans_to_keep(text: str, row: dict[str, Any]) -> list[Span]:
@@ -74,7 +67,7 @@ def spans_to_keep(text: str, row: dict[str, Any]) -> list[Span]:
     They are the protected ones; `_where` does not count, because it says where the typos are. Nor does a task that is
     not in the text as it is.
     """
-    task, known = row.get("task"), {"answer": row.get("answer")}
+    task, known = row.get("task"), {key: row.get(key) for key in ("answer", LANGUAGE_KEY)}
     if isinstance(task, str) and row.get("_where") != "subject" and re.search(rf"(?<!\w){re.escape(task)}(?!\w)", text):
         known["task"] = task
     return protected_spans(text, known)
@@ -111,10 +104,10 @@ def _first_change(before: list[str], after: list[str]) -> str:
     return f"{lost[:40]!r} became {gained[:40]!r}"
 
 
-# --- checks of one style: (clean, variant, style, number of edits) -> faults
+# --- checks of one style: (clean, variant, style, number of edits, language) -> faults
 
 
-def _check_words(clean: str, variant: str, style: str, count: int) -> Iterator[Fault]:
+def _check_words(clean: str, variant: str, style: str, count: int, language: Language) -> Iterator[Fault]:
     """Typos and homophones: as many words as meant differ, and each as the style says."""
     pairs = _changed_words(clean, variant)
     if pairs is None:
@@ -123,18 +116,21 @@ def _check_words(clean: str, variant: str, style: str, count: int) -> Iterator[F
     if len(pairs) != count:
         yield "edit_count", f"{len(pairs)} words differ, {style} means {count}"
     for before, after in pairs:
-        yield from _homophone_faults(before, after) if style == "homonym" else _typo_faults(before, after, style)
+        if style == "homonym":
+            yield from _homophone_faults(before, after)
+        else:
+            yield from _typo_faults(before, after, style, language)
 
 
 def _changed_words(clean: str, variant: str) -> list[tuple[str, str]] | None:
-    """Pairs of white-space separated pieces that differ; None if the white space differs, too."""
+    """Pairs of white-space separated pieces that differ, in form NFC; None if the white space differs, too."""
     left, right = clean.split(), variant.split()
     if len(left) != len(right) or re.findall(r"\s+", clean) != re.findall(r"\s+", variant):
         return None
-    return [(before, after) for before, after in zip(left, right, strict=True) if before != after]
+    return [(composed(before), composed(after)) for before, after in zip(left, right, strict=True) if before != after]
 
 
-def _check_dose(clean: str, variant: str, style: str, count: int) -> Iterator[Fault]:
+def _check_dose(clean: str, variant: str, style: str, count: int, language: Language) -> Iterator[Fault]:
     """Exactly `count` one-letter edits in all, by optimal string alignment distance; no word became another word."""
     pairs = _changed_words(clean, variant)
     if pairs is None:
@@ -143,11 +139,11 @@ def _check_dose(clean: str, variant: str, style: str, count: int) -> Iterator[Fa
     if (edits := sum(osa_distance(before, after, limit=count) for before, after in pairs)) != count:
         yield "edit_count", f"{edits if edits <= count else 'more'} one-letter edits, {style} means {count}"
     for before, after in pairs:
-        if any(is_real_word(word) for word in words_in(after)):
+        if any(is_real_word(word, language) for word in set(letter_runs(after)).difference(letter_runs(before))):
             yield "accidental_real_word", f"{before[:40]!r} -> {after[:40]!r}"
 
 
-def _typo_faults(before: str, after: str, style: str) -> Iterator[Fault]:
+def _typo_faults(before: str, after: str, style: str, language: Language) -> Iterator[Fault]:
     operation = operation_of(before, after)
     shown = f"{before[:40]!r} -> {after[:40]!r}"
     if operation is None:
@@ -161,11 +157,11 @@ def _typo_faults(before: str, after: str, style: str) -> Iterator[Fault]:
         left, right = [before], [after]
     for old, new in ((a, b) for a, b in zip(left, right, strict=True) if a != b):
         if style == "real_word":
-            if not is_real_word(new) or new.lower() == old.lower():
+            if not is_real_word(new, language) or new.lower() == old.lower():
                 yield "wrong_edit", f"no real word: {shown}"
-        elif is_real_word(new):
-            yield "accidental_real_word", f"{shown}, Zipf {zipf(new)}"
-        if style == "noise_words" and old.lower() not in FUNCTION_WORDS:
+        elif is_real_word(new, language):
+            yield "accidental_real_word", f"{shown}, Zipf {zipf(new, language)}"
+        if style == "noise_words" and old.lower() not in language.small_words:
             yield "wrong_edit", f"edits a content word: {shown}"
 
 
@@ -183,27 +179,27 @@ def _count_faults(before: Sequence[str], after: Sequence[str], style: str, count
         yield "edit_count", f"{'more' if changed > count else changed} {what} differ, {style} means {count}"
 
 
-def _check_grammar(clean: str, variant: str, style: str, count: int) -> Iterator[Fault]:
+def _check_grammar(clean: str, variant: str, style: str, count: int, _: Language) -> Iterator[Fault]:
     return _count_faults(clean.split(), variant.split(), style, count, "words")
 
 
-def _check_punctuation(clean: str, variant: str, style: str, count: int) -> Iterator[Fault]:
+def _check_punctuation(clean: str, variant: str, style: str, count: int, language: Language) -> Iterator[Fault]:
     if re.sub(r"[\W_]+", "", clean) != re.sub(r"[\W_]+", "", variant):
         yield "wrong_edit", "letters or digits differ, not only marks and spaces"
         return
     yield from _count_faults(clean, variant, style, count, "marks or spaces")
-    old = {word.lower() for word in re.findall(r"[^\W\d_]+", clean)}
-    for word in dict.fromkeys(re.findall(r"[^\W\d_]+", variant)):
-        if word.lower() not in old and is_real_word(word):
-            yield "accidental_real_word", f"{word[:40]!r}, Zipf {zipf(word)}"
+    old = {word.lower() for word in letter_runs(clean)}
+    for word in dict.fromkeys(letter_runs(variant)):
+        if word.lower() not in old and is_real_word(word, language):
+            yield "accidental_real_word", f"{word[:40]!r}, Zipf {zipf(word, language)}"
 
 
-def _check_framing(clean: str, variant: str, style: str, _: int) -> Iterator[Fault]:
+def _check_framing(clean: str, variant: str, style: str, _: int, language: Language) -> Iterator[Fault]:
     before, request, after = variant.partition(clean.strip()) if clean.strip() else (variant, "", "")
     if not request:
         yield "request_changed", f"{style} does not keep the request word for word"
-        if has_two_numbers(clean):  # number words and names of operations count as digits do; more may be added
-            said, kept = ([w for w in re.findall("[a-z]+", text.lower()) if w in _SAID] for text in (clean, variant))
+        if has_two_numbers(clean, language):  # number words, names of operations count as digits do; more may be added
+            said, kept = ([w for w in letter_runs(text.lower()) if _is_said(w, language)] for text in (clean, variant))
             left = iter(kept)
             if lost := next((word for word in said if word not in left), None):
                 yield "changed_numbers", f"number words differ: {lost!r} is not where it was"
@@ -213,10 +209,13 @@ def _check_framing(clean: str, variant: str, style: str, _: int) -> Iterator[Fau
         yield "task_split", "the text after the colon that splits off the task is no longer the same"
 
 
-_SAID = NUMBER_WORDS | {"plus", "minus", "times", "multiplied", "divided"}
+def _is_said(word: str, language: Language) -> bool:
+    if language is ENGLISH:
+        return language.is_number_word(word) or word in ("plus", "minus", "times", "multiplied", "divided")
+    return language.is_number_word(word) or language.is_arithmetic_word(word)
 
 
-def _check_split(clean: str, variant: str, style: str, count: int) -> Iterator[Fault]:
+def _check_split(clean: str, variant: str, style: str, count: int, _: Language) -> Iterator[Fault]:
     added = variant.count(SOFT_HYPHEN) - clean.count(SOFT_HYPHEN)
     if clean.replace(SOFT_HYPHEN, "") != variant.replace(SOFT_HYPHEN, ""):
         yield "wrong_edit", "more than soft hyphens differ"
@@ -224,7 +223,7 @@ def _check_split(clean: str, variant: str, style: str, count: int) -> Iterator[F
         yield "edit_count", f"{added} soft hyphens added, {style} means {count}"
 
 
-_STYLE_CHECKS: dict[str, Callable[[str, str, str, int], Iterator[Fault]]] = {
+_STYLE_CHECKS: dict[str, Callable[[str, str, str, int, Language], Iterator[Fault]]] = {
     **dict.fromkeys(("main", "swap", "missing", "repeated", "two", "three", "noise_words", "real_word"), _check_words),
     "homonym": _check_words,
     "grammar": _check_grammar,

@@ -23,32 +23,40 @@ from load_json import CLEAN_KEYS, STYLES, UnreadLine, id_problem, text_problem
 from style_names import dose_of
 
 from typos.grammar import grammar_slips
+from typos.languages import (
+    ENGLISH,
+    LANGUAGE_KEY,
+    WORD_LISTS,
+    Language,
+    chosen_keyboard,
+    is_real_word,
+    language_of,
+    language_problem,
+    word_set,
+    zipf,
+)
 from typos.protection import Span, protected_spans, touches
 from typos.style_rules import FIXED_COUNTS, FRAMING_STYLES, OPERATIONS, SOFT_HYPHEN, verify_variant
 from typos.words import (
-    FUNCTION_WORDS,
     KNOWN_WORD_ZIPF,
-    OFFENSIVE_WORDS,
     PROTECTED_WORDS,
     SHORTEST_FUNCTION_WORD,
     TYPO_OPERATIONS,
-    WORD_LISTS,
     Edit,
     Word,
     by_importance,
+    composed,
     first_difference,
     homophones,
     in_case_of,
     is_clear_typo,
-    is_real_word,
+    is_known,
     operation_of,
     osa_distance,
     plain_words,
     real_word_options,
     typo_options,
-    word_set,
     words_in,
-    zipf,
 )
 
 LOG_COLUMNS = [
@@ -78,10 +86,14 @@ class Prompt:
     where: str = "any"
 
     @cached_property
+    def language(self) -> Language:
+        return language_of(self.row)
+
+    @cached_property
     def words(self) -> list[Word]:
         """Plain words outside protected text."""
         spans = protected_spans(self.text, self.row)
-        return [w for w in plain_words(self.text) if not touches(spans, w.start, w.end)]
+        return [w for w in plain_words(self.text, self.language) if not touches(spans, w.start, w.end)]
 
     @cached_property
     def content(self) -> list[Word]:
@@ -106,9 +118,10 @@ def make_variants(
     styles: Sequence[str] = STYLES,
     seed: int = 0,
     intensity: int = 1,
-    keyboard: str = "qwerty",
+    keyboard: str | None = None,
     tokenizer: Any = None,
     where: str = "any",
+    language: str = "en",
 ) -> tuple[list[Any], list[dict[str, Any]], dict[str, Any]]:
     """(rows with the styles added, edit log, summary) of prompt-file rows; the given rows are left as they are.
 
@@ -116,8 +129,9 @@ def make_variants(
     A style that a row already has is made anew. A row without a usable clean prompt stays as it is and is named in
     summary["bad_rows"] [(original index, reason)]; summary["styles"][style] holds `made` and `lacking`
     {reason: rows}. `tokenizer` is a fast Hugging Face tokenizer. where: `subject` puts the typos into the row's `task`
-    (and notes it in the row's `_where`, which does the same), `content` the doses into content words alone. Raises
-    UserError for an unknown style.
+    (and notes it in the row's `_where`, which does the same), `content` the doses into content words alone. language:
+    of the rows without a `_language`, which get it, if it is not English. keyboard: the language's own without one.
+    Raises UserError for an unknown style or language.
     """
     if unknown := [style for style in styles if style not in STYLES and dose_of(style) is None]:
         raise UserError(f"no such style: {', '.join(unknown)}; choose from {', '.join(STYLES)}, typo@1, typo@2 …")
@@ -125,6 +139,8 @@ def make_variants(
         raise UserError("a style is named twice; name each once")
     if intensity < 1:
         raise UserError(f"--intensity {intensity}: the number of edits must be 1 or more")
+    if reason := language_problem(language):
+        raise UserError(f"--language {reason}")
     counts: dict[str, dict[str, Any]] = {style: {"made": 0, "lacking": Counter()} for style in styles}
     bad_rows: list[tuple[int, str]] = []
     rows_out: list[Any] = []
@@ -136,12 +152,20 @@ def make_variants(
             continue
         if where == "subject":
             row = {**row, "_where": where}
+        if language != "en":
+            row = {LANGUAGE_KEY: language, **row}
         text, own_id = clean_text(row), row.get("element_index")
         row_id = str(own_id) if own_id is not None else hashlib.sha256(text.encode()).hexdigest()
-        prompt = Prompt(text, row, row_id, seed, intensity, keyboard, tokenizer, row.get("_where", where))
-        new_row = {key: value for key, value in row.items() if key not in styles}
+        keys = chosen_keyboard(keyboard, language_of(row))
+        prompt = Prompt(text, row, row_id, seed, intensity, keys, tokenizer, row.get("_where", where))
+        lacking = {style: reason for style in styles if (reason := prompt.language.lacks(style))}
+        new_row = {key: value for key, value in row.items() if key not in styles or key in lacking}
         for style in styles:
             try:
+                if style in new_row:  # the row's own, of a kind that is not made in its language
+                    continue
+                if style in lacking:
+                    raise Lacks(lacking[style])
                 new_row[style], edits = make_variant(prompt, style)
                 counts[style]["made"] += 1
                 log += _log_lines(prompt, style, new_row[style], edits, index)
@@ -167,8 +191,10 @@ def bad_row(row: Any) -> str | None:
         return "has no clean prompt (a text under `normal` or `instruction`)"
     if reason := text_problem(text):
         return f"has no usable clean prompt: it {reason}"
-    reason = id_problem(row["element_index"]) if row.get("element_index") is not None else None
-    return f"has an element_index that {reason}" if reason else None
+    if row.get("element_index") is not None and (reason := id_problem(row["element_index"])):
+        return f"has an element_index that {reason}"
+    reason = language_problem(row[LANGUAGE_KEY]) if row.get(LANGUAGE_KEY) is not None else None
+    return f"has a {LANGUAGE_KEY} that cannot be used: {reason}" if reason else None
 
 
 def make_variant(prompt: Prompt, style: str) -> tuple[str, list[Edit]]:
@@ -201,20 +227,20 @@ def _typos(prompt: Prompt, style: str) -> Iterator[Edit]:
     rng, words, where = prompt.rng(style), prompt.content, "content word"
     count = FIXED_COUNTS.get(style, prompt.intensity)
     if style == "noise_words":
-        small = [w for w in prompt.words if w.lower in FUNCTION_WORDS and len(w.text) >= SHORTEST_FUNCTION_WORD]
+        small = [w for w in prompt.words if w.is_small and len(w.text) >= SHORTEST_FUNCTION_WORD]
         once = {word.lower: word for word in reversed(small)}.values()
         words, where = shuffled(rng, sorted(once, key=lambda word: word.start)), "function word"
     operations = [OPERATIONS[style]] if style in OPERATIONS else shuffled(rng, TYPO_OPERATIONS)
     used: Counter[str] = Counter()
     for word in words:
         for operation in sorted(operations, key=lambda operation: used[operation]):
-            options = shuffled(rng, typo_options(word.text, operation, prompt.keyboard))
-            after = next((typo for typo in options if is_clear_typo(word.lower, typo.lower())), None)
+            options = shuffled(rng, typo_options(word.text, operation, prompt.keyboard, prompt.language))
+            after = next((o for o in options if is_clear_typo(word.lower, o.lower(), prompt.language)), None)
             if after is not None:
                 used[operation] += 1
                 if style in ("two", "three") and used[operation] == count:
                     raise Lacks("no mixture of kinds of typo is possible")
-                yield Edit(word.start, word.end, after, operation, word)
+                yield Edit(word.start, word.end, word.written(after), operation, word)
                 break
     raise Lacks(f"fewer than {count} {where}s that can take the edit" if count > 1 else f"no {where} that can take it")
 
@@ -227,7 +253,7 @@ def _dose(prompt: Prompt, dose: int) -> list[Edit]:
     """
     rng, words = prompt.rng("typo@"), list(prompt.content)
     if prompt.where == "any":
-        small = {word.lower: word for word in reversed(prompt.words) if word.lower in FUNCTION_WORDS}
+        small = {word.lower: word for word in reversed(prompt.words) if word.is_small}
         words += shuffled(rng, sorted(small.values(), key=lambda word: word.start))
     made: dict[Word, list[tuple[str, str]]] = {word: [] for word in words}  # operation and result of each edit
     operations = shuffled(rng, TYPO_OPERATIONS)
@@ -239,7 +265,7 @@ def _dose(prompt: Prompt, dose: int) -> list[Edit]:
                 continue
             form = made[word][-1][1] if made[word] else word.text
             for operation in operations:
-                options = shuffled(rng, typo_options(form, operation, prompt.keyboard))
+                options = shuffled(rng, typo_options(form, operation, prompt.keyboard, prompt.language))
                 if typo := next((typo for typo in options if _is_next_typo(word, typo, distance)), None):
                     made[word].append((operation, typo))
                     operations = [*(other for other in operations if other != operation), operation]
@@ -248,23 +274,24 @@ def _dose(prompt: Prompt, dose: int) -> list[Edit]:
     if left:
         raise Lacks(f"fewer than {dose} one-letter edits are possible")
     edited = {word: edits for word, edits in made.items() if edits}
-    return [Edit(w.start, w.end, e[-1][1], "+".join(operation for operation, _ in e), w) for w, e in edited.items()]
+    return [Edit(w.start, w.end, w.written(e[-1][1]), "+".join(kind for kind, _ in e), w) for w, e in edited.items()]
 
 
 def _is_next_typo(word: Word, typo: str, distance: int) -> bool:
     """Whether `typo` is `distance` edits from the word and no word; the first edit also leaves it the likeliest one."""
     if distance == 1:
-        return is_clear_typo(word.lower, typo.lower())
+        return is_clear_typo(word.lower, typo.lower(), word.language)
     far = osa_distance(word.lower, typo.lower(), limit=distance) == distance
-    return far and zipf(typo) < KNOWN_WORD_ZIPF and typo.lower() not in OFFENSIVE_WORDS
+    return far and not is_known(typo, word.language)
 
 
 def _split(prompt: Prompt, _: str) -> Iterator[Edit]:
     """A soft hyphen before the letter that `main` of the same row and seed replaces."""
     for edit in _typos(prompt, "main"):
-        old = prompt.text[edit.start : edit.end]
-        at = first_difference(old, edit.after)
-        yield Edit(edit.start, edit.end, old[:at] + SOFT_HYPHEN + old[at:], "soft_hyphen", edit.word)
+        if word := edit.word:
+            at = first_difference(word.text, composed(edit.after))
+            after = word.written(word.text[:at]) + SOFT_HYPHEN + word.written(word.text[at:])
+            yield Edit(edit.start, edit.end, after, "soft_hyphen", word)
 
 
 def _real_word(prompt: Prompt, style: str) -> Iterator[Edit]:
@@ -319,18 +346,20 @@ _NO_COMMA_AFTER = word_set("the a an of to with from at my your our their its ev
 
 def _punctuation(prompt: Prompt, style: str) -> Iterator[Edit]:
     """Stray or missing marks and spaces; those that touch protected text stay as they are."""
-    text, slips = prompt.text, []
+    text, slips, french = prompt.text, [], prompt.language.code == "fr"
     for word, following in zip(prompt.words, [*prompt.words[1:], None], strict=False):
         end = word.end
         if text[end : end + 1] in tuple(",.;!?") and not text[end + 1 : end + 2].strip():
             mark = text[end]
             for operation, changed in (("stray_mark", mark + mark), ("stray_space", " " + mark), ("missing_mark", "")):
-                slips.append(Edit(word.start, end + 1, word.text + changed, operation, word))
+                if not (french and operation == "stray_space" and mark in ";!?"):  # a space belongs there
+                    slips.append(Edit(word.start, end + 1, word.written(word.text) + changed, operation, word))
         if following and text[end : following.start] == " ":
-            if word.lower in _NO_COMMA_AFTER:
+            if word.lower in _NO_COMMA_AFTER and prompt.language is ENGLISH:
                 slips.append(Edit(word.start, end, word.text + ",", "stray_mark", word))
-            if zipf(word.text + following.text) < KNOWN_WORD_ZIPF:
-                slips.append(Edit(word.start, following.end, word.text + following.text, "missing_space", word))
+            both = word.text + following.text
+            if zipf(both, prompt.language) < KNOWN_WORD_ZIPF:
+                slips.append(Edit(word.start, following.end, word.written(both), "missing_space", word))
     # A mark that is merely gone leaves no token that could be marked as edited: the last resort.
     visible = [slip for slip in slips if slip.operation != "missing_mark"]
     return _by_kind(prompt, style, visible if len(visible) >= prompt.intensity else slips)
@@ -386,9 +415,9 @@ def _log_lines(
         if before:  # a tone has no distance or frequency; a soft hyphen is not a letter, so it is left out
             old, new = (words_in(text.replace(SOFT_HYPHEN, "")) for text in (before, edit.after))
             line["osa_distance"] = osa_distance(before, edit.after, limit=len(edit.after))
-            line["zipf_before"] = zipf(old[0]) if len(old) == 1 else None
-            line["zipf_after"] = zipf(new[0]) if len(new) == 1 else None
-            line["real_word"] = all(is_real_word(word) for word in new)
+            line["zipf_before"] = zipf(old[0], prompt.language) if len(old) == 1 else None
+            line["zipf_after"] = zipf(new[0], prompt.language) if len(new) == 1 else None
+            line["real_word"] = all(is_real_word(word, prompt.language) for word in new)
         if prompt.tokenizer:
             start = edit.start + shift
             end = start + len(edit.after.rstrip())  # the space after a tone is not part of it

@@ -1,33 +1,21 @@
-"""Words and one edit of them: the lists, frequencies, homophones, which words can be edited, and every possible typo.
+"""Words and one edit of them: the lists, homophones, which words can be edited, and every possible typo.
 
-A word is a run of ASCII letters with white space or punctuation around it. Words with digits, hyphens, apostrophes or
-other marks inside are never edited. Frequencies are those of wordfreq's English list (Speer 2022). One typo has an
-optimal string alignment distance of 1 (rapidfuzz).
+A word is a run of letters of its language with white space or punctuation around it. Words with digits, hyphens,
+apostrophes or other marks inside are never edited. A letter and its accent are one letter, also in Unicode's form NFD.
+One typo has an optimal string alignment distance of 1 (rapidfuzz).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import tomllib
+import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from string import ascii_lowercase
-from typing import Any
 
 from rapidfuzz.distance import OSA, Prefix
-from wordfreq import get_frequency_dict
 
-DATA = Path(__file__).resolve().parents[1]
-WORD_LISTS: dict[str, Any] = tomllib.loads((DATA / "word_lists.toml").read_text(encoding="utf-8"))
-
-
-def word_set(text: str) -> frozenset[str]:
-    """The white-space separated words of `text`."""
-    return frozenset(text.split())
-
+from typos.languages import DATA, ENGLISH, LETTERS, WORD_LISTS, Language, folded, key_neighbours, word_set, zipf
 
 FUNCTION_WORDS = word_set(WORD_LISTS["function_words"])
 NUMBER_WORDS = word_set(WORD_LISTS["number_words"])
@@ -38,32 +26,24 @@ INSTRUCTION_VERBS = word_set(WORD_LISTS["instruction_verbs"])
 OFFENSIVE_WORDS = word_set(WORD_LISTS["offensive_words"])
 
 CLEAR_WORD_ZIPF = 4.0  # what `real_word` makes: above 3 wordfreq lists many names and slips too
-REAL_WORD_ZIPF = 3.0
 KNOWN_WORD_ZIPF = 2.0  # rarer than this: no sure spelling to depart from, and no word that a typo could make
 SHORTEST_CONTENT_WORD = 4
 SHORTEST_FUNCTION_WORD = 3
 
 
-@lru_cache(maxsize=1)
-def word_frequencies() -> dict[str, float]:
-    """Word -> share of all words, wordfreq's largest English list (read on the first call, 0.2 s)."""
-    return dict(get_frequency_dict("en", wordlist="best"))
-
-
-def zipf(word: str) -> float:
-    """Zipf frequency of one word: log10 of its count per billion words, to 2 decimals; 0.0 if it is unknown."""
-    share = word_frequencies().get(word.lower(), 0.0)
-    return round(math.log10(share) + 9, 2) if share > 0 else 0.0
-
-
-def is_real_word(word: str) -> bool:
-    """True for a word that readers know: Zipf frequency >= 3."""
-    return zipf(word) >= REAL_WORD_ZIPF
-
-
 def words_in(text: str) -> list[str]:
     """The words of any text: letters, with apostrophes inside."""
-    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text)
+    return re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)*", composed(text))
+
+
+def letter_runs(text: str) -> list[str]:
+    """The runs of letters of any text: `don't` is two."""
+    return re.findall(r"[^\W\d_]+", composed(text))
+
+
+def composed(text: str) -> str:
+    """`text` in Unicode's form NFC: a letter and its accent are one character."""
+    return unicodedata.normalize("NFC", text)
 
 
 # --- words of a prompt
@@ -76,17 +56,27 @@ class Word:
     index: int
     start: int
     end: int
-    text: str
+    text: str  # in form NFC
     starts_sentence: bool  # or follows a colon
     shows_name: bool  # a capital that no sentence's beginning explains
+    language: Language = ENGLISH
+    form: str = "NFC"  # of the prompt: NFC or NFD
 
     @property
     def lower(self) -> str:
         return self.text.lower()
 
+    @property
+    def is_small(self) -> bool:
+        """True for a function word."""
+        return self.lower in self.language.small_words
+
+    def written(self, text: str) -> str:
+        """`text` in the prompt's form, NFC or NFD."""
+        return unicodedata.normalize(self.form, text)
+
 
 PIECE = re.compile(r"\S+")
-_CORE = re.compile(r"[(\[\"'“‘«*]*([A-Za-z]+)[)\]\"'”’»*.,;:!?…]*")
 # A full stop after these ends no sentence: titles, places, Latin short forms, initials (J.), letters with stops (e.g.).
 _ABBREVIATION = re.compile(
     r"\W*(?:(?:mr|mrs|ms|mx|dr|drs|prof|st|sr|jr|rev|fr|hon|messrs|gen|col|lt|sgt|capt|cmdr|cpl|maj|adm|gov|sen|rep|pres|"
@@ -102,19 +92,34 @@ def ends_sentence(piece: str) -> bool:
     return _STOP.search(piece) is not None and _ABBREVIATION.fullmatch(piece) is None
 
 
-def plain_words(text: str) -> list[Word]:
-    """The words of `text` that are plain ASCII letters in lower or title case, with punctuation around them at most."""
+@lru_cache
+def _core(language: Language) -> re.Pattern[str]:
+    before = f"(?:{language.before_word})?" if language.before_word else ""
+    return re.compile(rf"[(\[\"'“‘«*]*{before}({LETTERS})[)\]\"'”’»*.,;:!?…]*")
+
+
+def plain_words(text: str, language: Language = ENGLISH) -> list[Word]:
+    """The words of `text` that are letters of the language, lower or title case, with punctuation around at most."""
     found = []
     new_sentence, after_colon = True, False
     for index, piece in enumerate(PIECE.finditer(text)):
-        core = None if _ABBREVIATION.fullmatch(piece[0]) else _CORE.fullmatch(piece[0])
-        # A single letter is a word as a, A or I alone; `A)` and `b,` name an option or a variable.
-        if core and (core[1].islower() or core[1].istitle()) and (len(core[1]) > 1 or piece[0] in ("a", "A", "I")):
-            start = piece.start() + core.start(1)
-            name = core[1][0].isupper() and not new_sentence
-            found.append(Word(index, start, start + len(core[1]), core[1], new_sentence or after_colon, name))
+        core = None if _ABBREVIATION.fullmatch(piece[0]) else _core(language).fullmatch(piece[0])
+        if core and (form := _form_of(core[1], language)):
+            word = composed(core[1])
+            # A single letter is a word as a, A or I alone; `A)` and `b,` name an option or a variable.
+            if (word.islower() or word.istitle()) and (len(word) > 1 or piece[0] in ("a", "A", "I")):
+                name = word[0].isupper() and not new_sentence and not language.capital_nouns
+                start, starts = piece.start() + core.start(1), new_sentence or after_colon
+                found.append(Word(index, start, start + len(core[1]), word, starts, name, language, form))
         new_sentence, after_colon = ends_sentence(piece[0]), piece[0][-1] in ":："
     return found
+
+
+def _form_of(raw: str, language: Language) -> str | None:
+    """Unicode's form of a word in letters of the language, NFC or NFD; None for other letters or a mixture."""
+    if not language.alphabet.issuperset(composed(raw).lower()):
+        return None
+    return next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, raw)), None)
 
 
 def by_importance(words: list[Word]) -> list[Word]:
@@ -126,10 +131,10 @@ def by_importance(words: list[Word]) -> list[Word]:
     names = {word.lower for word in words if word.shows_name}
     first: dict[str, Word] = {}
     for word in words:
-        long = len(word.text) >= SHORTEST_CONTENT_WORD and word.lower not in FUNCTION_WORDS
-        if long and zipf(word.text) >= KNOWN_WORD_ZIPF:
+        long = len(word.text) >= SHORTEST_CONTENT_WORD and not word.is_small
+        if long and zipf(word.text, word.language) >= KNOWN_WORD_ZIPF:
             first.setdefault(word.lower, word)
-    return sorted(first.values(), key=lambda w: (w.lower in names, zipf(w.text), -len(w.text), w.start))
+    return sorted(first.values(), key=lambda w: (w.lower in names, zipf(w.text, w.language), -len(w.text), w.start))
 
 
 # --- homophones
@@ -166,35 +171,18 @@ class Edit:
 
 
 TYPO_OPERATIONS = ("substitution", "transposition", "deletion", "doubling")
-KEYBOARDS = {
-    "qwerty": ("qwertyuiop", "asdfghjkl", "zxcvbnm"),
-    "qwertz": ("qwertzuiop", "asdfghjkl", "yxcvbnm"),
-    "azerty": ("azertyuiop", "qsdfghjklm", "wxcvbn"),
-    "dvorak": ("',.pyfgcrl", "aoeuidhtns", ";qjkxbmwvz"),
-}
 
 
-@lru_cache
-def key_neighbours(keyboard: str) -> dict[str, str]:
-    """Letter -> the letters on keys that touch its key; rows lie 0, 1/4 and 3/4 of a key to the right."""
-    places = {
-        key: (column + offset, row)
-        for row, (keys, offset) in enumerate(zip(KEYBOARDS[keyboard], (0.0, 0.25, 0.75), strict=True))
-        for column, key in enumerate(keys)
-        if key.isalpha()
-    }
-    return {
-        key: "".join(sorted(o for o in places if o != key and math.dist(places[key], places[o]) < 1.3))
-        for key in places
-    }
+def typo_options(word: str, operation: str, keyboard: str = "qwerty", language: Language = ENGLISH) -> list[str]:
+    """Every result of one operation on `word` (letters of the language, form NFC).
 
-
-def typo_options(word: str, operation: str, keyboard: str = "qwerty") -> list[str]:
-    """Every result of one operation on `word` (ASCII letters). The first letter stays, as in most real typos."""
+    The first letter stays, as in most real typos. A letter without a key of its own (á in Spanish) is not replaced.
+    """
     w = word.lower()
     inner = range(1, len(w))
     if operation == "substitution":
-        options = [w[:i] + near + w[i + 1 :] for i in inner for near in key_neighbours(keyboard)[w[i]]]
+        near = key_neighbours(keyboard, language)
+        options = [w[:i] + key + w[i + 1 :] for i in inner for key in near.get(w[i], "")]
     elif operation == "transposition":
         options = [w[:i] + w[i + 1] + w[i] + w[i + 2 :] for i in inner[:-1] if w[i] != w[i + 1]]
     elif operation == "deletion":
@@ -204,24 +192,30 @@ def typo_options(word: str, operation: str, keyboard: str = "qwerty") -> list[st
     return [word[0] + typo[1:] for typo in options]
 
 
-def one_edit_away(word: str) -> set[str]:
-    """All strings of the letters a-z at optimal string alignment distance 1 from `word`."""
+def one_edit_away(word: str, language: Language = ENGLISH) -> set[str]:
+    """All strings of the language's letters at optimal string alignment distance 1 from `word` (folded)."""
+    letters = {letter for letter in language.alphabet if folded(letter) == letter}  # not ß, ς
     cuts = [(word[:i], word[i:]) for i in range(len(word) + 1)]
     away = {left + right[1:] for left, right in cuts if right}
     away |= {left + right[1] + right[0] + right[2:] for left, right in cuts if len(right) > 1}
-    away |= {left + c + right[1:] for left, right in cuts if right for c in ascii_lowercase}
-    away |= {left + c + right for left, right in cuts for c in ascii_lowercase}
+    away |= {left + c + right[1:] for left, right in cuts if right for c in letters}
+    away |= {left + c + right for left, right in cuts for c in letters}
     return away - {word}
 
 
 @lru_cache(maxsize=65536)
-def is_clear_typo(clean: str, typo: str) -> bool:
+def is_clear_typo(clean: str, typo: str, language: Language = ENGLISH) -> bool:
     """True if readers know no word `typo`, and the likeliest word one edit away from it is `clean` (lower case)."""
-    if zipf(typo) >= KNOWN_WORD_ZIPF or typo in OFFENSIVE_WORDS:
+    if is_known(typo, language):
         return False
-    frequencies = word_frequencies()
-    expected = frequencies.get(clean, 0.0)
-    return all(frequencies.get(other, 0.0) <= expected for other in one_edit_away(typo))
+    frequencies = language.frequencies
+    expected = frequencies.get(folded(clean), 0.0)
+    return all(frequencies.get(other, 0.0) <= expected for other in one_edit_away(folded(typo), language))
+
+
+def is_known(word: str, language: Language = ENGLISH) -> bool:
+    """True for what no typo may become: a word that some readers know (Zipf frequency >= 2), or an insult."""
+    return zipf(word, language) >= KNOWN_WORD_ZIPF or word.lower() in OFFENSIVE_WORDS
 
 
 _NOT_MADE = OFFENSIVE_WORDS | PROTECTED_WORDS | word_set(WORD_LISTS["names_and_short_forms"])
@@ -268,7 +262,7 @@ def operation_of(before: str, after: str) -> str | None:
 
     Letter case counts as no edit: two words that differ in it alone give None.
     """
-    a, b = before.lower(), after.lower()
+    a, b = composed(before).lower(), composed(after).lower()
     if a == b or abs(len(a) - len(b)) > 1 or osa_distance(before, after) != 1:
         return None
     i = first_difference(a, b)
@@ -280,5 +274,5 @@ def operation_of(before: str, after: str) -> str | None:
 
 
 def osa_distance(before: str, after: str, limit: int = 9) -> int:
-    """Optimal string alignment distance; `limit` + 1 if it is larger than `limit`."""
-    return int(OSA.distance(before, after, score_cutoff=limit))
+    """Optimal string alignment distance of the NFC forms; `limit` + 1 if it is larger than `limit`."""
+    return int(OSA.distance(composed(before), composed(after), score_cutoff=limit))
