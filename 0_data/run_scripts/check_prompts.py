@@ -36,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--styles", nargs="+", default=[], help="styles that will be run; the others are not checked (default: all)"
     )
     checks.add_argument("--intensity", type=int, default=1, metavar="K", help="edits a variant, as it was made")
+    checks.add_argument("--language", metavar="CODE", help="of rows without `_language` (default: English)")
     args = parser.parse_args(argv)
     if args.intensity < 1:
         raise UserError(f"--intensity {args.intensity}: the number of edits must be 1 or more")
@@ -48,9 +49,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, report, and with --fix fix. Returns 1 if an error was found or, with --fix, is left."""
     args = parse_args(argv)
-    from typos.checks import check_rows, findings_table, fix_rows, read_rows, summary_text
+    from typos.checks import check_rows, findings_table, fix_rows, read_rows, summary_text, with_language
 
-    rows = read_rows(args.prompt_file)
+    rows = with_language(read_rows(args.prompt_file), args.language)
     findings = check_rows(rows, args.intensity, args.styles)
     if args.output_csv:
         write_csv(args.output_csv, findings_table(findings))

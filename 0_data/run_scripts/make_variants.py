@@ -47,8 +47,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     edits.add_argument("--seed", type=int, default=0, help="another seed gives other variants")
     edits.add_argument("--intensity", type=int, default=1, metavar="K", help="edits a variant")
-    keyboards = ("qwerty", "qwertz", "azerty", "dvorak")
-    edits.add_argument("--keyboard", default="qwerty", choices=keyboards, help="whose neighbours `main` takes")
+    edits.add_argument("--language", default="en", metavar="CODE", help="of rows without `_language`: de, el, fr …")
+    keyboards = (*("qwerty", "qwertz", "azerty", "dvorak"), *("spanish", "portuguese", "italian", "jcuken", "greek"))
+    edits.add_argument("--keyboard", choices=keyboards, help="whose neighbours typos take (default: the language's)")
     edits.add_argument("--tokenizer", metavar="MODEL", help="folder or name of a model whose tokens the log counts")
     return parser.parse_args(argv)
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         tokenizer = load_tokenizer(args.tokenizer)
     rows, log, summary = make_variants(
-        prompts.rows, styles, args.seed, args.intensity, args.keyboard, tokenizer, args.where
+        prompts.rows, styles, args.seed, args.intensity, args.keyboard, tokenizer, args.where, args.language
     )
     log_file = edit_log_path(args.output_file)
     try:

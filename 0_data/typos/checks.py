@@ -91,6 +91,16 @@ def read_rows(prompt_file: str | Path) -> list[Any]:
     return rows
 
 
+def with_language(rows: list[Any], code: str | None) -> list[Any]:
+    """The rows, those without a `_language` now with `code`, if one is given. Raises UserError for an unknown one."""
+    if code and (reason := language_problem(code)):
+        raise UserError(f"--language {reason}")
+    for row in rows:
+        if code and isinstance(row, dict) and row.get(LANGUAGE_KEY) is None:
+            row[LANGUAGE_KEY] = code
+    return rows
+
+
 def _is_deeper(value: list[Any] | dict[str, Any], levels: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value
     deeper = levels == 1 or any(_is_deeper(item, levels - 1) for item in inner if isinstance(item, list | dict))

@@ -90,8 +90,8 @@ class Language:
     def lacks(self, style: str) -> str | None:
         """Why `style` cannot be made in this language; None if it can."""
         if style in ENGLISH_STYLES and self.code != "en":
-            return f"it is made in English alone, not in {self.name}"
-        return None if self.keyboard else f"{self.name} puts no spaces between words, so no word is known to edit"
+            return "it is made in English alone"
+        return None if self.keyboard else f"{self.name} is written without spaces between words"
 
 
 @lru_cache(maxsize=65536)

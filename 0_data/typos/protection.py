@@ -101,7 +101,7 @@ _NUMERIC_ANSWER = re.compile(
 
 def is_arithmetic(text: str, row: dict[str, Any] | None = None) -> bool:
     """True if numbers decide: the row's `answer` is a number, or the text holds two numbers (digits or words), or one
-    number and a word that names a calculation (halve, squared, median …; in other languages than English one number)."""
+    number and a word that names a calculation (halve, squared, median …). In other languages one number is enough."""
     answer = row.get("answer") if row else None
     if isinstance(answer, str):
         numeric = _NUMERIC_ANSWER.fullmatch(answer.strip()) is not None

@@ -153,7 +153,7 @@ def make_variants(
         if where == "subject":
             row = {**row, "_where": where}
         if language != "en":
-            row = {LANGUAGE_KEY: language, **row}
+            row = {**row, LANGUAGE_KEY: row.get(LANGUAGE_KEY) or language}
         text, own_id = clean_text(row), row.get("element_index")
         row_id = str(own_id) if own_id is not None else hashlib.sha256(text.encode()).hexdigest()
         keys = chosen_keyboard(keyboard, language_of(row))

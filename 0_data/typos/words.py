@@ -12,6 +12,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from rapidfuzz.distance import OSA, Prefix
 
@@ -49,6 +50,9 @@ def composed(text: str) -> str:
 # --- words of a prompt
 
 
+Form = Literal["NFC", "NFD"]
+
+
 @dataclass(frozen=True)
 class Word:
     """A word that could be edited. `index` counts the text's white-space separated pieces from 0."""
@@ -60,7 +64,7 @@ class Word:
     starts_sentence: bool  # or follows a colon
     shows_name: bool  # a capital that no sentence's beginning explains
     language: Language = ENGLISH
-    form: str = "NFC"  # of the prompt: NFC or NFD
+    form: Form = "NFC"  # of the prompt
 
     @property
     def lower(self) -> str:
@@ -115,11 +119,11 @@ def plain_words(text: str, language: Language = ENGLISH) -> list[Word]:
     return found
 
 
-def _form_of(raw: str, language: Language) -> str | None:
+def _form_of(raw: str, language: Language) -> Form | None:
     """Unicode's form of a word in letters of the language, NFC or NFD; None for other letters or a mixture."""
     if not language.alphabet.issuperset(composed(raw).lower()):
         return None
-    return next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, raw)), None)
+    return "NFC" if composed(raw) == raw else "NFD" if unicodedata.is_normalized("NFD", raw) else None
 
 
 def by_importance(words: list[Word]) -> list[Word]:

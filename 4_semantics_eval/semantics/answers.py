@@ -36,7 +36,7 @@ LETTERS = "ABCDEFGHIJ"
 MAX_VALUE = 80  # characters of a wrong answer that are kept
 _ARTICLES = ("a", "an", "the")
 _IN_WORDS = "'’.-"  # signs that belong to a word (U.S., l'eau, twenty-one): left out, they do not divide it
-_ACCENT = re.compile("[\u0300-\u036f]")
+_ACCENT = re.compile("(?<!и)\u0306|[\u0300-\u0305\u0307-\u036f]")  # й is no accented и
 _LEAD_IN = re.compile(
     r"\A[\s\"'*_]*(?:(?:so|thus|therefore),? )?(?:the )?(?:correct |right |final |best )?"
     r"(?:answer|option|choice)(?: is(?!\w)[\s:]*|\s?:\s*)",
