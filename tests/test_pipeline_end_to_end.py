@@ -43,8 +43,8 @@ def test_the_steps_of_a_maths_file(tmp_path, prompt_file):
     (job,) = jobs_of(args)
     steps = steps_of(job, args)
     assert [Path(step.script).stem for step in steps] == [
-        "check_prompts", "attn_act_logi", "evaluate_predictions", "compare_responses", "score_scripts", "dirs_eval",
-        "head_sensitivity", "activation_diffs", "neuron_sensitivity", "probe_layers",
+        "check_prompts", "attn_act_logi", "evaluate_predictions", "compare_responses", "score_scripts",
+        "compare_scorers", "dirs_eval", "head_sensitivity", "activation_diffs", "neuron_sensitivity", "probe_layers",
     ]  # fmt: skip
     assert steps[1].arguments[-3:] == ("--neurons", "--seed", "1")
     assert all((ROOT / step.script).is_file() for step in [*steps, report_step([job], args)])
@@ -326,7 +326,7 @@ def test_a_second_call_finds_all_done(demo):
     assert done.returncode == 0
     steps = re.findall(r"^\[\d+/\d+\] .*", done.stdout, re.MULTILINE)
     assert [step for step in steps if not step.endswith("done before")] == [
-        next(step for step in steps if step.startswith("[2/9] capture: nothing new"))
+        next(step for step in steps if step.startswith("[2/10] capture: nothing new"))
     ]
     assert {path: path.stat().st_mtime_ns for path in written} == written
     table = first[first.index("\nmaths\n") : first.index("\nreport:")]
@@ -346,6 +346,7 @@ def test_a_user_sees_one_line_per_step_and_details_if_asked(demo):
                 "capture",
                 "accuracy",
                 "similarity",
+                "scorers",
                 "attention fractions",
                 "heads",
                 "layers",
@@ -356,8 +357,8 @@ def test_a_user_sees_one_line_per_step_and_details_if_asked(demo):
         ),
         start=1,
     ):
-        assert re.fullmatch(rf"\[{number}/9\] {name}: .+ \(\d+ s\)", line), line
-    assert "[2/9] capture: 4 .pt files (" in output
+        assert re.fullmatch(rf"\[{number}/10\] {name}: .+ \(\d+ s\)", line), line
+    assert "[2/10] capture: 4 .pt files (" in output
     assert "maths_breakdown.csv, maths_flips.csv and " in output
     cut = command.index("--")
     more = subprocess.run([*command[:cut], "--verbose", *command[cut:]], capture_output=True, text=True, cwd=folder)

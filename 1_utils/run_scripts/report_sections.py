@@ -112,6 +112,16 @@ SECTIONS = (
             ),
             TableOf("rewards_summary.csv", "Reward scores by style", SUMMARY),
             TableOf("judge_summary.csv", "A judge's verdict by style"),
+            TableOf(
+                "scorers_compared.csv",
+                "Two scorers side by side: the share of responses that each could score, the change from the clean "
+                "form by each, and the interaction (difference of the two changes)",
+                (
+                    "style", "scorer", "other_scorer", "parse_rate_clean", "parse_rate", "parse_rate_difference",
+                    "other_parse_rate_clean", "other_parse_rate", "other_parse_rate_difference", "scale", "n",
+                    "n_clusters", "change", "other_change", "interaction", "p", "p_adjusted",
+                ),
+            ),
         ),
     ),
     Section(

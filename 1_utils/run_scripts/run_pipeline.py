@@ -118,6 +118,11 @@ def answers_flags(job: Job, args: argparse.Namespace) -> list[str] | None:
     return [] if args.maths_items is None and has_words(job.prompts.rows[: args.max_samples]) else None
 
 
+def scorers_flags(job: Job, args: argparse.Namespace) -> list[str] | None:
+    """Without right and wrong answers there is nothing to compare similarity and rewards with."""
+    return [] if accuracy_flags(job, args) is not None or answers_flags(job, args) is not None else None
+
+
 def lens_flags(_: Job, args: argparse.Namespace) -> list[str]:
     """The logit lens needs the model."""
     return ["--model_name", args.model_name, "--lens_rows", str(args.lens_rows)] if args.lens_rows else []
@@ -146,6 +151,7 @@ STEPS = (
     Entry("answers", f"{STAGE_4}/match_answers.py", answers_flags, ("capture", "accuracy")),
     Entry("similarity", f"{STAGE_4}/compare_responses.py", lambda _, a: given("--embedding_model", a.embedding_model)),
     Entry("reward scores", f"{STAGE_4}/score_scripts.py", lambda _, a: given("--rm_name", a.reward_model) or None),
+    Entry("scorers", f"{STAGE_4}/compare_scorers.py", scorers_flags, (*SCORED, "similarity", "reward scores")),
     Entry("attention fractions", f"{STAGE_5}/dirs_eval.py"),
     Entry("heads", f"{STAGE_5}/head_sensitivity.py", after=SCORED),
     Entry("layers", f"{STAGE_5}/activation_diffs.py", lens_flags),
