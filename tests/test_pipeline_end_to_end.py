@@ -224,7 +224,7 @@ def test_a_failing_stage_stops_the_run_with_its_message(tmp_path, prompt_file):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=offline)
     assert (done.returncode, done.stderr) == (2, "")
     assert re.search(
-        r"^\[2/9\] capture: failed with exit code 2 \(\d+ s\)\n    error: m: .*\nstopped: ", done.stdout, re.M
+        r"^\[2/10\] capture: failed with exit code 2 \(\d+ s\)\n    error: m: .*\nstopped: ", done.stdout, re.M
     )
     assert "goes on" not in done.stdout  # the same command would fail again
     assert "accuracy" not in done.stdout
