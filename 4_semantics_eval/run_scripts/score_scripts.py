@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 from command_line import make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
+from run_store import open_run, warn_unfinished
 
 if __name__ != "__main__":  # for notebooks; as a script, --help must not wait for torch
     from semantics.reward_models import load_reward_model
@@ -60,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score all styles of a run; 1 if a response could not be scored."""
     args = parse_args(argv)
     import pandas as pd
-    from run_store import open_run, warn_unfinished
     from semantics.response_plots import plot_rewards
     from semantics.responses import by_style
     from semantics.reward_models import load_reward_model
