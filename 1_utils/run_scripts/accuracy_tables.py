@@ -15,11 +15,13 @@ from paired_stats import (
     exact_mcnemar,
     holm,
     minimum_detectable_effect,
+    of_styles,
     paired_difference,
     paired_summary,
     sign_flip_test,
     wilson_interval,
 )
+from style_names import is_again
 
 ROW_FACTORS = ("operation", "digits", "result")  # the same in every style of a row
 RESAMPLES = 4999
@@ -63,7 +65,7 @@ def detectable_differences(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
         change = paired_difference(pairs["correct"], pairs["clean"], pairs["template"])
         one, all_of_them = (
             minimum_detectable_effect(change.standard_error, change.df, comparisons=count)
-            for count in (1, max(1, len(styles)))
+            for count in (1, max(1, sum(not is_again(one) for one in styles)))
         )
         lines.append((style, change.n, change.n_clusters, one, all_of_them))
     columns = ["style", "n_paired", "n_clusters", "minimum_detectable_difference"]
@@ -86,7 +88,7 @@ def summarise(items: pd.DataFrame, baseline: str, detectable: pd.DataFrame | Non
     limits = detectable.set_index("style")["minimum_detectable_difference_adjusted"]
     after = list(table.columns).index("minimum_detectable_difference") + 1
     table.insert(after, "minimum_detectable_difference_adjusted", table["style"].map(limits))
-    table["p_mcnemar_adjusted"] = holm(table["p_mcnemar"])
+    table["p_mcnemar_adjusted"] = holm(of_styles(table, "p_mcnemar"))
     return table
 
 
@@ -168,7 +170,7 @@ def break_down(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
             parts.append(part)
         if parts:
             table = pd.concat(parts, ignore_index=True)
-            table["p_adjusted"] = holm(table["p"])
+            table["p_adjusted"] = holm(of_styles(table, "p"))
             tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["style", "factor", "level"])
 

@@ -41,6 +41,7 @@ from run_store import (
     warn_unfinished,
 )
 from stamps import note_read
+from style_names import is_again
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -312,7 +313,8 @@ def pick_examples(
     indices: rows of each style. Both halves are drawn with `seed`, styles in turn, so a common style is not all.
     """
     clean_rows = set(indices.get(clean, []))
-    pairs = [(style, row) for style in indices if style != clean for row in indices[style] if row in clean_rows]
+    others = [style for style in indices if style != clean and not is_again(style)]
+    pairs = [(style, row) for style in others for row in indices[style] if row in clean_rows]
     changed = [pair for pair in pairs if (was := verdicts.get((clean, pair[1]))) and verdicts.get(pair, was) != was]
     generator = random.Random(seed)
     first = _in_turn(changed, generator)[: count // 2]

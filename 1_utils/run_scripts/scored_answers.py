@@ -21,6 +21,7 @@ from load_json import CLEAN_KEYS, read_prompt_file
 from logger import get_logger
 from read_predictions import Prediction, predictions_of
 from run_store import Run, open_run
+from style_names import is_again
 from style_rows import clean_prompt
 
 UNREAD = "prompt_not_found"  # status of a response that cannot be told from its prompt
@@ -114,6 +115,7 @@ def score_items(
                 scored |= {"status": UNREAD, "correct": None}
             kinds = {name: row.get(f"_{name}") for name in ("template", "operation", "digits", "result")}
             same = not is_clean and clean_prompts[index] is not None and prediction.prompt == clean_prompts[index]
+            same &= not is_again(style)  # its prompts are all those of the clean form
             lines.append(
                 {
                     "style": style,

@@ -270,7 +270,7 @@ class StyleRows:
             clean_text = clean_prompt(self.run, index)
             if clean_text is None and twins:
                 clean_text = twins[0].prompt
-            is_variant = self.style != self.run.clean_style
+            may_be_same = self.style != self.run.clean_style and not is_again(self.style)
             lines.append(
                 {
                     "original_index": index,
@@ -279,7 +279,7 @@ class StyleRows:
                     "clean_prompt": clean_text,
                     "response": first.response,
                     "clean_response": twins[0].response if twins else None,
-                    "identical": is_variant and clean_text is not None and first.prompt == clean_text,
+                    "identical": may_be_same and clean_text is not None and first.prompt == clean_text,
                     "cluster": self.run.template(index),
                 }
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,10 @@ class BatchLimit:
                 break
             group.append(waiting.popleft())
         return group
+
+    def half(self) -> BatchLimit:
+        """A limit of half as many rows, and of half the memory."""
+        return replace(self, rows=max(1, self.rows // 2), free=None if self.free is None else self.free // 2)
 
     def shrink(self, rows: int) -> None:
         """Memory ran out with `rows` prompts: at most half of them next time."""

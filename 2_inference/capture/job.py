@@ -35,7 +35,7 @@ from run_store import (
     record_failures,
     save_pt,
 )
-from style_names import matched_style, source_style
+from style_names import is_again, matched_style, source_style
 from token_spans import template_text
 
 from capture.batching import RowCost, attention_layers, batch_limit, file_bytes, plan_files, row_cost, windows_of
@@ -383,6 +383,7 @@ def run_jobs(
         generator.progress = stack.enter_context(closing(progress))
         for job in jobs:
             progress.style = job.style.style
+            generator.limit = limit.half() if is_again(job.style.style) else limit
             run_style(job, reader, generator, writer, forced if job is not clean else None)
             if generator.stop.is_set():
                 break
@@ -418,7 +419,8 @@ def run_style(
             if generator.stop.is_set():
                 return
             positions = [p for positions in files for p in positions if p not in job.kept]
-            positions.sort(key=lambda p: -job.style.lengths[p])
+            # The clean form again meets other neighbours: the shortest first.
+            positions.sort(key=lambda p: -job.style.lengths[p], reverse=is_again(job.style.style))
             responses = forced(job, positions) if forced else {}
             yield [reader.prompt(job.style, p, responses.get(p)) for p in positions]
 

@@ -41,7 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--prompt_file", type=Path, required=True, help="JSON list of objects")
     styles = "styles to run, or all; default: the file's only one. split@<style> is a control: the clean form, its "
     styles += "words cut into as many tokens as that style's typos, which separates the typo from the token count. "
-    styles += "neutral@<style> is the control of a tone: neutral sentences of as many tokens"
+    styles += "neutral@<style> is the control of a tone: neutral sentences of as many tokens. normal@again is the "
+    styles += "clean form once more in other batches: numerical noise"
     flag("--prompt_keys", nargs="+", help=styles)
     flag("--max_samples", type=int, help="run the first rows of the file only")
     flag("--few_shot_file", type=Path, help="text put before every prompt, as it is")

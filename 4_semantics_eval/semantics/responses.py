@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 from command_line import UserError
 from run_store import Run
+from style_names import is_again
 from style_rows import StyleRows, clean_prompt
 
 NO_RESPONSE = "the response cannot be told from the prompt"
@@ -25,8 +26,11 @@ class ResponseRow:
     responses: dict[str, list[str | None]]
 
     def is_identical(self, style: str) -> bool:
-        """True if the style's prompt is the clean prompt, so that it can show no effect of the style."""
-        return self.clean_prompt is not None and self.prompts[style] == self.clean_prompt
+        """True if the style's prompt is the clean prompt, so that it can show no effect of the style.
+
+        Not of the clean form again (`normal@again`), of which all prompts are.
+        """
+        return not is_again(style) and self.clean_prompt is not None and self.prompts[style] == self.clean_prompt
 
 
 def response_rows(run: Run, styles: Sequence[str] | None = None, max_samples: int | None = None) -> list[ResponseRow]:

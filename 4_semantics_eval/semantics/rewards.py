@@ -15,6 +15,7 @@ from logger import get_logger
 from paired_stats import paired_summary
 from read_predictions import Prediction, iter_predictions
 from run_store import Run, open_run
+from style_names import is_again
 from style_rows import clean_prompt
 from tqdm import tqdm
 
@@ -99,6 +100,7 @@ def _line(run: Run, one: Prediction, reward_model: str, score_against: str) -> d
     clean = clean_prompt(run, one.original_index)
     if clean is None and one.style == run.clean_style:
         clean = one.prompt
+    may_be_same = one.style != run.clean_style and not is_again(one.style)
     question = clean if score_against == "clean" else one.prompt
     note = ""
     if question is None:
@@ -115,7 +117,7 @@ def _line(run: Run, one: Prediction, reward_model: str, score_against: str) -> d
         "reward_score": math.nan,
         "truncated": False,
         "score_against": score_against,
-        "identical": one.style != run.clean_style and one.prompt is not None and one.prompt == clean,
+        "identical": may_be_same and one.prompt is not None and one.prompt == clean,
         "reward_model": reward_model,
         "note": note,
     }

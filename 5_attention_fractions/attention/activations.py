@@ -19,7 +19,7 @@ from logger import get_logger
 from next_token_change import last_logits, next_token_change
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
 from run_store import Run, open_run
-from style_names import controlled_style, is_control, source_style
+from style_names import controlled_style, is_again, is_control, source_style
 from style_rows import (
     StyleRows,
     clean_and_styles,
@@ -192,7 +192,7 @@ def measure_styles(study: Comparison) -> dict[str, StyleValues]:
     order = sorted(study.styles, key=lambda style: not is_control(style))
     measured = {style: style_values(study, style) for style in order}
     for style, own in measured.items():
-        if own.identical and not is_control(style):
+        if own.identical and source_style(style) == style:
             get_logger().debug(f"{style}: left out {len(own.identical)} rows that are equal to the clean text")
         for region, count in own.on_first.items():
             if count:
@@ -231,7 +231,8 @@ def style_values(study: Comparison, style: str) -> StyleValues:
         change = next_token_change(*(table.extract(last_logits, rows) for table in (study.clean, own)))
         values |= {("", name): numbers for name, numbers in change.items()}
         # If a control is the clean prompt itself there is no change to take the logarithm of.
-        values["", "log10_next_token_kl"][np.isin(rows, found.identical)] = np.nan
+        if not is_again(style):
+            values["", "log10_next_token_kl"][np.isin(rows, found.identical)] = np.nan
     for numbers in values.values():
         numbers[np.isinf(numbers)] = np.nan
     return found

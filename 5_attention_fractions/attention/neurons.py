@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal, holm
 from run_store import Run
 from scipy import stats
-from style_names import is_control
+from style_names import is_again, is_control
 from style_rows import (
     StyleRows,
     clean_and_styles,
@@ -69,7 +69,8 @@ class Study:
 
 def open_studies(run: Run, args: argparse.Namespace) -> list[Study]:
     """The kinds of units that the run has. Raises UserError if it has none, or no typo style."""
-    clean_style, styles = clean_and_styles(run, args.styles)
+    clean_style, found = clean_and_styles(run, args.styles)
+    styles = [style for style in found if not is_again(style)]  # it edits no word
     if all(is_control(style) for style in styles):
         raise UserError(f"{run.path}: only controls are there beside the clean form; run stage 2 with a typo style too")
     warn_missing_controls(run, styles)

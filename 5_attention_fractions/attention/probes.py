@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from style_names import MATCHED, SPLIT_STYLE, is_control, source_style
+from style_names import MATCHED, SPLIT_STYLE, is_again, is_control, source_style
 from style_rows import (
     StyleRows,
     clean_and_styles,
@@ -110,7 +110,8 @@ class Items:
 def open_states(args: argparse.Namespace) -> States:
     """The run, opened and checked; the rows to probe. Raises UserError if it holds nothing to probe."""
     run = open_run(args.run_dir)
-    clean, styles = clean_and_styles(run, args.styles)
+    clean, found = clean_and_styles(run, args.styles)
+    styles = [style for style in found if not is_again(style)]  # nothing is to be told apart
     if args.folds < 2:
         raise UserError(f"--folds {args.folds}: at least 2 are needed")
     tables = {style: StyleRows(run, style, args.max_samples) for style in (clean, *styles)}
