@@ -107,8 +107,8 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "state, in 24 of 150 prompts, those of split@typo@2 in 48 of 149. That is 4.7 [2.9, 6.5] layers later than "
         "with the control (n = 149, adjusted p < 0.001; a word that is never recovered counts as one layer beyond the "
         "last).",
-        "At layer 7 most words mistyped by typo@2 are the nearest to their own clean state: 15 % [9, 21], 16 [9, 23] "
-        "points fewer than with split@typo@2 (n = 149).",
+        "The words mistyped by typo@2 are nearest to their own clean state most often at layer 7: in 15 % [9, 21] of "
+        "the prompts, 16 [9, 23] points fewer than with split@typo@2 (n = 149).",
         "In 2 of 3 heads the last token's attention to the words mistyped by typo@2 differs from that in split@typo@2 "
         "(n = 149). The surest (layer.head): 7.0 (×2.00 [1.41, 2.83]) and 7.1 (×0.50 [0.35, 0.71]). The ranking of the "
         "heads repeats on the other half of the prompts: rank correlation 0.78 [0.68, 0.88].",

@@ -145,8 +145,8 @@ def recovery_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
 
 
 def peak_numbers(table: pd.DataFrame, results: Path) -> Numbers | None:
-    """The layer at which most words of the worst style are nearest to their clean twin; it holds if that differs from
-    the control after Benjamini-Hochberg over styles and layers."""
+    """The layer at which the worst style's words are most often nearest to their clean twin; it holds if that differs
+    from the control after Benjamini-Hochberg over styles and layers."""
     lines = table[(table["measure"] == "own_nearest") & (table["region"] == "edited")]
     lines = lines[lines["p_adjusted"].notna() & lines["control"].map(matched_style, na_action="ignore").notna()]
     if lines.empty:
@@ -261,8 +261,8 @@ RULES = (
     Rule(
         ("activation_diffs.csv",),
         peak_numbers,
-        "At layer {layer} most words mistyped by {style} are the nearest to their own clean state: {share} {interval}, "
-        "{points} points {than} than with {control} (n = {n}).",
+        "The words mistyped by {style} are nearest to their own clean state most often at layer {layer}: in {share} "
+        "{interval} of the prompts, {points} points {than} than with {control} (n = {n}).",
     ),
     Rule(
         ("head_sensitivity.csv",),
