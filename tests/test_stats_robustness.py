@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 import robustness
 import statsmodels.formula.api as smf
+import torch
 from file_output import read_csv
 from robustness import glmm_shares, maximum_interval, robustness_summary, write_robustness
+from run_store import open_run
 from statsmodels.stats.anova import anova_lm
 from synthetic_run import prompt_rows, with_controls, write_run
 
@@ -151,6 +153,47 @@ def test_slope_is_exact_on_a_line_and_that_of_a_regression_with_row_effects():
     assert own["minimum_detectable_difference"] == pytest.approx(2.96 * error, rel=0.02)
 
 
+def test_slope_of_the_answers_log_probability():
+    items = items_of({"normal": [1, 0, 1], "typo@1": [0, 0, 1], "typo@3": [0, 0, 1]})
+    edits = items["style"].map({"normal": 0, "typo@1": 1, "typo@3": 3})
+    items["answer_logprob"] = -1.0 - items["original_index"] - 0.5 * edits
+    found = measures_of(items)
+    assert found.loc["answer_logprob_slope", "estimate"] == pytest.approx(-0.5)
+    items.loc[(items["style"] == "typo@3") & (items["original_index"] == 0), "answer_logprob"] = None
+    assert measures_of(items).loc[["answer_logprob_slope", "accuracy_slope"], "n"].tolist() == [2, 3]
+
+
+# log P of a row's tokens after their own prompt, of the clean response after the style's prompt, and of the style's
+# response after the clean prompt.
+CLEAN = [-1.0, -1.0]
+SWAP = [([-1.0, -1.0, -2.0], -3.0, -6.0), (CLEAN, -2.0, -2.0), ([-1.0], -4.0, -1.5), ([-1.0, -2.0], -2.0, -2.0)]
+
+
+def test_posix_by_hand(tmp_path):
+    def change(row: dict, style: str, index: int) -> None:
+        own, clean_here, under_clean = SWAP[index] if style == "swap" else (CLEAN, -2.0, -2.0)
+        row |= {"response_ids": torch.zeros(len(own), dtype=torch.long), "response_logprobs": torch.tensor(own)}
+        row["response_token_counts"] = len(own)
+        if style != "normal":
+            row |= {"normal_response_logprob": clean_here, "normal_response_token_count": 2}
+            row["response_logprob_under_normal"] = under_clean
+
+    run = open_run(write_run(tmp_path / "run", prompt_rows(4, ["swap", "main"]), rows_per_file=2, change=change))
+    table = robustness_summary(items_of({key: [1, 0, 1, 1] for key in ("normal", "swap", "main")}), "normal", run)
+    posix = table[table["measure"] == "posix"].set_index("style")
+    # |log P(y|x') - log P(y|x)| / 2 tokens and |log P(y'|x) - log P(y'|x')| / tokens of y', halved:
+    # (|-3 + 2|/2 + |-6 + 4|/3)/2, (0 + 0)/2, (|-4 + 2|/2 + |-1.5 + 1|/1)/2, (0 + |-2 + 3|/2)/2.
+    by_hand = (7 / 12 + 0 + 3 / 4 + 1 / 4) / 4
+    assert posix["estimate"].to_dict() == pytest.approx({"all": by_hand / 2, "swap": by_hand, "main": 0})
+    assert posix.loc["main", ["ci_low", "ci_high"]].tolist() == [0, 0]
+    assert posix.loc["swap", "ci_low"] < by_hand < posix.loc["swap", "ci_high"]
+    assert posix["forms"].to_dict() == {"all": "normal, swap, main", "swap": "normal, swap", "main": "normal, main"}
+    assert (posix["n"] == 4).all()
+    without = open_run(write_run(tmp_path / "without", prompt_rows(4, ["swap", "main"])))
+    items = items_of({key: [1, 0, 1, 1] for key in ("normal", "swap", "main")})
+    assert "posix" not in set(robustness_summary(items, "normal", without)["measure"])
+
+
 def test_glmm_finds_planted_shares():
     rng = np.random.default_rng(2)
     logit = rng.normal(0, 2, (200, 1)) + np.linspace(-2, 2, 6)
@@ -199,7 +242,7 @@ def test_stage_3_writes_it_and_removes_it(tmp_path):
     forms = summary[["normal", "swap", "typo@1"]]
     assert lines.loc["spread", "estimate"] == pytest.approx(forms.max() - forms.min())
     items = read_csv(tmp_path / "maths_items.csv")
-    write_robustness(items[items["style"] == "normal"], "normal", tmp_path)
+    write_robustness(open_run(run), items[items["style"] == "normal"], "normal", tmp_path)
     assert not (tmp_path / "robustness_summary.csv").exists()
 
 

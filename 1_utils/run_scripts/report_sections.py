@@ -84,7 +84,7 @@ SECTIONS = (
             TableOf(
                 "robustness_summary.csv",
                 "How robust the answers are to the form of the prompt: spread (FormatSpread), pss (ProSA), consistency "
-                "rate (SCORE), pdr (PromptBench), shares of the variance, change per edit",
+                "rate (SCORE), pdr (PromptBench), posix, shares of the variance, change per edit",
                 ("style", "measure", "n", "n_clusters", "estimate", "p", "minimum_detectable_difference"),
             ),
             TableOf(

@@ -18,6 +18,7 @@ from accuracy_tables import row_scores
 from file_output import write_csv
 from logger import get_logger
 from paired_stats import BLOCK_NUMBERS, CONFIDENCE, cluster_codes, clustered_mean, minimum_detectable_effect
+from run_store import Run
 from scipy import sparse
 from statsmodels.genmod.bayes_mixed_glm import BinomialBayesMixedGLM
 from style_names import dose_of, is_variant
@@ -25,6 +26,12 @@ from style_names import dose_of, is_variant
 ALL = "all"  # in the column style: over all forms
 DRAWS = 2000
 TAIL = (1 - CONFIDENCE) / 2
+CROSSED = (
+    "response_logprobs",
+    "normal_response_logprob",
+    "normal_response_token_count",
+    "response_logprob_under_normal",
+)
 GLMM_ROWS = 500  # its time grows faster than the rows
 COLUMNS = (
     *("style", "measure", "forms", "n", "n_clusters", "estimate", "ci_low", "ci_high", "p"),
@@ -32,9 +39,9 @@ COLUMNS = (
 )
 
 
-def write_robustness(items: pd.DataFrame, clean_style: str, folder: Path) -> None:
+def write_robustness(run: Run, items: pd.DataFrame, clean_style: str, folder: Path) -> None:
     """Write robustness_summary.csv if the run has the clean form and another one; log its main measures."""
-    table = robustness_summary(items, clean_style)
+    table = robustness_summary(items, clean_style, run)
     path = folder / "robustness_summary.csv"
     if table.empty:
         path.unlink(missing_ok=True)  # of a run with more styles
@@ -51,10 +58,11 @@ def write_robustness(items: pd.DataFrame, clean_style: str, folder: Path) -> Non
         get_logger().info(f"{first['forms']}: {', '.join(texts)}, n = {first['n']}")
 
 
-def robustness_summary(items: pd.DataFrame, clean_style: str) -> pd.DataFrame:
+def robustness_summary(items: pd.DataFrame, clean_style: str, run: Run | None = None) -> pd.DataFrame:
     """One line per measure, and per style if it is of one style; empty without the clean form or another form.
 
-    items: scored answers with style, original_index, sample, template, identical, correct, value, response.
+    items: scored answers with style, original_index, sample, template, identical, correct, value, response;
+    answer_logprob for its slope. run: of these items, for POSIX.
     """
     scores = row_scores(items)
     styles = list(pd.unique(scores["style"]))
@@ -73,8 +81,12 @@ def robustness_summary(items: pd.DataFrame, clean_style: str) -> pd.DataFrame:
     if len(matrix):
         clusters = matrix.pop("cluster")
         lines += _bootstrapped_lines(matrix.to_numpy(), agreement(items, forms, matrix.index), clusters, forms)
+        lines += _posix_lines(run, clusters, forms) if run else []
         lines += _glmm_lines(matrix.to_numpy(), clusters, forms)
     lines += _slope_lines("accuracy_slope", scores, clean_style)
+    if "answer_logprob" in items:
+        logprobs = row_scores(items.assign(correct=items["answer_logprob"]))
+        lines += _slope_lines("answer_logprob_slope", logprobs, clean_style)
     return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
@@ -118,11 +130,8 @@ def _bootstrapped_lines(
     n, k = matrix.shape
     differences = [np.abs(matrix[:, a] - matrix[:, b]) for a, b in _pairs(k)]
     columns = [np.ones(n), np.mean(differences, axis=0), agree, (matrix**2).sum(axis=1), matrix.sum(axis=1) ** 2]
-    codes = cluster_codes(n, clusters)
-    sums = np.zeros((codes.max() + 1, len(columns) + k))
-    np.add.at(sums, codes, np.column_stack([*columns, matrix]))
-    draws = bootstrap_sums(sums)
-    whole, drawn = _measures(sums.sum(axis=0), k), _measures(draws, k)
+    sums = _cluster_sums([*columns, matrix], clusters)
+    whole, drawn = _measures(sums.sum(axis=0), k), _measures(bootstrap_sums(sums), k)
     shared = {"forms": ", ".join(forms), "n": n, "n_clusters": len(sums)}
     means, drawn_means = whole.pop("means"), drawn.pop("means")
     best, worst = int(means.argmax()), int(means.argmin())
@@ -195,6 +204,14 @@ def variance_shares(
         return row / total, style / total, residual / total
 
 
+def _cluster_sums(columns: Sequence[np.ndarray], clusters: pd.Series) -> np.ndarray:
+    """[clusters, m] sums over the rows of each cluster of columns [n] or [n, j]."""
+    values, codes = np.column_stack(columns), cluster_codes(len(clusters), clusters)
+    sums = np.zeros((codes.max(initial=-1) + 1, values.shape[1]))
+    np.add.at(sums, codes, values)
+    return sums
+
+
 def bootstrap_sums(sums: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """[draws, m] sums over as many clusters as there are, drawn with replacement; sums: [clusters, m]."""
     rng, count = np.random.default_rng(seed), len(sums)
@@ -230,6 +247,62 @@ def maximum_interval(estimates: np.ndarray, draws: np.ndarray) -> tuple[float, f
     found = (estimates[varies] / errors[varies]).max()
     p = (1 + (largest >= found).sum()) / (1 + len(draws))
     return float(max([low, *fixed])), float(high), float(p)
+
+
+# --- log probabilities of the responses
+
+
+def _posix_lines(run: Run, clusters: pd.Series, forms: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of POSIX over the pairs (clean form, style), if the run has --cross_logprobs; clusters: by row."""
+    pairs = posix_pairs(run, forms, list(clusters.index))
+    if pairs is None:
+        return []
+    known = np.isfinite(pairs).all(axis=1)
+    values = np.column_stack([pairs.mean(axis=1), pairs])[known]
+    sums = _cluster_sums([np.ones(len(values)), values], clusters[known])
+    if not len(values):
+        return []
+    draws = bootstrap_sums(sums)
+    drawn, shared = draws[:, 1:] / draws[:, :1], {"n": len(values), "n_clusters": len(sums)}
+    lines = []
+    for place, style in enumerate((ALL, *forms[1:])):
+        own = shared | {"style": style, "forms": ", ".join(forms if style == ALL else (forms[0], style))}
+        ends = percentiles(drawn[:, place])
+        lines.append(_line("posix", values[:, place].mean(), ends, own, limits=(0, math.inf)))
+    return lines
+
+
+def posix_pairs(run: Run, forms: Sequence[str], rows: Sequence[int]) -> np.ndarray | None:
+    """[n, k - 1] POSIX of the two prompts of each row, the clean form (the first of `forms`) and a style, in nats.
+
+    psi = 1/2 (|log P(y|x') - log P(y|x)| / |y| + |log P(y'|x) - log P(y'|x')| / |y'|) with the clean prompt x and its
+    response y of |y| tokens, the style's x' and y' (Chatterjee et al. 2024, their formula with N = 2). NaN if a response
+    has no token or was not scored; None if the run has no such fields.
+    """
+    tables = [run.style_rows(form) for form in forms]
+    if not all(table.has(name) for table in tables[1:] for name in CROSSED) or not tables[0].has(CROSSED[0]):
+        return None
+    clean = tables[0].extract(_own_logprobs, rows)["own"]
+    pairs = []
+    for table in tables[1:]:
+        found = table.extract(lambda content, path: _own_logprobs(content, path) | _crossed_logprobs(content), rows)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            of_clean = np.abs(found["clean_here"] - clean) / found["clean_tokens"]
+            of_style = np.abs(found["under_clean"] - found["own"]) / found["own_tokens"]
+        pairs.append((of_clean + of_style) / 2)
+    return np.column_stack(pairs)
+
+
+def _own_logprobs(content: dict[str, Any], _: Path) -> dict[str, np.ndarray]:
+    return {
+        "own": content["response_logprobs"].double().nansum(dim=1).numpy(),
+        "own_tokens": np.array(content["response_token_counts"], dtype=float),
+    }
+
+
+def _crossed_logprobs(content: dict[str, Any]) -> dict[str, np.ndarray]:
+    names = {"clean_here": CROSSED[1], "clean_tokens": CROSSED[2], "under_clean": CROSSED[3]}
+    return {name: np.array(content[key], dtype=float) for name, key in names.items()}
 
 
 # --- a model of the answers, slopes

@@ -57,7 +57,7 @@ def write_maths(run: Run, evaluation: Evaluation, folder: Path, own_scores: bool
     (folder / SUMMARY_FILES[0]).unlink(missing_ok=True)
     if own_scores or not has_words(run.prompt_rows):
         write_decomposition(run, evaluation.items, evaluation.clean_style, folder)
-        write_robustness(evaluation.items, evaluation.clean_style, folder)
+        write_robustness(run, evaluation.items, evaluation.clean_style, folder)
         write_repair_effect(evaluation.items, evaluation.clean_style, folder)
     else:
         others = "decomposition.csv, repair_summary.csv and robustness_summary.csv"

@@ -100,7 +100,7 @@ def write_answers(run: Run, evaluation: Evaluation, folder: Path) -> None:
     else:
         whole.unlink(missing_ok=True)  # of a run with answers that stage 3 scored
     write_decomposition(run, items, evaluation.clean_style, folder)
-    write_robustness(items, evaluation.clean_style, folder)
+    write_robustness(run, items, evaluation.clean_style, folder)
     write_repair_effect(items, evaluation.clean_style, folder)
 
 
