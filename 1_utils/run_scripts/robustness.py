@@ -276,7 +276,7 @@ def posix_pairs(run: Run, forms: Sequence[str], rows: Sequence[int]) -> np.ndarr
     """[n, k - 1] POSIX of the two prompts of each row, the clean form (the first of `forms`) and a style, in nats.
 
     psi = 1/2 (|log P(y|x') - log P(y|x)| / |y| + |log P(y'|x) - log P(y'|x')| / |y'|) with the clean prompt x and its
-    response y of |y| tokens, the style's x' and y' (Chatterjee et al. 2024, their formula with N = 2). NaN if a response
+    response y of |y| tokens, the style's x' and y' (Chatterjee et al. 2024, with N = 2). NaN if a response
     has no token or was not scored; None if the run has no such fields.
     """
     tables = [run.style_rows(form) for form in forms]
