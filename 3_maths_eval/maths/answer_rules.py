@@ -16,9 +16,8 @@ from run_on import run_on_places, without_echo
 from thinking_text import without_thinking
 
 from maths.marked_answers import BARE_END, CORRECTION, UNIT_END, last_marked_answer, listed
-from maths.number_roles import mark_numbers
 from maths.numerals import digits_for_words, find_numbers, plain_text
-from maths.reading import NOTHING, ParsedAnswer, Reading, unreadable
+from maths.reading import NOTHING, ParsedAnswer, Reading, mark_numbers, unreadable
 
 MARKED_RULES = ("boxed", "marker", "answer_is", "completion")
 
@@ -33,9 +32,6 @@ def parse_prediction_text(text: str | None, prompt: str | None = None) -> Parsed
         return NOTHING
     plain_prompt = plain_text(prompt).strip() if prompt else ""
     plain = without_echo(plain_text(text), plain_prompt)
-    quick = _first_line_completion(plain, plain_prompt)
-    if quick is not None:
-        return quick
     for cut, is_turn in run_on_places(plain, plain_prompt):
         parsed = _first_rule(plain[:cut], plain_prompt)
         if parsed.rule in MARKED_RULES or (is_turn and parsed.value is not None):
@@ -51,7 +47,9 @@ def _first_rule(text: str, prompt: str) -> ParsedAnswer:
     marked = last_marked_answer(reading)
     completes = _is_open(prompt) and not CORRECTION.search(text)
     if completes and (marked is None or marked.rule == "answer_is"):
-        marked = _completion(reading) or marked
+        line, more, _ = text.lstrip().partition("\n")
+        whole = not more or line.startswith("1.")  # 1. may begin a list
+        marked = _completion(reading if whole else Reading(line, mark_numbers(line, True), prompt)) or marked
     if marked is not None:
         return marked
     for rule in (_completion, _conclusion, _equals, _sole_or_last):
@@ -59,17 +57,6 @@ def _first_rule(text: str, prompt: str) -> ParsedAnswer:
         if parsed is not None:
             return parsed
     return NOTHING
-
-
-def _first_line_completion(text: str, prompt: str) -> ParsedAnswer | None:
-    """The completion rule on the first line alone, which is all it looks at: most responses need no more."""
-    if not _is_open(prompt) or "boxed" in text or "fbox" in text or "####" in text or CORRECTION.search(text):
-        return None
-    line = text.lstrip().partition("\n")[0]
-    if not line[:40].strip() or len(line) > 400 or not re.match(r"[^A-Za-z]{0,6}[\d.]", line) or "1." in line[:6]:
-        return None
-    parsed = _completion(Reading(line, mark_numbers(line, True), prompt))
-    return parsed if parsed is not None and parsed.value is not None else None
 
 
 def _is_open(prompt: str) -> bool:

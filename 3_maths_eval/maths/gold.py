@@ -13,9 +13,8 @@ from load_json import CLEAN_KEYS
 from maths.answer_rules import MARKED_RULES, parse_prediction_text
 from maths.marked_answers import value_of_phrase
 from maths.maths_symbolic import answer_expression, expression_of_gold, is_expression, same_expression
-from maths.number_roles import Mark, mark_numbers
 from maths.numerals import digits_for_words, plain_text
-from maths.reading import ParsedAnswer
+from maths.reading import Mark, ParsedAnswer, mark_numbers
 
 MIN_DECIMALS = 2  # a response rounded to fewer decimals than this must be exact
 MIN_SIGNIFICANT = 2

@@ -7,12 +7,11 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from run_on import run_on_places, word_set, words_of
+from run_on import run_on_places
 from thinking_text import without_thinking
 
-from maths.number_roles import FUNCTIONS, UNITS, Mark, mark_numbers
 from maths.numerals import Number
-from maths.reading import ParsedAnswer, Reading, unreadable
+from maths.reading import FUNCTIONS, UNITS, Mark, ParsedAnswer, Reading, mark_numbers, unreadable
 
 
 def answer_phrase(text: str, prompt: str = "") -> str:
@@ -228,10 +227,6 @@ _IS_THE_ANSWER = re.compile(
     r" (?:[a-z]{1,12} )?(?:answer|result|solution)\b",
     re.IGNORECASE,
 )
-_CUE_WORDS = word_set(
-    "answer answers result solution solutions a ans output total respuesta resultado resposta risposta risultato "
-    "antwort ergebnis antwoord svar svaret vastaus wynik cevap jawaban jawabannya jibu jawabu reponse"
-)
 _NEGATION = re.compile(r"\b(?:not|never|no longer|isn't|wasn't)\b", re.IGNORECASE)
 CUE_WINDOW = 200
 
@@ -242,8 +237,6 @@ _GROUPED = re.compile(r"\D*[1-9]\d{0,2}\.\d{3}")
 def _announcements(reading: Reading) -> Iterator[_Marked]:
     """`The answer is …`, `A: …`, `… is the answer`; `Total: …` only if it comes last and nothing else is marked."""
     text, found = reading.text, False
-    if _CUE_WORDS.isdisjoint(words_of(text)) and text.isascii():
-        return
     weak: _Marked | None = None
     cues = list(_CUE.finditer(text))
     for position, cue in enumerate(cues):
@@ -298,7 +291,7 @@ _SYMBOLIC = re.compile(
 )
 _NO_NUMBER = re.compile(
     r"[\s*_:$\"'\[{]{0,9}(?:none|undefined|impossible|unknown|infinit[ey]|infinity|indeterminate|DNE"
-    r"|no\b(?! more| less)|yes\b|cannot|can't)(?![^.\n]{0,60}\d)",
+    r"|no\b(?! more| less)|yes\b|cannot|can't|[负零〇一二两三四五六七八九十百千万亿])(?![^.\n]{0,60}\d)",
     re.IGNORECASE,
 )
 _VARIABLE = re.compile(r"\d[a-z]\b ?[-+*/=]")

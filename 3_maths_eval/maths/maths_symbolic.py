@@ -8,8 +8,12 @@ own, with its memory limited, which is ended after SECONDS.
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import re
+import resource
+import signal
+from contextlib import suppress
 from functools import lru_cache
 from multiprocessing.pool import Pool
 
@@ -132,20 +136,13 @@ def _end() -> None:
 
 def _limit() -> None:
     """Runs in the process: limited memory, where the system can limit it; Ctrl-C is the parent's."""
-    import contextlib
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
+    with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _compare(gold: str, answer: str | None) -> bool:
     """Runs in the process, in its main thread."""
-    import logging
-
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)

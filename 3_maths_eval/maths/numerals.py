@@ -12,7 +12,6 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from gold_words import ONE_WORDS, TEN_WORDS
-from run_on import words_of
 
 MAX_DIGITS = 300  # longer digit strings are no answers, and Python's int() is quadratic in them
 MAX_EXPONENT = 300
@@ -150,12 +149,6 @@ _DIGITS = (
     r"|\d+(?:\.\d+)?|\.\d+"
 )
 _DIGIT = re.compile(r"[0-9]")
-# Most numbers are a few digits with nothing after them that could belong to the number.
-_SHORT = re.compile(
-    r"\d{1,15}(?:(?=[;:!?)\]}\n\"=+])(?!:\d)|\Z|(?=[ ](?![ \dxX×*·%pPmMbBtThHlLcCdD.…^io-]|and[ ]\d))"
-    r"|(?=[.,](?![\d.(€])))",
-    re.ASCII,
-)
 _POWERS = (  # of ten
     "hundred=2 thousand=3 lakh=5 million=6 crore=7 billion=9 trillion=12 lac=5 cr=7 mn=6 mln=6 mio=6 bn=9 mld=9"
 )
@@ -197,7 +190,7 @@ def find_numbers(text: str) -> list[Number]:
         before = text[max(0, start - 2) : start]
         if before.endswith(".") and not before[0].isalnum():
             start -= 1  # .5
-        match = _SHORT.match(text, start) or _NUMBER.match(text, start)
+        match = _NUMBER.match(text, start)
         if match is None:
             raise AssertionError("a digit always begins a number")
         number = _number(match, text, before)
@@ -216,80 +209,68 @@ def _number(match: re.Match[str], text: str, before: str) -> Number | None:
     if sign is None:
         return None
     negative, begin = sign
-    if match.re is _SHORT:
-        digits = match.group()
-        whole = int(digits)
-        return Number(begin, end, Fraction(-whole if negative else whole), 0, len(digits.lstrip("0")))
     if match["suffix"] in ("m", "b", "T") and _CURRENCY_SIGNS.isdisjoint(text[begin:start]):  # metres, not millions
         end = match.start("suffix")
         match = _NUMBER.match(text, match.start(), end) or match
-    read = _read(match)
-    if read is None:
+    value, decimals, significant = _value(match)
+    if value is None:
         return None
-    value, decimals, significant, fraction = read
-    percent = match["percent"] is not None
+    percent, ellipsis = match["percent"] is not None, match["ellipsis"] is not None
     value = value / 100 if percent else value
-    ellipsis = match["ellipsis"] is not None
+    fraction = (int(match["top"]), int(match["bottom"])) if match["top"] else None
     power = (int(Fraction(match["base"])), int(match["power"])) if match["power"] else None
     return Number(begin, end, -value if negative else value, decimals, significant, percent, ellipsis, fraction, power)
 
 
-def _read(match: re.Match[str]) -> tuple[Fraction, int | None, int, tuple[int, int] | None] | None:
-    """(value, decimals, significant digits, fraction as written) without sign and percent; None if it has no value."""
-    if match["bottom"] or match["under"]:
-        top, bottom = int(match["top"] or match["over"]), int(match["bottom"] or match["under"])
-        if bottom == 0:
-            return None
-        whole = int(match["whole"] or 0)
-        return whole + Fraction(top, bottom), None, 0, None if match["whole"] else (top, bottom)
-    if match["odds"]:
-        one, chances = int(match["odds"]), int(match["chances"])
-        return (Fraction(one, chances), None, 0, None) if one <= chances and chances else None
+_NO_VALUE_READ = (None, None, 0)
+
+
+def _value(match: re.Match[str]) -> tuple[Fraction | None, int | None, int]:
+    """(value, decimals, significant digits) of a match of _NUMBER without its sign; no value for 5/0 or 9^9^9."""
+    if match["bottom"] or match["under"] or match["chances"]:
+        top = int(match["top"] or match["over"] or match["odds"])
+        bottom = int(match["bottom"] or match["under"] or match["chances"])
+        if bottom == 0 or (match["odds"] and top > bottom):
+            return _NO_VALUE_READ
+        return int(match["whole"] or 0) + Fraction(top, bottom), None, 0
     if match["power"]:
         base, exponent = Fraction(match["base"]), int(match["power"])
         if abs(exponent) * len(match["base"]) > MAX_EXPONENT or (base == 0 and exponent < 1):
-            return None
-        return base**exponent, None, 0, None
-    if match["period"]:
-        return _repeating(match["period"]), None, 0, None
+            return _NO_VALUE_READ
+        return base**exponent, None, 0
+    if match["period"]:  # 0.1(6): the bracketed digits repeat for ever
+        fixed, period = match["period"].rstrip(")").split("(")
+        places = len(fixed.partition(".")[2])
+        return Fraction(fixed + "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places), None, 0
     digits = match["grouped"].replace(".", "") if match["grouped"] else _without_separators(match["digits"])
     exponent = int(match["e"] or match["ten"] or 0)
     if len(digits) > MAX_DIGITS or abs(exponent) > MAX_EXPONENT:
-        return None
-    before, _, after = digits.partition(".")
-    value = Fraction(int((before or "0") + after), 10 ** len(after))
-    significant = len((before + after).lstrip("0"))
-    if exponent or match["suffix"] or match["scale"]:
-        scale = _SUFFIXES[match["suffix"].lower()] if match["suffix"] else 1
-        word = (match["scale"] or "").lower()
-        quotient = match.string[max(0, match.start() - 4) : match.start()].rstrip(" $").endswith("=")
-        if not (word == "dozens" and after) and not (word.startswith("dozen") and quotient):  # 28 / 12 = 2.33 dozens
-            scale = _SCALES.get(word.removesuffix("s"), scale) * _SCALES.get(match["more"], 1)
-        return value * scale * Fraction(10) ** exponent, None, significant, None
-    return value, len(after), significant, None
+        return _NO_VALUE_READ
+    value = Fraction(f"{digits}e{exponent}") if exponent or "." in digits else Fraction(int(digits))
+    decimals = len(digits.partition(".")[2])
+    significant = len(digits.replace(".", "").lstrip("0"))
+    word = (match["scale"] or "").lower().removesuffix("s")
+    before = match.string[: match.start()].rstrip(" $") if word == "dozen" else ""
+    if before.endswith("=") or (match["scale"] == "dozens" and decimals):
+        return value, None, significant  # 28 / 12 = 2.33 dozens
+    scale = _SCALES.get(word, 1) * _SCALES.get(match["more"], 1) * _SUFFIXES.get((match["suffix"] or "").lower(), 1)
+    return (value, decimals, significant) if scale == 1 and not exponent else (value * scale, None, significant)
 
 
 def _without_separators(digits: str) -> str:
     """The digits with a point for decimals, whichever way they were grouped."""
     if digits.count(".") > 1 or _EUROPEAN.fullmatch(digits):
         digits = digits.replace(".", "").replace(",", ".")
-    return _SEPARATORS.sub("", digits)
+    return re.sub(r"[, \u2009'_]", "", digits)
 
 
 _EUROPEAN = re.compile(r"\d{1,3}(?:\.\d{3})+,\d{1,2}|[\d \u2009'_]+,(?:\d{1,2}|\d{4,9})")
-_SEPARATORS = re.compile(r"[, \u2009'_]")
-
-
-def _repeating(written: str) -> Fraction:
-    """0.(3) and 0.1(6): the bracketed digits repeat for ever."""
-    fixed, period = written.rstrip(")").split("(")
-    places = len(fixed.partition(".")[2])
-    return Fraction(fixed.rstrip(".") or "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
-
-
 _CURRENCY_SIGNS = frozenset("$€£¥₹₽₩₫₺")
-_CURRENCY = re.compile(r"(?:(?:\b(?:US|AU|A|CA|C|HK|NZ|R))?[$€£¥₹₽₩₫₺]|\b(?:USD|EUR|GBP|Rs\.?|INR)) ?\Z")
-_SIGN_WORD = re.compile(r"\b(?:negative|minus) \Z", re.IGNORECASE)
+_CURRENCY = r"(?:(?:\b(?:US|AU|A|CA|C|HK|NZ|R))?[$€£¥₹₽₩₫₺]|\b(?:USD|EUR|GBP|Rs\.?|INR)) ?"
+_SIGN = re.compile(  # $-5, -$5 or - 5, $5
+    rf"(?:{_CURRENCY})?(?P<inner>[-+])\Z|(?P<outer>[-+])(?P<space> ?)(?:{_CURRENCY})?\Z|{_CURRENCY}\Z"
+)
+_SIGN_WORD = re.compile(r"(?P<value>\d\s*)?\b(?:negative|minus) \Z", re.IGNORECASE)
 _ENDS_IN_VALUE = re.compile(r"[\d)\]}%]\s*\Z")
 _AFTER_EQUALS = re.compile(r"(?:[=(≈{$]|\b(?:is|was|equals))\s*\Z")
 _BARE = re.compile(r"\s*(?:[.,;!)\n]|\Z)")
@@ -300,45 +281,26 @@ def _sign(text: str, start: int, end: int) -> tuple[bool, int] | None:
 
     A dash after a value is an operator, and one before a space a bullet, save after an equals sign.
     """
-    if start == 0:
-        return False, 0
-    before = text[max(0, start - 14) : start]
-    last = before[-1]
-    dash = None
-    if last in "-+":
-        dash, before = last, before[:-1]
-    currency = _CURRENCY.search(before) if before[-1:] in _BEFORE_DIGITS else None
-    if currency:
-        before = before[: currency.start()]
-    elif dash is None and (last in "_^" or (last.isalpha() and last.isascii())):
+    offset = max(0, start - 14)
+    before = text[offset:start]
+    match = _SIGN.search(before)
+    ahead = before[: match.start()] if match else before
+    begin = offset + len(ahead)
+    dash = match and (match["inner"] or match["outer"])
+    if not match and before and (before[-1] in "_^" or (before[-1].isalpha() and before[-1].isascii())):
         return None
-    spaced = False
-    if dash is None and before.rstrip(" ")[-1:] in ("-", "+") and len(before) - len(before.rstrip(" ")) <= 1:
-        spaced = before.endswith(" ")
-        dash, before = before.rstrip(" ")[-1], before.rstrip(" ")[:-1]
-    begin = start - len(text[max(0, start - 14) : start]) + len(before)
-    if dash is None:
-        return _worded_sign(before, begin)
-    if before[-1:].isalpha() and not spaced:
+    if not match or not dash:
+        word = _SIGN_WORD.search(ahead)
+        negative = word is not None and not word["value"]  # in `5 minus 3` the word is an operator
+        return negative, begin - len(word.group()) if word and negative else begin
+    spaced = match["space"] == " "
+    if ahead[-1:].isalpha() and not spaced:
         return None
-    if _ENDS_IN_VALUE.search(before) or before[-1:] in ("-", "+"):
-        return False, begin + 1
-    if spaced and not _AFTER_EQUALS.search(before):
+    operator = _ENDS_IN_VALUE.search(ahead) is not None or ahead[-1:] in ("-", "+")
+    if spaced and not _AFTER_EQUALS.search(ahead):
         opens = begin < 40 and not text[:begin].strip(" \n*_$:(\"'") and _BARE.match(text, end) is not None
-        if not opens:
-            return False, begin + 1
-    return dash == "-", begin
-
-
-_BEFORE_DIGITS = _CURRENCY_SIGNS | frozenset(" .DRPsN")
-
-
-def _worded_sign(before: str, begin: int) -> tuple[bool, int]:
-    """`negative 3`; in `5 minus 3` the word is an operator."""
-    word = _SIGN_WORD.search(before) if before.endswith(("minus ", "negative ", "Minus ", "Negative ")) else None
-    if word is None or re.search(r"\d\s*\Z", before[: word.start()]):
-        return False, begin
-    return True, begin - len(word.group())
+        operator = operator or not opens
+    return (False, begin + 1) if operator else (dash == "-", begin)
 
 
 # --- number words
@@ -348,134 +310,63 @@ _TENS = {word: 10 * (value + 2) for value, word in enumerate(TEN_WORDS.split())}
 _BIG = {word: size for word, size in _SCALES.items() if len(word) > 4 or word == "lakh"}
 _PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4}
 _PARTS |= {"fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
-_WORD = "|".join([*sorted([*_ONES, *_TENS], key=len, reverse=True), *_BIG])
-_PART = "|".join(f"{part}s?" for part in _PARTS)
-NUMBER_WORDS = (
-    rf"(?:(?:minus|negative)[ ])?(?:a[ ](?={_SCALE_WORDS}))?(?:{_WORD})\b"
-    rf"(?:[ -](?:and[ ])?(?:{_WORD})\b){{0,14}}"
-    rf"(?:[ ]point(?:[ ](?:{'|'.join(_ONES)})\b){{1,12}}"
-    rf"|[ ]and[ ]a[ ]half\b(?:[ ](?:{_SCALE_WORDS})\b)?|[ -](?:{_PART})\b)?"
-    rf"|\b(?:a[ ]|one[ ])?(?:half|quarter)(?:[ ](?:a|of[ ]a)[ ](?:{_SCALE_WORDS}))?\b"
-)
-_ALL_WORDS = re.compile(rf"\b(?:{NUMBER_WORDS})", re.IGNORECASE)
-_STRONG_WORDS = re.compile(
-    rf"(?P<cue>\A[\s:*_\"'(]{{0,9}}|\b(?:answer|result)\s?(?:is|:)\s{{0,2}}|=\s?|boxed\{{[ ]?)"
-    rf"(?P<words>{NUMBER_WORDS})",
-    re.IGNORECASE,
+_WORD = rf"(?:{'|'.join([*sorted([*_ONES, *_TENS], key=len, reverse=True), *_BIG])})(?![^\W_])"
+_WORDS = re.compile(
+    rf"""
+    (?P<cue>\A[\s:*_"'(]{{0,9}}|\b(?:answer|result)\s?(?:is|:)\s{{0,2}}|=\s?|boxed\{{[ ]?)?
+    (?P<minus>(?<![^\W_])(?:minus|negative)[ ])?(?<![^\W_])
+    (?P<words>(?:a[ ](?={_SCALE_WORDS}))?(?P<whole>{_WORD}(?:[ -](?:and[ ])?{_WORD}){{0,14}})
+        (?:[ ]point(?P<decimals>(?:[ ](?:{"|".join(_ONES)})\b){{1,12}})
+          |(?P<half>[ ]and[ ]a[ ]half\b)|[ -](?P<part>{"|".join(_PARTS)})s?\b)?
+      |(?:a[ ]|one[ ])?(?P<share>half|quarter)\b)
+    (?:(?:[ ]of)?(?:[ ]a)?(?P<scale>[ ](?:{_SCALE_WORDS})\b))?
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 _AND_A_HALF = re.compile(r"(?<=\d)[ ]{1,2}and a half\b")
-_COUNTING_WORDS = frozenset([*_ONES, *_TENS, *_BIG, "half", "quarter"])
 _WEAK_WORDS = ("one", "half", "a half", "quarter", "a quarter", "one half", "one quarter")
-_ALONE = re.compile(rf"\s*(?:[.!,;)}}]|\n|$)|[ ](?:in|out[ ]of)[ ](?:\d|(?:{_WORD})\b)")
-
-
-_CHINESE_DIGITS = {c: value for value, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
-_CHINESE_DIGITS |= {c: value for value, c in enumerate("壹贰叁肆伍陆柒捌玖", start=1)}
-_CHINESE_SIZES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8, "拾": 10, "佰": 100, "仟": 1000}
-_CHINESE_NUMERAL = f"[{''.join([*_CHINESE_DIGITS, *_CHINESE_SIZES])}]"
-_CHINESE = re.compile(
-    rf"(?P<cue>\A[ $*]{{0,4}}|(?:\bis |答案|答|结果|等于|是|为|は)[是为:= ]{{0,3}}|=[ ]?|boxed\{{)(?P<minus>负?)"
-    rf"(?P<whole>{_CHINESE_NUMERAL}{{1,20}})(?:分之(?P<top>{_CHINESE_NUMERAL}{{1,20}})"
-    rf"|点(?P<decimals>{_CHINESE_NUMERAL}{{1,20}}))?(?![起样定些般])"
-)
-
-
-def _chinese_as_digits(match: re.Match[str]) -> str:
-    """答案是三十五 as 答案是 35; 三分之二 is 2/3."""
-    text = str(_chinese_whole(match["whole"]))
-    if match["top"]:
-        text = f"{_chinese_whole(match['top'])}/{text}"
-    elif match["decimals"]:
-        text += "." + "".join(str(_CHINESE_DIGITS.get(c, "")) for c in match["decimals"])
-    return f"{match['cue']} {'-' if match['minus'] else ''}{text}"
-
-
-def _chinese_whole(numeral: str) -> int:
-    if all(c in _CHINESE_DIGITS for c in numeral):
-        return int("".join(str(_CHINESE_DIGITS[c]) for c in numeral))
-    total, group, digit = 0, 0, 0
-    for c in numeral:
-        size = _CHINESE_SIZES.get(c, 0)
-        if not size:
-            digit = _CHINESE_DIGITS[c]
-        elif size < 10**4:
-            group, digit = group + (digit or 1) * size, 0
-        else:
-            total, group, digit = (total + group + digit) * size, 0, 0
-    return total + group + digit
+_ALONE = re.compile(rf"\s*(?:[.!,;)}}]|\n|$)|[ ](?:in|out[ ]of)[ ](?:\d|{_WORD})")
 
 
 def digits_for_words(text: str) -> str:
-    """Number words as digits: all of them where the text has no digit, else only where an answer is announced."""
-    if not text.isascii():
-        text = _CHINESE.sub(_chinese_as_digits, text)
-    if _COUNTING_WORDS.isdisjoint(words_of(text)):
-        return text
-    text = _AND_A_HALF.sub(" 1/2", text)
+    """English number words as digits: all of them if the text has no digit, else only those announced as an answer."""
+    text = _AND_A_HALF.sub(".5", text)
     has_digits = _DIGIT.search(text) is not None
-    text = _STRONG_WORDS.sub(lambda match: match["cue"] + _as_digits(match, match["words"]), text)
-    if has_digits:
-        return text
-    return _ALL_WORDS.sub(lambda match: _as_digits(match, match.group()), text)
+
+    def as_digits(match: re.Match[str]) -> str:
+        # "one" and "half" are mostly no numbers ("this one"): only where they are announced and nothing follows.
+        announced = match["cue"] is not None
+        alone = announced and _ALONE.match(text, match.end()) is not None
+        weak = match["words"].lower() in _WEAK_WORDS and not match["scale"] and not alone
+        written = None if weak or (has_digits and not announced) else _digits(match)
+        cue, minus, scale = (match[name] or "" for name in ("cue", "minus", "scale"))
+        return match.group() if written is None else cue + minus + written + scale
+
+    return _WORDS.sub(as_digits, text)
 
 
-def _as_digits(match: re.Match[str], words: str) -> str:
-    # "one" and "half" are mostly no numbers ("this one"): only where they are announced and nothing follows.
-    if words.lower() in _WEAK_WORDS and (match.re is _ALL_WORDS or not _ALONE.match(match.string, match.end())):
-        return words
-    value = words_value(words)
-    if value is None:
-        return words
-    return str(value) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+def _digits(match: re.Match[str]) -> str | None:
+    """`205`, `3.14`, `2.5`, `3/4` of a match of _WORDS; None if its words make no number."""
+    if match["share"]:
+        return "0.5" if match["share"].lower() == "half" else "0.25"
+    value = words_value(match["whole"])
+    if value is None or not match["decimals"]:
+        end = ".5" if match["half"] else f"/{_PARTS[match['part'].lower()]}" if match["part"] else ""
+        return None if value is None else f"{value}{end}"
+    decimals = [_ONES[word] for word in match["decimals"].lower().split()]
+    return f"{value}.{''.join(map(str, decimals))}" if max(decimals) < 10 else None
 
 
-def words_value(words: str) -> Fraction | None:
-    """Value of English number words: `minus two hundred and five`, `three point one four`, `two and a half`."""
-    tokens = words.lower().replace("-", " ").split()
-    negative = tokens[:1] in (["minus"], ["negative"])
-    tokens = tokens[1:] if negative else tokens
-    if tokens[-1:] and tokens[-1] in _BIG and "half" in tokens:  # half a million, two and a half million
-        half = words_value(" ".join(tokens[:-1]).removesuffix(" a").removesuffix(" of"))
-        return None if half is None else half * _BIG[tokens[-1]] * (-1 if negative else 1)
-    part = Fraction(1)
-    if tokens[-1:] and _part(tokens[-1]):
-        if tokens[-3:-1] == ["and", "a"]:
-            value = _whole(tokens[:-3])
-            value = None if value is None else value + Fraction(1, 2)
-            return None if value is None else (-value if negative else value)
-        part = Fraction(1, _part(tokens[-1]))
-        tokens = tokens[:-1] or ["one"]
-    whole, _, decimals = " ".join(tokens).partition(" point ")
-    value = _whole(whole.split())
-    if value is None:
-        return None
-    for place, digit in enumerate(decimals.split(), start=1):
-        if _ONES.get(digit, 10) > 9:
-            return None
-        value += Fraction(_ONES[digit], 10**place)
-    return -value * part if negative else value * part
-
-
-def _part(word: str) -> int:
-    return _PARTS.get(word) or _PARTS.get(word.removesuffix("s"), 0)
-
-
-def _whole(tokens: list[str]) -> Fraction | None:
+def words_value(words: str) -> int | None:
     """two hundred and five → 205; None for words that make no number, such as `two three`."""
     total, group, last = 0, 0, 10**9
-    for token in tokens:
-        if token in ("and", "a"):
-            continue
-        if token in _BIG:
-            size = _BIG[token]
-            if size <= 100:
-                group = max(group, 1) * size
-            else:
-                total, group = total + max(group, 1) * size, 0
+    for word in words.lower().replace("-", " ").split():
+        if size := _BIG.get(word):
+            total, group = (total, max(group, 1) * size) if size <= 100 else (total + max(group, 1) * size, 0)
             last = size
-            continue
-        value = _ONES.get(token, _TENS.get(token))
-        if value is None or value >= last or (last < 20) or (20 <= last < 100 and value > 9):
-            return None
-        group, last = group + value, value if value else 0
-    return Fraction(total + group)
+        elif word != "and":
+            value = _ONES.get(word, _TENS.get(word, 0))
+            if value >= last or last < 20 or (last < 100 and value > 9):
+                return None
+            group, last = group + value, value or last
+    return total + group
