@@ -10,9 +10,14 @@ import pandas as pd
 import pytest
 import torch
 from attention import activations, layer_curves
-from attention.linear_cka import clustered_cka, item_contributions
 from attention.logit_lens import LogitLens, find_final_norm
-from attention.typo_recovery import first_lasting_layer, half_recovery_depth, recovery_depth
+from attention.state_measures import (
+    clustered_cka,
+    first_lasting_layer,
+    half_recovery_depth,
+    item_contributions,
+    recovery_depth,
+)
 from command_line import UserError
 from next_token_change import next_token_change
 from paired_stats import paired_difference

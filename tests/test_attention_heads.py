@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 import torch
 from attention.aligned_maps import aligned_divergence, row_maps
+from attention.head_plots import draw_layer_head, save_layer_head_grid, symmetric_limit
 from attention.heads import DIVERGENCES, MEASURES, head_values
-from attention.heatmaps import draw_layer_head, file_word, save_layer_head_grid, symmetric_limit
 from command_line import UserError
+from file_output import file_word
 from head_sensitivity import main
 from run_store import open_run
 from scipy.spatial.distance import jensenshannon

@@ -24,7 +24,7 @@ STAGE_SCRIPTS = [path for path in SCRIPTS if path.parents[1].name != SHARED]
 PATH_LINE = (
     'sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]'
 )
-INNER_IMPORTS = 50
+INNER_IMPORTS = 40
 FORMATTER_SKIPS = 5
 FUNCTIONS_TWICE = 0
 OWN_NAMES = {path.stem for path in MODULES} | set(PACKAGES.values())

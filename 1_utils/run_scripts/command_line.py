@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NoReturn
 
 import stamps
@@ -37,6 +38,16 @@ def make_parser(docstring: str | None) -> argparse.ArgumentParser:
     parser = _Parser(description=docstring, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument("--verbose", action=_Verbose, nargs=0, default=False, help="print details, too")
     return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser, run_dir: str = "run folder of stage 2") -> argparse._ArgumentGroup:
+    """The flags of every analysis of a run; returns their group. run_dir: what may be given."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--run_dir", type=Path, required=True, help=run_dir)
+    data.add_argument("--results_dir", type=Path, help="folder for tables and pictures; default: results/<run name>")
+    data.add_argument("--styles", nargs="+", help="styles to read beside the clean form; default: all")
+    data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
+    return data
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

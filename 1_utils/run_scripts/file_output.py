@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -62,6 +63,11 @@ def make_folder(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         file = next((path for path in (folder, *folder.parents) if path.is_file()), folder)
         raise UserError(f"{file}: is a file, but a folder is to be made there; remove it or choose another") from None
+
+
+def file_word(style: str) -> str:
+    """A style's name as a part of a file name."""
+    return re.sub(r"[^\w.-]", "_", style)
 
 
 def gigabytes(size: int) -> str:

@@ -41,6 +41,10 @@ class Estimate(NamedTuple):
     n: Any
     n_clusters: Any
 
+    def columns(self, name: str, ends: str) -> dict[str, Any]:
+        """The mean and its interval as columns of a table: `name`, `<ends>_low`, `<ends>_high`."""
+        return {name: self.mean, f"{ends}_low": self.ci_low, f"{ends}_high": self.ci_high}
+
 
 class McNemar(NamedTuple):
     """Discordant pairs and the exact two-sided p value."""
@@ -372,9 +376,9 @@ def _style_line(rows: pd.DataFrame, style: str, baseline: str, interval: str) ->
     own = rows.xs(style, level="style")
     known = own[own["value"].notna()]
     mean = clustered_mean(known["value"], known["cluster"])
-    low, high = (mean.ci_low, mean.ci_high)
     if interval == "wilson":
         low, high = wilson_interval(known["value"].sum(), len(known))
+        mean = mean._replace(ci_low=low, ci_high=high)
     line = {
         "style": style,
         "n": len(known),
@@ -382,9 +386,7 @@ def _style_line(rows: pd.DataFrame, style: str, baseline: str, interval: str) ->
         "n_paired": 0,
         "n_identical": int(own["identical"].sum()),
         "n_clusters": mean.n_clusters,
-        "estimate": mean.mean,
-        "ci_low": low,
-        "ci_high": high,
+        **mean.columns("estimate", "ci"),
     }
     return line | _difference_fields(rows, known, style, baseline)
 
@@ -398,9 +400,7 @@ def _difference_fields(rows: pd.DataFrame, known: pd.DataFrame, style: str, base
     return {
         "n_paired": change.n,
         "n_clusters": change.n_clusters,
-        "difference": change.mean,
-        "difference_ci_low": change.ci_low,
-        "difference_ci_high": change.ci_high,
+        **change.columns("difference", "difference_ci"),
         "minimum_detectable_difference": minimum_detectable_effect(change.standard_error, change.df),
         "p": change.p,
     }

@@ -22,21 +22,15 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from chat_client import add_server_flags, client_of
-from command_line import UserError, make_parser, run_main
-from file_output import write_csv
-from logger import get_logger
+from chat_client import add_server_flags
+from command_line import add_run_flags, make_parser, run_main
 from run_store import open_run, warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder of stage 2, with normal and other styles")
-    data.add_argument("--results_dir", type=Path, help="default: results/<run name>")
-    data.add_argument("--styles", nargs="+", help="styles to judge; default: all of the run")
-    data.add_argument("--max_samples", type=int, help="only the first rows of the prompt file")
+    add_run_flags(parser, "run folder of stage 2, with normal and other styles")
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge_model", required=True, help="name of the judge on its server")
     judge.add_argument("--mode", choices=("pairwise", "rubric"), default="pairwise", help="compare, or rate alone")
@@ -52,40 +46,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge a run; 1 if requests failed, so that the same command is worth repeating."""
     args = parse_args(argv)
-    from semantics.judging import MODES, Options, judge_cases, summarise
-    from semantics.response_plots import plot_preferences, plot_ratings
-    from semantics.responses import by_style, response_rows
+    from semantics.judging import judge_run
 
     run = open_run(args.run_dir)
     warn_unfinished(run, args.styles, args.max_samples)
-    folder, mode = args.results_dir or Path("results") / run.name, MODES[args.mode]
-    client = client_of(args, args.judge_model, args.cache or folder / "judge_cache.jsonl")
-    options = Options(args.score_against, args.max_tokens, not args.no_json_schema)
-    rows = response_rows(run, args.styles, args.max_samples)
-    cases = list(mode.cases(rows, str(run.clean_style), options))
-    if args.dry_run:
-        print(client.estimate(request for case in cases for request in case.requests))
-        return 0
-    if not cases:
-        raise UserError(f"{run.path}: nothing to judge: it holds {', '.join(run.chosen(args.styles))} only")
-    items = judge_cases(cases, client, mode)
-    table = summarise(items, run, mode)
-    table["judge_model"], table["score_against"] = args.judge_model, args.score_against
-    table["server_refused"] = " ".join(client.changed)
-    write_csv(folder / f"{mode.file}_items.csv", items)
-    write_csv(folder / f"{mode.file}_summary.csv", table)
-    columns = ["style", "n", "n_missing", "estimate", "ci_low", "ci_high", "difference", "p_adjusted"]
-    if args.mode == "rubric":
-        plot_ratings(items, table, folder / f"{mode.file}.png", args.judge_model)
-    else:
-        plot_preferences(table, folder / f"{mode.file}.png", args.judge_model)
-        columns += ["wins", "ties", "losses", "order_agreement", "first_preferred"]
-
-    get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    for note, count in items.loc[items[mode.value].isna(), "note"].value_counts().items():
-        get_logger().warning("%d unscored: %s", count, note)
-    print(f"{mode.label}: {by_style(table)}; wrote {folder / f'{mode.file}_summary.csv'}")
-    return 1 if items["failed"].any() else 0
+    return judge_run(run, args)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from command_line import make_parser, run_main
-from file_output import write_csv
-from logger import get_logger
+from command_line import add_run_flags, make_parser, run_main
 from run_store import open_run, warn_unfinished
 
 if __name__ != "__main__":  # for notebooks; as a script, --help must not wait for torch
@@ -40,11 +38,7 @@ DEFAULT_REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder, style folder or .pt file of stage 2")
-    data.add_argument("--results_dir", type=Path, help="default: results/<run name>")
-    data.add_argument("--styles", nargs="+", help="styles to score; default: all of the run")
-    data.add_argument("--max_samples", type=int, help="only the first rows of the prompt file")
+    data = add_run_flags(parser, "run folder, style folder or .pt file of stage 2")
     data.add_argument("--score_against", choices=("clean", "style"), default="clean", help="the question it is given")
     model = parser.add_argument_group("reward model")
     model.add_argument("--rm_name", default=DEFAULT_REWARD_MODEL, help="hub name or folder of the reward model")
@@ -60,38 +54,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score all styles of a run; 1 if a response could not be scored."""
     args = parse_args(argv)
-    import pandas as pd
-    from semantics.response_plots import plot_rewards
-    from semantics.responses import by_style
-    from semantics.reward_models import load_reward_model
-    from semantics.rewards import known_question, score_style, summarise, write_scores
+    from semantics.rewards import score_run
 
     run = open_run(args.run_dir)
     run.chosen(args.styles)
     warn_unfinished(run, args.styles, args.max_samples)
-    folder = args.results_dir or Path("results") / run.name
-    rm = load_reward_model(
-        args.rm_name, args.device, args.max_length, args.batch_size, args.dtype, args.revision, args.trust_remote_code
-    )
-    against = known_question(run, args.score_against)
-    kept = []
-    for style in args.styles or run.styles:
-        lines = score_style(run, style, rm, against, args.batch_size, args.max_samples)
-        write_scores(lines, folder / f"{style}_scores.csv", folder / f"{style}_aggregates", rm, against)
-        names = ("style", "original_index", "reward_score", "truncated", "identical")
-        kept.append(pd.DataFrame(lines, columns=list(names)))
-    items = pd.concat(kept, ignore_index=True)
-    table = summarise(items, run)
-    table["reward_model"], table["score_against"] = rm.name, against
-    write_csv(folder / "rewards_summary.csv", table)
-    plot_rewards(items, table, folder / "rewards.png", rm.name)
-
-    columns = ["style", "n", "estimate", "ci_low", "ci_high", "difference", "p_adjusted", "n_truncated"]
-    get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
-    if unscored := int(items["reward_score"].isna().sum()):
-        get_logger().warning("%d responses are unscored; the column note says why", unscored)
-    print(f"reward (raw logit): {by_style(table)}; wrote {folder / 'rewards_summary.csv'}")
-    return 1 if unscored else 0
+    return score_run(run, args)
 
 
 if __name__ == "__main__":

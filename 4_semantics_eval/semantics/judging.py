@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -9,16 +10,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from chat_client import ChatClient, ChatReply, ChatRequest
+from chat_client import ChatClient, ChatReply, ChatRequest, client_of
+from command_line import UserError
+from file_output import write_csv
+from logger import get_logger
 from paired_stats import paired_summary
 from run_store import Run
 from thinking_text import without_thinking
 from tqdm import tqdm
 
-from semantics.responses import NO_RESPONSE, ResponseRow, templates_of_rows
+from semantics.response_plots import plot_preferences, plot_ratings
+from semantics.responses import NO_RESPONSE, ResponseRow, by_style, response_rows, templates_of_rows
 
 RATINGS = list(range(1, 11))
 VERDICTS = ["A", "B", "tie"]
@@ -36,6 +42,38 @@ RATING_TASK = (
     "faults. 10: could not be better. Reply with one JSON object and nothing else: "
     '{"reason": "<one or two sentences>", "rating": <whole number from 1 to 10>}.'
 )
+
+
+def judge_run(run: Run, args: argparse.Namespace) -> int:
+    """Judge a run; 1 if requests failed, so that the same command is worth repeating."""
+    folder, mode = args.results_dir or Path("results") / run.name, MODES[args.mode]
+    client = client_of(args, args.judge_model, args.cache or folder / "judge_cache.jsonl")
+    options = Options(args.score_against, args.max_tokens, not args.no_json_schema)
+    rows = response_rows(run, args.styles, args.max_samples)
+    cases = list(mode.cases(rows, str(run.clean_style), options))
+    if args.dry_run:
+        print(client.estimate(request for case in cases for request in case.requests))
+        return 0
+    if not cases:
+        raise UserError(f"{run.path}: nothing to judge: it holds {', '.join(run.chosen(args.styles))} only")
+    items = judge_cases(cases, client, mode)
+    table = summarise(items, run, mode)
+    table["judge_model"], table["score_against"] = args.judge_model, args.score_against
+    table["server_refused"] = " ".join(client.changed)
+    write_csv(folder / f"{mode.file}_items.csv", items)
+    write_csv(folder / f"{mode.file}_summary.csv", table)
+    columns = ["style", "n", "n_missing", "estimate", "ci_low", "ci_high", "difference", "p_adjusted"]
+    if args.mode == "rubric":
+        plot_ratings(items, table, folder / f"{mode.file}.png", args.judge_model)
+    else:
+        plot_preferences(table, folder / f"{mode.file}.png", args.judge_model)
+        columns += ["wins", "ties", "losses", "order_agreement", "first_preferred"]
+
+    get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    for note, count in items.loc[items[mode.value].isna(), "note"].value_counts().items():
+        get_logger().warning("%d unscored: %s", count, note)
+    print(f"{mode.label}: {by_style(table)}; wrote {folder / f'{mode.file}_summary.csv'}")
+    return 1 if items["failed"].any() else 0
 
 
 def _schema(name: str, answer: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +20,42 @@ from style_names import is_again
 from style_rows import clean_prompt
 from tqdm import tqdm
 
-from semantics.responses import NO_RESPONSE, templates_of_rows
-from semantics.reward_models import RewardModel, as_reward_model
+from semantics.response_plots import plot_rewards
+from semantics.responses import NO_RESPONSE, by_style, templates_of_rows
+from semantics.reward_models import RewardModel, as_reward_model, load_reward_model
 
 BATCHES_AT_ONCE = 32  # batches that are sorted by length together
 COLUMNS = (
     *("style", "original_index", "element_index", "sample", "question", "response", "reward_score", "truncated"),
     *("score_against", "identical", "reward_model", "note"),
 )
+
+
+def score_run(run: Run, args: argparse.Namespace) -> int:
+    """Score all styles of a run; 1 if a response could not be scored."""
+    folder = args.results_dir or Path("results") / run.name
+    rm = load_reward_model(
+        args.rm_name, args.device, args.max_length, args.batch_size, args.dtype, args.revision, args.trust_remote_code
+    )
+    against = known_question(run, args.score_against)
+    kept = []
+    for style in args.styles or run.styles:
+        lines = score_style(run, style, rm, against, args.batch_size, args.max_samples)
+        write_scores(lines, folder / f"{style}_scores.csv", folder / f"{style}_aggregates", rm, against)
+        names = ("style", "original_index", "reward_score", "truncated", "identical")
+        kept.append(pd.DataFrame(lines, columns=list(names)))
+    items = pd.concat(kept, ignore_index=True)
+    table = summarise(items, run)
+    table["reward_model"], table["score_against"] = rm.name, against
+    write_csv(folder / "rewards_summary.csv", table)
+    plot_rewards(items, table, folder / "rewards.png", rm.name)
+
+    columns = ["style", "n", "estimate", "ci_low", "ci_high", "difference", "p_adjusted", "n_truncated"]
+    get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    if unscored := int(items["reward_score"].isna().sum()):
+        get_logger().warning("%d responses are unscored; the column note says why", unscored)
+    print(f"reward (raw logit): {by_style(table)}; wrote {folder / 'rewards_summary.csv'}")
+    return 1 if unscored else 0
 
 
 def score_predictions_and_save(

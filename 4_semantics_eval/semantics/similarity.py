@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from command_line import UserError, one_line
+from file_output import write_csv
+from logger import get_logger
 from paired_stats import paired_summary
 from rapidfuzz.distance import Levenshtein
 from run_store import Run
@@ -20,7 +23,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from semantics.refusals import is_refusal
-from semantics.responses import NO_RESPONSE, ResponseRow, templates_of_rows
+from semantics.response_plots import plot_similarity
+from semantics.responses import NO_RESPONSE, ResponseRow, by_style, response_rows, templates_of_rows
 from semantics.text_tokens import tokens_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +32,37 @@ EMBEDDING_MODEL = "all-MiniLM-L6-v2"
 ROWS_AT_ONCE = 256
 TEXT_MEASURES = ("exact_match", "edit_distance", "edit_distance_normalized", "length_ratio")
 MEASURES = ("similarity", *TEXT_MEASURES, "refusal", "empty")
+
+
+def compare_run(run: Run, args: argparse.Namespace) -> int:
+    """Compare all styles of a run with normal; 1 if a response could not be compared."""
+    rows = response_rows(run, args.styles, args.max_samples)
+    clean = str(run.clean_style)
+    embed = load_embedder(args.embedding_model, args.device, args.batch_size)
+    items = compare_rows(rows, clean, embed)
+    table = summarise(items, run)
+    folder = args.results_dir or Path("results") / run.name
+    write_csv(folder / "similarity_items.csv", items)
+    write_csv(folder / "similarity_summary.csv", table)
+    similar = table[table["measure"] == "similarity"]
+    others = similar[similar["style"] != clean]
+    plot_similarity(
+        items[~items["identical"]], others, folder / "similarity.png", embed.name, noise_floor(items, clean)
+    )
+
+    log = get_logger()
+    wide = table.pivot(index="style", columns="measure", values="estimate").reindex(table["style"].unique())
+    wide.insert(0, "n", table[table["measure"] == "empty"].set_index("style")["n"])
+    log.debug(wide[["n", *MEASURES]].to_string(float_format=lambda x: f"{x:.3f}"))
+    if undefined := int((items["similarity"].isna() & items["edit_distance"].notna()).sum()):
+        log.warning("%d similarities are missing: one of the two responses is empty", undefined)
+    for reason, count in items.loc[items["note"] != "", "note"].value_counts().items():
+        log.warning("%d responses are not compared: %s", count, reason)
+    if cut := int(items["cut_for_embedding"].sum()):
+        log.warning("%d responses are longer than the embedding model reads; it saw only their start", cut)
+    values = by_style(similar[similar["estimate"].notna()]) or "none"
+    print(f"similarity to the normal answers: {values}; wrote {folder / 'similarity_summary.csv'}")
+    return 1 if (items["note"] != "").any() else 0
 
 
 def compare_texts(response: str, normal: str) -> dict[str, float]:

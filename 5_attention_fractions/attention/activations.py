@@ -29,23 +29,22 @@ from style_rows import (
     twin_region,
     warn_missing_controls,
 )
-from torch.nn.functional import cosine_similarity
 
-from attention.layer_slices import layer_slices
-from attention.linear_cka import clustered_cka
 from attention.logit_lens import LogitLens, open_lens
-from attention.typo_recovery import (
+from attention.state_measures import (
     Centre,
     ReferenceWords,
+    clustered_cka,
     half_recovery_depth,
+    layer_slices,
     nearness,
     recovery_depth,
     reference_rows,
     reference_words,
+    state_distances,
 )
 
 MASSIVE = 4  # longer than so many median norms: a massive activation; nothing else came near it on real text
-AT_CENTRE = 1e-4  # distance to the centre, as a share of the norm, that is nothing but rounding
 REGIONS = ("edited", "task", "last")
 SHARES = {"own_nearest", "own_nearer_share", "top1_kept", "kl_mass_clean", "kl_mass_style"}  # between 0 and 1
 DISTANCES = {"relative_l2", "lens_kl", "next_token_kl"}  # never below 0
@@ -270,23 +269,6 @@ def _add_state_measures(study: Comparison, style: str, region: str, found: Style
     found.on_first[region] = int(on_first.sum())
 
 
-def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """cosine, cosine_centred (with a centre [k,D]) and relative_l2, each [n,k], of states [n,k,D] at k layers.
-
-    relative_l2 is |style - clean| / |clean|; NaN if a state is, cosine_centred also if a state is the centre.
-    """
-    found = {"cosine": cosine_similarity(clean, style, dim=-1)}
-    if centre is not None:
-        one, other = clean - centre, style - centre
-        # If all prompts end on one token its embedding is the centre: what is left has no direction.
-        at_centre = (one.norm(dim=-1) < AT_CENTRE * clean.norm(dim=-1)) | (
-            other.norm(dim=-1) < AT_CENTRE * style.norm(dim=-1)
-        )
-        found["cosine_centred"] = cosine_similarity(one, other, dim=-1).masked_fill(at_centre, torch.nan)
-    found["relative_l2"] = (style - clean).norm(dim=-1) / clean.norm(dim=-1)
-    return found
-
-
 # --- tables
 
 
@@ -361,21 +343,19 @@ def _estimates(study: Comparison, measured: dict[str, StyleValues], style: str) 
             change = clustered_mean(values[mine] - base, table.clusters(alike))
             base = clustered_mean(np.where(np.isnan(values[mine]), np.nan, base)).mean
         estimate = clustered_mean(values, table.clusters(own.rows))
-        lowest, highest = 0 if measure in SHARES | DISTANCES else -np.inf, 1 if measure in SHARES else np.inf
+        limits = 0 if measure in SHARES | DISTANCES else -np.inf, 1 if measure in SHARES else np.inf
+        low, high = (np.clip(end, *limits) for end in (estimate.ci_low, estimate.ci_high))
+        estimate = estimate._replace(ci_low=low, ci_high=high)
         columns = {
             "style": style,
             "region": region,
             "measure": measure,
             "n": estimate.n,
             "n_clusters": estimate.n_clusters,
-            "estimate": estimate.mean,
-            "ci_low": np.clip(estimate.ci_low, lowest, highest),
-            "ci_high": np.clip(estimate.ci_high, lowest, highest),
+            **estimate.columns("estimate", "ci"),
             "n_with_control": change.n,
             "control_estimate": base,
-            "difference_to_control": change.mean,
-            "difference_ci_low": change.ci_low,
-            "difference_ci_high": change.ci_high,
+            **change.columns("difference_to_control", "difference_ci"),
             "p": change.p,
             "layer": np.arange(np.size(estimate.mean)),
         }

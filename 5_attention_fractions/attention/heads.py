@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from logger import get_logger
 from paired_stats import benjamini_hochberg, clustered_mean, deal
 from run_store import Run
 from style_names import controlled_style
-from style_rows import StyleRows, clean_and_styles, control_of, paired_rows, same_words, templates_of, token_limit
+from style_rows import StyleRows, clean_and_styles, control_of, like_control, paired_rows, templates_of
 
 from attention.aligned_maps import aligned_divergence, row_maps
 from attention.answer_flips import Answers, flip_association
@@ -207,44 +206,36 @@ def compare_style(
     if not pairs.changed:
         return None, None
     layers = layers_of(own.first_content())
-    values, tokens = _read(own, own.indices, clean, style, layers, options)
+    values = _read(own, own.indices, clean, style, layers, options)
 
-    def against(other: StyleRows, rows: list[int], reference: np.ndarray, **more: Any) -> Comparison:
+    def against(other: StyleRows, rows: list[int], **more: Any) -> Comparison:
         own_values = values[np.searchsorted(own.indices, rows)]
+        reference = _read(other, rows, clean, style, layers, options)
         change = np.subtract(own_values, reference, out=reference)
         own_values[np.isnan(change)] = np.nan
         flipped = None if answers is None else answers.flips(style, clean.style, np.array(rows))
         return compare(style, layers, own_values, change, own.clusters(rows), groups, flipped, **more)
 
     counts = {"n_identical": len(pairs.identical), "n_unpaired": len(pairs.unpaired)}
-    to_clean = against(clean, pairs.changed, _read(clean, pairs.changed, clean, style, layers, options)[0], **counts)
-    if (name := control_of(run, style)) is None:
+    to_clean = against(clean, pairs.changed, **counts)
+    name = control_of(run, style)
+    if name is None or not own.has("region_mask"):  # without, its tokens cannot be counted
         return to_clean, None
     control = StyleRows(run, name, options.max_samples, max_open=2)
-    rows = np.array(paired_rows(own, control).changed, dtype=int)
-    rows = rows[same_words(run, style, name, rows)]
-    reference, its_tokens = _read(control, rows.tolist(), clean, style, layers, options)
-    if (most := token_limit(name, options.split_tokens)) is not None:
-        near = np.abs(tokens[np.searchsorted(own.indices, rows)] - its_tokens) <= most
-        rows, reference = rows[near], reference[near]
-    return to_clean, against(control, rows.tolist(), reference, control=name) if len(rows) else None
+    rows = like_control(own, control, paired_rows(own, control).changed, options.split_tokens)
+    return to_clean, against(control, rows, control=name) if rows else None
 
 
 def _read(
     form: StyleRows, rows: Sequence[int], clean: StyleRows, style: str, layers: list[int], options: Options
-) -> tuple[np.ndarray, np.ndarray]:
-    """(MEASURES [n,L,H,M] of a form of the rows, the number of tokens [n] of its edited words).
+) -> np.ndarray:
+    """MEASURES [n,L,H,M] of a form of the rows.
 
     style: whose words are the edited ones. The divergences are those from the clean form, NaN without raw maps.
     """
     read = fields_reader(form, layers, style, options.tokenizer, options.without_first)
 
-    def extract(content: dict[str, Any], path: Path) -> Fields:
-        fields = read(content, path)
-        return {"values": head_values(fields), "tokens": fields["tokens"][:, EDITED]}
-
-    found = form.extract(extract, rows)
-    values = found["values"]
+    values = form.extract(lambda content, path: {"values": head_values(read(content, path))}, rows)["values"]
     divergences = [place for place, measure in enumerate(MEASURES.values()) if measure.function is None]
     if form is clean:
         values[..., divergences] = 0
@@ -259,7 +250,7 @@ def _read(
             divergence = aligned_divergence(own, twin, layers, values.shape[2])
             for column, place in enumerate(divergences):
                 values[block, ..., place] = divergence[..., column]
-    return values, found["tokens"]
+    return values
 
 
 def compare(
@@ -335,12 +326,8 @@ def sensitivity_columns(
         **counts,
         "n_clusters": difference.n_clusters,
         "clean": estimate.mean - difference.mean,
-        "estimate": estimate.mean,
-        "ci_low": estimate.ci_low,
-        "ci_high": estimate.ci_high,
-        "difference": difference.mean,
-        "difference_ci_low": difference.ci_low,
-        "difference_ci_high": difference.ci_high,
+        **estimate.columns("estimate", "ci"),
+        **difference.columns("difference", "difference_ci"),
         "standard_error": difference.standard_error,
         "effect_size": np.where(untested, np.nan, size),
         "t": np.where(untested, np.nan, difference.t),

@@ -34,7 +34,7 @@ from style_rows import (
 )
 
 from attention.layer_curves import count_label
-from attention.layer_slices import layer_slices
+from attention.state_measures import layer_slices
 
 NEURON, HEAD = "neuron", "head"
 FIELDS = {NEURON: "mlp_pooled", HEAD: "attention_entropy"}
@@ -298,10 +298,10 @@ def _unit_table(study: Study, style: str, halves: HalfMeans, found: np.ndarray, 
 
 def _with_intervals(name: str, found: Estimate) -> dict[str, Any]:
     """Columns <name>_clean and <name>_control with their intervals, of estimates [..., clean (control)]."""
-    columns = {}
+    columns: dict[str, Any] = {}
     for place, reference in enumerate(("clean", "control")):
-        for end, values in (("", found.mean), ("_ci_low", found.ci_low), ("_ci_high", found.ci_high)):
-            columns[f"{name}_{reference}{end}"] = values[..., place] if place < values.shape[-1] else np.nan
+        one = Estimate(*(field[..., place] if place < field.shape[-1] else np.nan for field in found))
+        columns |= one.columns(f"{name}_{reference}", f"{name}_{reference}_ci")
     return columns
 
 

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from command_line import UserError
-from file_output import save_figure, write_csv
+from file_output import file_word, save_figure, write_csv
 from matplotlib import pyplot as plt
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
 from run_store import Run
 from style_rows import StyleRows, paired_rows
 
 from attention.attention_fields import EDITED, QUERIES, REGIONS, Fields, fields_reader, layers_of
-from attention.heatmaps import file_word
 
 SINK = ("included", "excluded")
 MEASURES = ("fraction", "density")
@@ -71,7 +70,7 @@ def all_levels(cells: np.ndarray) -> list[np.ndarray]:
     total, count = np.sum(cells, axis=2, where=known, dtype=np.float64), known.sum(axis=2)
     with np.errstate(invalid="ignore"):
         model = total.sum(axis=1, keepdims=True) / count.sum(axis=1, keepdims=True)
-        return [cells.reshape(len(cells), -1, cells.shape[-1]), total / count, model]
+        return [cells.reshape(len(cells), cells.shape[1] * cells.shape[2], cells.shape[3]), total / count, model]
 
 
 # --- one style
@@ -111,18 +110,17 @@ def style_fractions(
     estimates = [clustered_mean(level, clusters) for level in levels]
     by_layer = np.concatenate(levels[1:], axis=1, dtype=np.float32)
     del levels
-    changes, identical, unpaired = [_no_estimate(one) for one in estimates], 0, 0
+    change, clusters, counts = cells[:0], [], {"n_identical": 0, "n_unpaired": 0}
     if run.clean_style not in (None, style):
         clean = StyleRows(run, str(run.clean_style), max_samples, max_open=2)
         pairs = paired_rows(own, clean)
-        identical, unpaired = len(pairs.identical), len(pairs.unpaired)
+        counts = {"n_identical": len(pairs.identical), "n_unpaired": len(pairs.unpaired)}
         if pairs.changed:
             change = clean.extract(_reader(clean, layers, style, tokenizer, without_first), pairs.changed)["cells"]
             for row, place in enumerate(np.searchsorted(own.indices, pairs.changed)):
                 change[row] = cells[place] - change[row]
             clusters = own.clusters(pairs.changed)
-            changes = [clustered_mean(level, clusters) for level in all_levels(change)]
-    counts = {"n_identical": identical, "n_unpaired": unpaired}
+    changes = [clustered_mean(level, clusters) for level in all_levels(change)]
     table = _style_table(style, layers, cells.shape[2], found, estimates, changes, counts)
     return StyleFractions(style, layers, _mean_rows(found["uniform"]), _mean_rows(found["tokens"]), by_layer, table)
 
@@ -139,12 +137,6 @@ def _reader(rows: StyleRows, *options: Any) -> Callable[[dict[str, Any], Path], 
         return {"cells": cells.astype(np.float32), "uniform": uniform.astype(np.float32), "tokens": tokens}
 
     return extract
-
-
-def _no_estimate(like: Estimate) -> Estimate:
-    """The estimate of no rows, in the shape of another."""
-    missing = np.full(np.shape(like.mean), np.nan)
-    return Estimate(*[missing] * 7, *[np.zeros(missing.shape, dtype=int)] * 2)
 
 
 # --- tables
@@ -173,21 +165,14 @@ def _style_table(
     by_layer = np.stack([uniform_share_of(means[cell[3]], *cell[:3]) for cell in CELLS], axis=-1)  # [L,K]
     by_level = [by_layer.repeat(heads, axis=0), by_layer, by_layer.mean(axis=0, keepdims=True)]
     frame["uniform_share"] = np.concatenate(by_level).ravel()
-    over_heads, over_layers = ([benjamini_hochberg(p) for p in np.transpose(change.p)] for change in changes[:2])
-    adjusted = [np.transpose(over_heads), np.transpose(over_layers), np.full((1, len(CELLS)), np.nan)]
-
-    def joined(parts: Sequence[Estimate], field: str) -> np.ndarray:
-        return np.concatenate([getattr(part, field) for part in parts]).ravel()
-
-    for name, field in (("n", "n"), ("estimate", "mean"), ("ci_low", "ci_low"), ("ci_high", "ci_high")):
-        frame[name] = joined(estimates, field)
-    frame["n_paired"] = joined(changes, "n")
-    for name, count in counts.items():
-        frame[name] = count
-    frame["n_clusters"] = joined(estimates, "n_clusters")
-    for name, field in (("", "mean"), ("_ci_low", "ci_low"), ("_ci_high", "ci_high")):
-        frame[f"difference{name}"] = joined(changes, field)
-    frame["p"], frame["p_adjusted"] = joined(changes, "p"), np.concatenate(adjusted).ravel()
+    over_heads, over_layers = (np.transpose([benjamini_hochberg(p) for p in one.p.T]) for one in changes[:2])
+    adjusted = np.concatenate([over_heads, over_layers, np.full((1, len(CELLS)), np.nan)])
+    estimate, change = (
+        Estimate(*(np.concatenate(field).ravel() for field in zip(*one, strict=True))) for one in (estimates, changes)
+    )
+    columns = {"n": estimate.n, **estimate.columns("estimate", "ci"), "n_paired": change.n, **counts}
+    columns |= {"n_clusters": estimate.n_clusters, **change.columns("difference", "difference_ci")}
+    frame = frame.assign(**columns, p=change.p, p_adjusted=adjusted.ravel())
     partly = (frame["level"] == "model") & (frame["measure"] == "density") & frame["uniform_share"].isna()
     return frame[(frame["n"] > 0) & ~partly].reset_index(drop=True)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from attention.flags import add_first_token
-from command_line import make_parser, run_main
+from attention.flags import add_shared
+from command_line import add_run_flags, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
 from run_store import warn_unfinished
@@ -31,20 +31,13 @@ from run_store import warn_unfinished
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder of stage 2")
-    data.add_argument("--results_dir", type=Path, help="where to write; default: results/<run name>")
-    data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
-    data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
+    add_run_flags(parser)
     measures = parser.add_argument_group("measures")
     measures.add_argument("--regions", nargs="+", help="default: of edited task last those there")
     measures.add_argument(
         "--reference_words", type=int, default=128, help="other words for the recovery depth, at most"
     )
-    add_first_token(measures)
-    measures.add_argument(
-        "--split_tokens", type=int, default=1, help="most tokens by which a typo and `split` may differ; -1: any"
-    )
+    add_shared(measures, "--first_token", "--split_tokens")
     measures.add_argument("--cka_items", type=int, default=256, help="rows that CKA is taken over, at most")
     measures.add_argument("--stay_layers", type=int, default=3, help="layers in a row that make a recovery")
     measures.add_argument("--seed", type=int, default=0, help="which rows the reference words and CKA come from")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from attention.flags import add_first_token
-from command_line import UserError, make_parser, run_main
+from attention.flags import add_shared
+from command_line import UserError, add_run_flags, make_parser, run_main
 from logger import get_logger
 from run_store import open_run, warn_unfinished
 
@@ -29,13 +29,8 @@ from run_store import open_run, warn_unfinished
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder, style folder or .pt file of stage 2")
-    data.add_argument("--results_dir", type=Path, help="folder for the tables; default: results/<run name>")
-    data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
-    data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
-    data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
-    add_first_token(data)
+    data = add_run_flags(parser, "run folder, style folder or .pt file of stage 2")
+    add_shared(data, "--tokenizer", "--first_token")
     shown = parser.add_argument_group("what the prompt_task_fraction_* files and the box plots show")
     shown.add_argument("--query", choices=("last", "mean"), default="last", help="whose attention")
     shown.add_argument(

@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from attention.flags import add_first_token
-from command_line import UserError, make_parser, run_main
+from attention.flags import add_shared
+from command_line import UserError, add_run_flags, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
 from run_store import open_run, warn_unfinished
@@ -33,19 +33,8 @@ from run_store import open_run, warn_unfinished
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder of stage 2")
-    data.add_argument("--results_dir", type=Path, help="folder for the tables; default: results/<run name>")
-    data.add_argument("--styles", nargs="+", help="styles to compare with the clean form; default: all")
-    data.add_argument("--max_samples", type=int, help="rows of the prompt file to use")
-    data.add_argument(
-        "--maths_items", type=Path, help="for the flips; default: maths_ and answers_items.csv in results_dir"
-    )
-    data.add_argument("--tokenizer", help="model name or folder; only for files that hold no region_mask")
-    add_first_token(data)
-    data.add_argument(
-        "--split_tokens", type=int, default=1, help="most tokens by which a typo and `split` may differ; -1: any"
-    )
+    data = add_run_flags(parser)
+    add_shared(data, "--maths_items", "--tokenizer", "--first_token", "--split_tokens")
     shown = parser.add_argument_group("pictures and splits")
     shown.add_argument("--measure", help="measure shown for all styles, as in the tables; default: the log2 mass")
     shown.add_argument("--all_measures", action="store_true", help="tables of every measure; default: those drawn")

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from attention.flags import add_first_token
-from command_line import make_parser, run_main
+from attention.flags import add_shared
+from command_line import add_run_flags, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
 from run_store import open_run, warn_unfinished
@@ -31,11 +31,7 @@ from run_store import open_run, warn_unfinished
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder of stage 2")
-    data.add_argument("--results_dir", type=Path, help="where to write; default: results/<run name>")
-    data.add_argument("--styles", nargs="+", help="styles to study; default: all")
-    data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
+    add_run_flags(parser)
     score = parser.add_argument_group("score")
     score.add_argument(
         "--score",
@@ -45,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     score.add_argument("--neuron_regions", nargs="+", default=["edited", "last"], help="pooled regions of the score")
     score.add_argument("--head_region", default="all", help="query region of the heads' score")
-    add_first_token(score)
+    add_shared(score, "--first_token")
     score.add_argument("--neuron_share", type=float, default=0.005, help="share of the neurons that is taken")
     score.add_argument("--head_share", type=float, default=0.015, help="share of the heads that is taken")
     score.add_argument("--random_sets", type=int, default=1000, help="random sets to compare with")

@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
-from command_line import UserError, make_parser, run_main
+from attention.flags import add_shared
+from command_line import UserError, add_run_flags, make_parser, run_main
 from file_output import write_csv
 from load_json import TYPO_STYLES
 from logger import get_logger
@@ -31,15 +32,9 @@ TARGETS = ["typo", "typo_vs_control", "style", "wrong", "flipped"]
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder of stage 2")
-    data.add_argument("--results_dir", type=Path, help="where to write; default: results/<run name>")
-    data.add_argument("--styles", nargs="+", help="styles to probe beside the clean form; default: all")
-    data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")
+    data = add_run_flags(parser)
     data.add_argument("--max_rows", type=int, default=1000, help="rows to probe, at most (a random choice)")
-    data.add_argument(
-        "--maths_items", type=Path, help="for wrong and flipped; default: maths_ and answers_items.csv in results_dir"
-    )
+    add_shared(data, "--maths_items")
     probes = parser.add_argument_group("probes")
     probes.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, help="what to probe for")
     probes.add_argument(

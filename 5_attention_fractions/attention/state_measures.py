@@ -1,22 +1,53 @@
-"""Recovery of a mistyped word: from which layer on is its state that of the word that was meant?
+"""Measures of a style's residual stream beside its clean twin's: distances, recovery of a mistyped word, linear CKA.
 
-The state of the edited words is compared with its own clean twin and with the clean states of other words, which the
-same style edits in other rows (docs/METHODS.md).
+Formulas: docs/METHODS.md, "activation_diffs.py".
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from run_store import Run
+from scipy import stats
 from style_rows import StyleRows, twin_region
 from torch.nn.functional import cosine_similarity, normalize
 
+AT_CENTRE = 1e-4  # distance to the centre, as a share of the norm, that is nothing but rounding
+BLOCK_NUMBERS = 4_000_000  # 16 MB an array of float32
+MIN_ITEMS = 4  # the unbiased estimator of CKA needs four items
 MIN_REFERENCES = 2
 STAY_LAYERS = 3  # one layer alone may be chance
 OVERSAMPLE = 3  # rows read for each reference word wanted, since words repeat
+
+
+def layer_slices(rows: int, width: int, layers: int) -> Iterator[slice]:
+    """Slices of all layers such that an array [rows, layers of the slice, width] has about BLOCK_NUMBERS numbers."""
+    step = max(1, BLOCK_NUMBERS // max(1, rows * width))
+    for start in range(0, layers, step):
+        yield slice(start, min(start + step, layers))
+
+
+def state_distances(clean: torch.Tensor, style: torch.Tensor, centre: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """cosine, cosine_centred (with a centre [k,D]) and relative_l2, each [n,k], of states [n,k,D] at k layers.
+
+    relative_l2 is |style - clean| / |clean|; NaN if a state is, cosine_centred also if a state is the centre.
+    """
+    found = {"cosine": cosine_similarity(clean, style, dim=-1)}
+    if centre is not None:
+        one, other = clean - centre, style - centre
+        # If all prompts end on one token its embedding is the centre: what is left has no direction.
+        at_centre = (one.norm(dim=-1) < AT_CENTRE * clean.norm(dim=-1)) | (
+            other.norm(dim=-1) < AT_CENTRE * style.norm(dim=-1)
+        )
+        found["cosine_centred"] = cosine_similarity(one, other, dim=-1).masked_fill(at_centre, torch.nan)
+    found["relative_l2"] = (style - clean).norm(dim=-1) / clean.norm(dim=-1)
+    return found
+
+
+# --- recovery: from which layer on is the state of a mistyped word that of the word that was meant?
 
 
 @dataclass
@@ -132,3 +163,50 @@ def half_recovery_depth(cosine: np.ndarray, stay: int = STAY_LAYERS) -> np.ndarr
     depth = first_lasting_layer(later & (cosine >= (1 + lowest) / 2), stay).astype(float)
     depth[np.isnan(cosine).any(axis=1) | (lowest[:, 0] > 1 - 1e-6)] = np.nan
     return depth
+
+
+# --- debiased linear CKA
+
+
+def clustered_cka(
+    first: np.ndarray, second: np.ndarray, clusters: Sequence[str]
+) -> tuple[float, float, float, int, int] | None:
+    """(CKA, low and high of its 95 % interval, items, clusters) of states [n, D]; None with fewer than four items.
+
+    Items whose states are not finite are left out. The interval is the delta method on the items' contributions to
+    the three HSICs, summed within clusters; NaN with one cluster.
+    """
+    known = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
+    if known.sum() < MIN_ITEMS:
+        return None
+    parts = item_contributions(torch.from_numpy(first[known]), torch.from_numpy(second[known]))
+    names, slots = np.unique(np.asarray(clusters)[known], return_inverse=True)
+    n, groups = len(parts), len(names)
+    sums = np.zeros((groups, 3))
+    np.add.at(sums, slots, parts)
+    cross, own_first, own_second = sums.sum(axis=0) / n
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scale = np.sqrt(own_first * own_second)
+        cka = cross / scale
+        # 2: an item enters HSIC's pairs from both sides.
+        influence = 2 * (sums[:, 0] / scale - cka / 2 * (sums[:, 1] / own_first + sums[:, 2] / own_second))
+    half = np.nan
+    if groups > 1:
+        half = stats.t.ppf(0.975, groups - 1) * np.sqrt((influence**2).sum() * groups / (groups - 1)) / n
+    return cka, cka - half, cka + half, n, groups
+
+
+def item_contributions(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+    """[n, 3]: what each item adds to HSIC(X,Y), HSIC(X,X), HSIC(Y,Y); their means over items are the HSICs."""
+    x, y = _u_centred(first), _u_centred(second)
+    return torch.stack([(a * b).sum(-1) / (len(x) - 3) for a, b in ((x, y), (x, x), (y, y))], dim=1).numpy()
+
+
+def _u_centred(states: torch.Tensor) -> torch.Tensor:
+    """U-centred Gram matrix [n, n] of states [n, D] (Szekely and Rizzo 2014)."""
+    # The mean goes first: a Gram matrix of large common parts would lose the rest to rounding.
+    states = states - states.mean(0)
+    gram = (states @ states.T).double().fill_diagonal_(0)
+    n = len(gram)
+    rows = gram.sum(-1, keepdim=True) / (n - 2)
+    return (gram + gram.sum() / ((n - 1) * (n - 2)) - rows - rows.T).fill_diagonal_(0)
