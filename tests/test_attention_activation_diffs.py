@@ -32,7 +32,7 @@ STYLES = ["swap", "main", "split"]
 def no_pictures(request, monkeypatch):
     """Pictures cost seconds: they are drawn in the one test that looks at them."""
     if "pictures" not in request.node.name:
-        for name in ("plot_distances", "plot_recovery", "plot_lens"):
+        for name in ("plot_measures", "plot_recovery"):
             monkeypatch.setattr(layer_curves, name, lambda *_: None)
 
 

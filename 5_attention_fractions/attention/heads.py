@@ -7,6 +7,7 @@ What the measures and columns are: docs/METHODS.md, "head_sensitivity.py".
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,16 +138,6 @@ def check_measure(name: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What all styles of a run have in common. split_tokens: see `token_limit`; None: any."""
-
-    max_samples: int | None = None
-    tokenizer: str | None = None
-    without_first: bool = True
-    split_tokens: int | None = 1
-
-
-@dataclass(frozen=True)
 class Comparison:
     """The change of every head from a reference form (the clean form, or the control) to a style.
 
@@ -174,16 +165,16 @@ class Comparison:
 
 
 def compare_styles(
-    run: Run, wanted: Sequence[str] | None, options: Options, answers: Answers | None = None
+    run: Run, args: argparse.Namespace, answers: Answers | None = None
 ) -> tuple[list[Comparison], list[Comparison], dict[str, str]]:
     """(styles against the clean form, styles against their controls, {style: its control}); see `compare_style`.
 
-    wanted: the styles asked for; None: all. Raises UserError if the run lacks one, or has no clean form.
+    Raises UserError if the run lacks one, or has no clean form.
     """
     groups = deal(templates_of(run), GROUPS)
     to_clean, to_control, controls = [], [], {}
-    for style in clean_and_styles(run, wanted, with_controls=False)[1]:
-        own, against = compare_style(run, style, groups, options, answers)
+    for style in clean_and_styles(run, args.styles, with_controls=False)[1]:
+        own, against = compare_style(run, style, groups, args, answers)
         if own is None:
             continue
         to_clean.append(own)
@@ -194,23 +185,23 @@ def compare_styles(
 
 
 def compare_style(
-    run: Run, style: str, groups: dict[str, int], options: Options, answers: Answers | None = None
+    run: Run, style: str, groups: dict[str, int], args: argparse.Namespace, answers: Answers | None = None
 ) -> tuple[Comparison | None, Comparison | None]:
     """A style against its clean form, and against its control; None for one of which no row can be paired.
 
     groups: see `compare`.
     """
-    own = StyleRows(run, style, options.max_samples, max_open=2)
-    clean = StyleRows(run, str(run.clean_style), options.max_samples, max_open=2)
+    own = StyleRows(run, style, args.max_samples, max_open=2)
+    clean = StyleRows(run, str(run.clean_style), args.max_samples, max_open=2)
     pairs = paired_rows(own, clean)
     if not pairs.changed:
         return None, None
     layers = layers_of(own.first_content())
-    values = _read(own, own.indices, clean, style, layers, options)
+    values = _read(own, own.indices, clean, style, layers, args)
 
     def against(other: StyleRows, rows: list[int], **more: Any) -> Comparison:
         own_values = values[np.searchsorted(own.indices, rows)]
-        reference = _read(other, rows, clean, style, layers, options)
+        reference = _read(other, rows, clean, style, layers, args)
         change = np.subtract(own_values, reference, out=reference)
         own_values[np.isnan(change)] = np.nan
         flipped = None if answers is None else answers.flips(style, clean.style, np.array(rows))
@@ -221,26 +212,27 @@ def compare_style(
     name = control_of(run, style)
     if name is None or not own.has("region_mask"):  # without, its tokens cannot be counted
         return to_clean, None
-    control = StyleRows(run, name, options.max_samples, max_open=2)
-    rows = like_control(own, control, paired_rows(own, control).changed, options.split_tokens)
+    control = StyleRows(run, name, args.max_samples, max_open=2)
+    most = args.split_tokens if args.split_tokens >= 0 else None
+    rows = like_control(own, control, paired_rows(own, control).changed, most)
     return to_clean, against(control, rows, control=name) if rows else None
 
 
 def _read(
-    form: StyleRows, rows: Sequence[int], clean: StyleRows, style: str, layers: list[int], options: Options
+    form: StyleRows, rows: Sequence[int], clean: StyleRows, style: str, layers: list[int], args: argparse.Namespace
 ) -> np.ndarray:
     """MEASURES [n,L,H,M] of a form of the rows.
 
     style: whose words are the edited ones. The divergences are those from the clean form, NaN without raw maps.
     """
-    read = fields_reader(form, layers, style, options.tokenizer, options.without_first)
+    read = fields_reader(form, layers, style, args.tokenizer, args.first_token == "excluded")
 
     values = form.extract(lambda content, path: {"values": head_values(read(content, path))}, rows)["values"]
     divergences = [place for place, measure in enumerate(MEASURES.values()) if measure.function is None]
     if form is clean:
         values[..., divergences] = 0
     elif form.has("attentions") and clean.has("attentions"):
-        tokens = [(edited_region(one, style), regions_finder(one, style, options.tokenizer)) for one in (form, clean)]
+        tokens = [(edited_region(one, style), regions_finder(one, style, args.tokenizer)) for one in (form, clean)]
         maps = [lambda content, path, own=own: {"maps": row_maps(content, path, *own)} for own in tokens]
         both = [place for place, index in enumerate(rows) if index in clean]
         for start in range(0, len(both), MAP_ROWS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,48 +86,39 @@ def shared_legend(figure: Any, axes: Any) -> None:
         figure.legend(handles.values(), names, loc="outside right center", frameon=False)
 
 
+def panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Any, Any]:
+    """A figure, and its axes [rows, columns] of this size in inches."""
+    size = (width * columns + 0.5, height * rows + 0.4)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, layout="constrained", **shared)
+
+
 # --- activation_diffs.py
 
+DISTANCES = ("cosine_centred", "relative_l2", "cka")
+DISTANCES_TITLE = "Residual stream: each style against its clean twin (mean; band: 95 % clustered interval)"
+LENS = ("lens_kl", "lens_top1_probability_change")
+LENS_TITLE = "Logit lens: what each layer would say next, style against clean form"
 
-def plot_distances(curves: pd.DataFrame, path: str | Path) -> None:
-    """Panels of measure (rows) by region (columns) from the table of activation_diffs.csv."""
-    measures = [m for m in ("cosine_centred", "relative_l2", "cka") if (curves["measure"] == m).any()]
-    regions = [region for region in REGION_LABELS if (curves["region"] == region).any()]
-    regions += [region for region in curves["region"].unique() if region not in regions]
+
+def plot_measures(curves: pd.DataFrame, wanted: Sequence[str], title: str, path: str | Path) -> None:
+    """Panels of the `wanted` measures (rows) by region (columns) from activation_diffs.csv; nothing without one."""
+    measures = [name for name in wanted if (curves["measure"] == name).any()]
+    shown = curves[curves["measure"].isin(measures)]
+    regions = [region for region in REGION_LABELS if (shown["region"] == region).any()]
+    regions += [region for region in shown["region"].unique() if region not in regions]
     if not measures:
         return
-    size = (4.6 * len(regions) + 0.5, 3.0 * len(measures) + 0.4)
-    figure, grid = plt.subplots(
-        len(measures), len(regions), figsize=size, squeeze=False, sharex=True, layout="constrained"
-    )
+    figure, grid = panels(len(measures), len(regions), 4.6, 3.0)
     colours = style_colours(list(curves["style"].unique()))
     for i, measure in enumerate(measures):
         for j, region in enumerate(regions):
-            part = curves[(curves["measure"] == measure) & (curves["region"] == region)]
+            part = shown[(shown["measure"] == measure) & (shown["region"] == region)]
             draw_curves(grid[i, j], part, colours, ("estimate", "ci_low", "ci_high"))
             layer_axis(grid[i, j], "layer (0 = embeddings)" if i == len(measures) - 1 else "")
             grid[i, j].set_title(f"{REGION_LABELS.get(region, region)}, {count_label(part['n'])}", fontsize=10)
         grid[i, 0].set_ylabel(MEASURE_LABELS[measure])
-    figure.suptitle("Residual stream: each style against its clean twin (mean; band: 95 % clustered interval)")
+    figure.suptitle(title)
     shared_legend(figure, grid.flat)
-    save_figure(path, figure)
-
-
-def plot_lens(curves: pd.DataFrame, path: str | Path) -> None:
-    """What the logit lens says at the last token, layer by layer; nothing where the lens was not applied."""
-    measures = ("lens_kl", "lens_top1_probability_change")
-    if not curves["measure"].isin(measures).any():
-        return
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    colours = style_colours(list(curves["style"].unique()))
-    for axes, measure in zip(panels, measures, strict=True):
-        part = curves[curves["measure"] == measure]
-        draw_curves(axes, part, colours, ("estimate", "ci_low", "ci_high"))
-        layer_axis(axes)
-        axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
-        axes.set_ylabel(MEASURE_LABELS[measure])
-        axes.set_title(f"Logit lens at the last token, {count_label(part['n'])}", fontsize=10)
-    shared_legend(figure, panels)
     save_figure(path, figure)
 
 
@@ -190,10 +182,7 @@ def plot_probes(table: pd.DataFrame, path: str | Path) -> None:
     """AUC by layer: a panel per target and region, one line per style, shuffled labels in grey."""
     targets = [target for target in TARGET_LABELS if (table["target"] == target).any()]
     regions = list(table["region"].unique())
-    size = (5.4 * len(regions) + 0.5, 3.1 * len(targets) + 0.4)
-    figure, grid = plt.subplots(
-        len(targets), len(regions), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
+    figure, grid = panels(len(targets), len(regions), 5.4, 3.1, sharey=True)
     colours = style_colours([style for style in table["style"].unique() if style not in POOLED])
     colours |= dict.fromkeys(POOLED, "black")
     for i, target in enumerate(targets):

@@ -6,6 +6,7 @@ What fraction, density, uniform share and sink are: docs/METHODS.md, "dirs_eval.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import itertools
 from collections.abc import Callable, Sequence
@@ -92,19 +93,13 @@ class StyleFractions:
     table: pd.DataFrame
 
 
-def style_fractions(
-    run: Run,
-    style: str,
-    max_samples: int | None = None,
-    tokenizer: str | None = None,
-    without_first: bool = True,
-) -> StyleFractions | None:
+def style_fractions(run: Run, style: str, args: argparse.Namespace) -> StyleFractions | None:
     """Read a style and the clean form of its rows; None if it has no rows. Raises UserError without attention."""
-    own = StyleRows(run, style, max_samples, max_open=2)
+    own = StyleRows(run, style, args.max_samples, max_open=2)
     if not own.indices:
         return None
     layers = layers_of(own.first_content())
-    found = own.extract(_reader(own, layers, None, tokenizer, without_first))
+    found = own.extract(_reader(own, layers, None, args))
     cells, clusters = found["cells"], own.clusters(own.indices)
     levels = all_levels(cells)
     estimates = [clustered_mean(level, clusters) for level in levels]
@@ -112,11 +107,11 @@ def style_fractions(
     del levels
     change, clusters, counts = cells[:0], [], {"n_identical": 0, "n_unpaired": 0}
     if run.clean_style not in (None, style):
-        clean = StyleRows(run, str(run.clean_style), max_samples, max_open=2)
+        clean = StyleRows(run, str(run.clean_style), args.max_samples, max_open=2)
         pairs = paired_rows(own, clean)
         counts = {"n_identical": len(pairs.identical), "n_unpaired": len(pairs.unpaired)}
         if pairs.changed:
-            change = clean.extract(_reader(clean, layers, style, tokenizer, without_first), pairs.changed)["cells"]
+            change = clean.extract(_reader(clean, layers, style, args), pairs.changed)["cells"]
             for row, place in enumerate(np.searchsorted(own.indices, pairs.changed)):
                 change[row] = cells[place] - change[row]
             clusters = own.clusters(pairs.changed)
@@ -125,9 +120,11 @@ def style_fractions(
     return StyleFractions(style, layers, _mean_rows(found["uniform"]), _mean_rows(found["tokens"]), by_layer, table)
 
 
-def _reader(rows: StyleRows, *options: Any) -> Callable[[dict[str, Any], Path], Fields]:
-    """What is read of each file of a style; options: see `fields_reader`."""
-    read = fields_reader(rows, *options)
+def _reader(
+    rows: StyleRows, layers: list[int], compared: str | None, args: argparse.Namespace
+) -> Callable[[dict[str, Any], Path], Fields]:
+    """What is read of each file of a style; see `fields_reader`."""
+    read = fields_reader(rows, layers, compared, args.tokenizer, args.first_token == "excluded")
 
     def extract(content: dict[str, Any], path: Path) -> Fields:
         fields = read(content, path)

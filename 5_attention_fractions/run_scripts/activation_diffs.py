@@ -62,9 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, table in tables.items():
         write_csv(folder / f"{name}.csv", table)
     curves, summary = tables["activation_diffs"], tables["activation_diffs_summary"]
-    layer_curves.plot_distances(curves, folder / "activation_diffs.png")
+    layer_curves.plot_measures(
+        curves, layer_curves.DISTANCES, layer_curves.DISTANCES_TITLE, folder / "activation_diffs.png"
+    )
     layer_curves.plot_recovery(curves, summary, folder / "typo_recovery.png")
-    layer_curves.plot_lens(curves, folder / "logit_lens.png")
+    layer_curves.plot_measures(curves, layer_curves.LENS, layer_curves.LENS_TITLE, folder / "logit_lens.png")
     for line in activations.recovery_lines(summary):
         log.info(line)
     log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and .png, and typo_recovery.png")

@@ -51,11 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
     warn_unfinished(run, args.styles, args.max_samples)
-    without_first = args.first_token == "excluded"
-    found = (
-        region_fractions.style_fractions(run, style, args.max_samples, args.tokenizer, without_first)
-        for style in run.chosen(args.styles)
-    )
+    found = (region_fractions.style_fractions(run, style, args) for style in run.chosen(args.styles))
     results = [one for one in found if one is not None]
     if not results:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")

@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warn_unfinished(run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / run.name
     answers = answer_flips.open_answers(args.maths_items, folder)
-    limit = args.split_tokens if args.split_tokens >= 0 else None
-    options = heads.Options(args.max_samples, args.tokenizer, args.first_token == "excluded", limit)
-    to_clean, to_control, controls = heads.compare_styles(run, args.styles, options, answers)
+    to_clean, to_control, controls = heads.compare_styles(run, args, answers)
     if not to_clean:
         raise UserError(f"{run.path}: no style has a row of the clean form with another text; nothing to compare")
     heads.log_missing_divergence(run, to_clean)
