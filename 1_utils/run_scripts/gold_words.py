@@ -1,4 +1,4 @@
-"""Which gold answers are words, for stage 4 to score, and which are numbers or expressions, for stage 3."""
+"""The accepted answers of a row: words, which stage 4 scores, or a number or expression, which stage 3 scores."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def accepted_texts(answer: Any) -> list[str]:
         return []
     number = any(sign.isnumeric() for sign in answer)
     return [] if number or _SIGN.search(answer) or _COUNTING.search(answer) else [answer.strip()]
+
+
+def answer_texts(answer: Any) -> list[str]:
+    """The texts of a row's accepted answers: words (see `accepted_texts`), else the number or expression as it stands.
+
+    Of a text with GSM8K's mark `####`, what follows it.
+    """
+    if isinstance(answer, str | int | float) and not isinstance(answer, bool):
+        text = str(answer).rpartition("####")[2].strip()
+        return [text] if text else []
+    return accepted_texts(answer)
 
 
 def has_words(rows: Sequence[Any]) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]  # characters, end exclusive
 MARKER = "\u2402content\u2403"  # in the place of a prompt; no template holds it
+ANSWER_MARKER = "\u2402answer\u2403"
 # A template that prints today's date would change the prompts from day to day: it prints this one.
 DATE = "26 Jul 2024"
 FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
@@ -83,6 +84,22 @@ def _content_start(tokenizer: Any, system_prompt: str | None) -> int:
 def template_text(tokenizer: Any, system_prompt: str | None) -> str:
     """What the chat template puts around a prompt (`MARKER` is in its place): part of a run's settings."""
     return _apply_template(tokenizer, MARKER, system_prompt)
+
+
+def space_before_answer(tokenizer: Any, system_prompt: str | None) -> str:
+    """White space that the chat template puts between a prompt and its answer: " " for Mistral, else mostly "".
+
+    "" too if the template does not continue a prompt with an answer (it leaves something out).
+    """
+    before = template_text(tokenizer, system_prompt)
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    turns = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": ANSWER_MARKER}]
+    try:
+        whole = render_chat(tokenizer, [*system, *turns])
+    except Exception:  # as above
+        return ""
+    gap = whole[len(before) :].partition(ANSWER_MARKER)[0] if whole.startswith(before) else ""
+    return gap if gap.isspace() else ""
 
 
 def _apply_template(tokenizer: Any, content: str, system_prompt: str | None) -> str:

@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,17 +35,21 @@ from capture.recorder import PREFIX_REGIONS, Capture, PassRows, Recorder, all_po
 
 SPARE_POSITIONS = 32  # a cache layer grows by this many positions at a time
 LEAVE_TOGETHER = 0.25  # share of the rows that must be finished before they leave the batch
+LOGITS_AT_ONCE = 1 << 26  # of forced tokens
 TAIL_TOKENS = 24  # a stop string is looked for in the text of this many last tokens, and its own length more
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to run. `key` tells rows apart and is the same in every style: random numbers depend on it."""
+    """One prompt to run. `key` tells rows apart and is the same in every style: random numbers depend on it.
+
+    `forced` holds continuations whose log-probabilities after this prompt are wanted, in lists with a name each.
+    """
 
     key: int
     input_ids: list[int]
     region_mask: torch.Tensor  # [S, R] bool
-    forced_ids: list[int] | None = None  # a response whose log-probability under this prompt is wanted
+    forced: Mapping[str, list[list[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Result:
     rows: PassRows | None = None
     row: int = 0
     responses: list[Response] = field(default_factory=list)
-    forced_logprob: float | None = None
+    forced_logprobs: dict[str, list[float]] = field(default_factory=dict)  # as `forced`: each a sum over its tokens
     error: str | None = None
 
     @property
@@ -270,6 +274,7 @@ class Generator:
         self.prefix: _Prefix | None = None
         self.prefill_tokens = self.prompt_tokens = 0
         self.crowded = False  # one prompt more did not fit beside those that are decoded
+        self.captures = True
         self.progress: Any = None
         self.stop = threading.Event()
 
@@ -278,6 +283,13 @@ class Generator:
         other = Generator(self.model, self.tokenizer, self.recorder, self.options, self.limit)
         other.prefix = self.prefix
         other.set_regions(names, pooled)
+        return other
+
+    def scorer(self) -> Generator:
+        """Another generator on the same model and prefix that captures and generates nothing: results have
+        `forced_logprobs` alone."""
+        other = self.twin([], [])
+        other.options, other.captures = replace(self.options, max_new_tokens=0, num_samples=1), False
         return other
 
     def set_regions(self, names: list[str], pooled: list[str]) -> None:
@@ -374,24 +386,14 @@ class Generator:
         pad = min(self.tokenizer.pad_token_id or 0, self.model.get_input_embeddings().num_embeddings - 1)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in own], device=self.device)
         mask = torch.tensor([[True] * shared + [False] * (width - len(row)) + [True] * len(row) for row in own])
-        regions = torch.zeros(len(group), shared + width, len(self.names), dtype=torch.bool)
-        for b, prompt in enumerate(group):
-            regions[b][mask[b]] = prompt.region_mask
-        mask = mask.to(self.device)
         cache = new_cache(self.recorder.num_layers, self.prefix.cache if self.prefix else None, len(group))
 
         # 2. The pass, and the rows of what it leaves.
-        columns = [self.names.index(name) for name in self.pooled]
-        with self.recorder.recording(regions, columns, width) as recorded:
-            logits = self._forward(ids, mask, cache)[:, -1]
-        capture = recorded.finish()
-        capture.topk = self._topk(recorded, logits)
-        passes = [capture] + ([self.prefix.capture] if self.prefix else [])
-        masks = [prompt.region_mask for prompt in group]
-        half = self.recorder.options.pooled_dtype
-        dtype = getattr(torch, half) if half else self.model.dtype
-        make = partial(rows_of, capture, masks, self.names, self.pooled, dtype, *passes[1:])
-        rows = PassRows(make, [one.copies for one in passes])
+        if self.captures:
+            logits, rows = self._captured(group, ids, mask, cache)
+        else:
+            logits, rows = self._forward(ids, mask.to(self.device), cache)[:, -1], None
+        mask = mask.to(self.device)
         self.prefill_tokens += sum(map(len, own))
         self.prompt_tokens += sum(len(prompt.input_ids) for prompt in group)
 
@@ -412,6 +414,25 @@ class Generator:
             mask, logits = mask.repeat_interleave(samples, 0), logits.repeat_interleave(samples, 0)
         return results, self._advance(_Active(responses, cache, mask, []), logits)
 
+    def _captured(
+        self, group: list[Prompt], ids: torch.Tensor, mask: torch.Tensor, cache: Any
+    ) -> tuple[torch.Tensor, PassRows]:
+        """The pass over the prompts' own tokens [B, S] while it is recorded: last logits [B, V] and the rows."""
+        regions = torch.zeros(*mask.shape, len(self.names), dtype=torch.bool)
+        for b, prompt in enumerate(group):
+            regions[b][mask[b]] = prompt.region_mask
+        columns = [self.names.index(name) for name in self.pooled]
+        with self.recorder.recording(regions, columns, ids.shape[1]) as recorded:
+            logits = self._forward(ids, mask.to(self.device), cache)[:, -1]
+        capture = recorded.finish()
+        capture.topk = self._topk(recorded, logits)
+        passes = [capture] + ([self.prefix.capture] if self.prefix else [])
+        masks = [prompt.region_mask for prompt in group]
+        half = self.recorder.options.pooled_dtype
+        dtype = getattr(torch, half) if half else self.model.dtype
+        make = partial(rows_of, capture, masks, self.names, self.pooled, dtype, *passes[1:])
+        return logits, PassRows(make, [one.copies for one in passes])
+
     def _topk(self, recorded: Any, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k = self.recorder.options.topk_logits
         if self.recorder.options.topk_positions == "all":
@@ -420,23 +441,40 @@ class Generator:
 
     def _forced_logprobs(
         self, group: list[Prompt], logits: torch.Tensor, cache: Any, mask: torch.Tensor
-    ) -> list[float | None]:
-        """Sum of log-probabilities of each prompt's `forced_ids` after it; the cache is left as it was."""
-        wanted = [prompt.forced_ids or [] for prompt in group]
-        width = max(map(len, wanted))
-        if width == 0:
-            return [0.0 if prompt.forced_ids is not None else None for prompt in group]
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in wanted], device=self.device)
-        total = logits.float().log_softmax(-1).gather(1, ids[:, :1])
-        if width > 1:  # teacher forcing: position i predicts token i + 1
-            fork = new_cache(self.recorder.num_layers, cache, len(group))
-            grown = torch.cat([mask, mask.new_ones(len(group), width - 1)], dim=1)
-            later = self._forward(ids[:, :-1], grown, fork, keep=width - 1)
-            total = torch.cat([total, later.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]], dim=1)
-        return [
-            float(total[b, : len(row)].sum()) if group[b].forced_ids is not None else None
-            for b, row in enumerate(wanted)
+    ) -> list[dict[str, list[float]]]:
+        """Log-probability of each prompt's `forced` continuations after it; the cache is left as it was.
+
+        Teacher forcing: each token is predicted from the tokens before it. Continuations of similar length share a
+        batch, of as many rows as were read, padded on the right.
+        """
+        found = [{name: [0.0] * len(several) for name, several in prompt.forced.items()} for prompt in group]
+        waiting = [
+            (len(ids), b, name, place, ids)
+            for b, prompt in enumerate(group)
+            for name, several in prompt.forced.items()
+            for place, ids in enumerate(several)
+            if ids
         ]
+        waiting.sort(key=lambda one: one[0])
+        first = logits.float().log_softmax(-1) if waiting else logits
+        while waiting:
+            some = [one for one in waiting[: len(group)] if not self.limit.equal_lengths or one[0] == waiting[0][0]]
+            del waiting[: len(some)]
+            width, rows = some[-1][0], torch.tensor([one[1] for one in some], device=self.device)
+            ids = torch.tensor([one[-1] + [0] * (width - one[0]) for one in some], device=self.device)
+            parts = [first[rows, ids[:, 0]][:, None]]
+            if width > 1:
+                fork = new_cache(self.recorder.num_layers, cache, len(group))
+                select_rows(fork, rows)
+                seen, step = mask[rows], max(1, LOGITS_AT_ONCE // (len(some) * first.shape[-1]))
+                for fed, wanted in zip(ids[:, :-1].split(step, 1), ids[:, 1:].split(step, 1), strict=True):
+                    seen = torch.cat([seen, seen.new_ones(fed.shape)], dim=1)
+                    later = self._forward(fed, seen, fork, keep=fed.shape[1]).float().log_softmax(-1)
+                    parts.append(later.gather(2, wanted[..., None])[..., 0])
+            logprobs = torch.cat(parts, dim=1).cpu()
+            for row, (length, b, name, place, _) in zip(logprobs, some, strict=True):
+                found[b][name][place] = float(row[:length].sum())
+        return found
 
     # --- decoding
 

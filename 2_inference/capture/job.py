@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -49,6 +50,7 @@ from capture.recorder import CaptureOptions, Recorder, attention_windows, chosen
 EXIT_STOPPED = 75
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed")
 GENERATION_FLAGS = ("max_new_tokens", *SAMPLING_FLAGS, "stop_strings", "response_logprobs")
+LOGPROB_FLAGS = ("answer_logprobs", "cross_logprobs")
 CAPTURE_FLAGS = ("raw_layers", "topk_logits", "topk_positions", "neurons", "entropy", "pooled_dtype")
 SHOWN_PROBLEMS = 3  # of a prompt file; --verbose shows all
 log = get_logger("attn_act_logi")
@@ -121,6 +123,8 @@ def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
     # 1. The prompt file.
     prompts = read_prompt_file(args.prompt_file)
     styles = chosen_styles(prompts, args.prompt_keys)
+    if args.cross_logprobs and prompts.clean_key not in styles:
+        raise UserError(f"--cross_logprobs: needs the clean form; name {prompts.clean_key or 'it'} in --prompt_keys")
     for number, problem in enumerate(prompts.problems):
         (log.warning if number < SHOWN_PROBLEMS else log.debug)(f"{prompts.path}: {problem}")
     if len(prompts.problems) > SHOWN_PROBLEMS:
@@ -132,7 +136,8 @@ def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
     args.raw_layers = chosen_raw_layers(args.raw_layers, attention_layers(config))
     few_shot, chat = read_few_shot(args.few_shot_file), args.apply_chat_template
     rendering = Rendering(few_shot, chat, args.system_prompt, args.task_regex)
-    reader = PromptReader(prompts, tokenizer, rendering, longest_prompt(config, args.max_new_tokens), args.pool_regions)
+    longest, room = longest_prompt(config, args.max_new_tokens), args.max_new_tokens if args.answer_logprobs else None
+    reader = PromptReader(prompts, tokenizer, rendering, longest, args.pool_regions, room)
     folder = Path(args.model_name)
     settings = {
         "schema_version": SCHEMA_VERSION,
@@ -149,7 +154,7 @@ def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
         "system_prompt": args.system_prompt,
         "chat_template_text": template_text(tokenizer, args.system_prompt) if chat else None,
         "task_regex": args.task_regex,
-        "generation": {name: getattr(args, name) for name in GENERATION_FLAGS},
+        "generation": {name: getattr(args, name) for name in (*GENERATION_FLAGS, *LOGPROB_FLAGS)},
         "capture": {name: getattr(args, name) for name in CAPTURE_FLAGS},
     }
 
@@ -262,7 +267,7 @@ def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: Pro
     first = next(job for job in jobs if job.style.texts)
     lengths = first.style.lengths
     other = next((p for p, length in enumerate(lengths) if length != lengths[0]), 0)
-    longest = max(max(job.style.lengths, default=0) for job in jobs) + args.max_new_tokens
+    longest = max(max(job.style.lengths, default=0) for job in jobs) + longest_continuation(args, jobs)
     uneven = positions_follow_the_longest_row(model.config, longest)
     rows = "alone" if args.batch_size == "1" else "equal" if uneven else "padded"
     # A padded prompt has its padding between a shared prefix and its own tokens, so a window would reach less far.
@@ -275,6 +280,11 @@ def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: Pro
         how = "only prompts of equal length share a batch" if found.rows == "equal" else "prompts are run one by one"
         log.info(f"in a padded batch this model's numbers would be others: {how}")
     return found
+
+
+def longest_continuation(args: argparse.Namespace, jobs: list[StyleJob]) -> int:
+    """Most tokens that are generated or scored after a prompt."""
+    return max(args.max_new_tokens, *(job.style.longest_answer for job in jobs))
 
 
 def environment(args: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -367,7 +377,8 @@ def run_jobs(
     ends = end_tokens(model, reader.tokenizer)
     options = GenerationOptions(**{name: getattr(args, name) for name in GENERATION_FLAGS}, eos_token_ids=ends)
     batch_size = "1" if batching.rows == "alone" else args.batch_size
-    rows = {"samples": args.num_samples, "new_tokens": args.max_new_tokens, "equal_lengths": batching.rows == "equal"}
+    rows = {"samples": args.num_samples, "new_tokens": longest_continuation(args, jobs)}
+    rows["equal_lengths"] = batching.rows == "equal"
     limit = batch_limit(batch_size, model, jobs[0].cost, **rows)
     with ExitStack() as stack:
         writer = stack.enter_context(closing(FileWriter()))
@@ -375,7 +386,7 @@ def run_jobs(
         generator = Generator(model, reader.tokenizer, recorder, options, limit)
         stack.enter_context(stopped_by_signals(generator.stop))
         clean = next((job for job in jobs if job.style.style == reader.file.clean_key), None)
-        forced = normal_responses(clean, reader, generator) if args.response_logprobs and clean else None
+        normal = NormalForm(clean, reader, generator) if args.response_logprobs and clean else None
         generator.set_prefix(reader.shared_prefix() if batching.prefix else [])
         prefix = len(generator.prefix.ids) if generator.prefix else 0
         lengths = [job.style.lengths[p] - prefix for job in jobs for one in job.files for p in one if p not in job.kept]
@@ -384,7 +395,7 @@ def run_jobs(
         for job in jobs:
             progress.style = job.style.style
             generator.limit = limit.half() if is_again(job.style.style) else limit
-            run_style(job, reader, generator, writer, forced if job is not clean else None)
+            run_style(job, reader, generator, writer, normal if job is not clean else None, args.cross_logprobs)
             if generator.stop.is_set():
                 break
     log.debug(f"read {generator.prefill_tokens:,} tokens for prompts of {generator.prompt_tokens:,} tokens in all")
@@ -398,15 +409,22 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i in (ends if isinstance(ends, list) else [ends]) if i is not None)
 
 
-# For positions of a job: the token ids of the clean prompt's response.
-Forced = Callable[[StyleJob, list[int]], dict[int, list[int]]]
 Rows = dict[int, tuple[dict[str, Any], Result]]  # finished prompts by their position
 
 
 def run_style(
-    job: StyleJob, reader: PromptReader, generator: Generator, writer: FileWriter, forced: Forced | None
+    job: StyleJob,
+    reader: PromptReader,
+    generator: Generator,
+    writer: FileWriter,
+    normal: NormalForm | None,
+    cross: bool,
 ) -> None:
-    """Run what is missing of one style and hand its files to the writer, each when its last prompt is done."""
+    """Run what is missing of one style and hand its files to the writer, each when its last prompt is done.
+
+    normal: the clean form, if its responses are to be scored after this style's prompts; cross: and this style's
+    responses after the clean form's prompts.
+    """
     position_of = {job.style.texts[p][0]: p for positions in job.files for p in positions}
     file_of = {p: positions for positions in job.files for p in positions}
     missing = {positions: len(set(positions) - job.kept) for positions in job.files}
@@ -421,8 +439,21 @@ def run_style(
             positions = [p for positions in files for p in positions if p not in job.kept]
             # The clean form again meets other neighbours: the shortest first.
             positions.sort(key=lambda p: -job.style.lengths[p], reverse=is_again(job.style.style))
-            responses = forced(job, positions) if forced else {}
+            responses = normal.responses(job, positions) if normal else {}
             yield [reader.prompt(job.style, p, responses.get(p)) for p in positions]
+
+    def finish(positions: range, rows: Rows) -> None:
+        if normal and cross:
+            for result in normal.scored(
+                {row["original_index"]: row["response_ids"].tolist() for row, _ in rows.values()}
+            ):
+                position = position_of[result.prompt.key]
+                if result.error is None:
+                    rows[position][0]["response_logprob_under_normal"] = result.forced_logprobs["style"][0]
+                else:
+                    failed[result.prompt.key] = (reader.file.element_index(result.prompt.key), result.error)
+                    del rows[position]
+        write_file(job, positions, rows, reader, writer)
 
     generator.set_regions(job.style.names, job.style.pooled)
     for result in generator.run(windows()):
@@ -430,16 +461,18 @@ def run_style(
         positions = file_of[position_of[key]]
         tried.append(key)
         if result.error is None:
-            row = result_row(result, job.style.texts[position_of[key]][1], reader, generator, forced is not None)
+            row = result_row(result, job.style.texts[position_of[key]][1], reader, generator, normal is not None)
+            if normal and cross:
+                row["response_logprob_under_normal"] = math.nan  # the row may have no clean form
             done[positions][position_of[key]] = row, result
         else:
             failed[key] = (reader.file.element_index(key), result.error)
         generator.progress.finished([response.finish_reason for response in result.responses])
         missing[positions] -= 1
         if not missing[positions]:
-            write_file(job, positions, done.pop(positions), reader, writer)
+            finish(positions, done.pop(positions))
     for positions, rows in done.items():  # only after a stop: what there is of unfinished files
-        write_file(job, positions, rows, reader, writer)
+        finish(positions, rows)
     record_failures(job.folder, job.style.style, tried, failed)
 
 
@@ -484,8 +517,11 @@ def result_row(
         row["response_ids"] = torch.tensor(first.ids, dtype=torch.long)
         row["response_logprobs"] = torch.tensor(first.logprobs)
         if has_normal:  # NaN if this row has no normal response
-            row["normal_response_logprob"] = float("nan") if result.forced_logprob is None else result.forced_logprob
-            row["normal_response_token_count"] = len(result.prompt.forced_ids or ())
+            row["normal_response_logprob"] = next(iter(result.forced_logprobs["normal"]), math.nan)
+            row["normal_response_token_count"] = sum(map(len, result.prompt.forced["normal"]))
+    if reader.answer_room is not None:
+        row["answer_logprobs"] = torch.tensor(result.forced_logprobs["answers"])
+        row["answer_token_counts"] = torch.tensor([*map(len, result.prompt.forced["answers"])], dtype=torch.long)
     return row
 
 
@@ -498,27 +534,40 @@ def whole_text(tokenizer: Any, ids: list[int], response: Response) -> str:
     return text
 
 
-def normal_responses(normal: StyleJob, reader: PromptReader, generator: Generator) -> Forced:
-    """For rows of a style: the token ids of the clean prompt's response, read from disk, else generated."""
-    position_of = {index: p for p, (index, _) in enumerate(normal.style.texts)}
+class NormalForm:
+    """The clean form: its responses, for other styles' prompts, and the responses to them after its own prompts."""
 
-    def look_up(job: StyleJob, positions: list[int]) -> dict[int, list[int]]:
-        wanted = {job.style.texts[p][0]: p for p in positions if job.style.texts[p][0] in position_of}
+    def __init__(self, job: StyleJob, reader: PromptReader, generator: Generator):
+        self.job, self.reader, self.generator = job, reader, generator
+        self._position_of = {index: p for p, (index, _) in enumerate(job.style.texts)}
+
+    def responses(self, job: StyleJob, positions: list[int]) -> dict[int, list[int]]:
+        """Token ids of the clean form's responses by positions of another style; read from disk, else generated."""
+        wanted = {job.style.texts[p][0]: p for p in positions if job.style.texts[p][0] in self._position_of}
         known: dict[int, list[int]] = {}
-        for file in normal.layout:
-            if not normal.path(file).is_file() or not wanted.keys() & {normal.style.texts[p][0] for p in file}:
+        for file in self.job.layout:
+            rows = {self.job.style.texts[p][0] for p in file}
+            if not self.job.path(file).is_file() or not wanted.keys() & rows:
                 continue
             with suppress(UserError):  # of a damaged file; its responses are generated below
-                content = load_pt(normal.path(file))
+                content = load_pt(self.job.path(file))
                 ids_of = zip(content["original_indices"], content["response_ids"], strict=True)
                 known |= {index: ids[ids >= 0].tolist() for index, ids in ids_of if index in wanted}
-        missing = [reader.prompt(normal.style, position_of[index]) for index in wanted if index not in known]
-        if missing:
-            results = generator.twin(normal.style.names, normal.style.pooled).run([missing])
+        if missing := [self._prompt(index, {}) for index in wanted if index not in known]:
+            results = self.generator.twin(self.job.style.names, self.job.style.pooled).run([missing])
             known |= {result.prompt.key: result.responses[0].ids for result in results if not result.error}
         return {wanted[index]: ids for index, ids in known.items()}
 
-    return look_up
+    def scored(self, responses: dict[int, list[int]]) -> Iterator[Result]:
+        """Log-probabilities (`forced_logprobs["style"]`) of responses [token ids], by row, after the clean prompts."""
+        rows = sorted(responses.keys() & self._position_of, key=lambda index: -self._length(index))
+        return self.generator.scorer().run([[self._prompt(index, {"style": [responses[index]]}) for index in rows]])
+
+    def _length(self, index: int) -> int:
+        return self.job.style.lengths[self._position_of[index]]
+
+    def _prompt(self, index: int, forced: dict[str, list[list[int]]]) -> Prompt:
+        return replace(self.reader.prompt(self.job.style, self._position_of[index]), forced=forced)
 
 
 # --- end

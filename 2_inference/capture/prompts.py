@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from command_line import UserError
+from gold_words import answer_texts
 from load_json import PromptFile, read_text
 from style_names import controlled_style, matched_style, source_style
 from token_spans import (
@@ -24,6 +26,7 @@ from token_spans import (
     region_mask,
     region_names,
     render_prompt,
+    space_before_answer,
 )
 
 from capture.decode import Prompt
@@ -54,6 +57,7 @@ class StylePrompts:
     pooled: list[str]
     texts: list[tuple[int, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    longest_answer: int = 0  # tokens, if answers are scored
     failures: dict[int, tuple[int | str, str]] = field(default_factory=dict)
     unmatched: int = 0  # of a control: prompts that are not in it, for they cannot have as many tokens as the style's
     controls: dict[int, dict[str, bool]] = field(default_factory=dict)  # by row: see `_ReadPrompt`
@@ -72,13 +76,23 @@ class _ReadPrompt:
 
 
 class PromptReader:
-    """Reads the prompts of a file's styles for one tokenizer; holds lengths, makes tokens and regions when asked."""
+    """Reads the prompts of a file's styles for one tokenizer; holds lengths, makes tokens and regions when asked.
+
+    answer_room: tokens after `max_length` that an accepted answer may fill; None: answers are not scored.
+    """
 
     def __init__(
-        self, prompts: PromptFile, tokenizer: Any, rendering: Rendering, max_length: int, pool: list[str] | None
+        self,
+        prompts: PromptFile,
+        tokenizer: Any,
+        rendering: Rendering,
+        max_length: int,
+        pool: list[str] | None,
+        answer_room: int | None = None,
     ):
         self.file, self.tokenizer, self.rendering = prompts, tokenizer, rendering
-        self.max_length, self.pool = max_length, pool
+        self.max_length, self.pool, self.answer_room = max_length, pool, answer_room
+        self._answers: dict[tuple[int, bool], list[list[int]]] = {}
         self._cutter, self._sentences = WordCutter(tokenizer), NeutralSentences(tokenizer)
         self._control = control_tokens(tokenizer)
         self._common: list[int] | None = None
@@ -107,9 +121,11 @@ class PromptReader:
                 if read is None:
                     found.unmatched += 1
                     continue
-                if not 0 < len(read.ids) <= self.max_length:
-                    room = f"this model and --max_new_tokens leave room for {self.max_length}"
-                    raise UserError(f"has {len(read.ids)} tokens; {room}")
+                answer = max(map(len, self._answer_ids(index, read)), default=0)
+                most = self.max_length - max(0, answer - (self.answer_room or 0))
+                if not 0 < len(read.ids) <= most:
+                    room = f"this model and {'--max_new_tokens' if most == self.max_length else 'the answer'}"
+                    raise UserError(f"has {len(read.ids)} tokens; {room} leave room for {most}")
             except UserError as error:
                 found.failures[index] = (self._element(index), str(error))
                 continue
@@ -117,6 +133,7 @@ class PromptReader:
                 found.controls[index] = read.controls
             found.texts.append((index, read.shown))
             found.lengths.append(len(read.ids))
+            found.longest_answer = max(found.longest_answer, answer)
             # Tokens before the first one that touches the prompt's own text may be shared with other prompts.
             start, ids = read.rendered.own[0], read.ids
             own = next((t for t, (a, b) in enumerate(read.offsets) if b > max(a, start)), len(ids))
@@ -130,12 +147,52 @@ class PromptReader:
         common = self._common or []
         return common if len(common) >= SHORTEST_PREFIX else []
 
-    def prompt(self, style: StylePrompts, position: int, forced_ids: list[int] | None = None) -> Prompt:
-        """The prompt at a position of a style's list, with its tokens and regions."""
+    def prompt(self, style: StylePrompts, position: int, normal_ids: list[int] | None = None) -> Prompt:
+        """The prompt at a position of a style's list, with its tokens and regions.
+
+        What is forced after it: `answers`, the row's accepted answers, and `normal`, the clean form's response.
+        """
         index, _ = style.texts[position]
         read = self._read(style.style, index)
         assert read is not None  # it is in the list
-        return Prompt(index, read.ids, self._mask(read, style.style, index, style.names), forced_ids)
+        forced = {"answers": self._answer_ids(index, read), "normal": [] if normal_ids is None else [normal_ids]}
+        return Prompt(index, read.ids, self._mask(read, style.style, index, style.names), forced)
+
+    def _answer_ids(self, index: int, read: _ReadPrompt) -> list[list[int]]:
+        """Token ids of a row's accepted answers as they continue its prompt; [] if answers are not scored.
+
+        They are those that continue the clean form, so that all styles of a row have the same. Only if one of the two
+        texts ends in white space and the other does not, they are those that continue this prompt.
+        """
+        if self.answer_room is None:
+            return []
+        how, row, base = self.rendering, self.file.rows[index], read.rendered
+        clean, ends_open = row.get(self.file.clean_key), base.text[-1:].isspace()
+        if (index, ends_open) in self._answers:
+            return self._answers[index, ends_open]
+        with suppress(UserError):
+            if isinstance(clean, str) and clean.strip():
+                other = render_prompt(self.tokenizer, clean, how.few_shot, how.apply_chat_template, how.system_prompt)
+                base = other if other.text[-1:].isspace() == ends_open else base
+        found = [ids for text in answer_texts(row.get("answer")) if (ids := self._continuation(base, text))]
+        if base is not read.rendered:
+            self._answers[index, ends_open] = found
+        return found
+
+    def _continuation(self, rendered: RenderedPrompt, text: str) -> list[int]:
+        """Token ids of a text as the model would write it after a prompt: those that follow the prompt's own ids, if
+        the ids of both together begin with these, else those of the text alone."""
+        if rendered.has_special_tokens:
+            space = space_before_answer(self.tokenizer, self.rendering.system_prompt)
+        else:
+            space = "" if rendered.text[-1:].isspace() else " "
+        before = self._tokens(rendered)[0]
+        whole = self._tokens(replace(rendered, text=rendered.text + space + text))[0]
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        # After a line's end, so that no tokenizer puts its mark of a first word there.
+        alone = self.tokenizer("\n" + space + text, add_special_tokens=False, return_offsets_mapping=True)
+        return [one for one, (a, _) in zip(alone["input_ids"], alone["offset_mapping"], strict=True) if a > 0]
 
     def _read(self, style: str, index: int) -> _ReadPrompt | None:
         """A row's prompt in a style, rendered and tokenised; None if a control does not have it."""
@@ -200,19 +257,8 @@ class PromptReader:
         # with two BOS.
         how = self.rendering
         rendered = render_prompt(self.tokenizer, text, how.few_shot, how.apply_chat_template, how.system_prompt)
-        encoded = self.tokenizer(
-            rendered.text,
-            add_special_tokens=not rendered.has_special_tokens,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            truncation=False,
-        )
-        read = _ReadPrompt(rendered, encoded["input_ids"], encoded["offset_mapping"], text, text)
-        # 2. An end-of-text token that the tokenizer puts after a prompt would end it before the answer.
-        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
-        while len(read.ids) > 1 and encoded["special_tokens_mask"][len(read.ids) - 1] and read.ids[-1] in ends:
-            del read.ids[-1], read.offsets[-1]
-        # 3. Control tokens that the user typed.
+        read = _ReadPrompt(rendered, *self._tokens(rendered), text, text)
+        # 2. Control tokens that the user typed.
         start, end = rendered.own
         for at in range(len(read.ids) - 1, -1, -1):
             number, (a, b) = read.ids[at], read.offsets[at]
@@ -227,6 +273,22 @@ class PromptReader:
             if as_text:
                 read.ids[at : at + 1], read.offsets[at : at + 1] = map(list, zip(*pieces, strict=True))
         return read
+
+    def _tokens(self, rendered: RenderedPrompt) -> tuple[list[int], list[Span]]:
+        """Token ids and their characters. Without an end-of-text token that the tokenizer puts after a prompt: it would
+        end it before the answer."""
+        encoded = self.tokenizer(
+            rendered.text,
+            add_special_tokens=not rendered.has_special_tokens,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            truncation=False,
+        )
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+        while len(ids) > 1 and encoded["special_tokens_mask"][len(ids) - 1] and ids[-1] in ends:
+            del ids[-1], offsets[-1]
+        return ids, offsets
 
     def _element(self, index: int) -> int | str:
         try:

@@ -60,6 +60,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=int, default=0, help="random numbers depend on it, the row, the sample, the step")
     flag("--stop_strings", nargs="+", default=[], help=r"a response ends before these (\n: line end)")
     flag("--response_logprobs", action="store_true", help="log-probabilities of the responses' tokens")
+    flag("--answer_logprobs", action="store_true", help="log-probabilities of the row's accepted answers")
+    crossed = "as --response_logprobs, and of each style's response after the clean form's prompt"
+    flag("--cross_logprobs", action="store_true", help=crossed)
 
     flag = parser.add_argument_group("capture").add_argument
     raw = "layers kept raw, counted as in hidden_states (0: embeddings): numbers, ranges (0-5), -1 (the last), all, or "
@@ -96,6 +99,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--batch_size {args.batch_size}: give a number or auto")
     if not 0 < args.top_p <= 1 or args.repetition_penalty <= 0:
         raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
+    args.response_logprobs = args.response_logprobs or args.cross_logprobs
     args.stop_strings = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop_strings]
     if "" in args.stop_strings:
         raise UserError("--stop_strings: an empty string would end every response at once; leave it out")
