@@ -522,3 +522,42 @@ def test_the_interval_of_the_share_is_where_the_test_finds_nothing():
         assert clustered_mean(part - end * whole, clusters).p == pytest.approx(0.05)
     assert np.isnan(share_interval(part, whole - whole.mean(), clusters)).all()
     assert np.isnan(share_interval(0.5 * whole, whole, clusters)).all()
+
+
+def test_the_log_probability_of_the_likeliest_answer_reaches_every_table(tmp_path):
+    """Planted: the control takes 1 nat of it, the letters 3 more; row 5 has no accepted answer in its files."""
+    rows = with_controls(facts(24, templates=8), "swap", cut)
+    taken = {"normal": 0.0, "swap": 4.0, "split@swap": 1.0}
+
+    def change(row, style, index):
+        sums = torch.tensor([-9.0, -3.0 - index / 8, -4.0]) - taken[style] * (1 + index / 100)
+        row["answer_logprobs"], row["answer_token_counts"] = sums, torch.tensor([1, 2, 4])
+        if index == 5:
+            row["answer_logprobs"], row["answer_token_counts"] = sums[:0], torch.zeros(0, dtype=torch.long)
+
+    run = write_run(tmp_path / "run", rows, change=change)
+    assert match_answers.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    items = read_csv(tmp_path / "answers_items.csv").set_index(["style", "original_index"])
+    for style, index in (("normal", 0), ("swap", 3), ("swap", 20)):
+        taken_here = taken[style] * (1 + index / 100)
+        line = items.loc[(style, index)]
+        assert line["answer_logprob"] == pytest.approx(max(-3.0 - index / 8, -4.0) - taken_here, abs=1e-5)
+        per_token = max((-3.0 - index / 8 - taken_here) / 2, (-4.0 - taken_here) / 4)
+        assert line["answer_logprob_per_token"] == pytest.approx(per_token, abs=1e-5)
+    assert items.loc[("swap", 5), ["answer_logprob", "answer_logprob_per_token"]].isna().all()
+
+    kept = [index for index in range(24) if index != 5]
+    shift = np.array([1 + index / 100 for index in kept])
+    line = read_csv(tmp_path / "decomposition.csv").set_index("measure").loc["answer_logprob"]
+    assert line["n"] == 23
+    assert line[["total", "fragmentation", "spelling"]].tolist() == pytest.approx(
+        [-f * shift.mean() for f in (4, 1, 3)]
+    )
+    assert line["fragmentation_share"] == pytest.approx(0.25)
+    summary = read_csv(tmp_path / "answers_summary.csv").set_index("style").loc["swap"]
+    expected = paired_difference(-4 * shift, np.zeros(23), np.array(kept) % 8)
+    names = ["difference", "difference_ci_low", "difference_ci_high", "p"]
+    found = summary[[f"answer_logprob_{name}" for name in names]].tolist()
+    assert found == pytest.approx([expected.mean, expected.ci_low, expected.ci_high, expected.p])
+    assert summary["answer_logprob_p_adjusted"] >= summary["answer_logprob_p"]
+    assert summary["answer_logprob_mean"] == pytest.approx(items.loc["swap"]["answer_logprob"].mean())

@@ -77,7 +77,8 @@ def summarise(items: pd.DataFrame, baseline: str, detectable: pd.DataFrame | Non
 
     p and the difference's interval are the clustered t test's. p_mcnemar is the exact McNemar test, which takes rows
     as independent (NaN where a prompt has several samples); p_permutation flips whole templates. *_adjusted is Holm's
-    over the styles. ci_low_clustered, ci_high_clustered: Wilson on the effective sample size.
+    over the styles. ci_low_clustered, ci_high_clustered: Wilson on the effective sample size. answer_logprob_*, if the
+    items have it: its mean, and its paired difference with the same test.
     """
     table = _summary(items, baseline)
     scores = row_scores(items)
@@ -89,6 +90,11 @@ def summarise(items: pd.DataFrame, baseline: str, detectable: pd.DataFrame | Non
     after = list(table.columns).index("minimum_detectable_difference") + 1
     table.insert(after, "minimum_detectable_difference_adjusted", table["style"].map(limits))
     table["p_mcnemar_adjusted"] = holm(of_styles(table, "p_mcnemar"))
+    if "answer_logprob" in items:
+        logprobs = paired_summary(items, "answer_logprob", cluster="template", baseline=baseline).set_index("style")
+        columns = ["estimate", "difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"]
+        added = logprobs[columns].rename(columns={"estimate": "mean"}).add_prefix("answer_logprob_")
+        table = table.join(added, on="style")
     return table
 
 

@@ -28,25 +28,26 @@ from style_rows import StyleRows, control_of, paired_rows
 
 PARTS = ("total", "fragmentation", "spelling")
 OF_TONE = {"fragmentation": "length", "spelling": "tone"}
+ANSWER_MEASURES = {"accuracy": "correct", "answer_logprob": "answer_logprob"}  # and their column of the items
 LOGITS = ("topk_vals", "topk_indices", "logsumexp")
 
 
 def write_decomposition(run: Run, items: pd.DataFrame, clean_style: str, folder: Path) -> None:
-    """Write decomposition.csv, of accuracy and of the next token's KL, if the run has a control; log accuracy's."""
+    """Write decomposition.csv if the run has a control; log the lines of the answers."""
     table = decompose(run, items, clean_style)
     path = folder / "decomposition.csv"
     if table.empty:
         path.unlink(missing_ok=True)  # of a run with a control
         return
     write_csv(path, table)
-    for line in table[table["measure"] == "accuracy"].itertuples():
+    for line in table[table["measure"].isin(ANSWER_MEASURES)].itertuples():
         texts = [with_interval(line, part, "+.3f") for part in PARTS]
         if not math.isnan(line.fragmentation_share):
             texts.append(with_interval(line, "fragmentation_share", ".2f"))
         text = ", ".join(texts)
         for part, name in OF_TONE.items() if neutral_style(line.control) else ():
             text = text.replace(part, name)
-        get_logger().info(f"{line.style}: {text}, n = {line.n}")
+        get_logger().info(f"{line.style}, {line.measure}: {text}, n = {line.n}")
 
 
 def with_interval(line: Any, name: str, digits: str) -> str:
@@ -59,13 +60,15 @@ def with_interval(line: Any, name: str, digits: str) -> str:
 def decompose(run: Run, items: pd.DataFrame, clean_style: str) -> pd.DataFrame:
     """decomposition.csv: one line per measure and style with a control; p values adjusted over the styles (Holm).
 
-    items: scored answers. Measures: accuracy; next_token_kl, the KL divergence from the clean form's next token, if
-    the files have its logits.
+    items: scored answers. Measures: accuracy; answer_logprob, the log probability of the likeliest accepted answer, if
+    the items have it; next_token_kl, the KL divergence from the clean form's next token, if the files have its logits.
     """
-    scores = row_scores(items)
     known = {style: str(control_of(run, style)) for style in dict.fromkeys(items["style"])}
     pairs = [(style, control) for style, control in known.items() if controlled_style(control)]
-    lines = [_accuracy_line(scores, *pair, clean_style) for pair in pairs]
+    lines = []
+    for measure in [measure for measure, column in ANSWER_MEASURES.items() if column in items]:
+        scores = row_scores(items.assign(correct=items[ANSWER_MEASURES[measure]]))
+        lines += [_answer_line(measure, scores, *pair, clean_style) for pair in pairs]
     lines += [_kl_line(run, *pair, clean_style) for pair in pairs]
     table = pd.DataFrame([line for line in lines if line is not None and line["n"]])
     if table.empty:
@@ -81,10 +84,12 @@ def with_holm(table: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _accuracy_line(scores: pd.DataFrame, style: str, control: str, clean_style: str) -> dict[str, Any] | None:
+def _answer_line(
+    measure: str, scores: pd.DataFrame, style: str, control: str, clean_style: str
+) -> dict[str, Any] | None:
     if (found := scores_of_forms(scores, (clean_style, control, style))) is None:
         return None
-    return decomposition_line("accuracy", style, control, *found)
+    return decomposition_line(measure, style, control, *found)
 
 
 def scores_of_forms(scores: pd.DataFrame, forms: tuple[str, str, str]) -> tuple[np.ndarray, pd.Series, int] | None:

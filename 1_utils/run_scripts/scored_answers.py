@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from accuracy_plots import plot_accuracy, plot_edits, plot_flips
 from accuracy_tables import accuracy_by_edits, break_down, detectable_differences, find_flips, summarise
@@ -102,7 +103,7 @@ def score_items(
     clean_tokens: dict[int, int | None] = {}
     for style in run.chosen(styles):
         is_clean = style == run.clean_style
-        for prediction, tokens, cut_off in _responses(run, style):
+        for prediction, tokens, cut_off, logprobs in _responses(run, style):
             index, row = prediction.original_index, run.row(prediction.original_index)
             if index not in clean_prompts:
                 clean_prompts[index] = clean_prompt(run, index) or (prediction.prompt if is_clean else None)
@@ -126,6 +127,7 @@ def score_items(
                     "edits": None if is_clean or edits is None else _edits_label(edits[style, index]),
                     "token_change": None if is_clean else _change_label(tokens, clean_tokens.get(index)),
                     **scored,
+                    **logprobs,
                     "identical": same,
                     "cut_off": cut_off,
                     "prompt": prediction.prompt,
@@ -135,17 +137,32 @@ def score_items(
     return pd.DataFrame(lines)
 
 
-def _responses(run: Run, style: str) -> Iterator[tuple[Prediction, int | None, bool | None]]:
-    """(prediction, prompt tokens, cut off at the token limit?) of every response of a style."""
+def _responses(run: Run, style: str) -> Iterator[tuple[Prediction, int | None, bool | None, dict[str, float]]]:
+    """(prediction, prompt tokens, cut off at the token limit?, see `answer_logprobs`) of every response of a style."""
     for _, content in run.batches(style):
         mask = content.get("attention_mask")
         places = {index: place for place, index in enumerate(content["original_indices"])}
         tokens = [None] * len(places) if mask is None else mask.sum(dim=1).tolist()
         reasons = content.get("finish_reasons")
+        logprobs = answer_logprobs(content)
         for prediction in predictions_of(content, style, run):
             place = places[prediction.original_index]
             reason = reasons[place] if reasons and prediction.sample == 0 else None  # kept for the first sample
-            yield prediction, tokens[place], None if reason is None else reason == "length"
+            cut_off = None if reason is None else reason == "length"
+            yield prediction, tokens[place], cut_off, {name: values[place] for name, values in logprobs.items()}
+
+
+def answer_logprobs(content: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Of each row of a .pt file [B], NaN without an accepted answer; {} if the run has no --answer_logprobs.
+
+    answer_logprob             log probability of the likeliest accepted answer
+    answer_logprob_per_token   the largest mean over an accepted answer's tokens
+    """
+    if "answer_logprobs" not in content:
+        return {}
+    sums, counts = content["answer_logprobs"].double().numpy(), content["answer_token_counts"].numpy()
+    values = {"answer_logprob": sums, "answer_logprob_per_token": sums / np.maximum(counts, 1)}
+    return {name: np.fmax.reduce(several, axis=1, initial=np.nan) for name, several in values.items()}
 
 
 def _edit_counts(run: Run, edits_csv: str | Path | None) -> Counter[tuple[str, int]] | None:
