@@ -73,7 +73,7 @@ def repair_by_spelling(rows: Sequence[Any], styles: Sequence[str], language: str
     return rows_out
 
 
-def correct_words(text: str, kept: Sequence[Span], correct: Callable[[str], str]) -> str:
+def correct_words(text: str, kept: list[Span], correct: Callable[[str], str]) -> str:
     """`text` with `correct(word)` in the place of each word outside the spans `kept`.
 
     Single letters and words with a capital after the first letter (NASA, iPhone) stay, as most spell checkers do.
@@ -81,7 +81,7 @@ def correct_words(text: str, kept: Sequence[Span], correct: Callable[[str], str]
 
     def replaced(match: regex.Match[str]) -> str:
         word = match[0]
-        plain = len(word) > 1 and word[1:] == word[1:].lower() and not touches(list(kept), *match.span())
+        plain = len(word) > 1 and word[1:] == word[1:].lower() and not touches(kept, *match.span())
         return correct(word) if plain else word
 
     return _WORD.sub(replaced, text)
