@@ -162,7 +162,7 @@ def _line(
     limits: tuple[float, float] = (0, 1),
 ) -> dict[str, Any]:
     """A line of the table; `limits` are those of the measure, which its interval does not cross."""
-    low, high = np.clip(interval, *limits) if shared["n_clusters"] > 1 else (math.nan, math.nan)
+    low, high = np.clip(interval, *limits) + 0.0 if shared["n_clusters"] > 1 else (math.nan, math.nan)
     return {"style": ALL, "measure": measure, "estimate": estimate, "ci_low": low, "ci_high": high} | shared
 
 
