@@ -291,7 +291,8 @@ _SYMBOLIC = re.compile(
 )
 _NO_NUMBER = re.compile(
     r"[\s*_:$\"'\[{]{0,9}(?:none|undefined|impossible|unknown|infinit[ey]|infinity|indeterminate|DNE"
-    r"|no\b(?! more| less)|yes\b|cannot|can't|[负零〇一二两三四五六七八九十百千万亿])(?![^.\n]{0,60}\d)",
+    r"|no\b(?! more| less)|yes\b|cannot|can't"
+    r"|[负零〇一二两三四五六七八九十百千万亿壹贰叁肆伍陆柒捌玖拾佰仟])(?![^.\n]{0,60}\d)",
     re.IGNORECASE,
 )
 _VARIABLE = re.compile(r"\d[a-z]\b ?[-+*/=]")
