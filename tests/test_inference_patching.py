@@ -16,7 +16,8 @@ import torch
 from capture import patch_job
 from capture.patch_job import groups_of
 from capture.patch_measures import MEASURES, measures
-from capture.patching import SITES, Pair, Patch, Patcher
+from capture.patch_screen import attribution, ranked
+from capture.patching import SITES, Pair, Patch, Patcher, States
 from command_line import UserError
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -27,7 +28,7 @@ DONOR = [9, 30, 41, 52, 163, 174, 85, 96, 207, 118, 129, 140]
 RESPONSE = [55, 66, 77]
 GROUPS = {
     "edited": [4, 5, 8],
-    "edited_last": [8],
+    "edited_last": [8],  # of the last word alone
     "after": [6, 7, 9, 10],
     "readout": [11],
     "before": [2, 3],
@@ -212,10 +213,31 @@ def test_a_head_that_alone_carries_the_edit_to_the_answer_is_found(patchers):
     logits, _ = patched(patcher, PAIR, [(patch,) for patch in cells.values()])
     nats = measures(logits, logits[0], logits[1], RESPONSE)["nats"]
     assert nats[1] > 0.01
+    for steps in (1, 4):
+        assert ranked(attribution(patcher, PAIR, ["z"], steps)["z"], (0, 1, 2))[0] == (1, 2)
     restored = dict(zip(cells, (1 - nats[2:] / nats[1]).tolist(), strict=True))
     ones = {("edited", 0), ("edited", 1), ("readout", 2), ("z", 1, 2)}
     assert {cell for cell, share in restored.items() if share > 0.999} == ones
     assert all(abs(share) < 1e-6 for cell, share in restored.items() if cell not in ones)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_attribution_is_the_slope_of_what_a_small_step_towards_the_donor_restores(family, patchers):
+    patcher, sites = patchers(tiny(family, torch.float64)), ["z", "mlp_out", "mlp_post"]
+    found = attribution(patcher, PAIR, sites)
+    alone = replace(PAIR, recipient=DONOR)
+    donor, recipient = (patcher.record(pair, sites)[0] for pair in (alone, PAIR))
+    for name, step in (("forth", 1e-3), ("back", -1e-3)):
+        mixed = {key: torch.lerp(value, donor.values[key], step) for key, value in recipient.values.items()}
+        patcher.stored[name] = States(GROUPS, 12, mixed)
+    units = [(2,), (17,), None]
+    for site, layer, unit in itertools.product(sites, (0, 1, 2), units):
+        if (unit is None) == (site != "mlp_out") or (site == "z" and unit == (17,)):
+            continue
+        logits, _ = patched(patcher, PAIR, [(Patch(site, layer, "all", unit, name),) for name in ("forth", "back")])
+        nats = measures(logits.double(), logits[0], logits[1], RESPONSE, torch.float64)["nats"]
+        told = found[site][layer] if unit is None else found[site][layer, unit[0]]
+        assert float(nats[3] - nats[2]) / 2e-3 == pytest.approx(float(told), rel=1e-2, abs=1e-4)
 
 
 def test_measures_are_their_formulas():
@@ -285,7 +307,7 @@ def test_a_donor_of_another_length_gives_the_states_of_single_tokens(patchers):
 def test_groups_share_out_the_tokens_from_the_first_edited_one_on():
     groups = groups_of([False, False, True, True, False, True, False, False])
     assert groups["edited"] == [2, 3, 5]
-    assert groups["edited_last"] == [5]
+    assert groups["edited_last"] == [3, 5]
     assert groups["after"] == [4, 6]
     assert groups["readout"] == [7]
     assert groups["all"] == [2, 3, 4, 5, 6, 7]
@@ -418,3 +440,42 @@ def test_what_cannot_be_patched_is_told_in_one_line(whole, tmp_path, flags, mess
 def test_a_mixture_of_experts_has_no_neurons(patchers):
     with pytest.raises(UserError, match="no single MLP"):
         patchers(tiny("mixtral")).hook(["mlp_post"])
+
+
+def test_a_screen_patches_the_best_units_alone_and_in_sets_beside_random_ones(whole, tmp_path):
+    table = tmp_path / "units.csv"
+    table.write_text("style,layer,neuron,set\nswap,0,3,mine\nswap,2,7,mine\ntwo,1,1,mine\n", encoding="utf-8")
+    flags = ["--screen", "attribution", "--top_k", "2", "--sites", "z", "mlp_out", "mlp_post", "--positions", "edited"]
+    words = command(whole, tmp_path / "run", *flags, "--units_csv", str(table))
+    assert patch_activations.main(words) == 0
+    content = files_of(tmp_path / "run")["patches_00000_00004.pt"]
+    shapes = {site: tuple(scores.shape) for site, scores in content["attribution"].items()}
+    assert shapes == {"z": (4, 3, 4), "mlp_out": (4, 3), "mlp_post": (4, 3, 48)}
+    cells = list(
+        zip(content["sites"], content["sets"], content["layers"].tolist(), content["heads"].tolist(), strict=True)
+    )
+    assert sum(site == "z" and head >= 0 for site, _, _, head in cells) == 2
+    assert sum(site == "mlp_post" and head >= 0 for site, _, _, head in cells) == 2
+    names = {(site, name) for site, name, _, _ in cells}
+    assert names >= {("z", f"attribution_top_{k}") for k in (1, 2, 5, 10, 12)} | {("mlp_post", "mine")}
+    assert names >= {("mlp_post", f"mine_random_{n}") for n in (1, 2, 3)}
+    chosen = json.loads((tmp_path / "run/swap/patches.json").read_text())["chosen"]
+    best = chosen["z"][0]
+    single, top = (next(k for k, cell in enumerate(cells) if cell in wanted) for wanted in (
+        [("z", "", *best)], [("z", "attribution_top_1", best[0], -1)]))  # fmt: skip
+    torch.testing.assert_close(content["nats"][:, single], content["nats"][:, top], rtol=1e-4, atol=1e-5)
+    whole_set = cells.index(("z", "attribution_top_12", -1, -1))
+    assert torch.equal(content["nats"][:, whole_set], content["nats"][:, cells.index(("z", "all z", -1, -1))])
+    assert {True, False} >= {*content["choosing"]}
+
+
+@pytest.mark.parametrize("ablate", ["zero", "mean"])
+def test_a_set_may_be_ablated_instead_of_patched(whole, tmp_path, ablate):
+    table = tmp_path / "units.csv"
+    table.write_text("layer,head\n1,2\n", encoding="utf-8")
+    words = command(whole, tmp_path / "run", "--sites", "resid_pre", "--units_csv", str(table), "--ablate", ablate)
+    assert patch_activations.main(words) == 0
+    content = files_of(tmp_path / "run")["patches_00000_00004.pt"]
+    place = content["sets"].index("csv")
+    assert content["donors"][place] == ablate
+    assert (content["nats"][:, place] != content["recipient_nats"][:, place]).all()

@@ -8,8 +8,9 @@ depend on how often a run was stopped.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -38,7 +39,8 @@ from tqdm import tqdm
 from capture.batching import FREE_SHARE, attention_layers, free_memory
 from capture.decode import OutOfMemory, Prompt, memory_errors
 from capture.job import EXIT_STOPPED, end_tokens, stopped_by_signals
-from capture.patch_measures import HEAD_SITES, MEASURES, Cell, all_cells, measures, prove
+from capture.patch_measures import HEAD_SITES, MEASURES, Cell, all_cells, in_order, measures, prove
+from capture.patch_screen import SIZES, Unit, UnitSet, attribution, best_sets, csv_sets, is_choosing, ranked
 from capture.patching import LIVE, Pair, Patch, Patcher, States
 from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt
 from capture.recorder import cannot_capture, chosen_layers
@@ -48,7 +50,10 @@ CPU_ROWS, GPU_ROWS = 32, 128  # patched rows in a batch; on a CPU more are slowe
 FAILURES = "patches_failures.csv"
 WHOSE = ("", "recipient_", "donor_")  # a measure of the patched row, of the unpatched one, of the donor
 ALWAYS_0_OR_1 = ("donor_nats", "donor_nats_first", "donor_restored")
-ROW_ID = ("original_index", "element_index")
+ROW_ID = ("original_index", "element_index", "attribution")
+ROWS_FOR_MEANS = 32
+CONTENT_FLAGS = ("source", "directions", "sites", "positions", "layers", "response_tokens", "controls", "seed", "dtype")
+CONTENT_FLAGS += ("screen", "ig_steps", "top_k", "ablate")
 ONE_TOKEN = ("edited_last", "readout")  # what a donor of another length has a counterpart for
 log = get_logger("patch_activations")
 
@@ -64,7 +69,14 @@ class StylePlan:
     rows: dict[int, tuple[int, int]]
     settings: dict[str, Any]
     dropped: int
+    choosing: dict[int, bool]  # by row: whether it is of the half that chooses units
+    sets: list[UnitSet]  # of --units_csv
     files: list[tuple[Path, list[int]]] = field(default_factory=list)
+
+    @property
+    def record(self) -> Path:
+        """patches.json."""
+        return self.folder / f"patches_{tag_of(self.settings['source'])}.json".replace("_.", ".")
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -110,6 +122,10 @@ def open_reader(args: argparse.Namespace, run: Run) -> tuple[Any, PromptReader]:
     args.revision, args.dtype = settings["revision"], args.dtype or settings["dtype"]
     args.stop_strings = settings["generation"]["stop_strings"]
     args.response_tokens = args.response_tokens or settings["generation"]["max_new_tokens"]
+    if args.source != "split" and (args.screen != "none" or args.units_csv):
+        raise UserError(
+            f"--source {args.source}: units are patched for all tokens, which have no counterpart; use split"
+        )
     wrong = [*({*args.positions} - {*ONE_TOKEN}), *({*args.sites} & {*HEAD_SITES, "mlp_post"})]  # these take all tokens
     if args.source != "split" and wrong:
         raise UserError(
@@ -141,7 +157,7 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
     typo = reader.style(style, limit)
     place_of = {index: place for place, (index, _) in enumerate(clean.texts)}
     pairs = {index: (place_of[index], place) for place, (index, _) in enumerate(typo.texts) if index in place_of}
-    rows = {index: pair for index, pair in pairs.items() if _is_edited(reader, clean, typo, style, pair)}
+    rows = {index: pair for index, pair in pairs.items() if _has_counterparts(reader, clean, typo, style, pair)}
     if not rows:
         raise UserError(f"{run.path}: no row of {style} has a counterpart to take states from; try --source normal")
     content = run.load(run.files(style)[0])
@@ -150,15 +166,18 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
         raise UserError(f"{run.path}: this tokenizer reads row {first + 1} of {style} as other tokens than the run did")
 
     # 2. What decides the content of its files.
-    flags = ("source", "directions", "sites", "positions", "layers", "response_tokens", "controls", "seed", "dtype")
-    settings = {name: getattr(args, name) for name in flags}
+    settings = {name: getattr(args, name) for name in CONTENT_FLAGS}
+    sets = csv_sets(args.units_csv, style) if args.units_csv else []
+    settings["sets"] = {one.name: one.units for one in sets}
     settings |= {"model_fingerprint": known["model_fingerprint"], "prompt_sha256": known["prompt_sha256"]}
-    plan = StylePlan(style, run.styles[style], clean, typo, rows, settings, len(typo.texts) - len(rows))
+    choosing = {index: is_choosing(run.template(index), args.seed) for index in rows}
+    dropped = len(typo.texts) - len(rows)
+    plan = StylePlan(style, run.styles[style], clean, typo, rows, settings, dropped, choosing, sets)
     log.info(f"{style}: {len(rows)} rows are one to one with {clean.style}; {plan.dropped} are not and are left out")
     begin_patches(args, plan)
 
     # 3. Its files.
-    tag = "" if args.source == "split" else f"{args.source}_"
+    tag = tag_of(args.source)
     for start in range(0, limit, ROWS_PER_FILE):
         indices = [index for index in rows if start <= index < start + ROWS_PER_FILE]
         path = plan.folder / f"patches_{tag}{start:05d}_{start + ROWS_PER_FILE:05d}.pt"
@@ -169,28 +188,31 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
 
 def begin_patches(args: argparse.Namespace, plan: StylePlan) -> None:
     """Write patches.json beside the files, or find it the same. UserError names what differs."""
-    path = plan.folder / ("patches.json" if args.source == "split" else f"patches_{args.source}.json")
     with locked(plan.folder):
         if args.overwrite:
-            for old in [path, *plan.folder.glob("patches_*.pt")]:
+            for old in [plan.record, *plan.folder.glob(f"patches_{tag_of(args.source)}[0-9]*.pt")]:
                 old.unlink(missing_ok=True)
-        known = read_json_file(path).get("settings", {}) if path.is_file() else None
-        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in plan.settings.items()}
-        if known is not None and (found := differences(known, settings)):
+        known = read_json_file(plan.record) if plan.record.is_file() else {}
+        settings = json.loads(json.dumps(plan.settings))  # as they will be read back
+        if known and (found := differences(known.get("settings", {}), settings)):
             raise UserError(
                 f"{plan.folder}: holds patches of other settings ({'; '.join(found)}); use these, or --overwrite"
             )
-        write_json(path, {"settings": settings, "rows": len(plan.rows), "left_out": plan.dropped})
+        write_json(plan.record, known | {"settings": settings, "rows": len(plan.rows), "left_out": plan.dropped})
 
 
-def _is_edited(
+def tag_of(source: str) -> str:
+    """What the names of a source's files hold: `normal_`, nothing for `split`."""
+    return "" if source == "split" else f"{source}_"
+
+
+def _has_counterparts(
     reader: PromptReader, clean: StylePrompts, typo: StylePrompts, style: str, pair: tuple[int, int]
 ) -> bool:
-    """Whether both prompts of a pair have tokens that the style edits."""
-    prompts = [reader.prompt(one, place) for one, place in zip((clean, typo), pair, strict=True)]
-    return all(
-        any(edited_tokens(prompt, names.names, style)) for prompt, names in zip(prompts, (clean, typo), strict=True)
-    )
+    """Whether both prompts of a pair have edited tokens, in as many runs."""
+    prompts = [(reader.prompt(one, place), one.names) for one, place in zip((clean, typo), pair, strict=True)]
+    edited = [edited_tokens(prompt, names, style) for prompt, names in prompts]
+    return all(map(any, edited)) and len({len(groups_of(one)["edited_last"]) for one in edited}) == 1
 
 
 def edited_tokens(prompt: Prompt, names: list[str], style: str) -> list[bool]:
@@ -210,14 +232,14 @@ def _is_whole(path: Path, indices: list[int]) -> bool:
 def groups_of(edited: list[bool]) -> dict[str, list[int]]:
     """Groups of a prompt's tokens, by position.
 
-    edited, and edited_last: the last of them; after: the others behind the first edited one; readout: the last token of
-    the prompt (with the forced tokens after it), if it is not edited; all: from the first edited one on; before: the
-    two before it.
+    edited, and edited_last: the last of each run of them; after: the others behind the first edited one; readout: the
+    last token of the prompt (with the forced tokens after it), if it is not edited; all: from the first edited one on;
+    before: the two before it.
     """
     places, last = [place for place, inside in enumerate(edited) if inside], len(edited) - 1
     return {
         "edited": places,
-        "edited_last": places[-1:],
+        "edited_last": [place for place in places if place == last or not edited[place + 1]],
         "after": [place for place in range(places[0], last) if not edited[place]],
         "readout": [] if edited[last] else [last],
         "all": [*range(places[0], last + 1)],
@@ -234,7 +256,10 @@ class Study:
     def __init__(self, args: argparse.Namespace, patcher: Patcher, reader: PromptReader, ends: frozenset[int]):
         self.args, self.patcher, self.reader, self.ends = args, patcher, reader, ends
         self.batch_size = args.batch_size
+        self.style = ""
         self.cells: list[Cell] = []
+        self.pairs: dict[tuple[str, int, str], tuple[Pair, Pair]] = {}  # the last ones, whose responses were generated
+        self.screened: list[str] = []
 
     def run_file(self, plan: StylePlan, path: Path, indices: list[int], bar: Any, stop: Event) -> bool:
         """Patch the rows of one file and write it, whole or not at all; returns whether every row could be run."""
@@ -265,14 +290,8 @@ class Study:
             if len(alone.recipient) != len(pair.recipient) or plan.clean.style == self.reader.file.clean_key:
                 self.patcher.stored["own"] = self.patcher.record(alone, self.args.sites)[0]
             proof = prove(self.patcher, pair, self.args.sites, self.rows_at_once(pair))
-            if not self.cells:
-                states = self.patcher.record(alone, ["z", "v"])[0]
-                heads = {
-                    site: [states.values[0, where, i].shape[1] for i in range(len(self.patcher.layers))]
-                    for site, where in (("z", "z"), ("pattern", "z"), ("v", "v"))
-                }
-                what = self.args.sites, self.args.positions, self.args.layers, self.args.controls
-                self.cells = [cell for way in self.args.directions for cell in all_cells(way, *what, heads)]
+            if self.style != plan.style:
+                self.cells, self.style = self.choose_cells(plan, alone), plan.style
         except UserError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:  # of a model of an unknown kind
@@ -283,8 +302,78 @@ class Study:
         log.info(f"{plan.style}, {path.name}: the proof holds, in standard deviations of the logits: {shown}")
         return proof
 
+    def choose_cells(self, plan: StylePlan, alone: Pair) -> list[Cell]:
+        """The cells of a style: all of them, or with a screen the units that are best on the choosing half."""
+        # 1. How many units each layer has.
+        args, layers = self.args, range(len(self.patcher.layers))
+        sites = {"z", "v", *({"mlp_post"} & {*args.sites, *(one.site for one in plan.sets)})}
+        states = self.patcher.record(alone, sorted(sites))[0]
+        units = {site: [states.values[0, site, i].shape[1] for i in layers] for site in sites}
+        units["pattern"] = units["z"]
+        what = args.sites, args.positions, args.layers, args.controls
+        cells = [cell for way in args.directions for cell in all_cells(way, *what, units)]
+
+        # 2. The best units by attribution, each alone and in sets of growing size; and the sets of a table.
+        sets = plan.sets
+        if args.screen == "attribution":
+            order = self.screen(plan)
+            best = {site: {*order[site][: args.top_k]} for site in order}
+            cells = [c for c in cells if c.site != "z" or c.head < 0 or (c.layer, c.head) in best["z"]]
+            singles = [(site, *unit) for site in ("mlp_post",) if site in args.sites for unit in sorted(best[site])]
+            whole = [("mlp_out", layer, -1) for layer in args.layers if "mlp_out" in args.sites]
+            cells += [Cell(way, site, "all", i, unit) for way in args.directions for site, i, unit in singles + whole]
+            sets = sets + [
+                one for site in ("z", "mlp_post") if site in args.sites for one in best_sets(site, order[site])
+            ]
+        twins = [twin for one in sets for twin in one.random_twins(units[one.site], args.seed)]
+        for some in [*sets, *twins]:
+            cells += [some.cell(way, args.ablate or "own") for way in args.directions]
+        if args.ablate == "mean":
+            self.means = self.mean_states(plan)
+        return in_order(cells)
+
+    def screen(self, plan: StylePlan) -> dict[str, list[Unit]]:
+        """Units by attribution over the choosing half of the rows, best first; kept in the style's patches.json."""
+        self.screened = ["z", "mlp_out"]
+        with suppress(UserError):  # a mixture of experts has no neurons
+            self.patcher.hook(["mlp_post"])
+            self.screened.append("mlp_post")
+        known = read_json_file(plan.record)
+        if "chosen" not in known:
+            total: dict[str, torch.Tensor] = {}
+            rows = [index for index in plan.rows if plan.choosing[index]] or [*plan.rows]
+            for index in tqdm(rows, desc=f"{plan.style}, attribution", unit="prompt", smoothing=0, dynamic_ncols=True):
+                for site, scores in self.attributed(self.pair(plan, index, self.args.directions[0])[0]).items():
+                    total[site] = total.get(site, 0.0) + scores
+            flat = {site: scores if scores.dim() == 2 else scores[:, None] for site, scores in total.items()}
+            known["chosen"] = {site: ranked(scores, self.args.layers)[: SIZES[-1]] for site, scores in flat.items()}
+            with locked(plan.folder):
+                write_json(plan.record, known, indent=None)
+        return {site: [(layer, unit) for layer, unit in order] for site, order in known["chosen"].items()}
+
+    def attributed(self, pair: Pair) -> dict[str, torch.Tensor]:
+        """`attribution` of a pair for what is screened."""
+        return attribution(self.patcher, pair, self.screened, self.args.ig_steps)
+
+    def mean_states(self, plan: StylePlan) -> States:
+        """For --ablate mean: every unit's mean over the tokens from the first edited one on, of the first typo runs."""
+        means = States({}, 0)
+        rows = [*plan.rows][:ROWS_FOR_MEANS]
+        sites = [site for site in ("z", "mlp_post") if any(cell.site == site for cell in self.cells)] or ["z"]
+        for index in rows:
+            pair = self.pair(plan, index, "denoising")[0]
+            for key, value in self.patcher.record(replace(pair, answers=[]), sites)[0].values.items():
+                means.values[key] = means.values.get(key, 0.0) + value[pair.shared :].float().mean(0) / len(rows)
+        return means
+
     def pair(self, plan: StylePlan, index: int, direction: str) -> tuple[Pair, Pair]:
         """A row's pair; and its donor alone, as donor and recipient in one."""
+        key = plan.style, index, direction
+        if key not in self.pairs:
+            self.pairs = dict([*self.pairs.items()][-2 * ROWS_PER_FILE :]) | {key: self._pair(plan, index, direction)}
+        return self.pairs[key]
+
+    def _pair(self, plan: StylePlan, index: int, direction: str) -> tuple[Pair, Pair]:
         prompts = [
             self.reader.prompt(style, place)
             for style, place in zip((plan.clean, plan.typo), plan.rows[index], strict=True)
@@ -317,6 +406,8 @@ class Study:
             if plan.clean.style == self.reader.file.clean_key:
                 own, donor_logits, donor_answers = self.patcher.record(alone, self.args.sites)
                 self.patcher.stored["own"] = own
+            if self.args.ablate == "mean":
+                self.patcher.stored["mean"] = self.means
             if "other" in self.args.controls and other != index:
                 self.patcher.stored["other"] = self.other_item(plan, other, direction, pair)
             # 2. The cells that can be run.
@@ -339,7 +430,11 @@ class Study:
                     for whose, value in zip(WHOSE, (values[2:], values[1], values[0]), strict=True):
                         if f"{whose}{name}" in found:
                             found[f"{whose}{name}"][places[where]] = value.float()
-        return {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
+        row = {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
+        if self.screened:
+            scores = self.attributed(self.pair(plan, index, self.args.directions[0])[0])
+            row["attribution"] = {site: value.half() if site == "mlp_post" else value for site, value in scores.items()}
+        return row
 
     def batches(self, pair: Pair, rows: Sequence[tuple[Patch, ...]]) -> Iterator[Any]:
         """`Patcher.run`; if memory runs out, what is left in smaller batches."""
@@ -393,6 +488,10 @@ class Study:
             "sets": [cell.set_name for cell in cells],
             "layers": torch.tensor([cell.layer for cell in cells]),
             "heads": torch.tensor([cell.head for cell in cells]),
+            "choosing": [plan.choosing[row["original_index"]] for row in rows],
             **{name: torch.stack([row[name] for row in rows]) for name in rows[0] if name not in ROW_ID},
+            "attribution": {
+                site: torch.stack([row["attribution"][site] for row in rows]) for site in rows[0].get("attribution", ())
+            },
             "proof": proof,
         }

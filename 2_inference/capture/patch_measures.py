@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,11 @@ MOVED = 0.1  # a random patch must move the logits by at least this share of it
 
 
 def measures(
-    logits: torch.Tensor, donor: torch.Tensor, recipient: torch.Tensor, response: list[int]
+    logits: torch.Tensor,
+    donor: torch.Tensor,
+    recipient: torch.Tensor,
+    response: list[int],
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     """How near rows [N, T, V] are to a donor [T, V], from the recipient [T, V], along a response of T tokens: each [N].
 
@@ -31,12 +35,12 @@ def measures(
                logit difference of the tokens that tell donor d and recipient r apart)
     restored   whether every forced token is the row's likeliest: greedy decoding would write the donor's response
     """
-    d, r = (one.float().log_softmax(-1) for one in (donor, recipient))
+    d, r = (one.to(dtype).log_softmax(-1) for one in (donor, recipient))
     up, down = ((p.exp() * (p - q)).argmax(-1, keepdim=True) for p, q in ((d, r), (r, d)))
     wanted = torch.tensor(response, device=logits.device)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in MEASURES[:4]}
     for row in logits:  # one at a time: a vocabulary is large
-        x = row.float().log_softmax(-1)
+        x = row.to(dtype).log_softmax(-1)
         nats = (d.exp() * (d - x)).sum(-1)
         found["nats"].append(nats.sum())
         found["nats_first"].append(nats[0])
@@ -96,7 +100,12 @@ def all_cells(
     for group in [(site,) for site in by_head] + [("pattern", "v")] * ({"pattern", "v"} <= {*by_head}):
         patches = tuple(Patch(site, layer, "all") for site in group for layer in layers)
         cells.append(Cell(direction, group[0], "all", -1, set_name=f"all {' + '.join(group)}", patches=patches))
-    return sorted(cells, key=lambda cell: min(patch.layer for patch in cell.row))  # so that layers are passed over
+    return cells
+
+
+def in_order(cells: Iterable[Cell]) -> list[Cell]:
+    """Cells by their first patched layer, so that a batch passes over as many layers as it can."""
+    return sorted(cells, key=lambda cell: min(patch.layer for patch in cell.row))
 
 
 # --- proof

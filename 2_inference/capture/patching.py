@@ -47,7 +47,7 @@ from capture.recorder import (
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z", "pattern", "v", "mlp_post")
 FORCED = ("readout", "all")  # groups that hold the forced tokens besides tokens of the prompt
-LIVE = ("own", "recipient", "random")  # donors that are in the batch itself
+LIVE = ("own", "recipient", "random", "zero")  # donors that need no recorded states
 OnState = Callable[[int, str, int, torch.Tensor], "torch.Tensor | None"]  # (branch, site, layer, state [B, tokens, …])
 
 
@@ -101,7 +101,8 @@ class Pair:
 class States:
     """Recorded states of a prompt {(branch, site, layer): [tokens, …]}, and {group: positions in it}.
 
-    They replace those of a recipient's group token by token; forced tokens follow those of the prompt.
+    They replace those of a recipient's group token by token; forced tokens follow those of the prompt. Without groups
+    each is one state for every token.
     """
 
     groups: dict[str, list[int]]
@@ -114,6 +115,9 @@ class States:
 
     def at(self, branch: int, patch: Patch, wanted: list[int]) -> torch.Tensor:
         """[tokens, …] for these places in the group."""
+        if not self.groups:
+            mean = self.values[0, patch.site, patch.layer]
+            return mean.expand(len(wanted), *mean.shape)
         own = self.groups[patch.positions]
         begin = self.length if branch and patch.site != "v" else 0
         places = [own[i] if i < len(own) else self.length + i - len(own) for i in wanted]
@@ -210,13 +214,12 @@ class Patcher:
 
     def _edited(self, site: str, layer: int, state: torch.Tensor) -> torch.Tensor:
         """`state` [B, tokens, …] with the patches of its site."""
+        shape, patches = state.shape, self._patches.get((site, layer), ())
+        state = state.reshape(self._rows, -1, shape[-1]) if len(shape) == 2 else state  # some MLPs see tokens in a row
         if self.on_state is not None and site in self._hooked:
             changed = self.on_state(self._branch, site, layer, state)
             state = state if changed is None else changed
-        if not (patches := self._patches.get((site, layer))):
-            return state
-        shape = state.shape  # some MLPs see all tokens on one axis
-        state = state.reshape(self._rows, -1, shape[-1]).clone() if len(shape) == 2 else state.clone()
+        state = state.clone() if patches else state
         for row, patch in patches:
             at, wanted = self._places(patch.positions, 0 if site == "v" else self._begin, state.shape[1])
             if not at:
@@ -227,7 +230,7 @@ class Patcher:
             else:
                 units = torch.tensor(patch.units, device=state.device)
                 state[row, torch.tensor(at, device=state.device)[:, None], units] = new[:, units]
-        return state.view(shape)
+        return state.reshape(shape)
 
     def _places(self, group: str, begin: int, count: int) -> tuple[list[int], list[int]]:
         """Where a group's tokens are among `count` tokens from position `begin` on, and their places in the group."""
@@ -345,6 +348,7 @@ class Patcher:
             response += fed
         return response
 
+    @torch.no_grad()
     def prefix(self, ids: list[int]) -> Any:
         """The cache of one row of tokens; the last one made is kept. None without tokens."""
         if not ids:

@@ -59,8 +59,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--response_tokens", type=int, help="longest donor response that is compared; default: as in the run")
     controls = "donors of the edited tokens that should not repair: another item's, a random direction; or none"
     flag("--controls", nargs="+", choices=("other", "random", "none"), default=["other", "random"], help=controls)
+
+    flag = parser.add_argument_group("units").add_argument
+    screen = "attribution: estimate all heads, MLPs and neurons by one backward pass, patch the best exactly"
+    flag("--screen", choices=("attribution", "none"), default="none", help=screen)
+    flag("--ig_steps", type=int, default=1, help="steps of integrated gradients, with --screen; 1: the gradient alone")
+    flag("--top_k", type=int, default=20, help="heads (neurons) that are patched one by one, with --screen")
+    flag("--units_csv", type=Path, help="sets of units: layer, head or neuron, and perhaps style and set")
+    flag("--ablate", choices=("zero", "mean"), help="put this into the sets instead of the donor's states")
     args = parser.parse_args(argv)
-    for name in ("max_samples", "batch_size", "response_tokens"):
+    for name in ("max_samples", "batch_size", "response_tokens", "ig_steps", "top_k"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in ("directions", "sites", "positions", "styles"):

@@ -1,0 +1,139 @@
+"""Which heads, MLPs and neurons to patch: attribution for all of them in one backward pass, and sets of the best.
+
+Attribution patching (Nanda 2023; Syed, Rager & Conmy 2023, arXiv 2310.10348): with a the state of a unit, an estimate
+of what patching it restores is −(a_donor − a_recipient) · ∂KL(donor ‖ recipient)/∂a, summed over tokens. With several
+steps the gradient is the mean over inputs between the recipient's and the donor's embeddings (Hanna, Pezzelle &
+Belinkov 2024, arXiv 2403.17806).
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from command_line import UserError
+from file_output import read_csv
+
+from capture.patch_measures import Cell
+from capture.patching import Pair, Patch, Patcher
+
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # of sets of the best units
+RANDOM_SETS = 3  # for each set: as many units of the same layers
+Unit = tuple[int, int]  # layer, head or neuron (0 for a whole MLP)
+
+
+def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int = 1) -> dict[str, torch.Tensor]:
+    """Estimated nats that each unit restores: z [L, H], mlp_out [L], mlp_post [L, F], float32 on the CPU."""
+    # 1. The states of both prompts.
+    patcher.hook(sites)
+    pair = replace(pair, answers=[])
+    prefix = patcher.prefix(pair.recipient[: pair.shared])
+    prompts = [ids[pair.shared :] for ids in (pair.donor, pair.recipient)]
+    states: dict[tuple[str, int], torch.Tensor] = {}
+
+    def keep(_branch: int, site: str, layer: int, state: torch.Tensor) -> None:
+        if site in sites or (site, layer) == ("resid_pre", 0):
+            states[site, layer] = state
+
+    with torch.no_grad():
+        donor = patcher.sweep(pair, prompts, prefix, on_state=keep)[0][0].float().log_softmax(-1)
+
+    # 2. The gradient of the divergence, at each step between the two.
+    followed: dict[tuple[str, int], torch.Tensor] = {}
+    total = {key: torch.zeros_like(state[0], dtype=torch.float32) for key, state in states.items() if key[0] in sites}
+    for step in range(steps):
+        share = (step + 0.5) / steps if steps > 1 else 0.0
+
+        def follow(
+            _branch: int, site: str, layer: int, state: torch.Tensor, share: float = share
+        ) -> torch.Tensor | None:
+            if (site, layer) == ("resid_pre", 0):
+                return torch.lerp(*states[site, layer][[1, 0]], share)[None].requires_grad_()
+            if site in sites:
+                followed[site, layer] = state
+            return None
+
+        with torch.enable_grad():
+            logits = patcher.sweep(pair, prompts[1:], prefix, on_state=follow)[0][0].float().log_softmax(-1)
+            nats = (donor.exp() * (donor - logits)).sum()
+            gradients = torch.autograd.grad(nats, list(followed.values()))
+        for key, gradient in zip(followed, gradients, strict=True):
+            total[key] += gradient[0].float() / steps
+
+    # 3. Times the difference, summed over tokens (and the width of a head or MLP).
+    found: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
+    for layer in range(len(patcher.layers)):
+        for site in sites:
+            donor_state, recipient_state = states[site, layer].float()
+            score = (recipient_state - donor_state) * total[site, layer]
+            found[site].append(score.sum({"z": (0, 2), "mlp_out": (0, 1), "mlp_post": (0,)}[site]).cpu())
+    return {site: torch.stack(scores) for site, scores in found.items()}
+
+
+def ranked(scores: torch.Tensor, layers: Sequence[int]) -> list[Unit]:
+    """Units of scores [L, units] in these layers, the largest absolute score first."""
+    masked = torch.full_like(scores, -1.0)
+    masked[list(layers)] = scores[list(layers)].abs()
+    order = masked.flatten().argsort(descending=True, stable=True)[: len(layers) * scores.shape[1]]
+    return [divmod(int(place), scores.shape[1]) for place in order]
+
+
+def is_choosing(template: str, seed: int) -> bool:
+    """Whether the rows of a template choose units; what these do is estimated on the others."""
+    return bool(zlib.crc32(f"{seed}/{template}".encode()) & 1)
+
+
+@dataclass(frozen=True)
+class UnitSet:
+    """Units of one site that are patched together."""
+
+    name: str
+    site: str
+    units: list[Unit]
+
+    def cell(self, direction: str, donor: str) -> Cell:
+        """The set as a cell, for all tokens."""
+        by_layer: dict[int, list[int]] = {}
+        for layer, unit in self.units:
+            by_layer.setdefault(layer, []).append(unit)
+        patches = tuple(
+            Patch(self.site, layer, "all", tuple(sorted(units)), donor) for layer, units in sorted(by_layer.items())
+        )
+        layer = next(iter(by_layer)) if len(by_layer) == 1 else -1
+        return Cell(direction, self.site, "all", layer, donor=donor, set_name=self.name, patches=patches)
+
+    def random_twins(self, counts: Sequence[int], seed: int) -> list[UnitSet]:
+        """Random sets of as many units in the same layers; counts: units of each layer."""
+        twins = []
+        for number in range(1, RANDOM_SETS + 1):
+            chance = random.Random(f"{seed}/{self.site}/{self.name}/{number}")
+            many = sorted(Counter(layer for layer, _ in self.units).items())
+            units = [(layer, unit) for layer, some in many for unit in chance.sample(range(counts[layer]), some)]
+            twins.append(UnitSet(f"{self.name}_random_{number}", self.site, units))
+        return twins
+
+
+def best_sets(site: str, order: Sequence[Unit]) -> list[UnitSet]:
+    """The best 1, 2, 5 … units by attribution, and all."""
+    sizes = [size for size in SIZES if size < len(order)] + ([len(order)] if len(order) <= SIZES[-1] else [])
+    return [UnitSet(f"attribution_top_{size}", site, [*order[:size]]) for size in sizes]
+
+
+def csv_sets(path: Path, style: str) -> list[UnitSet]:
+    """Sets of a table with the columns layer and head or neuron, and perhaps style and set (else one set, `csv`)."""
+    table = read_csv(path, hint="give a table with the columns layer and head or neuron")
+    unit = next((name for name in ("head", "neuron") if name in table), None)
+    if unit is None or "layer" not in table:
+        raise UserError(f"{path}: needs the columns layer and head or neuron; add them")
+    table = table[table["style"] == style] if "style" in table else table
+    names = table["set"].astype(str) if "set" in table else ["csv"] * len(table)
+    found: dict[str, list[Unit]] = {}
+    for name, layer, number in zip(names, table["layer"], table[unit], strict=True):
+        if (int(layer), int(number)) not in found.setdefault(name, []):
+            found[name].append((int(layer), int(number)))
+    return [UnitSet(name, "z" if unit == "head" else "mlp_post", units) for name, units in found.items()]
