@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,10 @@ from capture.batching import BatchLimit
 from capture.cpu_speed import keep_heap, onednn_linears
 from capture.decode import GenerationOptions, Generator, Prompt
 from capture.job import EXIT_STOPPED, run_command
+from capture.patch_job import groups_of
+from capture.patch_measures import measures
+from capture.patch_screen import attribution
+from capture.patching import Pair, Patch, Patcher
 from capture.prompts import DEFAULT_POOLED, read_few_shot
 from capture.recorder import RAW_LAYERS, CaptureOptions, Recorder, chosen_raw_layers, find_layers
 
@@ -57,7 +61,10 @@ def run(args: argparse.Namespace, command: list[str]) -> int:
         model, tokenizer = random_model(args.random_weights, args.dtype, args.device_map), None
     else:
         model, tokenizer = load_model(args.model_name, args.dtype, args.device_map)
-    rows, stopped = bench_job(args, model, tokenizer) if args.prompt_file else bench_batches(args, model)
+    if args.suite == "patching":
+        rows, stopped = bench_patching(args, model)
+    else:
+        rows, stopped = bench_job(args, model, tokenizer) if args.prompt_file else bench_batches(args, model)
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title, table = f"{args.model_name or args.random_weights}, {model.dtype}, {where}", pd.DataFrame(rows)
     print(title)
@@ -336,6 +343,59 @@ def ratio_rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
             {"way": name, "ratio_to_generate": ratio, "seconds": statistics.median(spent), "rounds": len(spent)}
         )
     return rows
+
+
+# --- patching
+
+
+def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str, Any]], bool]:
+    """Patches of one pair of random prompts that differ in two tokens, a third or a fifth of the prompt before its end.
+
+    `share`: seconds of a way over those of as many plain forward passes of the whole prompt with all its logits, the
+    median of the rounds; of `attribution` also over those of `heads`.
+    """
+    patcher, rows, stopped = Patcher(model), [], False
+    count, config = len(patcher.layers), model.config.get_text_config(decoder=True)
+    heads = [(Patch("z", i, "all", (head,)),) for i in range(count) for head in range(config.num_attention_heads)]
+    names = ("edited", "edited_last", "after", "readout")
+    groups = [(Patch("resid_pre", i, name),) for i in range(count) for name in names]
+    for length, part in ((length, part) for length in args.lengths for part in (3, 5)):
+        chance, first = torch.Generator().manual_seed(length), length - length // part
+        donor, recipient, response = torch.randint(10, config.vocab_size - 10, (3, length), generator=chance).tolist()
+        donor = recipient[:first] + donor[first : first + 2] + recipient[first + 2 :]
+        edited = [first <= place < first + 2 for place in range(length)]
+        pair = Pair(0, donor, recipient, response[: args.max_new_tokens], groups_of(edited))
+        plain = torch.tensor([recipient + pair.response[:-1]], device=model.device)
+
+        def forwards(plain: torch.Tensor = plain) -> None:
+            with torch.no_grad():
+                for _ in range(count):
+                    model(plain, use_cache=False)
+
+        def sweep(cells: Sequence[tuple[Patch, ...]], pair: Pair = pair) -> None:
+            for _, logits, _ in patcher.run(pair, cells, args.batch_size):
+                measures(logits, logits[0], logits[1], pair.response)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": forwards,
+            "groups": partial(sweep, groups),
+            "heads": partial(sweep, heads),
+            "attribution": partial(attribution, patcher, pair, ["z", "mlp_out", "mlp_post"]),
+        }
+        label = f"{length} tokens, the last {length // part} computed"
+        seconds, peaks, _, stopped = time_in_turn(calls, args.repeats, model.device.type, label)
+        patches = {"forward": count, "groups": len(groups), "heads": len(heads), "attribution": len(heads)}
+        for name, spent in seconds.items():
+            pairs = zip(spent, seconds["forward"], seconds["heads"], strict=True)
+            shares = [(own / of * count / patches[name], own / exact) for own, of, exact in pairs]
+            share, of_heads = (statistics.median(values) for values in zip(*shares, strict=True))
+            row = {"prompt_tokens": length, "computed": length // part, "way": name, "patches": patches[name]}
+            row |= {"seconds": statistics.median(spent), "share": share, "share_of_heads": of_heads}
+            rows.append(row | {"peak_MB": peaks[name], "rounds": len(spent)})
+        if stopped:
+            break
+    patcher.close()
+    return rows, stopped
 
 
 # --- a whole job

@@ -52,8 +52,10 @@ WHOSE = ("", "recipient_", "donor_")  # a measure of the patched row, of the unp
 ALWAYS_0_OR_1 = ("donor_nats", "donor_nats_first", "donor_restored")
 ROW_ID = ("original_index", "element_index", "attribution")
 ROWS_FOR_MEANS = 32
-CONTENT_FLAGS = ("source", "directions", "sites", "positions", "layers", "response_tokens", "controls", "seed", "dtype")
-CONTENT_FLAGS += ("screen", "ig_steps", "top_k", "ablate")
+CONTENT_FLAGS = (
+    *("source", "directions", "sites", "positions", "layers", "response_tokens", "controls", "seed", "dtype"),
+    *("screen", "ig_steps", "top_k", "ablate"),
+)
 ONE_TOKEN = ("edited_last", "readout")  # what a donor of another length has a counterpart for
 log = get_logger("patch_activations")
 
@@ -430,7 +432,7 @@ class Study:
                     for whose, value in zip(WHOSE, (values[2:], values[1], values[0]), strict=True):
                         if f"{whose}{name}" in found:
                             found[f"{whose}{name}"][places[where]] = value.float()
-        row = {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
+        row: dict[str, Any] = {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
         if self.screened:
             scores = self.attributed(self.pair(plan, index, self.args.directions[0])[0])
             row["attribution"] = {site: value.half() if site == "mlp_post" else value for site, value in scores.items()}

@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,50 +30,53 @@ Unit = tuple[int, int]  # layer, head or neuron (0 for a whole MLP)
 
 def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int = 1) -> dict[str, torch.Tensor]:
     """Estimated nats that each unit restores: z [L, H], mlp_out [L], mlp_post [L, F], float32 on the CPU."""
-    # 1. The states of both prompts.
+    # 1. The states of both prompts; with one step the recipient's are those at which the gradient is taken.
     patcher.hook(sites)
     pair = replace(pair, answers=[])
     prefix = patcher.prefix(pair.recipient[: pair.shared])
     prompts = [ids[pair.shared :] for ids in (pair.donor, pair.recipient)]
-    states: dict[tuple[str, int], torch.Tensor] = {}
+    own: dict[tuple[str, int], torch.Tensor] = {}
+    theirs: dict[tuple[str, int], torch.Tensor] = {}
 
-    def keep(_branch: int, site: str, layer: int, state: torch.Tensor) -> None:
+    def keep(
+        into: dict[tuple[str, int], torch.Tensor], _branch: int, site: str, layer: int, state: torch.Tensor
+    ) -> None:
         if site in sites or (site, layer) == ("resid_pre", 0):
-            states[site, layer] = state
+            into[site, layer] = state[0]
 
     with torch.no_grad():
-        donor = patcher.sweep(pair, prompts, prefix, on_state=keep)[0][0].float().log_softmax(-1)
+        donor = patcher.sweep(pair, prompts[:1], prefix, on_state=partial(keep, theirs))[0][0].float().log_softmax(-1)
+        if steps > 1:
+            patcher.sweep(pair, prompts[1:], prefix, on_state=partial(keep, own))
 
     # 2. The gradient of the divergence, at each step between the two.
-    followed: dict[tuple[str, int], torch.Tensor] = {}
-    total = {key: torch.zeros_like(state[0], dtype=torch.float32) for key, state in states.items() if key[0] in sites}
+    total: dict[tuple[str, int], torch.Tensor] = {}
     for step in range(steps):
-        share = (step + 0.5) / steps if steps > 1 else 0.0
+        share, followed = (step + 0.5) / steps if steps > 1 else 0.0, {}
 
-        def follow(
-            _branch: int, site: str, layer: int, state: torch.Tensor, share: float = share
-        ) -> torch.Tensor | None:
+        def follow(_branch: int, site: str, layer: int, state: torch.Tensor) -> torch.Tensor | None:
             if (site, layer) == ("resid_pre", 0):
-                return torch.lerp(*states[site, layer][[1, 0]], share)[None].requires_grad_()
+                return torch.lerp(state, theirs[site, layer][None], share).detach().requires_grad_()  # noqa: B023
             if site in sites:
-                followed[site, layer] = state
+                followed[site, layer] = state  # noqa: B023
             return None
 
         with torch.enable_grad():
             logits = patcher.sweep(pair, prompts[1:], prefix, on_state=follow)[0][0].float().log_softmax(-1)
             nats = (donor.exp() * (donor - logits)).sum()
             gradients = torch.autograd.grad(nats, list(followed.values()))
-        for key, gradient in zip(followed, gradients, strict=True):
-            total[key] += gradient[0].float() / steps
+        for (key, state), gradient in zip(followed.items(), gradients, strict=True):
+            total[key] = total.get(key, 0.0) + gradient[0].float() / steps
+            own.setdefault(key, state[0].detach())
 
     # 3. Times the difference, summed over tokens (and the width of a head or MLP).
-    found: dict[str, list[torch.Tensor]] = {site: [] for site in sites}
-    for layer in range(len(patcher.layers)):
-        for site in sites:
-            donor_state, recipient_state = states[site, layer].float()
-            score = (recipient_state - donor_state) * total[site, layer]
-            found[site].append(score.sum({"z": (0, 2), "mlp_out": (0, 1), "mlp_post": (0,)}[site]).cpu())
-    return {site: torch.stack(scores) for site, scores in found.items()}
+    axes = {"z": (0, 2), "mlp_out": (0, 1), "mlp_post": (0,)}
+    found: dict[str, torch.Tensor] = {}
+    for site in sites:
+        keys = [(site, layer) for layer in range(len(patcher.layers))]
+        scores = [((own[key].float() - theirs[key].float()) * total[key]).sum(axes[site]).cpu() for key in keys]
+        found[site] = torch.stack(scores)
+    return found
 
 
 def ranked(scores: torch.Tensor, layers: Sequence[int]) -> list[Unit]:

@@ -47,6 +47,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ways = "what is timed: generate generate_onednn ours two_pass nnsight transformer_lens; default: those installed"
     flag("--ways", nargs="+", help=ways)
 
+    suite = "patching: patched batches and attribution against as many plain forward passes"
+    flag("--suite", choices=("capture", "patching"), default="capture", help=suite)
+
     flag = parser.add_argument_group("a whole job").add_argument
     flag("--prompt_file", type=Path, help="time the job of this file instead of single batches")
     flag("--prompt_key", default="normal", help="its style")
