@@ -21,7 +21,7 @@ import tiny_models
 ROOT = Path(__file__).resolve().parents[1]
 SLURM_FILES = sorted(ROOT.glob("*/hpc/*.slurm"))
 SHELL_FILES = sorted([*ROOT.glob("*/hpc/*.sh"), *ROOT.glob("tests/*.sh"), *SLURM_FILES])
-WITH_GPU = {"attn_act_logi", "score_scripts", "compare_responses"}
+WITH_GPU = {"attn_act_logi", "patch_activations", "score_scripts", "compare_responses"}
 
 
 def name_of(path):
