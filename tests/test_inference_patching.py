@@ -322,7 +322,7 @@ ROWS = [
     {
         "normal": f"Please calculate the {word}: {i} + 5 =",
         "swap": f"Please {typo} the {word}: {i} + 5 =",
-        "_template": word,
+        "answer": ["twelve apples", f"{i + 5}"],
     }
     for i, (word, typo) in enumerate(TYPOS)
 ]
@@ -336,7 +336,8 @@ def whole(tmp_path_factory):
     model = tiny_models.save(folder / "model")
     (folder / "p.json").write_text(json.dumps(ROWS), encoding="utf-8")
     words = ["--model_name", model, "--prompt_file", str(folder / "p.json"), "--output_dir", str(folder / "run")]
-    assert attn_act_logi.main([*words, "--prompt_keys", "all", "--max_new_tokens", "3", "--raw_layers", "none"]) == 0
+    words += ["--prompt_keys", "all", "--max_new_tokens", "3", "--raw_layers", "none", "--answer_logprobs"]
+    assert attn_act_logi.main(words) == 0
     return folder / "run", model
 
 
@@ -376,6 +377,11 @@ def test_a_run_writes_every_cell_beside_its_baseline_and_its_proof(whole, tmp_pa
         assert (nats[:, of[way, "resid_pre", "edited", "other", "", 1, -1]] > 0).all()
     assert content["proof"].keys() >= {"plain", "self", "all", "edited_0", "after_0", "readout_0", "before"}
     assert all(content["proof"][f"random:{site}"] > 1e-3 for site in SITES)
+    (path,) = (tmp_path / "swap").glob("activations_*.pt")
+    expected = torch.load(path, weights_only=True)["answer_logprobs"].nan_to_num(-torch.inf).amax(1)[:4]
+    denoising = [way == "denoising" for way in content["cell_directions"]]
+    found = content["recipient_answer_logprob"][:, denoising]
+    torch.testing.assert_close(found, expected[:, None].expand_as(found), rtol=1e-4, atol=1e-4)
     assert (content["sld"] <= content["donor_sld"] + 1e-3).float().mean() > 0.5
 
 

@@ -144,7 +144,8 @@ def open_reader(args: argparse.Namespace, run: Run) -> tuple[Any, PromptReader]:
     place = run.path if (run.path / "prompts.json").is_file() else run.path.parent
     prompts = read_prompt_file(place / "prompts.json")
     longest = longest_prompt(config, args.response_tokens)
-    return config, PromptReader(prompts, tokenizer, Rendering(*(settings[name] for name in names)), longest, None)
+    rendering = Rendering(*(settings[name] for name in names))
+    return config, PromptReader(prompts, tokenizer, rendering, longest, None, answer_room=args.response_tokens)
 
 
 def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: str) -> StylePlan:
@@ -387,7 +388,7 @@ class Study:
         order = (0, 1) if direction == "denoising" else (1, 0)
         donor, recipient = (prompts[i].input_ids for i in order)
         response = self.patcher.respond(donor, self.args.response_tokens, self.ends, self.is_stopped)
-        answers: list[list[int]] = [*getattr(prompts[0], "forced", {}).get("answers", [])]
+        answers = prompts[1].forced.get("answers", [])
         pair = Pair(index, donor, recipient, response, groups[order[1]], answers)
         return pair, replace(pair, recipient=donor, groups=groups[order[0]])
 
