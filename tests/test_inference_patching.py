@@ -14,13 +14,15 @@ import pytest
 import tiny_models
 import torch
 from capture import patch_job
+from capture.batching import attention_layers
 from capture.patch_job import groups_of
-from capture.patch_measures import MEASURES, measures
+from capture.patch_measures import MEASURES, measures, prove
 from capture.patch_screen import attribution, ranked
 from capture.patching import SITES, Pair, Patch, Patcher, States
 from command_line import UserError
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 FAMILIES = ("llama", "gemma2", "gemma3_text", "qwen3", "gpt2", "gpt_neox", "mistral", "phi3", "mixtral")
 RECIPIENT = [9, 30, 41, 52, 63, 74, 85, 96, 107, 118, 129, 140]
@@ -313,6 +315,23 @@ def test_groups_share_out_the_tokens_from_the_first_edited_one_on():
     assert groups["all"] == [2, 3, 4, 5, 6, 7]
     assert groups["before"] == [0, 1]
     assert groups_of([True, False, True])["readout"] == groups_of([True, False, True])["before"] == []
+
+
+SHARE_KEYS = {"gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"}  # layers that read others' keys
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("family", sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*tiny_models.NOT_ALONE}))
+def test_every_family_that_can_be_captured_is_patched_with_its_proof(family, patchers):
+    config = tiny_models.any_config(family)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    try:
+        attention_layers(config)
+        prove(patchers(model), PAIR, ["resid_pre", "z", "pattern", "v"], 8)
+    except Exception:
+        if family not in tiny_models.REFUSED | SHARE_KEYS:
+            raise
 
 
 # --- the command

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from capture.batching import FREE_SHARE, attention_layers, free_memory
 from capture.decode import OutOfMemory, Prompt, memory_errors
 from capture.job import EXIT_STOPPED, end_tokens, stopped_by_signals
-from capture.patch_measures import HEAD_SITES, MEASURES, Cell, all_cells, in_order, measures, prove
+from capture.patch_measures import HEAD_SITES, MEASURES, WHOLE_SITES, Cell, all_cells, in_order, measures, prove
 from capture.patch_screen import SIZES, Unit, UnitSet, attribution, best_sets, csv_sets, is_choosing, ranked
 from capture.patching import LIVE, Pair, Patch, Patcher, States
 from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt
@@ -287,20 +287,20 @@ class Study:
 
     def prove(self, plan: StylePlan, path: Path, index: int) -> dict[str, float]:
         """The proof of a file, on one row; and, the first time, the cells of the run."""
-        pair, alone = self.pair(plan, index, self.args.directions[0])
-        self.patcher.stored = {}
         try:
-            if len(alone.recipient) != len(pair.recipient) or plan.clean.style == self.reader.file.clean_key:
-                self.patcher.stored["own"] = self.patcher.record(alone, self.args.sites)[0]
-            proof = prove(self.patcher, pair, self.args.sites, self.rows_at_once(pair))
-            if self.style != plan.style:
-                self.cells, self.style = self.choose_cells(plan, alone), plan.style
-        except UserError:
+            with memory_errors():
+                pair, alone = self.pair(plan, index, self.args.directions[0])
+                self.patcher.stored = {}
+                if plan.clean.style == self.reader.file.clean_key:
+                    self.patcher.stored["own"] = self.patcher.record(alone, self.args.sites)[0]
+                proof = prove(self.patcher, pair, self.args.sites, self.rows_at_once(pair))
+                if self.style != plan.style:
+                    self.cells, self.style = self.choose_cells(plan, alone), plan.style
+        except (UserError, OutOfMemory):
             raise
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:  # of a model of an unknown kind
-            raise cannot_capture(
-                f"it cannot be patched ({type(error).__name__}: {one_line(str(error), 200)})"
-            ) from error
+        except Exception as error:  # whatever the code of a model of an unknown kind may raise
+            why = f"its code fails when it is patched ({type(error).__name__}: {one_line(str(error), 200)})"
+            raise cannot_capture(why) from error
         shown = ", ".join(f"{name} {value:.1g}" for name, value in proof.items())
         log.info(f"{plan.style}, {path.name}: the proof holds, in standard deviations of the logits: {shown}")
         return proof
@@ -309,10 +309,10 @@ class Study:
         """The cells of a style: all of them, or with a screen the units that are best on the choosing half."""
         # 1. How many units each layer has.
         args, layers = self.args, range(len(self.patcher.layers))
-        sites = {"z", "v", *({"mlp_post"} & {*args.sites, *(one.site for one in plan.sets)})}
-        states = self.patcher.record(alone, sorted(sites))[0]
-        units = {site: [states.values[0, site, i].shape[1] for i in layers] for site in sites}
-        units["pattern"] = units["z"]
+        wanted = {*args.sites, *(one.site for one in plan.sets)}
+        seen_at = {site: "z" if site == "pattern" else site for site in wanted - {*WHOLE_SITES}}
+        states = self.patcher.record(alone, sorted({*seen_at.values()}))[0]
+        units = {site: [states.values[0, at, i].shape[1] for i in layers] for site, at in seen_at.items()}
         what = args.sites, args.positions, args.layers, args.controls
         cells = [cell for way in args.directions for cell in all_cells(way, *what, units)]
 
@@ -332,7 +332,7 @@ class Study:
         for some in [*sets, *twins]:
             cells += [some.cell(way, args.ablate or "own") for way in args.directions]
         if args.ablate == "mean":
-            self.means = self.mean_states(plan)
+            self.means = self.mean_states(plan, sorted({one.site for one in sets}))
         return in_order(cells)
 
     def screen(self, plan: StylePlan) -> dict[str, list[Unit]]:
@@ -358,11 +358,10 @@ class Study:
         """`attribution` of a pair for what is screened."""
         return attribution(self.patcher, pair, self.screened, self.args.ig_steps)
 
-    def mean_states(self, plan: StylePlan) -> States:
+    def mean_states(self, plan: StylePlan, sites: Sequence[str]) -> States:
         """For --ablate mean: every unit's mean over the tokens from the first edited one on, of the first typo runs."""
         means = States({}, 0)
         rows = [*plan.rows][:ROWS_FOR_MEANS]
-        sites = [site for site in ("z", "mlp_post") if any(cell.site == site for cell in self.cells)] or ["z"]
         for index in rows:
             pair = self.pair(plan, index, "denoising")[0]
             for key, value in self.patcher.record(replace(pair, answers=[]), sites)[0].values.items():

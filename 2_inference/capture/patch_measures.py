@@ -15,7 +15,7 @@ HEAD_SITES = ("z", "pattern", "v")
 MEASURES = ("nats", "nats_first", "sld", "restored", "answer_logprob")
 # Largest difference of logits, in their standard deviations, that counts as none: float32, half precision.
 SAME, SAME_HALF = 1e-3, 0.05
-MOVED = 0.1  # a random patch must move the logits by at least this share of it
+MOVED = 1e-6  # a random patch must move the logits by more, and by ten times what a patch of their own states does
 
 
 # --- measures
@@ -158,7 +158,7 @@ def prove(patcher: Patcher, pair: Pair, sites: Sequence[str], batch_size: int) -
     same = SAME if patcher.model.dtype in (torch.float32, torch.float64) else SAME_HALF
     for name, value in figures.items():
         moves = name.startswith("random:")
-        if not (value > MOVED * same if moves else value <= same):
+        if not (value > max(MOVED, 10 * figures["self"]) if moves else value <= same):
             what = "does not move the logits" if moves else f"is {value:.2g} standard deviations of the logits off"
             raise UserError(f"this model cannot be patched: the proof {name!r} {what}; choose another model or site")
     return figures

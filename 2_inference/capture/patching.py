@@ -207,7 +207,7 @@ class Patcher:
                 return self._edited("pattern", layer, probs.transpose(1, 2)).transpose(1, 2)
 
             call.mask = visible_keys(call, self.base, slice(0, queries)) if self.base != "eager" else call.mask
-            output = explicit_attention(call, self.base, edit)[0]
+            output = explicit_attention(call, self.base, edit)[0].contiguous()
         else:
             output = call.run()[0]
         return self._edited("z", layer, output), None
