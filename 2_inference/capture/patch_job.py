@@ -250,6 +250,11 @@ def groups_of(edited: list[bool]) -> dict[str, list[int]]:
     }
 
 
+def likeliest(answers: torch.Tensor) -> torch.Tensor:
+    """The largest of log-probabilities [B, A], on the CPU; NaN without answers."""
+    return (answers.amax(1) if answers.shape[1] else torch.full((len(answers),), torch.nan)).cpu()
+
+
 # --- run
 
 
@@ -275,7 +280,8 @@ class Study:
             try:
                 if not proof:
                     proof = self.prove(plan, path, index)
-                rows.append(self.run_row(plan, index, indices[(place + 1) % len(indices)]))
+                with memory_errors():
+                    rows.append(self.run_row(plan, index, indices[(place + 1) % len(indices)]))
             except OutOfMemory as error:
                 failed[index] = self.reader.file.element_index(index), str(error)
             bar.update()
@@ -376,15 +382,10 @@ class Study:
         return self.pairs[key]
 
     def _pair(self, plan: StylePlan, index: int, direction: str) -> tuple[Pair, Pair]:
-        prompts = [
-            self.reader.prompt(style, place)
-            for style, place in zip((plan.clean, plan.typo), plan.rows[index], strict=True)
-        ]
-        groups = [
-            groups_of(edited_tokens(prompt, style.names, plan.style))
-            for prompt, style in zip(prompts, (plan.clean, plan.typo), strict=True)
-        ]
-        order = (0, 1) if direction == "denoising" else (1, 0)
+        styles = (plan.clean, plan.typo)
+        prompts = [self.reader.prompt(style, place) for style, place in zip(styles, plan.rows[index], strict=True)]
+        edited = [edited_tokens(one, style.names, plan.style) for one, style in zip(prompts, styles, strict=True)]
+        groups, order = [groups_of(one) for one in edited], (0, 1) if direction == "denoising" else (1, 0)
         donor, recipient = (prompts[i].input_ids for i in order)
         response = self.patcher.respond(donor, self.args.response_tokens, self.ends, self.is_stopped)
         answers = prompts[1].forced.get("answers", [])
@@ -398,9 +399,8 @@ class Study:
 
     def run_row(self, plan: StylePlan, index: int, other: int) -> dict[str, Any]:
         """All cells of a row: {field: [K]}; NaN where a cell has no state to take."""
-        size = len(self.cells)
         names = [f"{whose}{name}" for name in MEASURES for whose in WHOSE]
-        found = {name: torch.full((size,), torch.nan) for name in names if name not in ALWAYS_0_OR_1}
+        found = {name: torch.full((len(self.cells),), torch.nan) for name in names if name not in ALWAYS_0_OR_1}
         for direction in self.args.directions:
             # 1. The donors that are no row of the batch.
             pair, alone = self.pair(plan, index, direction)
@@ -410,7 +410,7 @@ class Study:
                 self.patcher.stored["own"] = own
             if self.args.ablate == "mean":
                 self.patcher.stored["mean"] = self.means
-            if "other" in self.args.controls and other != index:
+            if other != index and any(cell.donor == "other" for cell in self.cells):
                 self.patcher.stored["other"] = self.other_item(plan, other, direction, pair)
             # 2. The cells that can be run.
             places = [
@@ -421,13 +421,9 @@ class Study:
             rows = [self.cells[k].row for k in places]
             for where, logits, answers in self.batches(pair, rows):
                 if donor_logits is not None and donor_answers is not None:
-                    logits, answers = (
-                        torch.cat([one, both[1:]]) for one, both in ((donor_logits, logits), (donor_answers, answers))
-                    )
+                    logits, answers = torch.cat([donor_logits, logits[1:]]), torch.cat([donor_answers, answers[1:]])
                 told = measures(logits, logits[0], logits[1], pair.response)
-                told["answer_logprob"] = (
-                    answers.amax(1).cpu() if answers.shape[1] else torch.full((len(answers),), torch.nan)
-                )
+                told["answer_logprob"] = likeliest(answers)
                 for name, values in told.items():
                     for whose, value in zip(WHOSE, (values[2:], values[1], values[0]), strict=True):
                         if f"{whose}{name}" in found:
