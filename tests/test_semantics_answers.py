@@ -472,7 +472,7 @@ def test_a_tone_has_two_parts_too_length_and_tone(tmp_path, caplog):
     assert table["control"].to_dict() == {"swap": "split@swap", "polite": "neutral@polite"}
     found = table.loc["polite", ["n", "total", "fragmentation", "spelling"]].tolist()
     assert found == pytest.approx([30, -15 / 30, -5 / 30, -10 / 30])
-    said = {line.partition(":")[0]: line for line in caplog.messages if "total " in line}
+    said = {line.partition(",")[0]: line for line in caplog.messages if "accuracy: total " in line}
     assert "length -0.167" in said["polite"]
     assert "tone -0.333" in said["polite"]
     assert "fragmentation -0.200" in said["swap"]

@@ -1,0 +1,346 @@
+"""What patching restores: tables of patches_*.pt by layer, head and set of units (docs/METHODS.md, "Causes").
+
+A patch puts one run's state (the donor's) into another (the recipient) at one place. Denoising: the control gives, the
+typo receives. Per row, with d the donor's next-token distributions along its own response, r the recipient's and x the
+patched run's: nats = sum over tokens of KL(d || .), and
+
+    R = 1 - sum over rows KL(d || x) / sum over rows KL(d || r)
+
+is 1 if the patch restores the donor's behaviour and 0 if it changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from command_line import UserError
+from file_output import read_csv, write_csv
+from logger import get_logger
+from paired_stats import benjamini_hochberg, clustered_mean, clustered_ratio, holm
+from run_store import Run, load_pt
+from scipy import stats
+
+from attention.causes_plots import save_pictures
+
+ALPHA = 0.05
+HALF = 0.5  # of the effect
+OWN, OTHER = "own", "other"  # whose state a patch puts in: the row's own donor, or another item's as a control
+DENOISING = "denoising"
+CELL = ["site", "positions", "direction", "donor", "layer", "head", "set"]
+CELL_KEYS = ["sites", "positions", "cell_directions", "donors", "layers", "heads", "sets"]  # their names in a file
+FAMILY = ["site", "positions", "direction", "donor"]  # p is adjusted over its layers, or layers x heads
+MEASURES = ("nats", "nats_first", "sld", "restored", "answer_logprob")
+LATER = ("after", "readout")  # positions after the edited tokens
+RANDOM_SET = r"_random_\d+$"  # ends the name of a set of random units
+
+
+@dataclass(frozen=True)
+class Patches:
+    """All patches of one style and source; NaN: not run for this row.
+
+    cells: one line per patch (CELL). patched: {measure: [n, K]}; recipient, donor: {measure: [n, K]} of the unpatched
+    runs in the cell's direction. If units were chosen by a screen, theirs are NaN in the rows that chose them.
+    """
+
+    style: str
+    source: str
+    rows: list[int]
+    clusters: np.ndarray
+    choosing: np.ndarray  # [n] half of the templates on which a screen chose units
+    cells: pd.DataFrame
+    patched: dict[str, np.ndarray]
+    recipient: dict[str, np.ndarray]
+    donor: dict[str, np.ndarray]
+
+    def gain(self, measure: str, place: Any = slice(None)) -> np.ndarray:
+        """[n, K] what each patch wins back: recipient - patched for nats, else patched - recipient."""
+        change = self.patched[measure][:, place] - self.recipient[measure][:, place]
+        return -change if measure.startswith("nats") else change
+
+    def whole(self, measure: str, place: Any = slice(None)) -> np.ndarray:
+        """[n, K] what there is to win back: the recipient's nats, else donor - recipient."""
+        before = self.recipient[measure][:, place]
+        return before if measure.startswith("nats") else self.donor[measure][:, place] - before
+
+    def where(self, **values: Any) -> np.ndarray:
+        """Places of the cells that have these values, by layer and head."""
+        chosen = self.cells
+        for name, value in values.items():
+            chosen = chosen[chosen[name] == value]
+        return chosen.sort_values(["layer", "head"], kind="stable").index.to_numpy()
+
+
+def write_causes(run: Run, styles: Sequence[str] | None, folder: Path) -> list[str]:
+    """Write all tables and pictures of the patched styles into `folder`, log the main findings; return the names."""
+    patched = open_patches(run, styles)
+    cells = [cell_table(one) for one in patched]
+    whole = pd.concat(cells, ignore_index=True)
+    is_set = whole["set"] != ""
+    layers, heads = whole[~is_set & (whole["head"] < 0)], whole[~is_set & (whole["head"] >= 0)]
+    handed = pd.DataFrame(_hand_over_lines(patched))
+    layers = layers.merge(handed, how="left", on=["style", "source", "direction"])
+    sets = pd.concat([set_table(one, table) for one, table in zip(patched, cells, strict=True)], ignore_index=True)
+    if len(sets):
+        sets["p_vs_random_adjusted"] = sets.groupby([*FAMILY, "set"])["p_vs_random"].transform(holm)  # over the styles
+    tables = {
+        "patching_layers": layers.drop(columns=["head", "set"]),
+        "patching_heads": heads.drop(columns="set"),
+        "patching_sets": sets,
+        "patching_faithfulness": faithfulness(sets) if len(sets) else sets,
+        "patching_items": pd.concat([item_table(run, one) for one in patched], ignore_index=True),
+    }
+    if (reactions := folder / "head_sensitivity.csv").is_file() and len(heads):
+        columns = ["style", "measure", "layer", "head", "t_vs_control"]
+        tables["patching_reactions"] = reaction_and_cause(heads, read_csv(reactions, columns))
+    tables = {name: table for name, table in tables.items() if len(table)}
+    for name, table in tables.items():
+        write_csv(folder / f"{name}.csv", table)
+    pictures = save_pictures(layers, heads, folder)
+    _report(layers, heads, handed)
+    return [*(f"{name}.csv" for name in tables), *pictures]
+
+
+def _hand_over_lines(patched: Sequence[Patches]) -> Iterator[dict[str, Any]]:
+    for one in patched:
+        for direction in dict.fromkeys(one.cells["direction"]):
+            found = {f"hand_over_{name}": value for name, value in hand_over(one, direction).items()}
+            yield {"style": one.style, "source": one.source, "direction": direction} | found
+
+
+def _report(layers: pd.DataFrame, heads: pd.DataFrame, handed: pd.DataFrame) -> None:
+    """Log how far the edited word's state carries the effect, where it hands over, how many heads restore it."""
+    own = layers[(layers["site"] == "resid_pre") & (layers["positions"] == "edited") & (layers["donor"] == OWN)]
+    for keys, part in own.groupby(["style", "source", "direction"], sort=False):
+        for line in part[part["R_ci_low"] > HALF].sort_values("layer").tail(1).itertuples():
+            text = f"layer {line.layer} (R {line.R:.2f} [{line.R_ci_low:.2f}, {line.R_ci_high:.2f}], n = {line.n})"
+            get_logger().info(f"{' '.join(map(str, keys))}: the edited tokens carry more than half up to {text}")
+    for line in handed.dropna(subset=["hand_over_layer"]).itertuples():
+        interval = f"[{line.hand_over_ci_low:.1f}, {line.hand_over_ci_high:.1f}]"
+        get_logger().info(
+            f"{line.style} {line.source} {line.direction}: the edited tokens hand over to later ones at layer "
+            f"{line.hand_over_layer:.1f} {interval}"
+        )
+    for keys, part in heads[heads["donor"] == OWN].groupby(["style", "source", "site", "direction"], sort=False):
+        clear = int((part["p_adjusted"] < ALPHA).sum())
+        get_logger().info(
+            f"{' '.join(map(str, keys))}: {clear} of {len(part)} heads or units restore or harm (p < .05)"
+        )
+
+
+# --- reading
+
+
+def open_patches(run: Run, styles: Sequence[str] | None = None) -> list[Patches]:
+    """The patches of the run's styles (default: all that have some). Raises UserError if there are none."""
+    found = []
+    for style in [style for style in run.chosen(styles) if style in (styles or run.styles)]:
+        contents = [load_pt(path) for path in sorted(run.styles[style].glob("patches_*.pt"))]
+        for source in dict.fromkeys(content["source"] for content in contents):
+            found.append(_joined(run, style, source, [one for one in contents if one["source"] == source]))
+    if not found:
+        raise UserError(f"{run.path}: has no patches_*.pt; run stage 2's patch_activations.py on it first")
+    return found
+
+
+def _joined(run: Run, style: str, source: str, contents: list[dict[str, Any]]) -> Patches:
+    """One table of several files, which may differ in rows and cells."""
+    choosing = {row: own for one in contents for row, own in zip(one["original_indices"], one["choosing"], strict=True)}
+    rows = sorted(choosing)
+    tables = [list(zip(*(list(map(_plain, content[key])) for key in CELL_KEYS), strict=True)) for content in contents]
+    cells = list(dict.fromkeys(cell for table in tables for cell in table))
+    row_place, cell_place = ({key: place for place, key in enumerate(keys)} for keys in (rows, cells))
+    patched, recipient, donor = ({name: np.full((len(rows), len(cells)), math.nan) for name in MEASURES} for _ in "prd")
+    for content, table in zip(contents, tables, strict=True):
+        at = np.ix_([row_place[row] for row in content["original_indices"]], [cell_place[cell] for cell in table])
+        for name in MEASURES:
+            for side, before in ((patched, ""), (recipient, "recipient_"), (donor, "donor_")):
+                if f"{before}{name}" in content:  # the donor has no nats from itself
+                    side[name][at] = np.asarray(content[f"{before}{name}"].float())
+    chose = np.array([choosing[row] for row in rows], dtype=bool)
+    frame = pd.DataFrame(cells, columns=CELL)
+    if any(content["attribution"] for content in contents):
+        units = ((frame["head"] >= 0) | (frame["set"] != "")).to_numpy()
+        for values in patched.values():
+            values[np.ix_(chose, units)] = math.nan
+    clusters = np.array([run.template(row) for row in rows])
+    return Patches(style, source, rows, clusters, chose, frame, patched, recipient, donor)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str) else int(value)
+
+
+# --- tables
+
+
+def cell_table(patches: Patches) -> pd.DataFrame:
+    """One line per patch: R and its interval, nats restored and their test, and the same by other measures.
+
+    p: of the nats restored against 0; p_vs_control: against the same patch with another item's donor. Both adjusted
+    over the layers (and heads) of one site, positions and direction (Benjamini-Hochberg).
+    """
+    gain, whole, clusters = patches.gain("nats"), patches.whole("nats"), patches.clusters
+    nats = clustered_mean(gain, clusters)
+    table = patches.cells.assign(n=nats.n, n_clusters=nats.n_clusters)
+    table.insert(0, "style", patches.style)
+    table.insert(1, "source", patches.source)
+    _add(table, "R", clustered_ratio(gain, whole, clusters))
+    _add(table, "nats_restored", nats)
+    table["p"] = nats.p
+    for own, name in ((patches.choosing, "R_first_half"), (~patches.choosing, "R_second_half")):
+        table[name] = clustered_ratio(gain[own], whole[own], clusters[own]).mean
+    _add_control(table, patches)
+    for name in ("p", "p_vs_control"):
+        table[name.replace("p", "p_adjusted", 1)] = table.groupby(FAMILY)[name].transform(benjamini_hochberg)
+    for measure, name in (("nats_first", "R_first_token"), ("sld", "R_sld")):
+        table[name] = clustered_ratio(patches.gain(measure), patches.whole(measure), clusters).mean
+    table["restored"] = clustered_mean(patches.patched["restored"], clusters).mean
+    table["restored_before"] = clustered_mean(patches.recipient["restored"], clusters).mean
+    _add_answer(table, patches)
+    return table
+
+
+def _add(table: pd.DataFrame, name: str, estimate: Any) -> None:
+    table[name], table[f"{name}_ci_low"], table[f"{name}_ci_high"] = estimate.mean, estimate.ci_low, estimate.ci_high
+
+
+def _add_control(table: pd.DataFrame, patches: Patches) -> None:
+    """The difference from another item's donor at the same place, for those cells that have such a control."""
+    cells = patches.cells.assign(cell=patches.cells.index)
+    same = [name for name in CELL if name != "donor"]
+    pairs = cells[cells["donor"] == OWN].merge(cells[cells["donor"] == OTHER], on=same, suffixes=("", "_other"))
+    own, other = pairs["cell"].to_numpy(), pairs["cell_other"].to_numpy()
+    difference = clustered_mean(patches.gain("nats", own) - patches.gain("nats", other), patches.clusters)
+    found = {
+        "R_control": table["R"].to_numpy()[other],
+        "nats_vs_control": difference.mean,
+        "p_vs_control": difference.p,
+    }
+    for name, values in found.items():
+        table[name] = pd.Series(values, index=own, dtype=float).reindex(table.index)
+
+
+def _add_answer(table: pd.DataFrame, patches: Patches) -> None:
+    """Share of the lost log probability of the right answer that comes back.
+
+    NaN without answers, and if the mean loss is not clear of 0: a share of nothing has no meaning.
+    """
+    gain, whole = patches.gain("answer_logprob"), patches.whole("answer_logprob")
+    lost = clustered_mean(whole, patches.clusters)
+    _add(table, "answer_share", clustered_ratio(gain, whole, patches.clusters))
+    shares = [f"answer_share{end}" for end in ("", "_ci_low", "_ci_high")]
+    table.loc[~((lost.ci_low > 0) | (lost.ci_high < 0)), shares] = math.nan
+
+
+def hand_over(patches: Patches, direction: str = DENOISING) -> dict[str, float]:
+    """Layer at which the edited tokens hand the effect over: R(edited) falls below R(after) + R(readout).
+
+    Linear between the patched layers; the interval is the cluster jackknife's. NaN if they do not cross.
+    """
+    places = [
+        patches.where(site="resid_pre", positions=name, direction=direction, donor=OWN) for name in ("edited", *LATER)
+    ]
+    layers = [patches.cells["layer"].to_numpy()[place] for place in places]
+    if len(layers[0]) < 2 or any(not np.array_equal(other, layers[0]) for other in layers):
+        return dict.fromkeys(("layer", "ci_low", "ci_high"), math.nan)
+    gains = [patches.gain("nats", place) for place in places]
+    wholes = [patches.whole("nats", place) for place in places]
+
+    def crossing(keep: np.ndarray) -> float:
+        edited, *later = (np.nansum(g[keep], 0) / np.nansum(w[keep], 0) for g, w in zip(gains, wholes, strict=True))
+        gap = edited - sum(later)
+        below = np.flatnonzero((gap[:-1] > 0) & (gap[1:] <= 0))
+        if not len(below):
+            return math.nan
+        at = below[0]
+        return float(layers[0][at] + np.diff(layers[0])[at] * gap[at] / (gap[at] - gap[at + 1]))
+
+    names = np.unique(patches.clusters)
+    layer = crossing(np.full(len(patches.rows), True))
+    shifts = np.array([crossing(patches.clusters != name) for name in names]) - layer
+    half = math.nan
+    if len(names) > 1 and not np.isnan(shifts).any():
+        half = stats.t.ppf(0.975, len(names) - 1) * math.sqrt((len(names) - 1) / len(names) * (shifts**2).sum())
+    return {"layer": layer, "ci_low": layer - half, "ci_high": layer + half}
+
+
+def set_table(patches: Patches, cells: pd.DataFrame) -> pd.DataFrame:
+    """One line per set of units: its R beside that of random sets of the same layers.
+
+    p_vs_random: clustered t test of the nats that it restores minus the mean of the random sets'.
+    """
+    lines = []
+    gain = patches.gain("nats")
+    for line in cells[(cells["set"] != "") & ~cells["set"].str.contains(RANDOM_SET)].itertuples():
+        same = np.logical_and.reduce([cells[name] == getattr(line, name) for name in FAMILY])
+        others = cells[same & cells["set"].str.fullmatch(re.escape(line.set) + RANDOM_SET)]
+        random = gain[:, others.index].mean(axis=1) if len(others) else np.full(len(gain), math.nan)
+        beyond = clustered_mean(gain[:, line.Index] - random, patches.clusters)
+        size = re.search(r"_top_(\d+)$", line.set)
+        names = ("style", "source", *FAMILY, "set", "n", "n_clusters", "R", "R_ci_low", "R_ci_high", "nats_restored")
+        found = {"random_sets": len(others), "R_random": others["R"].mean(), "R_random_max": others["R"].max()}
+        found |= {"nats_vs_random": beyond.mean, "p_vs_random": beyond.p}
+        lines.append({name: getattr(line, name) for name in names} | {"units": size and int(size[1])} | found)
+    return pd.DataFrame(lines)
+
+
+def faithfulness(sets: pd.DataFrame) -> pd.DataFrame:
+    """CPR and CMD of each family of sets of growing size (MIB, Mueller et al. 2025), over the sizes that were run.
+
+    f(k) = R of the k strongest units, k as a share of the largest set: CPR is the area under f, CMD that between f and
+    1, both by trapezoids from f(0) = 0. `monotone`: more units never restore less.
+    """
+    lines = []
+    grown = sets[sets["set"].str.fullmatch(r".*_top_\d+")]
+    grown = grown.assign(method=grown["set"].str.replace(r"_top_\d+$", "", regex=True))
+    family = ["style", "source", *FAMILY, "method"]
+    for keys, part in grown.groupby(family, sort=False):
+        part = part.sort_values("units")
+        share, curve = (np.array([0.0, *values]) for values in (part["units"] / part["units"].max(), part["R"]))
+        found = {"CPR": np.trapezoid(curve, share), "CMD": np.trapezoid(np.abs(1 - curve), share)}
+        sizes = {"n": part["n"].min(), "sizes": " ".join(map(str, part["units"]))}
+        lines.append(dict(zip(family, keys, strict=True)) | sizes | found | {"monotone": (np.diff(curve) >= 0).all()})
+    return pd.DataFrame(lines)
+
+
+def item_table(run: Run, patches: Patches) -> pd.DataFrame:
+    """One line per row and direction: what the unpatched recipient and donor do."""
+    lines = []
+    for direction in dict.fromkeys(patches.cells["direction"]):
+        first = patches.where(direction=direction)
+        known = [place for place in first if not np.isnan(patches.recipient["nats"][:, place]).all()][:1]
+        for at, row in enumerate(patches.rows) if known else ():
+            line = {
+                "style": patches.style,
+                "original_index": row,
+                "element_index": run.row(row).get("element_index", row + 1),
+            }
+            line |= {"source": patches.source, "direction": direction, "cluster": patches.clusters[at]}
+            line |= {f"recipient_{name}": patches.recipient[name][at, known[0]] for name in MEASURES}
+            lines.append(
+                line | {f"donor_{name}": patches.donor[name][at, known[0]] for name in ("sld", "answer_logprob")}
+            )
+    return pd.DataFrame(lines)
+
+
+def reaction_and_cause(heads: pd.DataFrame, reactions: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation over heads of |t| against the control (head_sensitivity.csv) with |R|, by style and measure."""
+    lines = []
+    causes = heads[heads["donor"] == OWN].set_index(["layer", "head"])
+    for keys, part in causes.groupby(["style", "site", "positions", "direction"], sort=False):
+        own = reactions[reactions["style"] == keys[0]]
+        for measure, reaction in own.groupby("measure", sort=False):
+            pairs = part[["R"]].join(reaction.set_index(["layer", "head"])["t_vs_control"], how="inner").dropna()
+            if len(pairs) > 2:
+                found = stats.spearmanr(pairs["R"].abs(), pairs["t_vs_control"].abs())
+                names = dict(zip(["style", "site", "positions", "direction"], keys, strict=True))
+                lines.append(names | {"measure": measure, "heads": len(pairs), "spearman": found[0], "p": found[1]})
+    table = pd.DataFrame(lines)
+    return table.assign(p_adjusted=table.groupby("style")["p"].transform(holm)) if len(table) else table
