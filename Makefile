@@ -31,8 +31,7 @@ run: $(VENV)/.installed
 	@$(PY) 1_utils/run_scripts/fetch_models.py
 	@$(PIPELINE) --prompt_file 0_data/facts.json --max_samples 150 --few_shot_file 0_data/few_shot_facts.txt \
 	  --styles normal swap missing typo@1 typo@2 polite split@swap split@typo@1 split@typo@2 neutral@polite \
-	  -- --max_new_tokens 8 $(CAPTURE) --answer_logprobs --neurons --pool_regions last \
-	  edited:swap edited:missing edited:typo@1 edited:typo@2
+	  -- --max_new_tokens 8 $(CAPTURE) --answer_logprobs --neurons --pool_regions last edited:swap
 	@$(PIPELINE) --prompt_file 0_data/instructions.json --max_samples 12 \
 	  --styles normal swap three real_word split polite urgent split@swap \
 	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE) --pool_regions last task \
