@@ -120,6 +120,6 @@ def test_the_closing_lines_of_activation_diffs_are_its_result(controlled, tmp_pa
     assert f"{row['difference_to_control']:+.1f} layers to split@swap [{row['difference_ci_low']:+.1f}, " in line
     assert [line for line in lines if line.startswith("warning")] == [
         "warning: without a control: main; their differences may come from the number of tokens alone. "
-        "Stage 2 makes controls with --prompt_keys split@<style>"
+        "Stage 2 makes controls with --prompt_keys split@<style> (typos) and neutral@<style> (tones)"
     ]
     assert len(lines) == 3

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from attention.heatmaps import save_layer_head_grid
+from attention.head_plots import save_layer_head_grid
 from build_report import (
     ANY,
     CHANGED,
