@@ -349,7 +349,7 @@ def ratio_rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str, Any]], bool]:
-    """Patches of one pair of random prompts that differ in two tokens, a third or a fifth of the prompt before its end.
+    """Patches of a pair of random prompts that differ in two tokens: a third or a fifth of all tokens is behind these.
 
     `share`: seconds of a way over those of as many plain forward passes of the whole prompt with all its logits, the
     median of the rounds; of `attribution` also over those of `heads`.
@@ -360,7 +360,8 @@ def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str,
     names = ("edited", "edited_last", "after", "readout")
     groups = [(Patch("resid_pre", i, name),) for i in range(count) for name in names]
     for length, part in ((length, part) for length in args.lengths for part in (3, 5)):
-        chance, first = torch.Generator().manual_seed(length), length - length // part
+        chance, computed = torch.Generator().manual_seed(length), (length + args.max_new_tokens - 1) // part
+        first = length + args.max_new_tokens - 1 - computed
         donor, recipient, response = torch.randint(10, config.vocab_size - 10, (3, length), generator=chance).tolist()
         donor = recipient[:first] + donor[first : first + 2] + recipient[first + 2 :]
         edited = [first <= place < first + 2 for place in range(length)]
@@ -382,14 +383,14 @@ def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str,
             "heads": partial(sweep, heads),
             "attribution": partial(attribution, patcher, pair, ["z", "mlp_out", "mlp_post"]),
         }
-        label = f"{length} tokens, the last {length // part} computed"
+        label = f"{length} tokens and {args.max_new_tokens - 1} of a response, the last {computed} computed"
         seconds, peaks, _, stopped = time_in_turn(calls, args.repeats, model.device.type, label)
         patches = {"forward": count, "groups": len(groups), "heads": len(heads), "attribution": len(heads)}
         for name, spent in seconds.items():
             pairs = zip(spent, seconds["forward"], seconds["heads"], strict=True)
             shares = [(own / of * count / patches[name], own / exact) for own, of, exact in pairs]
             share, of_heads = (statistics.median(values) for values in zip(*shares, strict=True))
-            row = {"prompt_tokens": length, "computed": length // part, "way": name, "patches": patches[name]}
+            row = {"prompt_tokens": length, "computed": computed, "way": name, "patches": patches[name]}
             row |= {"seconds": statistics.median(spent), "share": share, "share_of_heads": of_heads}
             rows.append(row | {"peak_MB": peaks[name], "rounds": len(spent)})
         if stopped:

@@ -37,11 +37,11 @@ def measures(
     """
     d, r = (one.to(dtype).log_softmax(-1) for one in (donor, recipient))
     up, down = ((p.exp() * (p - q)).argmax(-1, keepdim=True) for p, q in ((d, r), (r, d)))
-    wanted = torch.tensor(response, device=logits.device)
+    shares, wanted = d.exp(), torch.tensor(response, device=logits.device)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in MEASURES[:4]}
     for row in logits:  # one at a time: a vocabulary is large
         x = row.to(dtype).log_softmax(-1)
-        nats = (d.exp() * (d - x)).sum(-1)
+        nats = (shares * (d - x)).sum(-1)
         found["nats"].append(nats.sum())
         found["nats_first"].append(nats[0])
         found["sld"].append((x.gather(-1, up) - x.gather(-1, down)).sum())

@@ -13,7 +13,6 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,44 +29,41 @@ Unit = tuple[int, int]  # layer, head or neuron (0 for a whole MLP)
 
 def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int = 1) -> dict[str, torch.Tensor]:
     """Estimated nats that each unit restores: z [L, H], mlp_out [L], mlp_post [L, F], float32 on the CPU."""
-    # 1. The states of both prompts; with one step the recipient's are those at which the gradient is taken.
+    # 1. With several steps, the recipient's states; with one they are those at which the gradient is taken.
     patcher.hook(sites)
     pair = replace(pair, answers=[])
     prefix = patcher.prefix(pair.recipient[: pair.shared])
     prompts = [ids[pair.shared :] for ids in (pair.donor, pair.recipient)]
+    followed: dict[tuple[str, int], torch.Tensor] = {}
+    share = 0.0
+
+    def follow(_branch: int, site: str, layer: int, state: torch.Tensor) -> torch.Tensor | None:
+        if (site, layer) == ("resid_pre", 0):
+            mixed = torch.stack([state[0], torch.lerp(state[1], state[0], share)])
+            return mixed.detach().requires_grad_(torch.is_grad_enabled())
+        if site in sites:
+            followed[site, layer] = state
+        return None
+
     own: dict[tuple[str, int], torch.Tensor] = {}
-    theirs: dict[tuple[str, int], torch.Tensor] = {}
+    if steps > 1:
+        with torch.no_grad():
+            patcher.sweep(pair, prompts, prefix, on_state=follow)
+        own = {key: state[1] for key, state in followed.items()}
 
-    def keep(
-        into: dict[tuple[str, int], torch.Tensor], _branch: int, site: str, layer: int, state: torch.Tensor
-    ) -> None:
-        if site in sites or (site, layer) == ("resid_pre", 0):
-            into[site, layer] = state[0]
-
-    with torch.no_grad():
-        donor = patcher.sweep(pair, prompts[:1], prefix, on_state=partial(keep, theirs))[0][0].float().log_softmax(-1)
-        if steps > 1:
-            patcher.sweep(pair, prompts[1:], prefix, on_state=partial(keep, own))
-
-    # 2. The gradient of the divergence, at each step between the two.
+    # 2. The gradient of the divergence at each step. The donor's row comes along: its weights are read anyway.
     total: dict[tuple[str, int], torch.Tensor] = {}
     for step in range(steps):
-        share, followed = (step + 0.5) / steps if steps > 1 else 0.0, {}
-
-        def follow(_branch: int, site: str, layer: int, state: torch.Tensor) -> torch.Tensor | None:
-            if (site, layer) == ("resid_pre", 0):
-                return torch.lerp(state, theirs[site, layer][None], share).detach().requires_grad_()  # noqa: B023
-            if site in sites:
-                followed[site, layer] = state  # noqa: B023
-            return None
-
+        share = (step + 0.5) / steps if steps > 1 else 0.0
         with torch.enable_grad():
-            logits = patcher.sweep(pair, prompts[1:], prefix, on_state=follow)[0][0].float().log_softmax(-1)
-            nats = (donor.exp() * (donor - logits)).sum()
+            donor, mixed = patcher.sweep(pair, prompts, prefix, on_state=follow)[0].float().log_softmax(-1)
+            donor = donor.detach()
+            nats = (donor.exp() * (donor - mixed)).sum()
             gradients = torch.autograd.grad(nats, list(followed.values()))
         for (key, state), gradient in zip(followed.items(), gradients, strict=True):
-            total[key] = total.get(key, 0.0) + gradient[0].float() / steps
-            own.setdefault(key, state[0].detach())
+            total[key] = total.get(key, 0.0) + gradient[1].float() / steps
+            own.setdefault(key, state[1].detach())
+    theirs = {key: state[0].detach() for key, state in followed.items()}
 
     # 3. Times the difference, summed over tokens (and the width of a head or MLP).
     axes = {"z": (0, 2), "mlp_out": (0, 1), "mlp_post": (0,)}
