@@ -53,7 +53,7 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
     """One panel per style, source and direction: R by layer with its 95 % interval."""
     groups = list(table.groupby(["style", "source", "direction"], sort=False))
     figure, grid = plt.subplots(
-        len(groups), 1, figsize=(8, 3.6 * len(groups)), squeeze=False, sharex=True, layout="constrained"
+        len(groups), 1, figsize=(9.5, 3.6 * len(groups)), squeeze=False, sharex=True, layout="constrained"
     )
     for axes, (keys, part) in zip(grid[:, 0], groups, strict=True):
         own, other = part[part["donor"] == "own"], part[part["donor"] == "other"]
@@ -73,5 +73,5 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
             f"{' '.join(map(str, keys))}: residual stream before the layer, n = {own['n'].max()}", fontsize=10
         )
         layer_axis(axes, "layer")
-        axes.legend(loc="lower left", fontsize=8, frameon=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     save_figure(path, figure)
