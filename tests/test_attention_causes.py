@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attention import causes
 from command_line import UserError
 from file_output import read_csv
-from paired_stats import deal
-from run_store import open_run, save_pt
+from paired_stats import benjamini_hochberg, deal
+from run_store import load_pt, open_run, save_pt
 from scipy import stats
 from style_rows import templates_of
 from synthetic_run import prompt_rows, write_run
@@ -157,6 +158,7 @@ def test_screened_units_are_estimated_on_the_half_that_did_not_choose_them(tmp_p
     heads, layers = (read_csv(tmp_path / f"patching_{name}.csv") for name in ("heads", "layers"))
     assert (set(heads["n"]), set(layers["n"])) == ({ROWS / 2}, {ROWS})
     assert heads["R_first_half"].isna().all()
+    assert (read_csv(tmp_path / "patching_items.csv")["recipient_nats"].notna()).all()
     assert heads["R"].tolist() == pytest.approx(heads["R_second_half"].tolist())
     sets = read_csv(tmp_path / "patching_sets.csv").set_index("set")
     line = sets.loc["attribution_top_2"]
@@ -180,6 +182,31 @@ def test_reaction_and_cause_are_correlated_over_heads(results: Path):
     heads = read_csv(results / "patching_heads.csv")
     reaction = 9.0 * (heads["layer"] + heads["head"] == 4) + heads["layer"]
     assert line["spearman"] == pytest.approx(stats.spearmanr(heads["R"].abs(), reaction)[0])
+
+
+def test_neurons_and_sources_are_kept_apart_from_heads(tmp_path: Path):
+    """Neuron (1, 0) is no head (1, 0), and p of the heads does not depend on what else was patched."""
+    run = write_patches(tmp_path / "run")
+    alone = causes.cell_table(causes.open_patches(open_run(run))[0]).query("head >= 0")
+    for path in sorted((run / "swap").glob("patches_*.pt")):
+        content = load_pt(path, mmap=False)
+        sites = ["mlp_post" if site == "z" else site for site in content["sites"]]
+        save_pt(path.with_name(f"patches_neurons_{path.name[8:]}"), content | {"sites": sites})
+        save_pt(path.with_name(f"patches_normal_{path.name[8:]}"), content | {"source": "normal"})
+    both = causes.open_patches(open_run(run))
+    assert [one.source for one in both] == ["split", "normal"]
+    cells = pd.concat(map(causes.cell_table, both)).query("head >= 0")
+    assert cells[(cells["source"] == "split") & (cells["site"] == "z")]["p_adjusted"].tolist() == pytest.approx(
+        alone["p_adjusted"].tolist()
+    )
+    reactions = alone[["layer", "head"]].assign(style="swap", measure="m", t_vs_control=np.arange(len(alone)))
+    table = causes.reaction_and_cause(cells, reactions)
+    assert table[["source", "site", "heads"]].to_numpy().tolist() == [[s, "z", 18] for s in ("split", "normal")]
+
+
+def test_p_of_single_heads_is_adjusted_over_the_heads_alone(results: Path):
+    heads = read_csv(results / "patching_heads.csv")
+    assert heads["p_adjusted"].tolist() == pytest.approx(benjamini_hochberg(heads["p"]).tolist(), rel=1e-4)
 
 
 def test_a_null_names_no_head(tmp_path: Path):

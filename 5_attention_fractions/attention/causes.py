@@ -1,4 +1,4 @@
-"""What patching restores: tables of patches_*.pt by layer, head and set of units (docs/METHODS.md, "Causes").
+"""What patching restores, by layer, head and set of units: tables of patches_*.pt (docs/METHODS.md).
 
 A patch puts one run's state (the donor's) into another (the recipient) at one place. Denoising: the control gives, the
 typo receives. Per row, with d the donor's next-token distributions along its own response, r the recipient's and x the
@@ -35,7 +35,8 @@ OWN, OTHER = "own", "other"  # whose state a patch puts in: the row's own donor,
 DENOISING = "denoising"
 CELL = ["site", "positions", "direction", "donor", "layer", "head", "set"]
 CELL_KEYS = ["sites", "positions", "cell_directions", "donors", "layers", "heads", "sets"]  # their names in a file
-FAMILY = ["site", "positions", "direction", "donor"]  # p is adjusted over its layers, or layers x heads
+FAMILY = ["site", "positions", "direction", "donor"]
+HEAD_SITES = ("z", "pattern")  # whose units are the heads of head_sensitivity.csv; `v` counts key-value heads
 MEASURES = ("nats", "nats_first", "sld", "restored", "answer_logprob")
 LATER = ("after", "readout")  # positions after the edited tokens
 RANDOM_SET = r"_random_\d+$"  # ends the name of a set of random units
@@ -87,8 +88,10 @@ def write_causes(run: Run, styles: Sequence[str] | None, folder: Path) -> list[s
     handed = pd.DataFrame(_hand_over_lines(patched))
     layers = layers.merge(handed, how="left", on=["style", "source", "direction"])
     sets = pd.concat([set_table(one, table) for one, table in zip(patched, cells, strict=True)], ignore_index=True)
-    if len(sets):
-        sets["p_vs_random_adjusted"] = sets.groupby([*FAMILY, "set"])["p_vs_random"].transform(holm)  # over the styles
+    if len(sets):  # over the styles
+        sets["p_vs_random_adjusted"] = sets.groupby(["source", *FAMILY, "set"])["p_vs_random"].transform(
+            holm
+        )  # over the styles
     tables = {
         "patching_layers": layers.drop(columns=["head", "set"]),
         "patching_heads": heads.drop(columns="set"),
@@ -167,7 +170,7 @@ def _joined(run: Run, style: str, source: str, contents: list[dict[str, Any]]) -
     frame = pd.DataFrame(cells, columns=CELL)
     if any(content["attribution"] for content in contents):
         units = ((frame["head"] >= 0) | (frame["set"] != "")).to_numpy()
-        for values in patched.values():
+        for values in (*patched.values(), *recipient.values(), *donor.values()):
             values[np.ix_(chose, units)] = math.nan
     clusters = np.array([run.template(row) for row in rows])
     return Patches(style, source, rows, clusters, chose, frame, patched, recipient, donor)
@@ -184,31 +187,27 @@ def cell_table(patches: Patches) -> pd.DataFrame:
     """One line per patch: R and its interval, nats restored and their test, and the same by other measures.
 
     p: of the nats restored against 0; p_vs_control: against the same patch with another item's donor. Both adjusted
-    over the layers (and heads) of one site, positions and direction (Benjamini-Hochberg).
+    (Benjamini-Hochberg) over the layers of one site, positions and direction, over its single units, and over its sets.
     """
     gain, whole, clusters = patches.gain("nats"), patches.whole("nats"), patches.clusters
     nats = clustered_mean(gain, clusters)
     table = patches.cells.assign(n=nats.n, n_clusters=nats.n_clusters)
     table.insert(0, "style", patches.style)
     table.insert(1, "source", patches.source)
-    _add(table, "R", clustered_ratio(gain, whole, clusters))
-    _add(table, "nats_restored", nats)
-    table["p"] = nats.p
+    ratio = clustered_ratio(gain, whole, clusters)
+    table = table.assign(**ratio.columns("R", "R_ci"), **nats.columns("nats_restored", "nats_restored_ci"), p=nats.p)
     for own, name in ((patches.choosing, "R_first_half"), (~patches.choosing, "R_second_half")):
         table[name] = clustered_ratio(gain[own], whole[own], clusters[own]).mean
     _add_control(table, patches)
+    kind = np.where(table["set"] != "", "set", np.where(table["head"] >= 0, "unit", "site"))
     for name in ("p", "p_vs_control"):
-        table[name.replace("p", "p_adjusted", 1)] = table.groupby(FAMILY)[name].transform(benjamini_hochberg)
+        families = table.groupby([*(table[key] for key in FAMILY), kind])
+        table[name.replace("p", "p_adjusted", 1)] = families[name].transform(benjamini_hochberg)
     for measure, name in (("nats_first", "R_first_token"), ("sld", "R_sld")):
         table[name] = clustered_ratio(patches.gain(measure), patches.whole(measure), clusters).mean
     table["restored"] = clustered_mean(patches.patched["restored"], clusters).mean
     table["restored_before"] = clustered_mean(patches.recipient["restored"], clusters).mean
-    _add_answer(table, patches)
-    return table
-
-
-def _add(table: pd.DataFrame, name: str, estimate: Any) -> None:
-    table[name], table[f"{name}_ci_low"], table[f"{name}_ci_high"] = estimate.mean, estimate.ci_low, estimate.ci_high
+    return table.assign(**answer_share(patches))
 
 
 def _add_control(table: pd.DataFrame, patches: Patches) -> None:
@@ -227,16 +226,16 @@ def _add_control(table: pd.DataFrame, patches: Patches) -> None:
         table[name] = pd.Series(values, index=own, dtype=float).reindex(table.index)
 
 
-def _add_answer(table: pd.DataFrame, patches: Patches) -> None:
-    """Share of the lost log probability of the right answer that comes back.
+def answer_share(patches: Patches) -> dict[str, np.ndarray]:
+    """Share of the lost log probability of the right answer that comes back, and its interval: columns [K].
 
     NaN without answers, and if the mean loss is not clear of 0: a share of nothing has no meaning.
     """
     gain, whole = patches.gain("answer_logprob"), patches.whole("answer_logprob")
     lost = clustered_mean(whole, patches.clusters)
-    _add(table, "answer_share", clustered_ratio(gain, whole, patches.clusters))
-    shares = [f"answer_share{end}" for end in ("", "_ci_low", "_ci_high")]
-    table.loc[~((lost.ci_low > 0) | (lost.ci_high < 0)), shares] = math.nan
+    clear = (lost.ci_low > 0) | (lost.ci_high < 0)
+    columns = clustered_ratio(gain, whole, patches.clusters).columns("answer_share", "answer_share_ci")
+    return {name: np.where(clear, values, math.nan) for name, values in columns.items()}
 
 
 def hand_over(patches: Patches, direction: str = DENOISING) -> dict[str, float]:
@@ -311,36 +310,34 @@ def faithfulness(sets: pd.DataFrame) -> pd.DataFrame:
 
 
 def item_table(run: Run, patches: Patches) -> pd.DataFrame:
-    """One line per row and direction: what the unpatched recipient and donor do."""
-    lines = []
-    for direction in dict.fromkeys(patches.cells["direction"]):
-        first = patches.where(direction=direction)
-        known = [place for place in first if not np.isnan(patches.recipient["nats"][:, place]).all()][:1]
-        for at, row in enumerate(patches.rows) if known else ():
-            line = {
-                "style": patches.style,
-                "original_index": row,
-                "element_index": run.row(row).get("element_index", row + 1),
-            }
-            line |= {"source": patches.source, "direction": direction, "cluster": patches.clusters[at]}
-            line |= {f"recipient_{name}": patches.recipient[name][at, known[0]] for name in MEASURES}
-            lines.append(
-                line | {f"donor_{name}": patches.donor[name][at, known[0]] for name in ("sld", "answer_logprob")}
-            )
-    return pd.DataFrame(lines)
+    """One line per row and direction: what the unpatched recipient and donor do, in the row's first batch."""
+    tables = []
+    for direction, cells in patches.cells.groupby("direction", sort=False):
+        ids = [run.row(row).get("element_index", row + 1) for row in patches.rows]
+        table = pd.DataFrame({"original_index": patches.rows, "element_index": ids})
+        table.insert(0, "style", patches.style)
+        table = table.assign(source=patches.source, direction=direction, cluster=patches.clusters)
+        for side, values in (("recipient", patches.recipient), ("donor", patches.donor)):
+            for name in MEASURES if side == "recipient" else ("sld", "answer_logprob"):
+                table[f"{side}_{name}"] = pd.DataFrame(values[name][:, cells.index]).bfill(axis=1)[0]
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def reaction_and_cause(heads: pd.DataFrame, reactions: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation over heads of |t| against the control (head_sensitivity.csv) with |R|, by style and measure."""
     lines = []
-    causes = heads[heads["donor"] == OWN].set_index(["layer", "head"])
-    for keys, part in causes.groupby(["style", "site", "positions", "direction"], sort=False):
+    names = ["style", "source", "site", "positions", "direction"]
+    causes = heads[(heads["donor"] == OWN) & heads["site"].isin(HEAD_SITES)].set_index(["layer", "head"])
+    for keys, part in causes.groupby(names, sort=False):
         own = reactions[reactions["style"] == keys[0]]
         for measure, reaction in own.groupby("measure", sort=False):
             pairs = part[["R"]].join(reaction.set_index(["layer", "head"])["t_vs_control"], how="inner").dropna()
             if len(pairs) > 2:
                 found = stats.spearmanr(pairs["R"].abs(), pairs["t_vs_control"].abs())
-                names = dict(zip(["style", "site", "positions", "direction"], keys, strict=True))
-                lines.append(names | {"measure": measure, "heads": len(pairs), "spearman": found[0], "p": found[1]})
+                line = dict(zip(names, keys, strict=True))
+                lines.append(line | {"measure": measure, "heads": len(pairs), "spearman": found[0], "p": found[1]})
     table = pd.DataFrame(lines)
-    return table.assign(p_adjusted=table.groupby("style")["p"].transform(holm)) if len(table) else table
+    if len(table):
+        table["p_adjusted"] = table.groupby("style")["p"].transform(holm)
+    return table
