@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from accuracy_tables import row_scores
-from file_output import write_csv
+from file_output import write_or_remove
 from logger import get_logger
 from next_token_change import last_logits, next_token_change
 from paired_stats import CONFIDENCE, ZERO_VARIANCE, Estimate, cluster_codes, clustered_mean, holm
@@ -35,11 +35,8 @@ LOGITS = ("topk_vals", "topk_indices", "logsumexp")
 def write_decomposition(run: Run, items: pd.DataFrame, clean_style: str, folder: Path) -> None:
     """Write decomposition.csv if the run has a control; log the lines of the answers."""
     table = decompose(run, items, clean_style)
-    path = folder / "decomposition.csv"
-    if table.empty:
-        path.unlink(missing_ok=True)  # of a run with a control
+    if not write_or_remove(folder / "decomposition.csv", table):
         return
-    write_csv(path, table)
     for line in table[table["measure"].isin(ANSWER_MEASURES)].itertuples():
         texts = [with_interval(line, part, "+.3f") for part in PARTS]
         if not math.isnan(line.fragmentation_share):

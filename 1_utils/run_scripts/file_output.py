@@ -105,6 +105,15 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False, float_format=FLOAT_FORMAT, **options)
 
 
+def write_or_remove(path: Path, table: pd.DataFrame) -> bool:
+    """Write a table, or remove what an earlier run wrote if it has no rows. Returns whether it has some."""
+    if table.empty:
+        path.unlink(missing_ok=True)
+        return False
+    write_csv(path, table)
+    return True
+
+
 def read_csv(path: str | Path, columns: Sequence[str] | None = None, hint: str = "run its stage again") -> pd.DataFrame:
     """Read a CSV table, with `columns` only those. Only an empty cell is missing; TEXT_COLUMNS stay text.
 

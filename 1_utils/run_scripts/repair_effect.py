@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from accuracy_tables import row_scores
 from decomposition import part_columns, scores_of_forms, share_interval, with_holm, with_interval
-from file_output import write_csv
+from file_output import write_or_remove
 from logger import get_logger
 from paired_stats import cluster_codes, clustered_mean
 from style_names import REPAIRED
@@ -23,11 +23,8 @@ PARTS = ("harm", "regained", "remaining")
 def write_repair_effect(items: pd.DataFrame, clean_style: str, folder: Path) -> None:
     """Write and log repair_summary.csv if a style and its repair have scored answers."""
     table = repair_effect(items, clean_style)
-    path = folder / "repair_summary.csv"
-    if table.empty:
-        path.unlink(missing_ok=True)  # of a run with repairs
+    if not write_or_remove(folder / "repair_summary.csv", table):
         return
-    write_csv(path, table)
     for line in table.itertuples():
         texts = [with_interval(line, part, "+.3f") for part in PARTS]
         if not math.isnan(line.regained_share):

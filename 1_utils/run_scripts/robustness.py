@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from accuracy_tables import row_scores
-from file_output import write_csv
+from file_output import write_or_remove
 from logger import get_logger
 from paired_stats import BLOCK_NUMBERS, CONFIDENCE, cluster_codes, clustered_mean, minimum_detectable_effect
 from run_store import Run
@@ -42,11 +42,8 @@ COLUMNS = (
 def write_robustness(run: Run, items: pd.DataFrame, clean_style: str, folder: Path) -> None:
     """Write robustness_summary.csv if the run has the clean form and another one; log its main measures."""
     table = robustness_summary(items, clean_style, run)
-    path = folder / "robustness_summary.csv"
-    if table.empty:
-        path.unlink(missing_ok=True)  # of a run with more styles
+    if not write_or_remove(folder / "robustness_summary.csv", table):
         return
-    write_csv(path, table)
     lines = table[table["style"] == ALL].set_index("measure")
     names = [name for name in ("worst_accuracy", "spread", "pss", "consistency_rate") if name in lines.index]
     texts = [
