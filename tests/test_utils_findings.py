@@ -3,9 +3,20 @@
 import numpy as np
 import pandas as pd
 import pytest
-from findings import RULES, findings
+from accuracy_sections import accuracy_section, worst_first
+from attention.reaction_sections import CAUSES, HEADS, LAYERS, UNITS
+from command_line import UserError
+from report_section import findings_of, read_sections, write_section
 
 PARTS = ("total", "fragmentation", "spelling")
+SECTIONS = (accuracy_section("answers", whole=True), LAYERS, HEADS, UNITS, CAUSES)
+
+
+def findings(folder):
+    """What the report says of a results folder, by the sections that the stages write into it."""
+    for section in SECTIONS:
+        write_section(folder, section)
+    return [one for one, _ in findings_of(read_sections(folder), worst_first(folder))]
 
 
 def with_interval(name, value, half, **names):
@@ -84,6 +95,20 @@ def write_run(folder, effect, repeats=True):
              "p_adjusted": p}
             for style in ("swap", "typo@2") for unit in ("neuron", "head")
         ],
+        "patching_layers": [
+            {"style": "typo@2", "source": "control", "site": "resid_pre", "positions": positions, "donor": donor,
+             "direction": "denoising", "layer": layer, "n": 40, "p": p,
+             "hand_over_layer": 12.4 if effect else np.nan, "hand_over_ci_low": 10.0 if effect else np.nan,
+             "hand_over_ci_high": 14.8 if effect else np.nan}
+            | with_interval("R", 0.8 if effect else 0.02, 0.1)
+            for positions in ("edited", "after") for donor in ("own", "other") for layer in (0, 10)
+        ],
+        "patching_heads": [
+            {"style": "typo@2", "source": "control", "site": "z", "donor": "own", "direction": "denoising", "layer": 9,
+             "head": head, "n": 40, "p_adjusted": p, "R_first_half": 0.1, "R_second_half": other}
+            | with_interval("R", value, 0.04)
+            for head, value, other in ((0, 0.12, 0.1), (1, 0.2, -0.1), (2, -0.1, -0.1))
+        ],
     }  # fmt: skip
     for name, lines in tables.items():
         pd.DataFrame(lines).to_csv(folder / f"{name}.csv", index=False)
@@ -116,10 +141,13 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
         "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean word "
         "and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
+        "Putting the control state of the words edited by typo@2 into layer 0 restores 80 [70, 90] % of the effect. "
+        "From layer 12.4 [10.0, 14.8] on more of it lies in later tokens (n = 40).",
+        "1 of 3 heads restore a part of the effect of typo@2 when they alone are patched (n = 40). The largest "
+        "(layer.head): 9.0 (12 [8, 16] %).",
     ]
-    assert [one.n for one in found] == [150, 149, 149, 148, 149, 149, 149, 74, 74]
+    assert [one.n for one in found] == [150, 149, 149, 148, 149, 149, 149, 74, 74, 40, 40]
     assert [one.source for one in found][:2] == ["answers_summary.csv", "decomposition.csv"]
-    assert len(found) == len(RULES)
     assert all(one.is_claim for one in found)
 
 
@@ -131,9 +159,20 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "150, adjusted p = 0.400). A change of 10.0 points would have been found (80 % power).",
         "The accuracy shows no slope over the number of edits (normal, typo@1, typo@2; n = 148, p = 0.400). A change "
         "of 3.1 points per edit would have been found (80 % power).",
+        "No difference shows between the layers at which the words mistyped by typo@2 and those of split@typo@2 are "
+        "recovered: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A difference of 2.8 layers would have "
+        "been found (80 % power).",
         "No head can be named whose attention to the words mistyped by typo@2 differs from that in split@typo@2 and "
         "repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would have been found "
         "(80 % power).",
+        "Of 230 neurons chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = 74; the "
+        "set as a whole: adjusted p = 0.400). That is not enough to name one.",
+        "Of 230 heads chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = 74; the "
+        "set as a whole: adjusted p = 0.400). That is not enough to name one.",
+        "Putting the control state of the words edited by typo@2 into layer 0 restores 2 [−8, 12] % of the effect (n = "
+        "40). They hand it over at none of the patched layers.",
+        "No head restores a clear part of the effect of typo@2 when it alone is patched (n = 40). The 95 % interval of "
+        "a typical head reaches 4 points to either side.",
     ]
 
 
@@ -171,3 +210,23 @@ def test_a_style_without_a_control_has_no_parts(tmp_path):
     (tmp_path / "head_sensitivity.csv").write_text("style,layer,head,measure\n")
     assert findings(tmp_path) == []
     assert findings(tmp_path / "nothing") == []
+
+
+def test_the_noise_of_the_numbers_is_no_claim(tmp_path):
+    again = accuracy("normal@again", 0.0067, np.nan) | {"right_to_wrong": 1, "wrong_to_right": 2}
+    pd.DataFrame([accuracy("normal", np.nan, np.nan), accuracy("swap", -0.3, 1e-9), again]).to_csv(
+        tmp_path / "maths_summary.csv", index=False
+    )
+    harm, noise = findings(tmp_path)
+    assert (harm.is_claim, noise.is_claim) == (True, False)
+    assert noise.text == (
+        "Numerical noise: the same clean prompts in other batches change 3 of 150 verdicts (1 [−5, 7] points)."
+    )
+
+
+def test_a_damaged_section_is_one_line(tmp_path):
+    write_section(tmp_path, UNITS)
+    path = tmp_path / "neuron_sensitivity.section.json"
+    path.write_text(path.read_text().replace('"title"', '"titel"'))
+    with pytest.raises(UserError, match=r"neuron_sensitivity\.section\.json: cannot be read"):
+        read_sections(tmp_path)

@@ -6,35 +6,28 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
+from accuracy_sections import accuracy_section
 from attention.head_plots import save_layer_head_grid
 from build_report import (
     ANY,
     CHANGED,
-    MAX_ROWS,
-    HeadlineRow,
-    Interval,
     build_report,
-    format_cell,
-    headline_rows,
-    headline_table,
+    headings_of,
     main,
-    merge_intervals,
     pick_examples,
-    rows_of,
-    sections_of,
-    to_table,
-    whiskers,
     word_difference,
 )
 from command_line import UserError
 from paired_stats import paired_summary
 from PIL import Image
-from report_sections import TableOf
+from report_section import Headline, Plots, Section, TableOf, read_sections, write_section
+from report_tables import MAX_ROWS, Interval, format_cell, merge_intervals, overview, rows_of, to_table, whiskers
 from run_store import open_run
 from synthetic_run import prompt_rows, write_run
 
@@ -91,9 +84,13 @@ def made(tmp_path_factory):
     results.mkdir()
     items = score_items(run)
     items.to_csv(results / "maths_items.csv", index=False)
-    paired_summary(items, "correct", interval="wilson").to_csv(results / "maths_summary.csv", index=False)
+    summary = paired_summary(items, "correct", interval="wilson")
+    summary["minimum_detectable_difference_adjusted"] = summary["minimum_detectable_difference"]
+    summary.to_csv(results / "maths_summary.csv", index=False)
     pd.DataFrame({"style": ["polite"], "layer": [EVIL]}).to_csv(results / "activation_diffs.csv", index=False)
     (results / "maths_accuracy.png").write_bytes(PNG)
+    write_section(results, accuracy_section("maths", whole=True))
+    write_section(results, Section("x", EVIL, 5, (), (TableOf("activation_diffs.csv", EVIL),)))
     (results / 'odd_"onerror=alert(1) x=".png').write_bytes(PNG)
     return run, results
 
@@ -141,16 +138,18 @@ def test_a_picture_is_smaller_in_the_page_and_keeps_its_rare_colours(tmp_path):
     save_layer_head_grid(tmp_path / "heads.png", [("swap", values, values > 2)] * 3, "change", "title")
     (tmp_path / "head_sensitivity_swap.png").write_bytes(PNG)
     (tmp_path / "heads.png").rename(tmp_path / "head_sensitivity.png")
-    (section,) = sections_of(tmp_path)
-    assert [figure.name for figure in section["figures"]] == ["head_sensitivity.png"]
-    assert section["more"] == ["head_sensitivity_swap.png"]
+    plots = (Plots("head_sensitivity.png", "Heads."), Plots("head_*.png", "More heads.", left_out=True))
+    write_section(tmp_path, Section("heads", "Which heads?", 1, plots))
+    (heading,) = headings_of(read_sections(tmp_path), tmp_path, [])
+    assert [one.name for pictures in heading.pictures for one in pictures.several] == ["head_sensitivity.png"]
+    assert heading.more == ["head_sensitivity_swap.png"]
     whole = (tmp_path / "head_sensitivity.png").read_bytes()
-    reduced = base64.b64decode(section["figures"][0].data)
+    reduced = base64.b64decode(heading.pictures[0].several[0].data)
     assert len(reduced) < len(whole) / 2
     assert np.abs(pixels(whole) - pixels(reduced)).max() < 24
     (tmp_path / "head_sensitivity.png").write_bytes(whole[:100])
     with pytest.raises(UserError, match=r"head_sensitivity\.png: cannot be read"):
-        sections_of(tmp_path)
+        headings_of(read_sections(tmp_path), tmp_path, [])
 
 
 def test_ten_pairs_are_shown_with_their_difference(made, page_text):
@@ -288,12 +287,13 @@ def test_intervals_of_other_names_are_merged_too():
         "shuffled_ci_low": 0.4,
         "shuffled_ci_high": 0.6,
     }
-    merged = merge_intervals(pd.DataFrame([line]))
+    names = (("auc", "ci_low", "ci_high"), ("shuffled_auc", "shuffled_ci_low", "shuffled_ci_high"))
+    merged = merge_intervals(pd.DataFrame([line]), names)
     assert merged.iloc[0].to_dict() == {"auc": "0.900 [0.800, 1.000]", "shuffled_auc": "0.500 [0.400, 0.600]"}
 
 
 def test_long_tables_say_how_long_they_are():
-    table = to_table(pd.DataFrame({"layer": range(1000)}), "x.csv")
+    table = to_table(pd.DataFrame({"layer": range(1000)}), TableOf("x.csv", ""))
     assert (len(table.rows), table.total) == (MAX_ROWS, 1000)
 
 
@@ -306,24 +306,46 @@ def test_a_section_takes_the_first_rows_of_each_style(tmp_path):
     assert rows_of(tmp_path, TableOf("x.csv", "", only=(("measure", "none"),))) is None
 
 
-def test_headline_leaves_out_what_is_unknown(tmp_path):
+ON_TASK = Headline("on task", "a share", ("fractions.csv",), "frac_task", "frac_task_ci_low", "frac_task_ci_high")
+
+
+def test_the_table_of_all_styles_leaves_out_what_is_unknown(tmp_path):
     attention = {"style": ["normal"], "frac_task": [0.25], "frac_task_ci_low": [0.2], "frac_task_ci_high": [0.3]}
-    pd.DataFrame(attention).to_csv(tmp_path / "prompt_task_fraction_aggregate.csv", index=False)
-    columns, lines = headline_table(headline_rows({"normal": 60, "swap": 59}, tmp_path))
-    assert columns == ["style", "n", "attention on task"]
-    assert lines == [["normal", "60", "0.250 [0.200, 0.300]"], ["swap", "59", "–"]]
+    pd.DataFrame(attention).to_csv(tmp_path / "fractions.csv", index=False)
+    table = overview({"normal": 60, "swap": 59}, [ON_TASK, replace(ON_TASK, sources=("none.csv",))], tmp_path)
+    assert table.columns == ["style", "n", "on task"]
+    assert table.lines == [["normal", "60", "0.250 [0.200, 0.300]"], ["swap", "59", "–"]]
+    assert table.notes == ["n: prompts run", "a share"]
 
 
 def test_whiskers_lie_where_the_numbers_are():
-    def row(*numbers):
-        unknown = Interval(float("nan"))
-        return HeadlineRow("s", 1, unknown, Interval(*numbers), float("nan"), unknown, unknown)
-
-    drawn, reach = whiskers([row(-0.1, -0.2, 0.0), row(0.1, 0.05, 0.15), row(0.0), row(float("nan"))])
+    numbers = [(-0.1, -0.2, 0.0), (0.1, 0.05, 0.15), (0.0,), (float("nan"),)]
+    drawn, reach = whiskers([Interval(*one) for one in numbers])
     assert reach == pytest.approx(0.2)
     assert drawn[2] is drawn[3] is None
     assert (drawn[0].low, drawn[0].middle, drawn[0].high) == pytest.approx((2, 26, 50))
     assert drawn[1].middle - 50 == pytest.approx(24)
+
+
+def test_a_picture_of_each_style_is_picked_by_its_name_the_worst_first(made, tmp_path):
+    run, _ = made
+    for style in ("typo_1", "typo_2", "other"):
+        (tmp_path / f"heads_{style}.png").write_bytes(PNG)
+    write_section(tmp_path, Section("heads", "Heads?", 1, (Plots("heads_*.png", "Heads."),)), ["typo@1", "typo@2"])
+    (heading,) = headings_of(read_sections(tmp_path), tmp_path, ["typo@2", "typo@1"])
+    assert [one.label for one in heading.pictures[0].several] == ["typo@2", "typo@1", "other"]
+    text = build_report([(run, tmp_path)], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert Page(text).tags.count("input") == 3
+    assert text.count(" checked>") == 1
+
+
+def test_a_sentence_leads_to_its_section(made, tmp_path):
+    run, results = made
+    text = build_report([(run, results)], tmp_path / "r.html").read_text(encoding="utf-8")
+    lines = re.findall(r'<li class="(claim|open)">(.*?)<a href="#(.*?)">', text)
+    assert lines
+    assert lines[0][2] == "run-1-are-the-answers-right"
+    assert 'id="run-1-are-the-answers-right"' in text
 
 
 # --- differences and choice
@@ -381,7 +403,7 @@ def test_the_first_rows_of_each_style_by_a_column_and_of_the_preferred_kind(tmp_
          ("a", "split@a", 5, 1.0), ("c", "split", 6, 1.0), ("d", None, 7, np.nan)],
         columns=["style", "control", "head", "rank_vs_control"],
     ).to_csv(tmp_path / "heads.csv", index=False)  # fmt: skip
-    wanted = TableOf("heads.csv", "", ("style", "head"), (), 1, "rank_vs_control", ("control", "split@"))
+    wanted = TableOf("heads.csv", "", ("style", "head"), (), 1, "rank_vs_control", ("control", ("split@",)))
     assert [row[:2] for row in rows_of(tmp_path, wanted).rows] == [["b", "2"], ["a", "5"]]
     pd.DataFrame({"style": ["c"], "control": ["split"], "rank_vs_control": [1.0]}).to_csv(tmp_path / "heads.csv")
     assert len(rows_of(tmp_path, wanted).rows) == 1

@@ -29,7 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from build_report import headline_rows, headline_table
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, aligned, make_parser, run_main
 from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
@@ -300,7 +299,9 @@ def summary_of(wrote: Sequence[str] | dict[str, Any]) -> str:
 
 def print_headline(args: argparse.Namespace) -> None:
     """For each prompt file a table and what was found; the first file comes last, for a terminal shows the end."""
-    from findings import findings
+    from accuracy_sections import worst_first
+    from report_section import findings_of, read_sections
+    from report_tables import overview
 
     results = args.results_dir / args.run_name
     for output in reversed(runs_in(args.output_dir / args.run_name)):
@@ -310,9 +311,10 @@ def print_headline(args: argparse.Namespace) -> None:
             say(f"\n{output.name}: no table ({error})")
             continue
         counts = {style: sum(1 for _ in row_indices(run, style)) for style in run.styles}
-        columns, lines = headline_table(headline_rows(counts, results / output.name))
-        say("\n".join([f"\n{output.name}", *aligned([columns, *lines])]))
-        for finding in findings(results / output.name):
+        sections = read_sections(results / output.name)
+        table = overview(counts, [one for section in sections for one in section["headlines"]], results / output.name)
+        say("\n".join([f"\n{output.name}", *aligned([table.columns, *table.lines])]))
+        for finding, _ in findings_of(sections, worst_first(results / output.name)):
             say(textwrap.fill(finding.text, 118, initial_indent="- ", subsequent_indent="  "))
         if missing := unfinished(run):
             say(f"warning: this run holds only {missing}; the same command runs the rest")

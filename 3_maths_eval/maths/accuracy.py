@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accuracy_sections import accuracy_section
 from answer_files import SUMMARY_FILES
 from command_line import UserError, one_line
 from decomposition import write_decomposition
@@ -13,6 +14,7 @@ from gold_words import accepted_texts, has_words
 from logger import get_logger
 from read_predictions import Prediction
 from repair_effect import write_repair_effect
+from report_section import write_section
 from robustness import write_robustness
 from run_store import Run
 from scored_answers import Evaluation, evaluate_items, report_summary, run_to_score, score_items, write_evaluation
@@ -55,13 +57,14 @@ def write_maths(run: Run, evaluation: Evaluation, folder: Path, own_scores: bool
     report_summary(evaluation.summary)
     # Over both stages' answers: match_answers.py makes it anew.
     (folder / SUMMARY_FILES[0]).unlink(missing_ok=True)
-    if own_scores or not has_words(run.prompt_rows):
+    if whole := own_scores or not has_words(run.prompt_rows):
         write_decomposition(run, evaluation.items, evaluation.clean_style, folder)
         write_robustness(run, evaluation.items, evaluation.clean_style, folder)
         write_repair_effect(evaluation.items, evaluation.clean_style, folder)
     else:
         others = "decomposition.csv, repair_summary.csv and robustness_summary.csv"
         get_logger().info(f"{others} are written by match_answers.py, over the answers in words too")
+    write_section(folder, accuracy_section("maths", whole))
 
 
 class NumberScorer:

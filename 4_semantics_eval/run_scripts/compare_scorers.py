@@ -38,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table for all pairs of scorers that are in the results folder."""
     args = parse_args(argv)
+    from report_section import write_section
+    from semantics.answer_sections import SCORERS
     from semantics.scorers import compare_scorers, report_comparison, scores_of
 
     run = open_run(args.run_dir)
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         get_logger().warning(f"{folder}: nothing to compare: it has the scores of {', '.join(scores) or 'no scorer'}")
         return 0
     write_csv(path, table)
+    write_section(folder, SCORERS)
     report_comparison(table)
     get_logger().info(f"wrote {path}")
     return 0

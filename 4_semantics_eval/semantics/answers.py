@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accuracy_sections import accuracy_section
 from accuracy_tables import read_items, summarise
 from answer_files import SUMMARY_FILES, item_files
 from command_line import UserError
@@ -23,6 +24,7 @@ from gold_words import accepted_texts
 from logger import get_logger
 from read_predictions import Prediction
 from repair_effect import write_repair_effect
+from report_section import write_section
 from robustness import write_robustness
 from run_on import run_on_places, without_echo
 from run_store import Run
@@ -102,6 +104,7 @@ def write_answers(run: Run, evaluation: Evaluation, folder: Path) -> None:
     write_decomposition(run, items, evaluation.clean_style, folder)
     write_robustness(run, items, evaluation.clean_style, folder)
     write_repair_effect(items, evaluation.clean_style, folder)
+    write_section(folder, accuracy_section("answers", whole=True))
 
 
 class WordScorer:

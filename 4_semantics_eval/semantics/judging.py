@@ -19,10 +19,12 @@ from command_line import UserError
 from file_output import write_csv
 from logger import get_logger
 from paired_stats import paired_summary
+from report_section import write_section
 from run_store import Run
 from thinking_text import without_thinking
 from tqdm import tqdm
 
+from semantics.answer_sections import judge_section
 from semantics.response_plots import plot_preferences, plot_ratings
 from semantics.responses import NO_RESPONSE, ResponseRow, by_style, response_rows, templates_of_rows
 
@@ -68,6 +70,7 @@ def judge_run(run: Run, args: argparse.Namespace) -> int:
     else:
         plot_preferences(table, folder / f"{mode.file}.png", args.judge_model)
         columns += ["wins", "ties", "losses", "order_agreement", "first_preferred"]
+    write_section(folder, judge_section(mode.file))
 
     get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     for note, count in items.loc[items[mode.value].isna(), "note"].value_counts().items():

@@ -15,11 +15,13 @@ from file_output import write_csv, write_json, write_text
 from logger import get_logger
 from paired_stats import paired_summary
 from read_predictions import Prediction, iter_predictions
+from report_section import write_section
 from run_store import Run, open_run
 from style_names import is_again
 from style_rows import clean_prompt
 from tqdm import tqdm
 
+from semantics.answer_sections import REWARDS
 from semantics.response_plots import plot_rewards
 from semantics.responses import NO_RESPONSE, by_style, templates_of_rows
 from semantics.reward_models import RewardModel, as_reward_model, load_reward_model
@@ -49,6 +51,7 @@ def score_run(run: Run, args: argparse.Namespace) -> int:
     table["reward_model"], table["score_against"] = rm.name, against
     write_csv(folder / "rewards_summary.csv", table)
     plot_rewards(items, table, folder / "rewards.png", rm.name)
+    write_section(folder, REWARDS)
 
     columns = ["style", "n", "estimate", "ci_low", "ci_high", "difference", "p_adjusted", "n_truncated"]
     get_logger().debug(table[columns].to_string(index=False, float_format=lambda x: f"{x:.3f}"))

@@ -17,11 +17,13 @@ from file_output import write_csv
 from logger import get_logger
 from paired_stats import paired_summary
 from rapidfuzz.distance import Levenshtein
+from report_section import write_section
 from run_store import Run
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 from transformers.utils import logging
 
+from semantics.answer_sections import SIMILARITY
 from semantics.refusals import is_refusal
 from semantics.response_plots import plot_similarity
 from semantics.responses import NO_RESPONSE, ResponseRow, by_style, response_rows, templates_of_rows
@@ -49,6 +51,7 @@ def compare_run(run: Run, args: argparse.Namespace) -> int:
     plot_similarity(
         items[~items["identical"]], others, folder / "similarity.png", embed.name, noise_floor(items, clean)
     )
+    write_section(folder, SIMILARITY)
 
     log = get_logger()
     wide = table.pivot(index="style", columns="measure", values="estimate").reindex(table["style"].unique())

@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare the states of a run and write tables and pictures."""
     args = parse_args(argv)
     from attention import activations, layer_curves
+    from attention.reaction_sections import LAYERS
+    from report_section import write_section
 
     log = get_logger()
     study = activations.open_comparison(args)
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     layer_curves.plot_recovery(curves, summary, folder / "typo_recovery.png")
     layer_curves.plot_measures(curves, layer_curves.LENS, layer_curves.LENS_TITLE, folder / "logit_lens.png")
+    write_section(folder, LAYERS)
     for line in activations.recovery_lines(summary):
         log.info(line)
     log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and .png, and typo_recovery.png")

@@ -38,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and pictures; log what restores most."""
     args = parse_args(argv)
     from attention.causes import write_causes
+    from attention.reaction_sections import CAUSES
+    from report_section import write_section
 
     run = open_run(args.run_dir)
     warn_unfinished(run, args.styles)
     folder = args.results_dir or Path("results") / run.name
     written = write_causes(run, args.styles, folder)
+    write_section(folder, CAUSES, run.styles)
     get_logger().info(f"wrote {', '.join(written)} in {folder}")
     return 0
 

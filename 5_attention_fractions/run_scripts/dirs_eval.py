@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the plots."""
     args = parse_args(argv)
     from attention import region_fractions
+    from attention.reaction_sections import fraction_section
+    from report_section import write_section
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
     tables = region_fractions.write_tables(results, folder, args.query, args.sink, args.levels)
     pictures = region_fractions.save_boxplots(results, folder, args.query, args.sink)
+    write_section(folder, fraction_section(args.query), run.styles)
     get_logger().info(f"wrote {tables[0]}, {len(tables) - 1} tables prompt_task_fraction_*, {len(pictures)} box plots")
     return 0
 

@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Find and confirm typo neurons and typo heads; write the tables and the picture."""
     args = parse_args(argv)
     from attention import neurons
+    from attention.reaction_sections import UNITS
+    from report_section import write_section
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "neuron_sensitivity_summary.csv", summary)
     layers = studies[0].clean.first_content()[neurons.FIELDS[studies[0].unit]].shape[0]
     neurons.plot_units(tables, summary, layers, folder / "neuron_sensitivity.png")
+    write_section(folder, UNITS)
     get_logger().info(f"wrote {folder}/neuron_sensitivity_summary.csv and .png, {' and '.join(tables)} tables")
     return 0
 

@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fit the probes of a run layer by layer; write the table and the picture."""
     args = parse_args(argv)
     from attention import answer_flips, layer_curves, probes
+    from attention.reaction_sections import PROBES
+    from report_section import write_section
 
     log, states = get_logger(), probes.open_states(args)
     warn_unfinished(states.run, args.styles, args.max_samples)
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stopped := int((table["converged"] == 0).sum()):
         log.warning(f"{stopped} probes stopped at --max_iter {args.max_iter}; see the column converged")
     layer_curves.plot_probes(table, folder / "probe_layers.png")
+    write_section(folder, PROBES)
     log.info(f"wrote {folder}/probe_layers.csv and .png")
     return 0
 

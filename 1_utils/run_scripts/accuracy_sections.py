@@ -1,0 +1,231 @@
+"""What the report shows of scored answers: is accuracy lower, how much of that is tokens, how robust are they."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+from answer_files import SUMMARY_FILES, first_there
+from findings import ALPHA, Numbers, Rule, counted, join, percent, points, span, table_of
+from report_section import Headline, Plots, Section, TableOf
+from style_names import is_again, is_variant, matched_style, neutral_style
+
+KINDS = {"maths": "", "answers": " in words"}
+
+
+def accuracy_section(kind: str, whole: bool) -> Section:
+    """The section of maths_*.csv or answers_*.csv. whole: with the tables over all scored answers and the sentences."""
+    words = KINDS[kind]
+    return Section(
+        name=kind,
+        title="Are the answers right?",
+        order=10 + list(KINDS).index(kind),
+        plots=(
+            Plots(f"{kind}_accuracy.png", f"Share of right answers{words} by style, with 95 % intervals."),
+            Plots(f"{kind}_flips.png", f"Answers{words} that turned from right to wrong, and back.", folded=True),
+            Plots(f"{kind}_*.png", "Accuracy by the number of edits.", left_out=True),
+        ),
+        tables=(
+            TableOf(
+                f"{kind}_summary.csv",
+                f"Accuracy of answers{words} by style, its difference to the clean form, and the smallest difference "
+                "that this n could detect (80 % power)",
+                SUMMARY,
+            ),
+            *(WHOLE_TABLES if whole else ()),
+        ),
+        headlines=HEADLINES if whole else (),
+        rules=RULES if whole else (),
+    )
+
+
+SUMMARY = (
+    *("style", "n", "n_paired", "n_identical", "n_clusters", "estimate", "difference"),
+    *("minimum_detectable_difference", "p", "p_mcnemar", "p_adjusted"),
+)
+PARTS = ("total", "fragmentation", "spelling", "spelling_p_adjusted", "fragmentation_share")
+WHOLE_TABLES = (
+    TableOf(
+        "decomposition.csv",
+        "How much of the change is fragmentation (control − clean form) and how much is spelling (style − control); of "
+        "a tone (control neutral@…): how much is length, and how much is tone",
+        ("style", "measure", "control", "n", "n_clusters", *PARTS),
+    ),
+    TableOf(
+        "robustness_summary.csv",
+        "How robust the answers are to the form of the prompt: spread (FormatSpread), pss (ProSA), consistency rate "
+        "(SCORE), pdr (PromptBench), posix, shares of the variance, change per edit",
+        ("style", "measure", "n", "n_clusters", "estimate", "p", "minimum_detectable_difference"),
+    ),
+    TableOf(
+        "repair_summary.csv",
+        "Does correcting the prompt first give the accuracy back? Regained: repaired − style; remaining: repaired − "
+        "clean form",
+        ("style", "n", "n_clusters", "harm", "regained", "regained_p_adjusted", "remaining", "regained_share"),
+    ),
+)
+DIFFERENCE = "difference: to the clean form, on the rows that both have, clustered by template"
+HEADLINES = (
+    Headline(
+        "accuracy, %",
+        "accuracy: answers that are right by the gold answer",
+        SUMMARY_FILES,
+        *("estimate", "ci_low", "ci_high", "percent"),
+    ),
+    Headline(
+        "difference, points",
+        DIFFERENCE,
+        SUMMARY_FILES,
+        *("difference", "difference_ci_low", "difference_ci_high", "points"),
+    ),
+    Headline("p (Holm)", "p: adjusted for the number of styles", SUMMARY_FILES, "p_adjusted", look="p"),
+)
+
+
+# --- rules: the numbers of a sentence from its table
+
+
+def worst_first(results: Path) -> list[str]:
+    """The styles whose accuracy is known, the one with the largest fall first."""
+    summary = table_of(first_there(results, SUMMARY_FILES))
+    return [] if summary is None else _compared(summary).sort_values("difference")["style"].tolist()
+
+
+def _compared(table: pd.DataFrame) -> pd.DataFrame:
+    """The lines of ways to write the prompt that are compared with the clean form; no controls, no repairs."""
+    return table[table["difference"].notna() & table["style"].map(lambda style: is_variant(style, None))]
+
+
+def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """The style with the largest fall in accuracy; it holds if that is clear of 0 after Holm over the styles."""
+    styles = _compared(table)
+    if styles.empty:
+        return
+    worst = styles.loc[styles["difference"].idxmin()]
+    clean = table[table["difference"].isna()]
+    clear = styles[styles["p_adjusted"] < ALPHA]
+    names = {
+        verb: [str(line["style"]) for _, line in clear.iterrows() if line["difference"] * sign > 0]
+        for verb, sign in (("falls", -1), ("rises", 1))
+    }
+    holds = worst["style"] in names["falls"]
+    others = {"falls": [style for style in names["falls"] if style != worst["style"]], "rises": names["rises"]}
+    also = [f"{verb} with {join(several)}" for verb, several in others.items() if several]
+    limits = styles["minimum_detectable_difference_adjusted"].dropna()
+    yield {
+        "holds": holds,
+        "worst": worst["style"],
+        "n": worst["n_paired"],
+        "right": percent(worst["estimate"]),
+        "clean": percent(clean["estimate"].iloc[0]) if len(clean) else "?",
+        "points": points(worst, "difference"),
+        "p": worst["p_adjusted"],
+        "styles": counted(len(styles), "style"),
+        "others": f" It {'also ' if holds else ''}{join(also)}." if also else "",
+        "limits": ""
+        if limits.empty
+        else f" A change of {span(100 * limits)} points would have been found (80 % power).",
+    }
+
+
+def part_numbers(is_control: Callable[[str], str | None]) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]:
+    """The two parts of the change in accuracy with each style that has such a control; it holds if the change is clear
+    of 0 after Holm."""
+
+    def numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+        lines = table[(table["measure"] == "accuracy") & table["total_p_adjusted"].notna()]
+        for _, line in lines[lines["control"].map(is_control, na_action="ignore").notna()].iterrows():
+            texts = {"share": ""}
+            for part in ("fragmentation", "spelling"):
+                sure = line[f"{part}_p_adjusted"] < ALPHA
+                texts[part] = points(line, part) + " points" + ("" if sure else " (not clear of 0)")
+            if not math.isnan(line["fragmentation_share_ci_low"]):
+                ends = (percent(line[f"fragmentation_share{end}"], "") for end in ("_ci_low", "", "_ci_high"))
+                low, share, high = ends
+                texts["share"] = f" The first part is {share} % [{low}, {high}] of the change."
+            yield {
+                "holds": line["total_p_adjusted"] < ALPHA,
+                "style": line["style"],
+                "control": line["control"],
+                "n": int(line["n"]),
+                "p": line["total_p_adjusted"],
+                "total": points(line, "total"),
+                **texts,
+            }
+
+    return numbers
+
+
+def slope_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """The change of accuracy per edit over at least two doses; it holds if that is clear of 0."""
+    lines = table[(table["measure"] == "accuracy_slope") & (table["forms"].str.count(",") > 1)]
+    for _, line in lines.head(1).iterrows():
+        yield {
+            "holds": line["p"] < ALPHA,
+            "n": int(line["n"]),
+            "forms": line["forms"],
+            "points": points(line, "estimate", "ci_low", "ci_high"),
+            "p": line["p"],
+            "limit": f"{100 * line['minimum_detectable_difference']:.1f}",
+        }
+
+
+def noise_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """What the same clean prompts in other batches change: no effect, so that it claims nothing."""
+    for _, line in table[table["style"].map(is_again) & table["difference"].notna()].head(1).iterrows():
+        yield {
+            "holds": False,
+            "n": int(line["n_paired"]),
+            "points": points(line, "difference"),
+            "flips": f"{line['right_to_wrong'] + line['wrong_to_right']:.0f}",
+        }
+
+
+TWO_PARTS = (
+    "The change with {{style}}, {{total}} points on the prompts that have the control, has two parts: "
+    "{{fragmentation}} come {first}, {{spelling}} {second} (n = {{n}}).{{share}}"
+)
+RULES = (
+    Rule(
+        "harm",
+        SUMMARY_FILES,
+        accuracy_numbers,
+        "Of {styles}, {worst} costs most: {right} of the answers are right, with the clean prompt {clean}. That is a "
+        "change of {points} points (n = {n}, {adjusted_p}).{others}",
+        "None of {styles} lowers the accuracy detectably. The lowest change is {points} points, with {worst} (n = {n}, "
+        "{adjusted_p}).{others}{limits}",
+    ),
+    Rule(
+        "parts",
+        ("decomposition.csv",),
+        part_numbers(matched_style),
+        TWO_PARTS.format(
+            first="from more tokens ({control}, the clean words in as many tokens)", second="from the letters"
+        ),
+    ),
+    Rule(
+        "parts of a tone",
+        ("decomposition.csv",),
+        part_numbers(neutral_style),
+        TWO_PARTS.format(
+            first="from the length ({control}, neutral sentences of as many tokens)", second="from the tone"
+        ),
+    ),
+    Rule(
+        "dose",
+        ("robustness_summary.csv",),
+        slope_numbers,
+        "Each one-letter edit changes the accuracy by {points} points on average ({forms}; n = {n}, {p}).",
+        "The accuracy shows no slope over the number of edits ({forms}; n = {n}, {p}). A change of {limit} points per "
+        "edit would have been found (80 % power).",
+    ),
+    Rule(
+        "noise floor",
+        SUMMARY_FILES,
+        noise_numbers,
+        "",
+        "Numerical noise: the same clean prompts in other batches change {flips} of {n} verdicts ({points} points).",
+    ),
+)

@@ -1,0 +1,463 @@
+"""What the report shows of stage 5: plots with a sentence each, tables with their columns, rules of sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+from findings import (
+    ALPHA,
+    Numbers,
+    Rule,
+    detectable,
+    estimate_text,
+    factor,
+    join,
+    percent,
+    points,
+    table_of,
+)
+from paired_stats import minimum_detectable_effect
+from report_section import Headline, Plots, Section, TableOf
+from style_names import MADE_IN_STAGE_2, matched_style
+
+SHOWN_HEADS = 3
+HEAD_MEASURE = "edited_log2_mass_last"
+
+
+def against_tokens(lines: pd.DataFrame, p: str) -> pd.DataFrame:
+    """The lines of styles that have a p value and the control with the clean words in as many tokens."""
+    return lines[lines["control"].map(matched_style, na_action="ignore").notna() & lines[p].notna()]
+
+
+# --- dirs_eval.py
+
+
+def fraction_section(query: str) -> Section:
+    """The section of dirs_eval.py. query: whose attention, `last` or `mean`."""
+    whose = {"last": "of the last prompt token's attention", "mean": "of the mean prompt token's attention"}[query]
+    note = f"attention on task: share {whose}, mean over layers and heads"
+    task = ("frac_task", "frac_task_ci_low", "frac_task_ci_high")
+    return Section(
+        name="attention_fractions",
+        title="Where does attention go?",
+        order=30,
+        plots=(
+            Plots(
+                "boxplot_frac_task.png",
+                "Share of the attention that lies on the task, mean over layers and heads, one box of prompts a style. "
+                "The diamond is the share of the tokens that lie there, so a box above it is more than even attention.",
+            ),
+            Plots("boxplot_frac_prompt.png", "The same for the instruction, the words around the task.", folded=True),
+            Plots("boxplot_perlayer_*.png", "Attention on the instruction by layer, for one style.", left_out=True),
+        ),
+        tables=tuple(
+            TableOf(
+                "prompt_task_fraction_aggregate.csv",
+                f"Attention on the {region}; uniform share: what even attention gives; density 1 is even attention",
+                (
+                    *("style", "n", name, f"{name}_uniform_share", f"{name}_density", f"{name}_difference"),
+                    *(f"{name}_p", f"{name}_p_adjusted"),
+                ),
+            )
+            for region, name in (("task", "frac_task"), ("instruction", "frac_instruction"))
+        ),
+        headlines=(Headline("attention on task", note, ("prompt_task_fraction_aggregate.csv",), *task),),
+    )
+
+
+# --- activation_diffs.py and probe_layers.py
+
+
+def recovery_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """How much later than its control each style's word is recovered; it holds if clear of 0 after Holm."""
+    of_depth = table[table["measure"] == "recovery_depth"]
+    lines = against_tokens(of_depth, "p_adjusted")
+    counts = of_depth.set_index("style")
+    for _, line in lines.iterrows():
+        control = counts.loc[line["control"]] if line["control"] in counts.index else None
+        later = line["difference_to_control"] > 0
+        limit = detectable(line, "difference_ci_low", "difference_ci_high", "n_with_control", len(lines))
+        yield {
+            "holds": line["p_adjusted"] < ALPHA,
+            "style": line["style"],
+            "control": line["control"],
+            "n": line["n_with_control"],
+            "recovered": f"{line['n'] - line['n_censored']:.0f} of {line['n']:.0f}",
+            "of_control": ""
+            if control is None
+            else f", those of {line['control']} in {control['n'] - control['n_censored']:.0f} of {control['n']:.0f}",
+            "layers": estimate_text(
+                line, "difference_to_control", 1, "difference_ci_low", "difference_ci_high", not later
+            ),
+            "when": "later" if later else "earlier",
+            "p": line["p_adjusted"],
+            "limit": f"{limit:.1f}",
+        }
+
+
+def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """The layer at which each style's words are most often nearest to their clean twin; it holds if that differs from
+    the control after Benjamini-Hochberg over styles and layers."""
+    lines = table[(table["measure"] == "own_nearest") & (table["region"] == "edited")]
+    for style, own in against_tokens(lines, "p_adjusted").groupby("style", sort=False):
+        line = own.loc[own["estimate"].idxmax()]
+        fewer = line["difference_to_control"] < 0
+        yield {
+            "holds": line["p_adjusted"] < ALPHA,
+            "style": style,
+            "control": line["control"],
+            "n": line["n_with_control"],
+            "layer": int(line["layer"]),
+            "share": percent(line["estimate"]),
+            "interval": f"[{percent(line['ci_low'], '')}, {percent(line['ci_high'], '')}]",
+            "points": points(line, "difference_to_control", "difference_ci_low", "difference_ci_high", fewer),
+            "than": "fewer" if fewer else "more",
+            "p": own["p_adjusted"].min(),
+        }
+
+
+LAYERS = Section(
+    name="activation_diffs",
+    title="Which layers react, and where is the word recovered?",
+    order=40,
+    plots=(
+        Plots(
+            "typo_recovery.png",
+            "From which layer on a mistyped word's state is nearer to its own clean twin than to other words.",
+        ),
+        Plots("activation_diffs.png", "Distance of the residual stream from its clean twin, by layer and place."),
+        Plots("logit_lens.png", "What each layer would say next (logit lens), against the clean prompt.", folded=True),
+    ),
+    tables=(
+        TableOf(
+            "activation_diffs_summary.csv",
+            "Recovery depth and next-token change by style, beside the control: the word in other tokens",
+            (
+                *("style", "measure", "n", "n_censored", "median", "estimate", "control", "control_estimate"),
+                *("n_with_control", "difference_to_control", "p", "p_adjusted"),
+            ),
+            intervals=(("difference_to_control", "difference_ci_low", "difference_ci_high"),),
+        ),
+    ),
+    rules=(
+        Rule(
+            "recovery",
+            ("activation_diffs_summary.csv",),
+            recovery_numbers,
+            "The words mistyped by {style} are recovered, which means that their state is the nearest to their own "
+            "clean state, in {recovered} prompts{of_control}. That is {layers} layers {when} than with the control (n "
+            "= {n}, {adjusted_p}; a word that is never recovered counts as one layer beyond the last).",
+            "No difference shows between the layers at which the words mistyped by {style} and those of {control} are "
+            "recovered: {layers} layers {when} (n = {n}, {adjusted_p}). A difference of {limit} layers would have been "
+            "found (80 % power).",
+        ),
+        Rule(
+            "recovery layer",
+            ("activation_diffs.csv",),
+            peak_numbers,
+            "The words mistyped by {style} are nearest to their own clean state most often at layer {layer}: in "
+            "{share} {interval} of the prompts, {points} points {than} than with {control} (n = {n}).",
+        ),
+    ),
+)
+PROBES = Section(
+    name="probe_layers",
+    title=LAYERS.title,
+    order=41,
+    plots=(
+        Plots(
+            "probe_layers.png",
+            "How well a linear probe tells typos apart, by layer; with shuffled labels it should lie at 0.5.",
+            folded=True,
+        ),
+    ),
+    tables=(
+        TableOf(
+            "probe_layers.csv",
+            "Is there a typo? AUC of a probe of the last token, all typo styles together; beside it the AUC with "
+            "shuffled labels, and of token counts alone",
+            ("style", "layer", "n", "n_clusters", "auc", "p_adjusted", "shuffled_auc", "token_count_auc"),
+            (("style", "all_typos"), ("target", "typo"), ("region", "last")),
+            intervals=(
+                ("auc", "ci_low", "ci_high"),
+                ("shuffled_auc", "shuffled_ci_low", "shuffled_ci_high"),
+                ("token_count_auc", "token_count_ci_low", "token_count_ci_high"),
+            ),
+        ),
+    ),
+)
+
+
+# --- head_sensitivity.py
+
+
+def head_numbers(table: pd.DataFrame, folder: Path) -> Iterator[Numbers]:
+    """The heads whose attention to the edited words differs most surely from the control; it holds if one does after
+    Benjamini-Hochberg over the heads and Bonferroni over the styles, and the ranking repeats on other prompts."""
+    lines = against_tokens(table[table["measure"] == HEAD_MEASURE], "p_adjusted_vs_control")
+    overlap = table_of(folder / "head_overlap.csv")
+    styles = lines["style"].nunique()
+    for style, own in lines.groupby("style", sort=False):
+        own = own.sort_values("rank_vs_control")
+        sure = own[own["p_adjusted_vs_control"] * styles < ALPHA]
+        halves = None
+        if overlap is not None:
+            same = (overlap["style"] == style) & (overlap["other_style"] == style)
+            same &= (overlap["measure"] == HEAD_MEASURE) & (overlap["reference_form"] == "control")
+            halves = overlap[same].iloc[0] if same.any() else None
+        n = int(own["n_vs_control"].max())
+        limit = minimum_detectable_effect(own["standard_error_vs_control"].median(), n - 1, comparisons=len(own))
+        named = [
+            f"{head['layer']:.0f}.{head['head']:.0f} (×{factor(head['difference_vs_control'])} "
+            f"[{factor(head['difference_ci_low_vs_control'])}, {factor(head['difference_ci_high_vs_control'])}])"
+            for _, head in sure.head(SHOWN_HEADS).iterrows()
+        ]
+        yield {
+            "holds": bool(len(sure)) and halves is not None and halves["ci_low"] > 0,
+            "style": style,
+            "control": own["control"].iloc[0],
+            "n": n,
+            "count": f"{len(sure)} of {len(own)}",
+            "heads": join(named),
+            "halves": "" if halves is None else estimate_text(halves, "cross_half_spearman", 2),
+            "limit": factor(limit),
+            "p": own["p_adjusted_vs_control"].min(),
+        }
+
+
+VS_CONTROL = (("difference_vs_control", "difference_ci_low_vs_control", "difference_ci_high_vs_control"),)
+HEADS = Section(
+    name="head_sensitivity",
+    title="Which heads react?",
+    order=50,
+    plots=(
+        Plots(
+            "head_sensitivity.png",
+            "Change in each head's attention to the edited words, from the clean form to the style; a dot marks an "
+            "adjusted p below 0.05, grey a style without edited words to compare.",
+        ),
+        Plots(
+            "head_sensitivity_vs_control.png",
+            "The same from the control to the style. A control split@… has the clean words in as many tokens, and "
+            "neutral@… as many neutral words, so that what is left is the typo, or the tone; `split` has the clean "
+            "words cut by an invisible character.",
+        ),
+        Plots(
+            "head_overlap.png",
+            "Whether styles share their heads: rank correlation of the heads' changes between two halves of the "
+            "data; the diagonal is the reliability of one style with itself.",
+            folded=True,
+        ),
+        Plots("head_overlap_vs_control.png", "The same for the changes from the controls.", folded=True),
+        Plots(
+            "head_answer_flips.png",
+            "Heads whose change goes with an answer that turns from right to wrong.",
+            folded=True,
+        ),
+        Plots("head_answer_flips_vs_control.png", "The same for the changes from the controls.", folded=True),
+        Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", left_out=True),
+    ),
+    tables=(
+        TableOf(
+            "head_sensitivity.csv",
+            "The three heads of each style whose attention to the edited words changes most surely, in log2: 1 is "
+            "twice as much (picked from the same data, so their effects look larger than they are)",
+            (
+                *("style", "layer", "head", "n", "difference", "effect_size", "p", "p_adjusted", "control"),
+                *("n_vs_control", "difference_vs_control", "p_adjusted_vs_control"),
+            ),
+            (("measure", HEAD_MEASURE),),
+            3,
+            intervals=VS_CONTROL,
+        ),
+        TableOf(
+            "head_sensitivity.csv",
+            "The same, picked by the change from the control: what a typo does beyond costing tokens",
+            (
+                *("style", "control", "layer", "head", "n_vs_control", "difference_vs_control"),
+                *("effect_size_vs_control", "p_vs_control", "p_adjusted_vs_control", "difference"),
+            ),
+            (("measure", HEAD_MEASURE),),
+            3,
+            "rank_vs_control",
+            ("control", MADE_IN_STAGE_2),
+            VS_CONTROL,
+        ),
+        TableOf(
+            "head_sensitivity.csv",
+            "The same for the entropy of attention, by the change from the clean form",
+            ("style", "layer", "head", "n", "clean", "estimate", "difference", "effect_size", "p", "p_adjusted"),
+            (("measure", "entropy_last"),),
+            3,
+        ),
+    ),
+    rules=(
+        Rule(
+            "heads",
+            ("head_sensitivity.csv",),
+            head_numbers,
+            "In {count} heads the last token's attention to the words mistyped by {style} differs from that in "
+            "{control} (n = {n}). The surest (layer.head): {heads}. The ranking of the heads repeats on the other half "
+            "of the prompts: rank correlation {halves}.",
+            "No head can be named whose attention to the words mistyped by {style} differs from that in {control} and "
+            "repeats on other prompts (n = {n}). In a typical head a change by the factor {limit} would have been "
+            "found (80 % power).",
+        ),
+    ),
+)
+
+
+# --- neuron_sensitivity.py
+
+
+def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]:
+    """Units found on one half of the prompts that work harder on a style than on the clean word and the control; it
+    holds if the set does on the other half after Holm, and some unit is confirmed there."""
+
+    def numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+        for _, line in against_tokens(table[table["unit"] == unit], "p_adjusted").iterrows():
+            yield {
+                "holds": line["p_adjusted"] < ALPHA and line["n_confirmed"] > 0,
+                **{name: line[name] for name in ("style", "control", "n")},
+                "found": f"{line['n_found']:.0f}",
+                "confirmed": f"{line['n_confirmed']:.0f}",
+                "p": line["p_adjusted"],
+            }
+
+    return numbers
+
+
+def _unit_rule(unit: str, do: str) -> Rule:
+    return Rule(
+        f"{unit}s found again",
+        ("neuron_sensitivity_summary.csv",),
+        unit_numbers(unit),
+        f"Chosen on one half of the prompts, {{found}} {do} for {{style}} than for the clean word and for {{control}}. "
+        "On the other half {confirmed} of them are confirmed (n = {n}, {adjusted_p}).",
+        f"Of {{found}} {unit}s chosen on one half of the prompts for {{style}}, {{confirmed}} are confirmed on the "
+        "other half (n = {n}; the set as a whole: {adjusted_p}). That is not enough to name one.",
+    )
+
+
+UNITS = Section(
+    name="neuron_sensitivity",
+    title="Which neurons react?",
+    order=60,
+    plots=(Plots("neuron_sensitivity.png", "Typo neurons and heads found on one half and confirmed on the other."),),
+    tables=(
+        TableOf(
+            "neuron_sensitivity_summary.csv",
+            "Found and confirmed units by style; chance: random sets of the same size",
+            (
+                *("style", "unit", "control", "score", "n", "n_units", "n_found", "n_confirmed", "delta"),
+                *("random_low", "random_high", "excess_over_clean", "excess_over_control", "p", "p_adjusted"),
+            ),
+        ),
+    ),
+    rules=(_unit_rule("neuron", "neurons are more active"), _unit_rule("head", "heads focus their attention more")),
+)
+
+
+# --- causal_effects.py
+
+
+def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """The layer at which the edited tokens hand the typo's effect over; it holds if its interval is known and the
+    edited tokens' state restores a share clear of 0 at the first patched layer."""
+    own = table[(table["site"] == "resid_pre") & (table["positions"] == "edited") & (table["donor"] == "own")]
+    own = own[own["direction"] == "denoising"]
+    for (style, source), part in own.groupby(["style", "source"], sort=False):
+        first = part.sort_values("layer").iloc[0]
+        known = first["hand_over_layer"] == first["hand_over_layer"]
+        yield {
+            "holds": bool(first["R_ci_low"] > 0 and first["hand_over_ci_low"] == first["hand_over_ci_low"]),
+            "style": style,
+            "source": source,
+            "n": first["n"],
+            "restored": points(first, "R"),
+            "first": int(first["layer"]),
+            "layer": estimate_text(first, "hand_over_layer", 1, "hand_over_ci_low", "hand_over_ci_high"),
+            "crossing": "" if known else " They hand it over at none of the patched layers.",
+            "p": first["p"],
+        }
+
+
+def cause_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """The heads that restore the most; it holds if one is clear of 0 after Benjamini-Hochberg over the heads and
+    restores in both halves of the prompts."""
+    own = table[(table["donor"] == "own") & (table["direction"] == "denoising") & table["site"].isin(("z", "pattern"))]
+    for (style, source, _site), part in own.groupby(["style", "source", "site"], sort=False):
+        halves = part[["R_first_half", "R_second_half"]]
+        both = (halves > 0).all(axis=1) | halves.isna().any(axis=1) & (part["R"] > 0)
+        sure = part[(part["p_adjusted"] < ALPHA) & both].sort_values("R", ascending=False)
+        yield {
+            "holds": bool(len(sure)),
+            "style": style,
+            "source": source,
+            "n": int(part["n"].max()),
+            "count": f"{len(sure)} of {len(part)}",
+            "heads": join(
+                [
+                    f"{head['layer']:.0f}.{head['head']:.0f} ({points(head, 'R')} %)"
+                    for _, head in sure.head(SHOWN_HEADS).iterrows()
+                ]
+            ),
+            "limit": f"{100 * ((part['R_ci_high'] - part['R_ci_low']) / 2).median():.0f}",
+            "p": part["p_adjusted"].min(),
+        }
+
+
+CAUSES = Section(
+    name="causal_effects",
+    title="Which parts cause it?",
+    order=70,
+    plots=(
+        Plots(
+            "patching_layers.png",
+            "R: the share of the typo's effect on the next tokens that comes back if one place takes the state of the "
+            "clean or control run. 1: all of it, 0: nothing.",
+        ),
+        Plots(
+            "patching_heads.png",
+            "R of each head alone; a dot marks an adjusted p below 0.05 and one sign in both halves of the prompts.",
+        ),
+        Plots("patching_*.png", "Patching, seen another way.", left_out=True),
+    ),
+    tables=(
+        TableOf(
+            "patching_heads.csv",
+            "Heads and units patched one at a time",
+            (
+                *("style", "source", "site", "direction", "donor", "layer", "head", "n", "R", "R_first_half"),
+                *("R_second_half", "nats_restored", "p_adjusted", "R_control", "p_adjusted_vs_control"),
+            ),
+            (("donor", "own"),),
+            5,
+            "p",
+        ),
+        TableOf("patching_sets.csv", "Sets of heads or units, beside random sets of the same layers"),
+        TableOf("patching_reactions.csv", "Do the heads that react also cause? Rank correlation over heads"),
+    ),
+    rules=(
+        Rule(
+            "hand-over",
+            ("patching_layers.csv",),
+            hand_over_numbers,
+            "Putting the {source} state of the words edited by {style} into layer {first} restores {restored} % of the "
+            "effect. From layer {layer} on more of it lies in later tokens (n = {n}).",
+            "Putting the {source} state of the words edited by {style} into layer {first} restores {restored} % of the "
+            "effect (n = {n}).{crossing}",
+        ),
+        Rule(
+            "heads that cause",
+            ("patching_heads.csv",),
+            cause_numbers,
+            "{count} heads restore a part of the effect of {style} when they alone are patched (n = {n}). The largest "
+            "(layer.head): {heads}.",
+            "No head restores a clear part of the effect of {style} when it alone is patched (n = {n}). The 95 % "
+            "interval of a typical head reaches {limit} points to either side.",
+        ),
+    ),
+)
