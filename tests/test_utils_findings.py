@@ -3,10 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from accuracy_sections import accuracy_section, worst_first
+from accuracy_sections import accuracy_section
 from attention.reaction_sections import CAUSES, HEADS, LAYERS, UNITS
 from command_line import UserError
 from report_section import findings_of, read_sections, write_section
+from report_tables import worst_first
 
 PARTS = ("total", "fragmentation", "spelling")
 SECTIONS = (accuracy_section("answers", whole=True), LAYERS, HEADS, UNITS, CAUSES)

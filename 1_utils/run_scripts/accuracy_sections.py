@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
-from answer_files import SUMMARY_FILES, first_there
-from findings import ALPHA, Numbers, Rule, counted, join, percent, points, span, table_of
+from answer_files import SUMMARY_FILES
+from findings import ALPHA, Numbers, Rule, counted, join, percent, points, span
 from report_section import Headline, Plots, Section, TableOf
-from style_names import is_again, is_variant, matched_style, neutral_style
+from report_tables import compared
+from style_names import is_again, matched_style, neutral_style
 
 KINDS = {"maths": "", "answers": " in words"}
 
@@ -87,20 +88,9 @@ HEADLINES = (
 # --- rules: the numbers of a sentence from its table
 
 
-def worst_first(results: Path) -> list[str]:
-    """The styles whose accuracy is known, the one with the largest fall first."""
-    summary = table_of(first_there(results, SUMMARY_FILES))
-    return [] if summary is None else _compared(summary).sort_values("difference")["style"].tolist()
-
-
-def _compared(table: pd.DataFrame) -> pd.DataFrame:
-    """The lines of ways to write the prompt that are compared with the clean form; no controls, no repairs."""
-    return table[table["difference"].notna() & table["style"].map(lambda style: is_variant(style, None))]
-
-
 def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     """The style with the largest fall in accuracy; it holds if that is clear of 0 after Holm over the styles."""
-    styles = _compared(table)
+    styles = compared(table)
     if styles.empty:
         return
     worst = styles.loc[styles["difference"].idxmin()]

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accuracy_sections import worst_first
 from answer_files import item_files
 from command_line import UserError, make_parser, one_line, run_main
 from file_output import write_text
@@ -30,7 +29,7 @@ from logger import get_logger
 from PIL import Image
 from read_predictions import Prediction, iter_predictions
 from report_section import findings_of, read_sections
-from report_tables import Table, overview, read_table, rows_of, visible, whiskers
+from report_tables import Table, overview, read_table, rows_of, visible, whiskers, worst_first
 from run_store import (
     Run,
     near_folder,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,27 +15,12 @@ import pandas as pd
 from answer_files import first_there
 from file_output import read_csv
 from paired_stats import minimum_detectable_effect
+from report_section import Finding
 from scipy import stats
 
 ALPHA = 0.05
 
 Numbers = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence, its rule and table, the number of prompts, and whether it claims an effect.
-
-    style, p: of a sentence about one style, so that a reader of several can choose; p None: unknown.
-    """
-
-    rule: str
-    text: str
-    source: str
-    n: int
-    is_claim: bool
-    style: str = ""
-    p: float | None = None
 
 
 class Rule(NamedTuple):

@@ -10,13 +10,31 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command_line import UserError, one_line
 from file_output import file_word, write_json
-from findings import Finding, Rule, sentences
+
+if TYPE_CHECKING:
+    from findings import Rule
 
 ENDING = ".section.json"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence, its rule and table, the number of prompts, and whether it claims an effect.
+
+    style, p: of a sentence about one style, so that a reader of several can choose; p None: unknown.
+    """
+
+    rule: str
+    text: str
+    source: str
+    n: int
+    is_claim: bool
+    style: str = ""
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,8 @@ def write_section(folder: Path, section: Section, styles: Iterable[str] = ()) ->
 
     styles: of the run, so that a picture of one style is shown with the style's own name.
     """
+    from findings import sentences  # with pandas: who reads sections need not wait for it
+
     names = {file_word(style): style for style in styles}
     plots: list[dict[str, Any]] = []
     for one in section.plots:

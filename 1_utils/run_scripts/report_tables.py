@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from answer_files import first_there
+from answer_files import SUMMARY_FILES, first_there
 from file_output import read_csv
 from report_section import Headline, TableOf
+from style_names import is_variant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,6 +196,17 @@ def _headline_text(number: Interval, column: Headline) -> str:
     if not column.low:
         return format_cell(column.look, number.estimate)
     return number.text(percent=column.look in ("percent", "points"), signed=column.look == "points")
+
+
+def worst_first(results: Path) -> list[str]:
+    """The styles whose accuracy is known, the one with the largest fall first."""
+    summary = read_table(first_there(results, SUMMARY_FILES))
+    return [] if summary is None else compared(summary).sort_values("difference")["style"].tolist()
+
+
+def compared(summary: pd.DataFrame) -> pd.DataFrame:
+    """The lines of ways to write the prompt that are compared with the clean form; no controls, no repairs."""
+    return summary[summary["difference"].notna() & summary["style"].map(lambda style: is_variant(style, None))]
 
 
 @dataclass(frozen=True)

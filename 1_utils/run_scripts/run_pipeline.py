@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, aligned, make_parser, run_main
 from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
+from report_section import findings_of, read_sections
+from report_tables import overview, worst_first
 from run_store import open_run, outdated, row_indices, unfinished
 from stamps import ROOT, is_done, place_of, read_stamp
 from style_names import source_style
@@ -299,10 +301,6 @@ def summary_of(wrote: Sequence[str] | dict[str, Any]) -> str:
 
 def print_headline(args: argparse.Namespace) -> None:
     """For each prompt file a table and what was found; the first file comes last, for a terminal shows the end."""
-    from accuracy_sections import worst_first
-    from report_section import findings_of, read_sections
-    from report_tables import overview
-
     results = args.results_dir / args.run_name
     for output in reversed(runs_in(args.output_dir / args.run_name)):
         try:

@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 from command_line import UserError, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
+from report_section import write_section
 from run_store import open_run, warn_unfinished
 
 
@@ -38,9 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table for all pairs of scorers that are in the results folder."""
     args = parse_args(argv)
-    from report_section import write_section
-    from semantics.answer_sections import SCORERS
-    from semantics.scorers import compare_scorers, report_comparison, scores_of
+    from semantics import answer_sections, scorers
 
     run = open_run(args.run_dir)
     if run.clean_style is None:
@@ -48,16 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     warn_unfinished(run)
     folder = args.results_dir or Path("results") / run.name
     path = folder / "scorers_compared.csv"
-    scores = scores_of(folder, run.styles, run.clean_style, args.similarity_threshold)
+    scores = scorers.scores_of(folder, run.styles, run.clean_style, args.similarity_threshold)
     rows = {index for table in scores.values() for index in table["original_index"]}
-    table = compare_scorers(scores, run.clean_style, {row: run.template(row) for row in rows})
+    table = scorers.compare_scorers(scores, run.clean_style, {row: run.template(row) for row in rows})
     if table.empty:
         path.unlink(missing_ok=True)
         get_logger().warning(f"{folder}: nothing to compare: it has the scores of {', '.join(scores) or 'no scorer'}")
         return 0
     write_csv(path, table)
-    write_section(folder, SCORERS)
-    report_comparison(table)
+    write_section(folder, answer_sections.SCORERS)
+    scorers.report_comparison(table)
     get_logger().info(f"wrote {path}")
     return 0
 

@@ -25,6 +25,7 @@ from attention.flags import add_shared
 from command_line import add_run_flags, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
+from report_section import write_section
 from run_store import warn_unfinished
 
 
@@ -52,9 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the states of a run and write tables and pictures."""
     args = parse_args(argv)
-    from attention import activations, layer_curves
-    from attention.reaction_sections import LAYERS
-    from report_section import write_section
+    from attention import activations, layer_curves, reaction_sections
 
     log = get_logger()
     study = activations.open_comparison(args)
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     layer_curves.plot_recovery(curves, summary, folder / "typo_recovery.png")
     layer_curves.plot_measures(curves, layer_curves.LENS, layer_curves.LENS_TITLE, folder / "logit_lens.png")
-    write_section(folder, LAYERS)
+    write_section(folder, reaction_sections.LAYERS)
     for line in activations.recovery_lines(summary):
         log.info(line)
     log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and .png, and typo_recovery.png")

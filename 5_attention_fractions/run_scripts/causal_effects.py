@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 
 from command_line import make_parser, run_main
 from logger import get_logger
+from report_section import write_section
 from run_store import open_run, warn_unfinished
 
 
@@ -37,15 +38,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and pictures; log what restores most."""
     args = parse_args(argv)
-    from attention.causes import write_causes
-    from attention.reaction_sections import CAUSES
-    from report_section import write_section
+    from attention import causes, reaction_sections
 
     run = open_run(args.run_dir)
     warn_unfinished(run, args.styles)
     folder = args.results_dir or Path("results") / run.name
-    written = write_causes(run, args.styles, folder)
-    write_section(folder, CAUSES, run.styles)
+    written = causes.write_causes(run, args.styles, folder)
+    write_section(folder, reaction_sections.CAUSES, run.styles)
     get_logger().info(f"wrote {', '.join(written)} in {folder}")
     return 0
 

@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 from attention.flags import add_shared
 from command_line import UserError, add_run_flags, make_parser, run_main
 from logger import get_logger
+from report_section import write_section
 from run_store import open_run, warn_unfinished
 
 
@@ -46,9 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the plots."""
     args = parse_args(argv)
-    from attention import region_fractions
-    from attention.reaction_sections import fraction_section
-    from report_section import write_section
+    from attention import reaction_sections, region_fractions
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run.path}: no rows to read; raise --max_samples or run stage 2")
     tables = region_fractions.write_tables(results, folder, args.query, args.sink, args.levels)
     pictures = region_fractions.save_boxplots(results, folder, args.query, args.sink)
-    write_section(folder, fraction_section(args.query), run.styles)
+    write_section(folder, reaction_sections.fraction_section(args.query), run.styles)
     get_logger().info(f"wrote {tables[0]}, {len(tables) - 1} tables prompt_task_fraction_*, {len(pictures)} box plots")
     return 0
 

@@ -27,6 +27,7 @@ from attention.flags import add_shared
 from command_line import UserError, add_run_flags, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
+from report_section import write_section
 from run_store import open_run, warn_unfinished
 
 
@@ -45,9 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables and the pictures; log the heads that react most."""
     args = parse_args(argv)
-    from attention import answer_flips, head_plots, heads
-    from attention.reaction_sections import HEADS
-    from report_section import write_section
+    from attention import answer_flips, head_plots, heads, reaction_sections
 
     heads.check_measure(args.measure)
     run = open_run(args.run_dir)
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, table in tables.items():
         write_csv(folder / f"{name}.csv", table if args.all_measures else heads.drawn_rows(table, name, measure))
     pictures = head_plots.save_pictures(to_clean, tables, folder, measure)
-    write_section(folder, HEADS, run.styles)
+    write_section(folder, reaction_sections.HEADS, run.styles)
     for line in heads.top_lines(tables["head_sensitivity"], measure):
         get_logger().info(line)
     more = f"{len(tables) - 1} more tables and {len(pictures)} pictures"

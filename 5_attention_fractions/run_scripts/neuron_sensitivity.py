@@ -25,6 +25,7 @@ from attention.flags import add_shared
 from command_line import add_run_flags, make_parser, run_main
 from file_output import write_csv
 from logger import get_logger
+from report_section import write_section
 from run_store import open_run, warn_unfinished
 
 
@@ -52,9 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Find and confirm typo neurons and typo heads; write the tables and the picture."""
     args = parse_args(argv)
-    from attention import neurons
-    from attention.reaction_sections import UNITS
-    from report_section import write_section
+    from attention import neurons, reaction_sections
 
     run = open_run(args.run_dir)
     folder = args.results_dir or Path("results") / run.name
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "neuron_sensitivity_summary.csv", summary)
     layers = studies[0].clean.first_content()[neurons.FIELDS[studies[0].unit]].shape[0]
     neurons.plot_units(tables, summary, layers, folder / "neuron_sensitivity.png")
-    write_section(folder, UNITS)
+    write_section(folder, reaction_sections.UNITS)
     get_logger().info(f"wrote {folder}/neuron_sensitivity_summary.csv and .png, {' and '.join(tables)} tables")
     return 0
 

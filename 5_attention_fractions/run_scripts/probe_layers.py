@@ -24,6 +24,7 @@ from command_line import UserError, add_run_flags, make_parser, run_main
 from file_output import write_csv
 from load_json import TYPO_STYLES
 from logger import get_logger
+from report_section import write_section
 from run_store import warn_unfinished
 
 TARGETS = ["typo", "typo_vs_control", "style", "wrong", "flipped"]
@@ -55,9 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit the probes of a run layer by layer; write the table and the picture."""
     args = parse_args(argv)
-    from attention import answer_flips, layer_curves, probes
-    from attention.reaction_sections import PROBES
-    from report_section import write_section
+    from attention import answer_flips, layer_curves, probes, reaction_sections
 
     log, states = get_logger(), probes.open_states(args)
     warn_unfinished(states.run, args.styles, args.max_samples)
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stopped := int((table["converged"] == 0).sum()):
         log.warning(f"{stopped} probes stopped at --max_iter {args.max_iter}; see the column converged")
     layer_curves.plot_probes(table, folder / "probe_layers.png")
-    write_section(folder, PROBES)
+    write_section(folder, reaction_sections.PROBES)
     log.info(f"wrote {folder}/probe_layers.csv and .png")
     return 0
 
