@@ -48,6 +48,7 @@ MASSIVE = 4  # longer than so many median norms: a massive activation; nothing e
 REGIONS = ("edited", "task", "last")
 SHARES = {"own_nearest", "own_nearer_share", "top1_kept", "kl_mass_clean", "kl_mass_style"}  # between 0 and 1
 DISTANCES = {"relative_l2", "lens_kl", "next_token_kl"}  # never below 0
+LENS_MEASURES = ("lens_kl", "lens_top1_probability", "lens_top1_probability_change")
 REACHED = {  # a number per row that may be beyond what can be seen, and the column that says whether it is not
     "recovery_depth": "recovered",
     "half_recovery_depth": "half_recovered",
@@ -100,6 +101,7 @@ class StyleValues:
     values: dict[Key, np.ndarray] = field(default_factory=dict)  # float32 [n, L+1] by layer, else [n]
     cka_rows: dict[str, list[int]] = field(default_factory=dict)  # of each region
     on_first: dict[str, int] = field(default_factory=dict)  # rows left out of each region
+    lens: pd.DataFrame | None = None  # `lens_lines` of its first rows
 
 
 # --- opening the run
@@ -219,16 +221,18 @@ def style_values(study: Comparison, style: str) -> StyleValues:
     if study.lens is not None and (lens_rows := [row for row in rows if row in first]):
         clean, other = (table.states(lens_rows, "last") for table in (study.clean, own))
         top1 = study.clean.extract(last_logits, lens_rows)["topk_indices"][:, 0]
-        for name, numbers in study.lens.change(clean, other, top1).items():
-            values["last", name] = np.full((len(rows), numbers.shape[1]), np.nan, dtype=np.float32)
-            values["last", name][np.isin(rows, lens_rows)] = numbers
+        change = study.lens.change(clean, other, top1)
+        found.lens = lens_lines(study.clean.style, style, lens_rows, change)
+        for name in LENS_MEASURES:
+            values["last", name] = np.full((len(rows), other.shape[1]), np.nan, dtype=np.float32)
+            values["last", name][np.isin(rows, lens_rows)] = change[name]
     if ("edited", "own_nearest") in values:
         cosine = values["edited", "cosine_centred"].astype(np.float64)
         values["", "recovery_depth"] = recovery_depth(values["edited", "own_nearest"], stay)
         values["", "half_recovery_depth"] = half_recovery_depth(cosine, stay)
     if study.clean.has("topk_vals") and own.has("topk_vals"):
-        change = next_token_change(*(table.extract(last_logits, rows) for table in (study.clean, own)))
-        values |= {("", name): numbers for name, numbers in change.items()}
+        next_token = next_token_change(*(table.extract(last_logits, rows) for table in (study.clean, own)))
+        values |= {("", name): numbers for name, numbers in next_token.items()}
         # If a control is the clean prompt itself there is no change to take the logarithm of.
         if not is_again(style):
             values["", "log10_next_token_kl"][np.isin(rows, found.identical)] = np.nan
@@ -280,6 +284,7 @@ def all_tables(study: Comparison, measured: dict[str, StyleValues]) -> dict[str,
         "activation_diffs": curve_table(study, measured, estimates),
         "activation_diffs_summary": summary_table(study, measured, estimates),
         "activation_diffs_items": item_table(study, measured),
+        "logit_lens_items": lens_table(measured),
     }
 
 
@@ -393,6 +398,35 @@ def item_table(study: Comparison, measured: dict[str, StyleValues]) -> pd.DataFr
                     table[name] = table[name].where(reached)
         tables.append(table)
     return pd.concat([table for table in tables if len(table)] or tables).reindex(columns=ITEM_COLUMNS)
+
+
+def lens_lines(clean: str, style: str, rows: list[int], change: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One line per row and layer of a style and of its clean form: what `LogitLens.change` [n, L+1] says of them."""
+    probability, token = change["lens_top1_probability"], change["lens_token"]
+    sides = [(clean, probability - change["lens_top1_probability_change"], change["lens_token_clean"])]
+    sides.append((style, probability, token))
+    row, layer = np.repeat(rows, token.shape[1]), np.tile(np.arange(token.shape[1]), len(rows))
+    tables = [
+        pd.DataFrame(
+            {
+                "style": name,
+                "original_index": row,
+                "layer": layer,
+                "clean_top1_probability": p.ravel(),
+                "token": ids.ravel(),
+            }
+        )
+        for name, p, ids in sides
+    ]
+    return pd.concat(tables).dropna().astype({"token": int})
+
+
+def lens_table(measured: dict[str, StyleValues]) -> pd.DataFrame:
+    """The lines of all styles, those of the clean form once: the columns of logit_lens_items.csv."""
+    tables = [own.lens for own in measured.values() if own.lens is not None]
+    if not tables:
+        return pd.DataFrame()
+    return pd.concat(tables).drop_duplicates(["style", "original_index", "layer"])
 
 
 def recovery_lines(summary: pd.DataFrame) -> list[str]:

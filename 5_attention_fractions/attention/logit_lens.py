@@ -38,10 +38,12 @@ class LogitLens:
         """What each layer's lens says; clean, style [n,L+1,D], clean_top1 [n] the clean run's first token. All [n,L+1]:
 
         `lens_kl`: KL(clean || style) in nats; `lens_top1_probability`: of the clean run's first token under the style;
-        `lens_top1_probability_change`: that minus its probability in the clean prompt. A layer whose states are all
-        NaN, because the run does not hold it, stays NaN.
+        `lens_top1_probability_change`: that minus its probability in the clean prompt; `lens_token`,
+        `lens_token_clean`: id of the likeliest token. A layer whose states are all NaN, because the run does not hold
+        it, stays NaN.
         """
-        found = np.full((3, *clean.shape[:2]), np.nan, dtype=np.float32)
+        names = ("lens_kl", "lens_top1_probability", "lens_top1_probability_change", "lens_token", "lens_token_clean")
+        found = np.full((len(names), *clean.shape[:2]), np.nan)
         for layer in range(clean.shape[1]):
             if np.isnan(clean[:, layer]).all():
                 continue
@@ -52,8 +54,9 @@ class LogitLens:
                 first = torch.from_numpy(clean_top1[rows, None])
                 before, after = (side.gather(-1, first)[:, 0].exp() for side in (log_p, log_q))
                 kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-                found[:, rows, layer] = torch.stack([kl, after, after - before]).numpy()
-        return dict(zip(("lens_kl", "lens_top1_probability", "lens_top1_probability_change"), found, strict=True))
+                tokens = log_q.argmax(-1), log_p.argmax(-1)
+                found[:, rows, layer] = torch.stack([kl, after, after - before, *tokens]).numpy()
+        return dict(zip(names, found, strict=True))
 
     def check(self, last_states: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
         """Raise UserError if the head does not give the logits that the run holds (another model, another head).

@@ -7,6 +7,7 @@ Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled, hidden_states, to
 Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
         results/<run>/activation_diffs_summary.csv   style, measure
         results/<run>/activation_diffs_items.csv  one line per row and style
+        results/<run>/logit_lens_items.csv        one line per row and layer, with --model_name
         results/<run>/activation_diffs.png        typo_recovery.png, with --model_name logit_lens.png
 
     python 5_attention_fractions/run_scripts/activation_diffs.py --run_dir outputs/demo/maths
@@ -23,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("
 
 from attention.flags import add_shared
 from command_line import add_run_flags, make_parser, run_main
-from file_output import write_csv
+from file_output import write_csv, write_or_remove
 from logger import get_logger
 from report_section import write_section
 from run_store import warn_unfinished
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warn_unfinished(study.run, args.styles, args.max_samples)
     folder = args.results_dir or Path("results") / study.run.name
     tables = activations.all_tables(study, activations.measure_styles(study))
+    write_or_remove(folder / "logit_lens_items.csv", tables.pop("logit_lens_items"))
     for name, table in tables.items():
         write_csv(folder / f"{name}.csv", table)
     curves, summary = tables["activation_diffs"], tables["activation_diffs_summary"]
