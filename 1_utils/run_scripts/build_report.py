@@ -310,6 +310,7 @@ def captured_on(run: Run) -> str:
 def build_report(runs: Sequence[tuple[Run, Path]], report: Path, examples: int = 10, seed: int = 0) -> Path:
     """Write the report of (run, its results folder) pairs to `report`, and return that path."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from report_viewer import viewer_of
 
     loader = FileSystemLoader(Path(__file__).resolve().parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -322,6 +323,7 @@ def build_report(runs: Sequence[tuple[Run, Path]], report: Path, examples: int =
         ],
         today=time.strftime("%Y-%m-%d"),
         seed=seed,
+        viewer=viewer_of([(run, results, verdicts_in(results)) for run, results in runs]),
     )
     write_text(report, page)
     return report

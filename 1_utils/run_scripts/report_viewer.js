@@ -308,8 +308,8 @@
   // --- curves by layer
 
   const CURVES = {
-    edited: [cosineOf, "Edited word: likeness of its state to the clean word’s (cosine, mean over rows taken off)"],
-    last: [cosineOf, "Last token: likeness of its state to the clean prompt’s (cosine, mean over rows taken off)"],
+    edited: [cosineOf, "Edited word: likeness of its state to the clean word’s (cosine, median over rows taken off)"],
+    last: [cosineOf, "Last token: likeness of its state to the clean prompt’s (cosine, median over rows taken off)"],
     lens: [shareOf, "Logit lens: probability of the clean prompt’s likeliest next token after each layer"],
   };
 

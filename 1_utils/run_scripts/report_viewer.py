@@ -28,7 +28,7 @@ from stamps import ROOT, note_read
 from style_names import is_again, is_control
 from style_rows import StyleRows, control_of, paired_rows, twin_region
 
-SCRIPT = Path(__file__).with_name("report_viewer.js")
+SCRIPT, FORM = (Path(__file__).with_suffix(ending) for ending in (".js", ".html"))
 MOST_ROWS = 200  # of a style
 BUDGET = 1_100_000  # characters of the page for all runs together
 MISSING = 255  # a byte that stands for no number
@@ -56,7 +56,8 @@ class Viewer:
 
 def viewer_of(runs: Sequence[tuple[Run, Path, Verdicts]]) -> Viewer:
     """The viewer of (run, its results folder, its verdicts), with as many rows of each style as fit into BUDGET."""
-    note_read(SCRIPT)
+    for part in (SCRIPT, FORM):
+        note_read(part)
     script = SCRIPT.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     known = [(*one, tokenizer_of(one[0])) for one in runs if can_show(one[0])]
@@ -249,12 +250,12 @@ def curves_of(forms: Forms, kept: list[int], rows: list[int], lens: Lens) -> dic
 
 
 def likeness(parts: list[tuple[StyleRows, str]], kept: list[int], rows: list[int]) -> np.ndarray:
-    """[kept, forms, L + 1] cosine of each form's states with the clean form's, less the mean of the clean form.
+    """[kept, forms, L + 1] cosine of each form's states with the clean form's, the clean form's median taken off.
 
-    The mean is over the first `rows`. NaN of the clean form itself, of a form without the row or the region, and with fewer than two rows.
+    NaN of the clean form itself, of a form without the row or the region, and with fewer than two `rows`.
     """
     clean = parts[0][0].states(kept, parts[0][1])
-    centre = parts[0][0].states(rows[:MOST_ROWS], parts[0][1]).mean(0) if len(rows) > 1 else np.nan
+    centre = np.median(parts[0][0].states(rows[:MOST_ROWS], parts[0][1]), axis=0) if len(rows) > 1 else np.nan
     whole = np.full((len(kept), len(parts), clean.shape[1]), np.nan, dtype=np.float32)
     for form, (table, region) in enumerate(parts[1:], start=1):
         there = [place for place, row in enumerate(kept) if row in table and region in table.state_regions()]
