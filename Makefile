@@ -15,7 +15,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 
-PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo \
+PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo --workers $(WORKERS) \
   --model_name models/SmolLM2-135M-Instruct --lens_rows 20 \
   --probe_layers 0 5 10 15 20 25 30 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
 CAPTURE := --entropy --raw_layers none --pooled_dtype float16

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import shlex
 import site
@@ -24,6 +25,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,35 +219,66 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
         say(f"{job.prompts.path}: captured into {job.output}, results in {job.results}")
         if not any(step.name in ("accuracy", "answers") for step in chain):
             say("accuracy is left out: no row has an `answer` that can be scored (your own scores: --maths_items)")
-        for place, step in enumerate(chain, start=number + 1):
-            code = run_step(step, f"{place}/{total}", args.verbose, known)
-            if code == 0 or (code == EXIT_SOME_FAILED and step.name == "prompts"):
-                continue
-            failed.append((step, code))
-            if not args.keep_going or code in (EXIT_STOPPED, EXIT_INTERRUPTED):
-                return failed
-            if step.name == "capture" and not any(job.output.glob("**/activations_*.pt")):
-                say(f"    no prompt of {job.prompts.path} was captured: its other steps are left out")
-                break
+        numbered = [(step, f"{place}/{total}") for place, step in enumerate(chain, start=number + 1)]
         number += len(chain)
+        cut = 1 + next(place for place, step in enumerate(chain) if step.name == "capture")
+        failed += run_steps(numbered[:cut], args, known, workers=1)
+        if must_stop(failed, args):
+            return failed
+        if (chain[cut - 1] in [step for step, _ in failed]) and not any(job.output.glob("**/activations_*.pt")):
+            say(f"    no prompt of {job.prompts.path} was captured: its other steps are left out")
+            continue
+        failed += run_steps(numbered[cut:], args, known, args.workers)
+        if must_stop(failed, args):
+            return failed
     if any(job.output.is_dir() for job in jobs):
-        report = report_step(jobs, args)
-        code = run_step(report, f"{total}/{total}", args.verbose, known)
-        failed += [(report, code)] if code else []
+        failed += run_steps([(report_step(jobs, args), f"{total}/{total}")], args, known, workers=1)
     return failed
 
 
-def run_step(step: Step, number: str, verbose: bool, known: set[str]) -> int:
+def must_stop(failed: Sequence[tuple[Step, int]], args: argparse.Namespace) -> bool:
+    """Whether no further step may start."""
+    return any(not args.keep_going or code in (EXIT_STOPPED, EXIT_INTERRUPTED) for _, code in failed)
+
+
+def run_steps(
+    steps: Sequence[tuple[Step, str]], args: argparse.Namespace, known: set[str], workers: int
+) -> list[tuple[Step, int]]:
+    """Run steps, up to `workers` at a time, each after those that make what it reads; return the failed ones."""
+    failed: list[tuple[Step, int]] = []
+    begun: dict[str, Future[None]] = {}
+
+    def run_in_turn(step: Step, number: str) -> None:
+        wait(begun[name] for name in step.after if name in begun)  # they began earlier, so this ends
+        if not must_stop(failed, args):
+            code = run_step(step, number, args.verbose, known, workers)
+            if code and not (code == EXIT_SOME_FAILED and step.name == "prompts"):
+                failed.append((step, code))
+
+    with ThreadPoolExecutor(workers) as pool:
+        for step, number in steps:
+            begun[step.name] = pool.submit(run_in_turn, step, number)
+        try:
+            for future in begun.values():
+                future.result()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=True, cancel_futures=True)  # the steps have the same signal, and keep what they have
+            raise
+    return failed
+
+
+def run_step(step: Step, number: str, verbose: bool, known: set[str], workers: int = 1) -> int:
     """Run a step unless it is done; return its exit code. One line says what it wrote, further ones its warnings.
 
     verbose: the command and all that it prints. known: warnings that have been shown; this step's are added.
+    workers: how many steps run at a time; with more than one, no progress bar is shown.
     """
     title, start = f"[{number}] {step.name}", time.monotonic()
     # Stage 2 resumes by itself: it alone knows which prompts are left.
     if step.name != "capture" and is_done(step.script, step.arguments):
         say(f"{title}: done before")
         return 0
-    code, lines = run_command(step, title, verbose)
+    code, lines = run_command(step, title, verbose, workers)
     shown = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: ")) and line not in known]
     known.update(shown)
     if step.name == "prompts" and lines and code in (0, EXIT_SOME_FAILED):
@@ -255,38 +288,41 @@ def run_step(step: Step, number: str, verbose: bool, known: set[str]) -> int:
     else:
         outcome = f"failed with exit code {code}"
         shown = shown if code == EXIT_USER_ERROR or not lines else lines[-40:]
-    say(f"{'    ' if verbose else ': '}{outcome} ({time.monotonic() - start:.0f} s)")
-    for line in shown:
-        say(f"    {line}")
+    told = [f"{'    ' if verbose else ': '}{outcome} ({time.monotonic() - start:.0f} s)", *(f"    {x}" for x in shown)]
     if code not in (0, EXIT_USER_ERROR) and not verbose and step.name != "prompts":
-        say(f"    the command was: {step}")
+        told.append(f"    the command was: {step}")
+    say("\n".join([(title if workers > 1 and not verbose else "") + told[0], *told[1:]]))
     return code
 
 
-def run_command(step: Step, title: str, verbose: bool) -> tuple[int, list[str]]:
-    """(exit code, lines that the step printed); its progress bar is shown as it moves, or each minute in a log."""
+def run_command(step: Step, title: str, verbose: bool, workers: int) -> tuple[int, list[str]]:
+    """(exit code, lines that the step printed); its progress bar is shown as it moves, or each minute in a log.
+
+    Steps that run side by side share the cores, and show no bar.
+    """
     command = [sys.executable, str(ROOT / step.script), *step.arguments]
+    environment = dict(os.environ)
+    if workers > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     if verbose:
         say(f"{title}\n    $ {step}")
-        return subprocess.run([*command, "--verbose"]).returncode, []
-    print(title, end="", flush=True)
+        return subprocess.run([*command, "--verbose"], env=environment).returncode, []
+    if workers == 1:
+        print(title, end="", flush=True)
     lines, shown, terminal, broken = [], time.monotonic(), sys.stdout.isatty(), False
     # A text stream ends a line at \r, too: each state of a bar is a line.
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    with subprocess.Popen(command, errors="replace", **options) as process:
-        try:
-            for line in map(str.rstrip, process.stdout or ()):
-                if not BAR.search(line):
-                    lines += [line] if line else []
-                elif terminal:
-                    print(f"\r\033[K{title}: {line}", end="", flush=True)
-                elif time.monotonic() - shown > SECONDS_BETWEEN_BARS:
-                    say(("" if broken else "\n") + f"    {line}")
-                    shown, broken = time.monotonic(), True
-        except KeyboardInterrupt:
-            process.wait()  # it has the same signal, and keeps what it has
-            raise
-    print(title if broken else f"\r\033[K{title}" if terminal else "", end="", flush=True)
+    with subprocess.Popen(command, errors="replace", env=environment, **options) as process:
+        for line in map(str.rstrip, process.stdout or ()):
+            if not BAR.search(line):
+                lines += [line] if line else []
+            elif workers == 1 and terminal:
+                print(f"\r\033[K{title}: {line}", end="", flush=True)
+            elif workers == 1 and time.monotonic() - shown > SECONDS_BETWEEN_BARS:
+                say(("" if broken else "\n") + f"    {line}")
+                shown, broken = time.monotonic(), True
+    if workers == 1:
+        print(title if broken else f"\r\033[K{title}" if terminal else "", end="", flush=True)
     return process.returncode, lines
 
 
@@ -346,6 +382,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("how much of the slow analyses").add_argument
     flag("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
     flag("--probe_layers", type=int, nargs="+", help="layers that are probed; default: all")
+    flag("--workers", type=int, default=1, help="analyses that run side by side and share the cores")
     flag = parser.add_argument_group("places").add_argument
     flag("--run_name", required=True, help="name of the folders below")
     flag("--output_dir", type=Path, default=Path("outputs"), help="where .pt files go")
@@ -361,6 +398,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         except UserError:  # a value is missing
             pass
         raise UserError(f"{error.flag}: is a flag of stage 2; these come last, after --: … -- {error.flag} …") from None
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    args.workers = 1 if args.verbose else args.workers  # what they print would be mixed
     args.stage2_flags = words[cut + 1 :]
     args.stage2 = parse_stage_2(args.stage2_flags)
     return args
