@@ -54,8 +54,21 @@ def test_a_word_becomes_the_most_frequent_word_that_is_near(word, expected):
 
 def test_another_language_has_its_own_words():
     assert correct_words("Das Haus ist gorß.", [], corrector("de")) == "Das Haus ist groß."
-    with pytest.raises(UserError, match="--language xx"):
-        corrector("xx")
+
+
+def test_each_row_is_corrected_in_its_own_language(tmp_path, caplog):
+    texts = {"de": ("gorß", "groß"), "fr": ("maisno", "maison"), None: ("hosue", "house"), "el": ("σπίτιι", None)}
+    rows = [
+        {"normal": "x", "swap": f"{typo}!", **({"_language": code} if code else {})}
+        for code, (typo, _) in texts.items()
+    ]
+    code, made = run_script(tmp_path, rows, "--styles", "swap")
+    assert code == 0
+    expected = [word and f"{word}!" for _, word in texts.values()]
+    assert [row.get("repaired@swap") for row in made] == expected
+    assert "1 prompts are not corrected: no word list of Greek" in caplog.text
+    _, made = run_script(tmp_path, [{"normal": "x", "swap": "gorß!"}], "--language", "de")
+    assert made == [{"normal": "x", "swap": "gorß!", "_language": "de", "repaired@swap": "groß!"}]
 
 
 @pytest.mark.parametrize("word", ["perty", "tehns"])

@@ -382,6 +382,20 @@ def test_summary_rows_are_the_single_estimates():
     assert table.loc["normal", ["difference", "p", "p_adjusted"]].isna().all()
 
 
+def test_controls_and_repairs_are_no_tests_among_the_styles():
+    """The styles' adjusted p values are the same with and without controls, repairs and the noise floor in a run."""
+    items, rng = _items(), np.random.default_rng(2)
+    added = ["split@main", "neutral@polite", "split", "repaired@main", "normal@again"]
+    clean = items[items["style"] == "normal"]
+    more = [clean.assign(style=style, score=rng.normal(0.2, 1, len(clean)), prompt=style) for style in added]
+    alone = paired_summary(items, "score", cluster="template").set_index("style")
+    table = paired_summary(pd.concat([items, *more]), "score", cluster="template").set_index("style")
+    pd.testing.assert_series_equal(table.loc[alone.index, "p_adjusted"], alone["p_adjusted"])
+    assert table.loc["normal@again", ["p", "p_adjusted"]].isna().tolist() == [False, True]
+    others = added[:-1]
+    assert table.loc[others, "p_adjusted"].tolist() == pytest.approx(holm(table.loc[others, "p"]).tolist())
+
+
 def test_summary_averages_samples_and_takes_clusters_from_a_mapping():
     items = _items()
     noisy = pd.concat([items.assign(score=items["score"] + shift, sample=shift) for shift in (-1.0, 0.0, 1.0)])

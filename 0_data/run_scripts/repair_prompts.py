@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     wanted = parser.add_argument_group("repair")
     wanted.add_argument("--styles", nargs="+", metavar="STYLE", help="default: all typo styles and doses of the file")
     wanted.add_argument("--method", choices=("spell", "model"), default="spell", help="who corrects")
-    wanted.add_argument("--language", default="en", help="word list of the spell checker: en, de, es, fr, pt, ru …")
+    wanted.add_argument("--language", metavar="CODE", help="of rows without `_language` (default: English)")
     model = parser.add_argument_group("--method model")
     model.add_argument("--model_name", help="name of the model on the server")
     model.add_argument("--attempts", type=int, default=3, help="answers asked for, at most, for one prompt")
@@ -61,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Correct, count, write. Returns 1 if requests failed."""
     args = parse_args(argv)
     from typos import repairs, rephrasing
+    from typos.checks import with_language
 
     logger = get_logger("repair_prompts")
     prompts = read_prompt_file(args.prompt_file)
     styles = repairs.styles_to_repair(prompts, args.styles)
-    chosen, answers = prompts.rows[: args.max_samples], list[dict[str, Any]]()
+    rows = with_language(prompts.rows, args.language)
+    chosen, answers = rows[: args.max_samples], list[dict[str, Any]]()
     if args.method == "model":
         client = client_of(args, args.model_name, beside(args.output_file, "_replies.jsonl"))
         if args.dry_run:
@@ -75,10 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen, answers = repairs.repair_by_model(chosen, styles, client, args.attempts, args.max_tokens)
         write_csv(beside(args.output_file, "_rephrasings.csv"), rephrasing.log_table(answers))
     else:
-        chosen = repairs.repair_by_spelling(chosen, styles, args.language)
+        chosen = repairs.repair_by_spelling(chosen, styles)
+        for name, count in repairs.without_word_list(chosen, styles).items():
+            logger.warning(f"{count} prompts are not corrected: no word list of {name}; --method model can do it")
     log, log_file = repairs.count_repairs(chosen, styles), beside(args.output_file, "_repairs.csv")
     write_csv(log_file, log)
-    write_json(args.output_file, [*chosen, *prompts.rows[len(chosen) :]])
+    write_json(args.output_file, [*chosen, *rows[len(chosen) :]])
     for line in repairs.summary_lines(chosen, styles, log):
         logger.info(line)
     logger.info(f"wrote {args.output_file} and {log_file}")

@@ -21,13 +21,14 @@ from spellchecker import SpellChecker
 from style_names import REPAIRED, dose_of, repaired_style
 from token_spans import Span, aligned_words
 
+from typos.languages import language_of
 from typos.protection import touches
 from typos.rephrasing import Job, answer_jobs, messages_for
 from typos.style_rules import spans_to_keep, verify_repair
 from typos.variants import bad_row, clean_text
 from typos.words import in_case_of
 
-LANGUAGES = tuple(sorted(SpellChecker.languages()))
+WORD_LISTS = frozenset(SpellChecker.languages())  # codes of languages
 LOG_COLUMNS = ["style", "original_index", "element_index", "clean_word", "typo", "repaired", "outcome"]
 REQUEST = (
     "Correct the spelling mistakes of the prompt. Keep everything else as it is. If there is no mistake, repeat the "
@@ -65,12 +66,23 @@ def without_repairs(rows: Sequence[Any], styles: Sequence[str]) -> list[Any]:
 # --- a spell checker
 
 
-def repair_by_spelling(rows: Sequence[Any], styles: Sequence[str], language: str = "en") -> list[Any]:
-    """Rows with `repaired@<style>` added for each style that they have; the given rows are left as they are."""
-    rows_out, correct = without_repairs(rows, styles), corrector(language)
+def repair_by_spelling(rows: Sequence[Any], styles: Sequence[str]) -> list[Any]:
+    """Rows with `repaired@<style>` added for each style that they have; the given rows are left as they are.
+
+    Each row is corrected in its own language. One whose language has no word list gets no repair.
+    """
+    rows_out = without_repairs(rows, styles)
     for index, row, style in to_repair(rows, styles):
-        rows_out[index][f"{REPAIRED}{style}"] = correct_words(row[style], spans_to_keep(row[style], row), correct)
+        if (code := language_of(row).code) in WORD_LISTS:
+            kept = spans_to_keep(row[style], row)
+            rows_out[index][f"{REPAIRED}{style}"] = correct_words(row[style], kept, corrector(code))
     return rows_out
+
+
+def without_word_list(rows: Sequence[Any], styles: Sequence[str]) -> Counter[str]:
+    """{language: prompts that the spell checker cannot correct, because it has no word list of that language}."""
+    languages = (language_of(row) for _, row, _ in to_repair(rows, styles))
+    return Counter(language.name for language in languages if language.code not in WORD_LISTS)
 
 
 def correct_words(text: str, kept: list[Span], correct: Callable[[str], str]) -> str:
@@ -88,17 +100,15 @@ def correct_words(text: str, kept: list[Span], correct: Callable[[str], str]) ->
 
 
 @cache
-def corrector(language: str) -> Callable[[str], str]:
-    """A function that corrects one word and keeps its capital.
+def corrector(code: str) -> Callable[[str], str]:
+    """A function that corrects one word of the language `code` and keeps its capital.
 
-    A word stays if the list of `language` has it, or lacks one of its letters. Another becomes the most frequent word
+    A word stays if the list of the language has it, or lacks one of its letters. Another becomes the most frequent word
     of the list at distance 1, or else at distance 2 (pyspellchecker's rule, after Norvig: insertions, deletions,
     replacements, transpositions). One that differs in accents alone comes first. Without a candidate the word stays.
     If the list lacks a word in ’s, the rest of it is corrected.
     """
-    if language not in LANGUAGES:
-        raise UserError(f"--language {language}: no such word list; choose from {', '.join(LANGUAGES)}")
-    spelling = _Spelling(language)
+    spelling = _Spelling(code)
 
     @cache
     def correct(word: str) -> str:

@@ -23,7 +23,8 @@ SYSTEM = (
     "You edit prompts for a study of how language models handle imperfect input. Reply with the edited prompt alone: "
     "no comment, no quotation marks around it. Never answer the prompt."
 )
-ONE_TYPO = "Keep everything else as it is, letter by letter. The misspelled word must not be another English word."
+ONE_TYPO = "Keep everything else as it is, letter by letter. The misspelled word must not be another word."
+BEFORE = "Write it in the language of the prompt, without a colon. Keep the prompt itself word for word."
 REQUESTS = {
     "main": f"Replace one letter of the most important word by a neighbouring letter on the keyboard. {ONE_TYPO}",
     "swap": f"Swap two neighbouring letters inside one important word. {ONE_TYPO}",
@@ -33,10 +34,10 @@ REQUESTS = {
     "three": f"Put one typo (a letter wrong, missing, doubled or swapped) into each of exactly three words. {ONE_TYPO}",
     "grammar": "Make exactly one mistake of grammar (agreement, tense or article) by changing a single word.",
     "punctuation": "Make exactly one mistake of punctuation: one stray or missing mark or space. Change no letter.",
-    "homonym": "Replace one word by another English word that sounds exactly the same but is spelled differently.",
-    "polite": "Put one very polite sentence before the prompt, without a colon. Keep the prompt itself word for word.",
-    "urgent": "Put one urgent sentence before the prompt, without a colon. Keep the prompt itself word for word.",
-    "other": "Say the same in other words, so that exactly the same answer is asked for.",
+    "homonym": "Replace one word by another word that sounds exactly the same but is spelled differently.",
+    "polite": f"Put one very polite sentence before the prompt. {BEFORE}",
+    "urgent": f"Put one urgent sentence before the prompt. {BEFORE}",
+    "other": "Say the same in other words of the same language, so that exactly the same answer is asked for.",
 }
 TEMPERATURE_AFTER_REJECTION = 0.7  # at 0 many servers would repeat themselves
 LOG_COLUMNS = ["style", "original_index", "element_index", "attempt", "accepted", "reason", "model", "text"]

@@ -13,15 +13,14 @@ from paired_stats import (
     clustered_mean,
     design_effect,
     exact_mcnemar,
-    holm,
+    holm_over_styles,
     minimum_detectable_effect,
-    of_styles,
     paired_difference,
     paired_summary,
     sign_flip_test,
     wilson_interval,
 )
-from style_names import is_again
+from style_names import is_again, is_variant
 
 ROW_FACTORS = ("operation", "digits", "result")  # the same in every style of a row
 RESAMPLES = 4999
@@ -56,16 +55,18 @@ def row_scores(items: pd.DataFrame) -> pd.DataFrame:
 
 def detectable_differences(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """What this n could detect, before any p value: style, n_paired, n_clusters, and the smallest true difference that
-    a test at 0.05, and one at 0.05 / number of styles, finds with 80 % power."""
+    a test at 0.05, and one at 0.05 / number of styles in its family (`holm_over_styles`), finds with 80 % power."""
     scores = row_scores(items)
     styles = [style for style in pd.unique(scores["style"]) if style != baseline]
+    tested = [style for style in styles if not is_again(style)]
     lines = []
     for style in styles:
         pairs = _pairs(scores, style, baseline)
         change = paired_difference(pairs["correct"], pairs["clean"], pairs["template"])
+        family = [other for other in tested if is_variant(other, baseline) == is_variant(style, baseline)]
         one, all_of_them = (
             minimum_detectable_effect(change.standard_error, change.df, comparisons=count)
-            for count in (1, max(1, sum(not is_again(one) for one in styles)))
+            for count in (1, max(1, len(family)))
         )
         lines.append((style, change.n, change.n_clusters, one, all_of_them))
     columns = ["style", "n_paired", "n_clusters", "minimum_detectable_difference"]
@@ -76,9 +77,9 @@ def summarise(items: pd.DataFrame, baseline: str, detectable: pd.DataFrame | Non
     """*_summary.csv: accuracy of each style with its Wilson interval, the paired difference to `baseline`, tests.
 
     p and the difference's interval are the clustered t test's. p_mcnemar is the exact McNemar test, which takes rows
-    as independent (NaN where a prompt has several samples); p_permutation flips whole templates. *_adjusted is Holm's
-    over the styles. ci_low_clustered, ci_high_clustered: Wilson on the effective sample size. answer_logprob_*, if the
-    items have it: its mean, and its paired difference with the same test.
+    as independent (NaN where a prompt has several samples); p_permutation flips whole templates. *_adjusted is
+    `holm_over_styles`. ci_low_clustered, ci_high_clustered: Wilson on the effective sample size. answer_logprob_*, if
+    the items have it: its mean, and its paired difference with the same test.
     """
     table = _summary(items, baseline)
     scores = row_scores(items)
@@ -89,7 +90,7 @@ def summarise(items: pd.DataFrame, baseline: str, detectable: pd.DataFrame | Non
     limits = detectable.set_index("style")["minimum_detectable_difference_adjusted"]
     after = list(table.columns).index("minimum_detectable_difference") + 1
     table.insert(after, "minimum_detectable_difference_adjusted", table["style"].map(limits))
-    table["p_mcnemar_adjusted"] = holm(of_styles(table, "p_mcnemar"))
+    table["p_mcnemar_adjusted"] = holm_over_styles(table, "p_mcnemar")
     if "answer_logprob" in items:
         logprobs = paired_summary(items, "answer_logprob", cluster="template", baseline=baseline).set_index("style")
         columns = ["estimate", "difference", "difference_ci_low", "difference_ci_high", "p", "p_adjusted"]
@@ -158,7 +159,7 @@ def break_down(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
     Factors of a row (operation, digits, result) take the baseline's line too. Factors of a style's prompt (edits: edits
     in the log; token_change: tokens more than the clean prompt) pair the items of a level with their clean rows.
-    p_adjusted is Holm's over the styles and levels of one factor.
+    p_adjusted is `holm_over_styles` over the levels of one factor.
     """
     tables = []
     for factor in (*ROW_FACTORS, *STYLE_FACTORS):
@@ -176,7 +177,7 @@ def break_down(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
             parts.append(part)
         if parts:
             table = pd.concat(parts, ignore_index=True)
-            table["p_adjusted"] = holm(of_styles(table, "p"))
+            table["p_adjusted"] = holm_over_styles(table)
             tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["style", "factor", "level"])
 

@@ -21,7 +21,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
-from style_names import is_again
+from style_names import is_again, is_variant
 
 CONFIDENCE = 0.95
 BLOCK_NUMBERS = 2_000_000  # rows x cells handled at once: 16 MB an array
@@ -321,9 +321,9 @@ def paired_summary(
 
     A row whose `prompt` equals the baseline's prompt of that row is counted in n_identical and left out of the
     paired difference (a boolean column `identical` overrides the comparison). The baseline comes first; its
-    difference is NaN. p is the clustered t test's, p_adjusted Holm's over the styles of one value column (adjust=False
-    leaves it to the caller, for a wider family); see `of_styles`. minimum_detectable_difference: at 80 % power and
-    alpha 0.05. With a list of value columns a column `measure` follows the style.
+    difference is NaN. p is the clustered t test's, p_adjusted `holm_over_styles` of one value column (adjust=False
+    leaves it to the caller, for a wider family). minimum_detectable_difference: at 80 % power and alpha 0.05. With a
+    list of value columns a column `measure` follows the style.
     """
     names = [value_columns] if isinstance(value_columns, str) else list(value_columns)
     if "identical" not in items:
@@ -334,16 +334,21 @@ def paired_summary(
         rows = _row_means(items, name, cluster)
         lines = [_style_line(rows, style, baseline, interval) for style in styles]
         table = pd.DataFrame(lines, columns=["style", *_SUMMARY_COLUMNS])
-        table["p_adjusted"] = holm(of_styles(table, "p")) if adjust else math.nan
+        table["p_adjusted"] = holm_over_styles(table) if adjust else math.nan
         if not isinstance(value_columns, str):
             table.insert(1, "measure", name)
         tables.append(table)
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def of_styles(table: pd.DataFrame, column: str) -> pd.Series:
-    """p values for a correction over styles; NaN of the clean form again, whose difference is numerical noise."""
-    return table[column].mask(table["style"].map(is_again).astype(bool))
+def holm_over_styles(table: pd.DataFrame, column: str = "p") -> pd.Series:
+    """Holm-adjusted p values of a table with a column `style`.
+
+    The styles that are ways to write the prompt are one family. Controls and repairs are another one, so a run with
+    more of them leaves the styles' p_adjusted as it is. The clean form again has none: it is no effect, but noise.
+    """
+    p = table[column].mask(table["style"].map(is_again).astype(bool))
+    return p.groupby(table["style"].map(lambda style: is_variant(style, None))).transform(holm)
 
 
 def _equal_to_baseline(items: pd.DataFrame, baseline: str) -> Any:

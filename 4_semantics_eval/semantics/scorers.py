@@ -19,7 +19,7 @@ from accuracy_tables import read_items
 from answer_files import item_files
 from file_output import read_csv
 from logger import get_logger
-from paired_stats import clustered_mean, holm, minimum_detectable_effect
+from paired_stats import clustered_mean, holm_over_styles, minimum_detectable_effect
 from stamps import note_read
 
 ROW = ["style", "original_index"]
@@ -116,7 +116,7 @@ def compare_scorers(
         ]
         part = pd.DataFrame([line for line in lines if line["n_responses"]])
         if len(part):
-            part.insert(list(part.columns).index("p") + 1, "p_adjusted", holm(part["p"]))
+            part.insert(list(part.columns).index("p") + 1, "p_adjusted", holm_over_styles(part))
             parts.append(part)
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
