@@ -60,13 +60,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Correct, count, write. Returns 1 if requests failed."""
     args = parse_args(argv)
-    from typos import repairs, rephrasing
-    from typos.checks import with_language
+    from typos import checks, repairs, rephrasing
 
     logger = get_logger("repair_prompts")
     prompts = read_prompt_file(args.prompt_file)
     styles = repairs.styles_to_repair(prompts, args.styles)
-    rows = with_language(prompts.rows, args.language)
+    rows = checks.with_language(prompts.rows, args.language)
     chosen, answers = rows[: args.max_samples], list[dict[str, Any]]()
     if args.method == "model":
         client = client_of(args, args.model_name, beside(args.output_file, "_replies.jsonl"))
