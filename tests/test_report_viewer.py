@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import report_viewer
+import torch
 from report_viewer import (
     SCRIPT,
     Forms,
@@ -180,6 +181,28 @@ def test_the_logit_lens_is_read_where_it_was_written(run, tmp_path):
     ]
     assert texts == [["⟨7⟩", None, "⟨8⟩"], ["⟨9⟩", None, "⟨9⟩"]]
     assert "lens" not in swap["rows"][1]
+
+
+def test_what_patching_restores_is_read_row_by_row(tmp_path):
+    run = open_run(write_run(tmp_path / "run", prompt_rows(4), layers=3))
+    cells = [
+        ("resid_pre", "edited", 0, -1),
+        ("resid_pre", "edited", 2, -1),
+        ("resid_pre", "all", 1, -1),
+        ("z", "edited", 1, 0),
+    ]
+    sites, positions, layers, heads = (list(part) for part in zip(*cells, strict=True))
+    nats = torch.tensor([[0.5, 2.0, 9, 9], [0.0, 4.0, 9, 9], [0.0, 0.0, 9, 9]])
+    content = {
+        "original_indices": [0, 1, 3], "sites": sites, "positions": positions, "layers": torch.tensor(layers),
+        "heads": torch.tensor(heads), "cell_directions": ["denoising"] * 4, "donors": ["own"] * 4, "sets": [""] * 4,
+        "nats": nats, "recipient_nats": torch.tensor([[2.0] * 4, [1.0] * 4, [1e-6] * 4]),
+    }  # fmt: skip
+    torch.save(content, run.styles["swap"] / "patches_00000_00016.pt")
+    swap = data_of(run, tmp_path)[0]["styles"][0]
+    found = bytes_in(swap["curves"]["patched"], 4, 2, 4)
+    assert found[:, 0].tolist() == [[255] * 4] * 4  # the clean form is not patched
+    assert found[:, 1].tolist() == [[222, 255, 127, 255], [254, 255, 0, 255], [255] * 4, [255] * 4]
 
 
 def test_turned_answers_and_large_changes_are_kept_within_the_budget(run, tmp_path, monkeypatch):

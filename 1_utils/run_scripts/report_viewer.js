@@ -47,8 +47,8 @@
   // --- tables that sort
 
   function numberIn(text) {
-    const plain = text.replaceAll("\u2212", "-").replaceAll(",", "");
-    return Number(/^[<>+]?\s*(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)/i.exec(plain)?.[1]); // NaN if there is none
+    const found = /^[<>+]?\s*(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)/i.exec(text.replaceAll("\u2212", "-").replaceAll(",", ""));
+    return Number(found?.[1]); // NaN if there is none
   }
 
   // Numbers come before texts; a cell without a value stays at the end in both directions.
@@ -156,8 +156,8 @@
     const words = edited.slice(0, 2).map((tokens) => tokens.map(tokenText).join("").trim().slice(0, 40) || "–");
     const verdicts = verdictsOf(row);
     const verdict = verdicts[0] === verdicts[1] ? `${verdicts[0]} in both` : verdicts.join(" → ");
-    const kl = row.kl === null ? "" : `, KL ${shown(row.kl, 2)}`;
-    return `${row.element}: ${words.join(" → ")}${verdicts.every(Boolean) ? `, ${verdict}` : ""}${kl}`;
+    const kl = row.kl === null ? "" : `KL ${shown(row.kl, 2)}`;
+    return `${row.element}: ${[words.join(" → "), verdicts.every(Boolean) && verdict, kl].filter(Boolean).join(", ")}`;
   }
 
   function chooseRow(number) {
@@ -182,8 +182,10 @@
       const cells = every.map((layer) => make("td", { role: "gridcell", "data-layer": layer, "data-head": head }));
       return make("tr", { role: "row" }, make("th", { "aria-hidden": "true" }, String(head)), ...cells);
     });
-    const fifths = every.filter((layer) => layer % 5 === 0);
-    const numbers = fifths.map((layer) => make("th", { colspan: Math.min(5, layers - layer) }, String(layer)));
+    const by = layers > 12 ? 5 : 1;
+    const named = every.filter((layer) => layer % by === 0);
+    const numbers = named.map((layer) => make("th", { colspan: Math.min(by, layers - layer) }, String(layer)));
+    byId("grid").className = heads > 24 ? "many" : "";
     byId("grid").replaceChildren(...rows, make("tr", { "aria-hidden": "true" }, make("th"), ...numbers));
     Object.assign(chosen, { layer: 0, head: 0 });
   }
@@ -295,8 +297,7 @@
       const answer = make("p", { class: "answer" }, make("bdi", {}, found.answer || "(empty)"), " ", verdict);
       const lines = (found.next ?? []).map(([token, probability]) => {
         const bar = make("span", { class: "bar" });
-        bar.style.width = `${100 * probability}%`;
-        bar.style.backgroundColor = COLOURS[form];
+        bar.style.cssText = `width: ${100 * probability}%; background: ${COLOURS[form]}`;
         return [tokenBox(token), bar, shown(probability)];
       });
       return make("div", {}, title, answer, tableOf(null, lines));
@@ -307,16 +308,10 @@
 
   // --- curves by layer
 
-  const CURVES = {
-    edited: [cosineOf, "Edited word: likeness of its state to the clean word’s (cosine, median over rows taken off)"],
-    last: [cosineOf, "Last token: likeness of its state to the clean prompt’s (cosine, median over rows taken off)"],
-    lens: [shareOf, "Logit lens: probability of the clean prompt’s likeliest next token after each layer"],
-  };
-
   function drawCurves() {
     const size = chosen.run.layers + 1;
     const figures = Object.entries(chosen.style.curves).map(([kind, text]) => {
-      const [decode, title] = CURVES[kind];
+      const [title, decode] = [byId("titles").dataset[kind], kind === "lens" ? shareOf : cosineOf];
       const of = (form) => Array.from(bytesOf(text).subarray(placeOf(form) * size, (placeOf(form) + 1) * size), decode);
       const lines = forms().map((name, form) => ({ name, form, values: of(form) }));
       const some = lines.filter((line) => known(line.values).length);
@@ -331,7 +326,7 @@
   }
 
   function figureOf(title, lines) {
-    const [width, height, left, right, top, bottom] = [430, 180, 34, 90, 10, 28];
+    const [width, height, left, right, top, bottom] = [430, 184, 34, 90, 10, 32];
     const last = chosen.run.layers;
     const least = Math.min(...lines.flatMap((line) => known(line.values)));
     const low = least < -0.5 ? -1 : least < 0 ? -0.5 : 0;
@@ -344,9 +339,9 @@
       write(left - 5, y(value) + 4, shown(value, value % 1 ? 1 : 0), { "text-anchor": "end" });
     }
     for (let layer = 0; layer <= last; layer += Math.max(1, Math.round(last / 6))) {
-      write(x(layer), height - 14, String(layer), { "text-anchor": "middle" });
+      write(x(layer), height - 18, String(layer), { "text-anchor": "middle" });
     }
-    write((left + width - right) / 2, height - 2, "layer (0: embeddings)", { "text-anchor": "middle" });
+    write((left + width - right) / 2, height - 4, "layer (0: embeddings)", { "text-anchor": "middle" });
     const ends = lines.map(({ name, form, values }) => {
       const points = values.map((value, layer) => [x(layer), y(value)]).filter(([, py]) => !Number.isNaN(py));
       const path = points.map((point) => point.map((at) => at.toFixed(1)).join(" ")).join("L");

@@ -23,7 +23,7 @@ from load_model import load_tokenizer
 from logger import get_logger
 from next_token_change import last_logits, next_token_change
 from rapidfuzz.distance import Levenshtein
-from run_store import Run
+from run_store import Run, load_pt
 from stamps import ROOT, note_read
 from style_names import is_again, is_control
 from style_rows import StyleRows, control_of, paired_rows, twin_region
@@ -36,6 +36,9 @@ NEAR = 30  # unchanged tokens shown around an edit; few-shot text and the rest o
 LONGEST_TOKEN, LONGEST_ANSWER = 40, 240  # characters
 NEXT_TOKENS = 5
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories: controls, zero width, marks of direction, line ends
+LEAST_NATS = 0.01
+CELL = ("sites", "positions", "cell_directions", "donors", "sets", "heads")  # of a patches file
+PATCH = ("resid_pre", "edited", "denoising", "own", "", -1)
 LENS_FILE = "logit_lens_items.csv"
 
 Column = int | list[list[int]] | dict[str, int]  # a token that all forms share, the tokens of each form, or a gap
@@ -239,13 +242,12 @@ def curves_of(forms: Forms, kept: list[int], rows: list[int], lens: Lens) -> dic
         parts = list(zip(forms.tables, regions, strict=False))
         if all(region in table.state_regions() for table, region in parts[:2]):
             found[name] = cosine_bytes(likeness(parts, kept, rows))
-    curve = np.full((len(kept), len(forms.names), forms.tables[0].layer_count()), np.nan, dtype=np.float32)
-    for place, row in enumerate(kept):
-        for form, name in enumerate(forms.names):
-            if (name, row) in lens.probabilities:
-                curve[place, form] = lens.probabilities[name, row]
-    if np.isfinite(curve).any():
-        found["lens"] = share_bytes(curve)
+    patched = {(forms.names[1], row): shares for row, shares in restored(forms.tables[1]).items()}
+    for name, known, coded in (("patched", patched, cosine_bytes), ("lens", lens.probabilities, share_bytes)):
+        missing = [np.nan] * forms.tables[0].layer_count()
+        curve = np.array([[known.get((form, row), missing) for form in forms.names] for row in kept])
+        if np.isfinite(curve).any():
+            found[name] = coded(curve)
     return found
 
 
@@ -265,6 +267,25 @@ def likeness(parts: list[tuple[StyleRows, str]], kept: list[int], rows: list[int
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             whole[there, form] = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
     return whole
+
+
+def restored(table: StyleRows) -> dict[int, list[float]]:
+    """{row: [L + 1] share of its nats restored, if the control's states at the edited words are put into one layer}.
+
+    From the patches of patch_activations.py (METHODS.md); NaN of a layer without one. Rows with next to no nats are
+    left out.
+    """
+    found: dict[int, np.ndarray] = {}
+    for path in sorted(table.run.styles[table.style].glob("patches_[0-9]*.pt")):
+        content = load_pt(path)
+        cells = zip(*(content[key] for key in CELL), strict=True)
+        places = [place for place, cell in enumerate(cells) if cell == PATCH]
+        before, after = (content[key][:, places].float().numpy() for key in ("recipient_nats", "nats"))
+        for row, nats, left in zip(content["original_indices"], before, after, strict=True):
+            if len(nats) and nats.max() > LEAST_NATS:
+                shares = found.setdefault(row, np.full(table.layer_count(), np.nan))
+                shares[content["layers"][places].numpy()] = 1 - left / nats
+    return {row: shares.tolist() for row, shares in found.items()}
 
 
 def raw_layers(content: dict[str, Any]) -> list[int]:
