@@ -17,7 +17,7 @@ import torch
 from command_line import UserError
 from logger import get_logger
 from next_token_change import last_logits, next_token_change
-from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
+from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm_over_styles
 from run_store import Run, open_run
 from style_names import controlled_style, is_again, is_control, source_style
 from style_rows import (
@@ -314,7 +314,7 @@ def summary_table(study: Comparison, measured: dict[str, StyleValues], estimates
     table["n_identical"] = [len(measured[style].identical) for style, _ in keys]
     table["p_adjusted"] = np.nan
     for _, part in table[~table["style"].map(is_control)].groupby("measure"):
-        table.loc[part.index, "p_adjusted"] = holm(part["p"])
+        table.loc[part.index, "p_adjusted"] = holm_over_styles(part)
     return _finished(study, table, ["style", "measure", "n", "n_censored", "n_identical", "n_clusters", "median"])
 
 

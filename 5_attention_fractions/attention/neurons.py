@@ -18,7 +18,7 @@ from command_line import UserError
 from file_output import save_figure
 from logger import get_logger
 from matplotlib.ticker import MaxNLocator
-from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal, holm
+from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal, holm_over_styles
 from run_store import Run
 from scipy import stats
 from style_names import is_again, is_control
@@ -111,7 +111,7 @@ def find_units(run: Run, studies: list[Study]) -> tuple[dict[str, pd.DataFrame],
             "control, of those that the control matches) needs two templates"
         )
     summary = pd.DataFrame(lines)
-    summary["p_adjusted"] = summary.groupby("unit")["p"].transform(holm)
+    summary["p_adjusted"] = pd.concat([holm_over_styles(part) for _, part in summary.groupby("unit")])
     return tables, summary
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 from command_line import UserError
 from file_output import file_word, save_figure, write_csv
 from matplotlib import pyplot as plt
-from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm
+from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm_over_styles
 from run_store import Run
 from style_rows import StyleRows, paired_rows
 
@@ -191,13 +191,13 @@ def write_tables(
 ) -> list[Path]:
     """Write attention_fractions.csv of these levels and the three tables of one query and sink; returns their paths.
 
-    p_adjusted of the model's rows is Holm's over the styles, for each kind of row.
+    p_adjusted of the model's rows is Holm's over the styles (controls and repairs apart), for each kind of row.
     """
     table = pd.concat([result.table for result in results], ignore_index=True)
     gc.freeze()  # statsmodels collects garbage at each Holm: a quarter of a second with all libraries loaded
     model = table[table["level"] == "model"]
     for _, rows in model.groupby(["query", "sink", "region", "measure"], sort=False):
-        table.loc[rows.index, "p_adjusted"] = holm(rows["p"].to_numpy())
+        table.loc[rows.index, "p_adjusted"] = holm_over_styles(rows)
     paths = [folder / "attention_fractions.csv"]
     write_csv(paths[0], table[table["level"].isin(levels)])
     for level, word in TABLES.items():
