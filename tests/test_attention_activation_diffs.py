@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import activation_diffs
@@ -19,8 +20,10 @@ from attention.state_measures import (
     recovery_depth,
 )
 from command_line import UserError
+from matplotlib import pyplot
 from next_token_change import next_token_change
 from paired_stats import paired_difference
+from plot_style import MOST_LINES, label_ends, panels
 from scipy.special import log_softmax
 from scipy.stats import entropy
 from synthetic_run import prompt_rows, with_first_word_typo, write_run
@@ -32,8 +35,7 @@ STYLES = ["swap", "main", "split"]
 def no_pictures(request, monkeypatch):
     """Pictures cost seconds: they are drawn in the one test that looks at them."""
     if "pictures" not in request.node.name:
-        for name in ("plot_measures", "plot_recovery"):
-            monkeypatch.setattr(layer_curves, name, lambda *_: None)
+        monkeypatch.setattr(layer_curves, "save_diffs", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +141,30 @@ def test_pictures_are_drawn_at_42_layers_with_their_labels(tmp_path, monkeypatch
     drawn = {}
     monkeypatch.setattr(layer_curves, "save_figure", lambda path, figure: drawn.update({path.name: figure}))
     activation_diffs.main(["--run_dir", str(run), "--results_dir", str(tmp_path)])
-    assert set(drawn) == {"activation_diffs.png", "typo_recovery.png"}
-    for figure in drawn.values():
-        axes = [axes for axes in figure.axes if axes.lines]
-        titles = [one.get_title() for one in axes if "depth" not in one.get_title()]
-        # CKA, the third line of panels, leaves out items: the states of this toy grow from layer to layer.
-        assert all(re.search("n = (.+–)?12" if place < 6 else r"n = \d", title) for place, title in enumerate(titles))
-        assert any("layer" in one.get_xlabel() for one in axes)
-        names = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-        assert {"swap", "main", "split (control)"} <= set(names)
-    curve = drawn["typo_recovery.png"].axes[0].lines[0]
-    assert curve.get_xdata().tolist() == list(range(43))
+    kinds = {name.rpartition("_")[0] if "+" in name else name.removesuffix(".png") for name in drawn}
+    assert kinds == {"activation_diffs", "activation_diffs_more", "typo_recovery", "recovery_depth"}
+    for name, figure in drawn.items():
+        for axes in (axes for axes in figure.axes if axes.lines and name != "recovery_depth.png"):
+            assert len(axes.lines) <= MOST_LINES
+            labelled = {text.get_text() for text in axes.texts}
+            assert labelled == {line.get_label() for line in axes.lines}  # at their ends, so that no legend is needed
+            assert re.search(r"n = (\d+–)?\d+ prompts", axes.get_title("left"))
+            assert "layer" in axes.get_xlabel()
+    (first,) = [name for name in drawn if name.startswith("typo_recovery_swap+main")]
+    assert drawn[first].axes[0].lines[0].get_xdata().tolist() == list(range(43))
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    figure, (axes,) = panels(1, 1, 3.0)
+    axes.set_ylim(0, 1)
+    label_ends(
+        axes, [(value, f"line {i}", "black") for i, value in enumerate((0.5, 0.51, 0.5, 0.99, 1.0, float("nan")))]
+    )
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+    assert len(boxes) == 5
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+    pyplot.close(figure)
 
 
 # --- recovery

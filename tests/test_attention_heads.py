@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from attention import head_plots
 from attention.aligned_maps import aligned_divergence, row_maps
 from attention.head_plots import draw_layer_head, save_layer_head_grid, symmetric_limit
 from attention.heads import DIVERGENCES, MEASURES, head_values
@@ -255,9 +258,8 @@ def test_a_measure_may_be_added_anywhere(out: Path, tmp_path: Path) -> None:
 
 def test_pictures_and_overlap_are_written(out: Path) -> None:
     names = {path.name for path in (out / "out").glob("*.png")}
-    styles = {f"head_sensitivity_{style}.png" for style in ("swap", "missing", "split")}
-    against = {"head_sensitivity_vs_control.png", "head_overlap_vs_control.png"}
-    assert names == {"head_sensitivity.png", "head_overlap.png"} | styles | against
+    styles = {f"head_sensitivity_{style}.png" for style in ("swap", "missing")}  # `split` is their control
+    assert names == {"head_overlap.png", "head_overlap_vs_control.png"} | styles
     overlap, tested = table(out, "head_overlap"), [name for name in MEASURES if name not in DIVERGENCES]
     assert overlap["reference_form"].value_counts().to_dict() == {
         "clean form": len(tested) * 6,
@@ -279,7 +281,7 @@ def test_styles_that_only_add_words_have_pictures_of_what_they_have(tmp_path: Pa
     assert main(["--run_dir", str(run), "--results_dir", str(tmp_path / "out")]) == 0
     found = pd.read_csv(tmp_path / "out" / "head_sensitivity.csv")
     assert "edited_mass_last" not in set(found["measure"])  # added words have no clean twin
-    assert (tmp_path / "out" / "head_sensitivity.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "head_sensitivity_polite.png").stat().st_size > 10_000
 
 
 def test_an_answer_table_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -299,8 +301,8 @@ def test_a_wrong_measure_is_told_with_the_right_ones(out: Path, tmp_path: Path) 
 # --- pictures
 
 
-@pytest.mark.parametrize(("layers", "heads"), [(30, 9), (42, 16)])
-def test_colours_are_centred_at_zero_and_axes_named(layers: int, heads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layers", "heads"), [(30, 9), (42, 16), (64, 64)])
+def test_maps_are_centred_at_zero_and_legible(layers: int, heads: int, tmp_path: Path, monkeypatch: Any) -> None:
     values = np.random.default_rng(0).standard_normal((layers, heads))
     values[2, 3] = np.nan
     figure, axes = plt.subplots()
@@ -313,8 +315,21 @@ def test_colours_are_centred_at_zero_and_axes_named(layers: int, heads: int, tmp
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "head")
     plt.close(figure)
     panels = [(f"style {i}", values, values > 2) for i in range(3)]
-    save_layer_head_grid(tmp_path / "grid.png", panels, "change in attention mass", "title")
-    assert (tmp_path / "grid.png").stat().st_size > 20_000
+    drawn = {}
+    monkeypatch.setattr(head_plots, "save_figure", lambda path, figure: drawn.update({path.name: figure}))
+    save_layer_head_grid(tmp_path / "grid.png", panels, "change in attention mass", "title", named=[(1, 2)])
+    figure = drawn["grid.png"]
+    figure.draw_without_rendering()
+    maps = [axes for axes in figure.axes if axes.get_images()]
+    assert len(maps) == 3
+    for axes in maps:
+        box = axes.get_window_extent()  # at 100 dots an inch, of a page 1,000 wide
+        assert box.width > 700
+        assert min(box.width / layers, box.height / heads) > 8
+        labels = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels))
+        assert "1.2" in [text.get_text() for text in axes.texts]
+    plt.close(figure)
 
 
 def test_one_wild_cell_does_not_set_the_scale() -> None:

@@ -11,6 +11,7 @@ from attention import layer_curves, probes
 from attention.grouped_auc import cross_validation_factor, fold_auc, macro_auc
 from command_line import UserError
 from file_output import read_csv
+from plot_style import MOST_LINES
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -25,7 +26,7 @@ ROWS, TEMPLATES, WIDTH = 60, 20, 24
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     if "picture" not in request.node.name:
-        monkeypatch.setattr(layer_curves, "plot_probes", lambda *_: None)
+        monkeypatch.setattr(layer_curves, "save_probes", lambda *_: None)
 
 
 def probe_run(folder, make, styles=("swap", "main", "split"), rows=ROWS, templates=TEMPLATES, **more):
@@ -359,17 +360,18 @@ def test_ten_thousand_items_of_3584_numbers_converge():
     assert found.auc > 0.6
 
 
-def test_picture_has_a_panel_for_each_target_and_region_with_its_control(tmp_path, monkeypatch):
+def test_each_target_has_a_picture_with_a_panel_for_each_region(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(layer_curves, "save_figure", lambda path, figure: drawn.update({path.name: figure}))
     probe(probe_run(tmp_path, noise_states), tmp_path, "--layers", "0", "2")
-    figure = drawn["probe_layers.png"]
-    titles = [axes.get_title() for axes in figure.axes if axes.lines]
-    assert len(titles) == 5
-    assert all("n = " in title for title in titles)
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "shuffled labels" in names
-    assert "split (control)" in names
+    assert set(drawn) == {"probe_layers_typo.png", "probe_layers_typo_vs_control.png", "probe_layers_style.png"}
+    for figure in drawn.values():
+        for axes in figure.axes:
+            assert "n = " in axes.get_title("left")
+            names = [text.get_text() for text in axes.texts]
+            assert "shuffled labels" in names
+            assert len(names) <= MOST_LINES
+    assert {"split", "all_typos"} <= {text.get_text() for text in drawn["probe_layers_typo.png"].axes[-1].texts}
 
 
 def test_user_errors_are_one_line(tmp_path):

@@ -9,15 +9,14 @@ import pandas as pd
 from command_line import one_line
 from file_output import save_figure
 from matplotlib.figure import Figure
-
-CLEAN_COLOUR, STYLE_COLOUR, LOST_COLOUR, WON_COLOUR = "#7f7f7f", "#4c78a8", "#d62728", "#2ca02c"
+from plot_style import BLACK, CLEAN_COLOUR, OTHER_COLOUR, PALE, STYLE_COLOUR, WIDTH
 
 
 def plot_accuracy(summary: pd.DataFrame, path: Path, baseline: str, title: str) -> None:
     """Left: accuracy of each style with its Wilson interval. Right: paired difference to the clean form with the
     clustered interval; the grey band is what n could not detect with 80 % power."""
     height = 1.9 + 0.36 * len(summary)
-    figure = Figure(figsize=(9.5, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for position, line in enumerate(summary.itertuples()):
         colour = CLEAN_COLOUR if line.style == baseline else STYLE_COLOUR
@@ -25,20 +24,19 @@ def plot_accuracy(summary: pd.DataFrame, path: Path, baseline: str, title: str) 
         if line.style != baseline and line.difference == line.difference:
             limit = line.minimum_detectable_difference
             if limit == limit:
-                right.barh(position, 2 * limit, left=-limit, height=0.8, color="#e8e8e8", zorder=0)
+                right.barh(position, 2 * limit, left=-limit, height=0.8, color=PALE, zorder=0)
             _interval(right, line.difference, line.difference_ci_low, line.difference_ci_high, position, colour)
     labels = [f"{_plain(line.style)} (n = {line.n})" for line in summary.itertuples()]
     left.set_yticks(range(len(summary)), labels)
     left.invert_yaxis()
     left.set_xlim(-0.02, 1.02)
     left.set_xlabel("share of right answers (95 % Wilson interval)")
-    right.axvline(0, color="black", linewidth=0.8)
+    right.axvline(0, color=BLACK, linewidth=0.8)
     right.locator_params(axis="x", nbins=6)
     right.set_xlabel(f"difference to {baseline}, same rows (95 % interval)\ngrey: too small to detect (80 % power)")
     for axes in (left, right):
-        axes.grid(axis="x", linewidth=0.4, alpha=0.6)
-        axes.set_axisbelow(True)
-    figure.suptitle(_plain(title), fontsize=10)
+        axes.grid(axis="x")
+    figure.suptitle(_plain(title), x=0.01, ha="left")
     save_figure(path, figure)
 
 
@@ -49,18 +47,18 @@ def plot_flips(summary: pd.DataFrame, path: Path, baseline: str, title: str) -> 
     axes = figure.subplots()
     widest = max([1.0, *table["right_to_wrong"], *table["wrong_to_right"]])
     for position, line in enumerate(table.itertuples()):
-        for count, side, colour in ((line.right_to_wrong, -1, LOST_COLOUR), (line.wrong_to_right, 1, WON_COLOUR)):
+        for count, side, colour in ((line.right_to_wrong, -1, OTHER_COLOUR), (line.wrong_to_right, 1, STYLE_COLOUR)):
             axes.barh(position, side * count, color=colour, height=0.7)
             end, shift = (side * count, position), (3 * side, 0)
             name = "left" if side > 0 else "right"
             axes.annotate(f"{count:.0f}", end, shift, textcoords="offset points", ha=name, va="center", fontsize=8)
     axes.set_yticks(range(len(table)), [f"{_plain(line.style)} (n = {line.n_paired})" for line in table.itertuples()])
     axes.invert_yaxis()
-    axes.axvline(0, color="black", linewidth=0.8)
+    axes.axvline(0, color=BLACK, linewidth=0.8)
     axes.set_xlim(-1.15 * widest, 1.15 * widest)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.set_xlabel(f"answers, compared with {baseline}:   right → wrong   |   wrong → right")
-    axes.set_title(_plain(title), fontsize=10)
+    axes.set_title(_plain(title))
     save_figure(path, figure)
 
 
@@ -78,8 +76,8 @@ def plot_edits(table: pd.DataFrame, path: Path, title: str) -> None:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("edits in the prompt (0: the clean form of the same rows)")
     axes.set_ylabel("share of right answers (95 % interval)")
-    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
-    axes.set_title(_plain(title), fontsize=10)
+    axes.grid(axis="y")
+    axes.set_title(_plain(title))
     save_figure(path, figure)
 
 

@@ -153,7 +153,7 @@ def verdicts_in(results: Path) -> dict[tuple[str, int], str]:
 
 @dataclass(frozen=True)
 class Picture:
-    """An embedded picture; label: the style that it shows, if it is one of several."""
+    """An embedded picture; label: the styles that it shows, if it is one of several."""
 
     name: str
     label: str
@@ -186,16 +186,20 @@ def headings_of(sections: Sequence[dict[str, Any]], results: Path, order: Sequen
     for section in sections:
         heading = found.setdefault(section["title"], Heading(section["title"], [], [], []))
         for plots in section["plots"]:
-            files = {name: label for name, label in plots["files"].items() if (results / name).is_file()}
+            files = {name: styles for name, styles in plots["files"].items() if (results / name).is_file()}
             named |= files.keys()
             if plots["left_out"]:
                 heading.more += files
             elif files:
-                ranks = {name: order.index(label) if label in order else len(order) for name, label in files.items()}
-                several = [embedded(results / name, files[name]) for name in sorted(files, key=lambda n: ranks[n])]
+                ranks = {style: place for place, style in enumerate(order)}
+                first = {
+                    name: min((ranks.get(one, 99) for one in styles), default=99) for name, styles in files.items()
+                }
+                ordered = sorted(files, key=lambda name: first[name])
+                several = [embedded(results / name, ", ".join(files[name])) for name in ordered]
                 heading.pictures.append(Pictures(plots["caption"], plots["folded"], several))
         heading.tables += [table for one in section["tables"] if (table := rows_of(results, one)) is not None]
-    if rest := [path for path in sorted(results.glob("*.png")) if path.name not in named]:
+    if rest := [path for path in sorted(results.glob("*.png")) if path.name not in named and path.name[0] != "."]:
         found["Further plots"] = Heading(
             "Further plots", [Pictures("", False, [embedded(path)]) for path in rest], [], []
         )

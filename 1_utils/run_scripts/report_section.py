@@ -39,7 +39,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Plots:
-    """Pictures of one kind: those that match `pattern`; if it has a `*`, one for each style, and the reader picks one.
+    """Pictures of one kind: those that match `pattern`. If it has a `*`, that is the picture's style, or several styles
+    joined by `+`, and the reader picks a picture by them.
 
     folded: shown if the reader opens it. left_out: they stay in the results folder and are only named.
     """
@@ -117,7 +118,7 @@ def write_section(folder: Path, section: Section, styles: Iterable[str] = ()) ->
         for path in sorted(folder.glob(one.pattern)):
             word = path.name[len(before) : len(path.name) - len(after)] if star else ""
             if not any(path.name in other["files"] for other in plots):
-                found[path.name] = names.get(word, word)
+                found[path.name] = [names.get(part, part) for part in word.split("+") if part]
         plots.append({**asdict(one), "files": found})
     content = {
         "title": section.title,

@@ -9,15 +9,14 @@ import pandas as pd
 from command_line import one_line
 from file_output import save_figure
 from matplotlib.figure import Figure
-
-CLEAN_COLOUR, STYLE_COLOUR, MEAN_COLOUR = "#7f7f7f", "#4c78a8", "#111111"
+from plot_style import BLACK, CLEAN_COLOUR, OTHER_COLOUR, PALE, STYLE_COLOUR, WIDTH
 
 
 def plot_rewards(items: pd.DataFrame, summary: pd.DataFrame, path: Path, reward_model: str) -> None:
     """Violin of the raw scores of each style, mean with its 95 % interval on top."""
     figure, axes = _violins(items.dropna(subset=["reward_score"]), "reward_score", summary)
     axes.set_ylabel("reward score (raw logit)")
-    axes.set_title(f"Reward of the responses, by prompt style\n{_short(reward_model)}", fontsize=10)
+    axes.set_title(f"Reward of the responses, by prompt style\n{_short(reward_model)}")
     save_figure(path, figure)
 
 
@@ -27,21 +26,21 @@ def plot_similarity(
     """Violin of the similarities of each style; a line where two answers to the same normal prompt lie on average."""
     figure, axes = _violins(items.dropna(subset=["similarity"]), "similarity", summary)
     if noise_floor is not None:
-        axes.axhline(noise_floor, color="#d62728", linestyle="--", linewidth=1.2, zorder=1)
+        axes.axhline(noise_floor, color=OTHER_COLOUR, linestyle="--", linewidth=1.2, zorder=1)
         text, place = f"noise floor {noise_floor:.2f}:\ntwo normal samples", ("axes fraction", "data")
-        axes.annotate(text, (1.01, noise_floor), xycoords=place, color="#d62728", fontsize=8, va="center")
+        axes.annotate(text, (1.01, noise_floor), xycoords=place, color=OTHER_COLOUR, fontsize=8, va="center")
     axes.set_ylabel("cosine similarity to the normal response")
-    axes.set_title(f"Response similarity, by prompt style\n{_short(embedding_model)}", fontsize=10)
+    axes.set_title(f"Response similarity, by prompt style\n{_short(embedding_model)}")
     save_figure(path, figure)
 
 
 def plot_preferences(summary: pd.DataFrame, path: Path, judge: str) -> None:
     """Stacked shares of rows in which the judge preferred the normal answer, neither, or the style's answer."""
-    figure = Figure(figsize=(7, 1.6 + 0.4 * len(summary)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.4 * len(summary)), layout="constrained")
     axes = figure.subplots()
     names = {"losses": "normal answer better", "ties": "tie", "wins": "style's answer better"}
     left = 0 * summary["n"].astype(float)
-    for (column, label), colour in zip(names.items(), ("#d62728", "#cccccc", "#4c78a8"), strict=True):
+    for (column, label), colour in zip(names.items(), (OTHER_COLOUR, PALE, STYLE_COLOUR), strict=True):
         share = summary[column] / summary["n"].where(summary["n"] > 0)
         axes.barh(range(len(summary)), share.fillna(0), left=left, color=colour, label=label)
         left = left + share.fillna(0)
@@ -50,7 +49,7 @@ def plot_preferences(summary: pd.DataFrame, path: Path, judge: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of judged rows (both orders agree, else tie)")
-    axes.set_title(f"Judge's preference, by prompt style\n{_short(judge)}", fontsize=10)
+    axes.set_title(f"Judge's preference, by prompt style\n{_short(judge)}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     save_figure(path, figure)
 
@@ -60,13 +59,13 @@ def plot_ratings(items: pd.DataFrame, summary: pd.DataFrame, path: Path, judge: 
     figure, axes = _violins(items.dropna(subset=["rating"]), "rating", summary)
     axes.set_ylim(0.5, 10.5)
     axes.set_ylabel("judge's rating (1 to 10)")
-    axes.set_title(f"Judge's rating of the responses, by prompt style\n{_short(judge)}", fontsize=10)
+    axes.set_title(f"Judge's rating of the responses, by prompt style\n{_short(judge)}")
     save_figure(path, figure)
 
 
 def _violins(items: pd.DataFrame, column: str, summary: pd.DataFrame) -> tuple[Any, Any]:
     """One violin a style, in the order of `summary`, whose estimates and intervals are drawn over it."""
-    figure = Figure(figsize=(max(5.0, 1.6 + 0.75 * len(summary)), 4.2), layout="constrained")
+    figure = Figure(figsize=(min(WIDTH, max(5.0, 1.6 + 0.95 * len(summary))), 4.2), layout="constrained")
     axes = figure.subplots()
     for position, line in enumerate(summary.itertuples()):
         values = items.loc[items["style"] == line.style, column].to_numpy()
@@ -81,13 +80,12 @@ def _violins(items: pd.DataFrame, column: str, summary: pd.DataFrame) -> tuple[A
             axes.plot([position], values[:1], "_", color=colour, markersize=18)
         if line.n:
             errors = [[line.estimate - line.ci_low], [line.ci_high - line.estimate]]
-            axes.errorbar([position], [line.estimate], errors, fmt="o", markersize=4, color=MEAN_COLOUR, capsize=3)
+            axes.errorbar([position], [line.estimate], errors, fmt="o", markersize=4, color=BLACK, capsize=3)
     rotation = 30 if len(summary) > 6 else 0
     labels = [f"{line.style}\nn = {line.n}" for line in summary.itertuples()]
     axes.set_xticks(range(len(summary)), labels, rotation=rotation, fontsize=8)
     axes.set_xlim(-0.6, len(summary) - 0.4)
-    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
-    axes.set_axisbelow(True)
+    axes.grid(axis="y")
     axes.set_xlabel("prompt style (point and bar: mean with 95 % interval; box: quartiles)")
     return figure, axes
 

@@ -1,14 +1,12 @@
-"""The pictures of head_sensitivity.py: heatmaps of layers and heads around zero, and the overlap of the styles."""
+"""The pictures of head_sensitivity.py: a map of layers and heads for each style, and the overlap of the styles."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,12 +14,13 @@ from command_line import UserError
 from file_output import file_word, save_figure
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
+from plot_style import AROUND_ZERO, BLACK, WIDTH, remove_pictures
+from style_names import is_control
 
-from attention.heads import ALPHA, CLEAN, CONTROL, MEASURES, SHOWN, Comparison, with_equal_tokens
+from attention.heads import ALPHA, CLEAN, CONTROL, MEASURES, Comparison, with_equal_tokens
 
 Panel = tuple[str, np.ndarray, np.ndarray | None]  # title, values [L,H], marked [L,H] bool
-COLOURS = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.75")
-BESIDE, BELOW = 0.65, 0.95  # inches between panels, for labels and titles
+NAMED = 3  # heads whose numbers are written into a map
 ENDS = {CLEAN: "", CONTROL: "_vs_control"}  # of the names of columns and files
 DOTS = f"dots: adjusted p < {ALPHA}"
 
@@ -29,26 +28,19 @@ DOTS = f"dots: adjusted p < {ALPHA}"
 def save_pictures(
     comparisons: Sequence[Comparison], tables: dict[str, pd.DataFrame], folder: Path, measure: str
 ) -> list[Path]:
-    """All pictures of one measure, and of each style the first four of SHOWN that it has; returns their paths."""
+    """One map of layers and heads for each style: against its control if it has one, else against the clean form; the
+    same of flipped answers; and how far the styles share their heads. Returns their paths."""
     heads = tables["head_sensitivity"]
-    # A style that only adds words (polite) has no clean twin of them, so some measures do not exist for it.
-    counts = heads[heads["measure"] == measure].groupby("style")["n"].max()
-    having = [one for one in comparisons if one.style in counts]
+    having = [one for one in comparisons if ((heads["style"] == one.style) & (heads["measure"] == measure)).any()]
     if not having:
         raise UserError(f"--measure {measure}: no row of these styles has it; choose another, see head_sensitivity.csv")
-    panels = [_panel(heads, one, measure, f"{one.style} (n = {counts[one.style]} pairs)") for one in having]
-    paths = [folder / "head_sensitivity.png"]
-    title = f"{measure} ({MEASURES[measure].caption}): style minus clean form, by layer and head; {DOTS}"
-    save_layer_head_grid(paths[0], panels, MEASURES[measure].scale, title, having[0].layers)
-    for one in comparisons:
-        own = heads[heads["style"] == one.style].groupby("measure")["n"].max()
-        shown = [name for name in SHOWN if name in own][:4]
-        panels = [_panel(heads, one, name, f"{name}, n = {own[name]}\n{MEASURES[name].scale}") for name in shown]
-        if panels:
-            paths.append(folder / f"head_sensitivity_{file_word(one.style)}.png")
-            title = f"{one.style} minus clean form (n: pairs); {DOTS}"
-            save_layer_head_grid(paths[-1], panels, "", title, one.layers, shared_scale=False)
-    paths += _save_against_controls(having, heads, folder, measure)
+    for name in ("head_sensitivity", "head_answer_flips"):
+        remove_pictures(folder, f"{name}_*.png")
+    matched = with_equal_tokens(heads[(heads["measure"] == measure) & heads["difference_vs_control"].notna()])
+    paths = []
+    for one in (one for one in having if not is_control(one.style)):
+        paths.append(folder / f"head_sensitivity_{file_word(one.style)}.png")
+        _save_map(paths[-1], heads, one, measure, one.style in {*matched["style"]})
     for reference, part in tables["head_overlap"].groupby("reference_form", sort=False):
         if among := [one.style for one in having if one.style in {*part["style"]}]:
             paths.append(folder / f"head_overlap{ENDS[str(reference)]}.png")
@@ -58,23 +50,18 @@ def save_pictures(
     return paths
 
 
-def _save_against_controls(
-    comparisons: Sequence[Comparison], heads: pd.DataFrame, folder: Path, measure: str
-) -> list[Path]:
-    """Heatmap of style minus control; none if no style has one."""
-    rows = with_equal_tokens(heads[(heads["measure"] == measure) & heads["difference_vs_control"].notna()])
-    matched = rows.groupby("style")[["n_vs_control", "control"]].max()
-    panels = []
-    for one in (one for one in comparisons if one.style in matched.index):
-        count, control = matched.loc[one.style]
-        note = f"{one.style} minus {control} (n = {count:.0f} pairs)"
-        panels.append(_panel(heads, one, measure, note, "difference_vs_control", "p_adjusted_vs_control"))
-    if not panels:
-        return []
-    path = folder / "head_sensitivity_vs_control.png"
-    title = f"{measure} ({MEASURES[measure].caption}): style minus control, by layer and head; {DOTS}"
-    save_layer_head_grid(path, panels, MEASURES[measure].scale, title, comparisons[0].layers)
-    return [path]
+def _save_map(path: Path, heads: pd.DataFrame, one: Comparison, measure: str, controlled: bool) -> None:
+    """The change of every head of a style, with the numbers of the surest heads."""
+    end = ENDS[CONTROL] if controlled else ""
+    own = heads[(heads["style"] == one.style) & (heads["measure"] == measure)]
+    other = own["control"].iloc[0] if controlled else "clean form"
+    title = f"{one.style} minus {other}, n = {own[f'n{end}'].max():.0f} pairs; {DOTS}"
+    panel = _panel(heads, one, measure, title, f"difference{end}", f"p_adjusted{end}")
+    places = {layer: place for place, layer in enumerate(one.layers)}
+    sure = own[own[f"p_adjusted{end}"] < ALPHA].nsmallest(NAMED, f"rank{end}")
+    named = [(places[layer], head) for layer, head in zip(sure["layer"], sure["head"], strict=True)]
+    label = f"{MEASURES[measure].caption}: {MEASURES[measure].scale}"
+    save_layer_head_grid(path, [panel], label, "", one.layers, named)
 
 
 def _save_overlap(path: Path, overlap: pd.DataFrame, names: list[str], measure: str, reference: str) -> None:
@@ -93,21 +80,19 @@ def _save_overlap(path: Path, overlap: pd.DataFrame, names: list[str], measure: 
 
 
 def _save_flips(comparisons: Sequence[Comparison], flips: pd.DataFrame, folder: Path, measure: str) -> list[Path]:
-    """Heatmaps of the correlation of each head's change with a flipped answer; none if too few answers flip."""
+    """Maps of the correlation of each head's change with a flipped answer; none of a style with too few flips."""
     paths = []
-    for reference, end in ENDS.items():
-        table = with_equal_tokens(flips[(flips["reference_form"] == reference) & (flips["measure"] == measure)])
-        panels = []
-        for one in comparisons:
-            rows = table[table["style"] == one.style]
-            if rows["point_biserial_r"].notna().any():
-                against = f" minus {rows['control'].iloc[0]}" if reference == CONTROL else ""
-                note = f"{one.style}{against} (n = {rows['n'].max()}, {rows['n_flipped'].max()} flipped)"
-                panels.append(_panel(table, one, measure, note, "point_biserial_r"))
-        if panels:
-            paths.append(folder / f"head_answer_flips{end}.png")
-            title = f"Does the change in {measure} from the {reference} go with a wrong answer?\n{DOTS}"
-            save_layer_head_grid(paths[-1], panels, "point-biserial r", title, comparisons[0].layers)
+    for one in (one for one in comparisons if not is_control(one.style)):
+        own = flips[(flips["style"] == one.style) & (flips["measure"] == measure) & flips["point_biserial_r"].notna()]
+        rows = with_equal_tokens(own[own["reference_form"] == CONTROL])
+        rows = own[own["reference_form"] == CLEAN] if rows.empty else rows
+        if rows.empty:
+            continue
+        other = rows["control"].iloc[0] if rows["reference_form"].iloc[0] == CONTROL else CLEAN
+        title = f"{one.style} minus {other}, n = {rows['n'].max()}, {rows['n_flipped'].max()} flipped; {DOTS}"
+        paths.append(folder / f"head_answer_flips_{file_word(one.style)}.png")
+        panel = _panel(rows, one, measure, title, "point_biserial_r")
+        save_layer_head_grid(paths[-1], [panel], "point-biserial r", "", one.layers)
     return paths
 
 
@@ -151,23 +136,17 @@ def draw_layer_head(
     Colours run from -limit to limit, zero is white; a cell without a value is grey.
     """
     numbers = list(range(values.shape[0])) if layers is None else list(layers)
-    image = axes.imshow(
-        np.ma.masked_invalid(values.T),
-        cmap=COLOURS,
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-    )
+    look: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+    image = axes.imshow(np.ma.masked_invalid(values.T), cmap=AROUND_ZERO, vmin=-limit, vmax=limit, **look)
     if marked is not None and marked.any():
         layer, head = np.nonzero(marked)
-        axes.scatter(layer, head, s=9, c="black", edgecolors="white", linewidths=0.5)
-    step = max(1, int(np.ceil(len(numbers) / 15)))
+        size = float(np.clip(400 / max(values.shape), 3, 12))
+        axes.scatter(layer, head, s=size, c=BLACK, edgecolors="white", linewidths=0.5)
+    step = max(1, int(np.ceil(len(numbers) / 16)))
     axes.set_xticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
-    axes.set_yticks(range(0, values.shape[1], max(1, int(np.ceil(values.shape[1] / 9)))))
+    axes.set_yticks(range(0, values.shape[1], max(1, int(np.ceil(values.shape[1] / 16)))))
     axes.set(xlabel="layer", ylabel="head")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title)
     return image
 
 
@@ -177,35 +156,38 @@ def save_layer_head_grid(
     label: str,
     title: str,
     layers: Sequence[int] | None = None,
-    columns: int = 2,
-    shared_scale: bool = True,
+    named: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """Save one heatmap per panel (title, values [L,H], marked [L,H] bool or None).
+    """Save one heatmap per panel (title, values [L,H], marked [L,H] bool or None) below each other, in one scale.
 
-    label: what the colours say, with the unit. With shared_scale all panels have one colour scale, else each its own.
+    label: what the colours say, with the unit. named: (place of the layer, head) of cells that get their numbers.
     """
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    panel_width, panel_height = np.clip(0.17 * np.array(panels[0][1].shape), (2.8, 1.3), (8, 6))
-    width, height = columns * (panel_width + BESIDE) - BESIDE, rows * (panel_height + BELOW) - BELOW
-    # Fixed places: matplotlib's own layout search takes most of the time of a figure with many panels.
-    spaces = {"wspace": BESIDE / panel_width, "hspace": BELOW / panel_height}
-    spaces |= {"left": 0, "right": 1, "bottom": 0, "top": 1}  # labels lie outside; the saved picture has them
-    figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, gridspec_kw=spaces)
-    for unused in grid.ravel()[len(panels) :]:
-        unused.set_axis_off()
+    cells = panels[0][1].shape
+    height = float(np.clip(0.26 * cells[1], 1.6, 8))
+    figure, grid = plt.subplots(
+        len(panels), 1, figsize=(WIDTH, (height + 0.8) * len(panels) + 0.3), squeeze=False, layout="constrained"
+    )
     everything = np.concatenate([values.ravel() for _, values, _ in panels])
-    for axes, (name, values, marked) in zip(grid.ravel(), panels, strict=False):
-        shown = everything if shared_scale else values
-        image = draw_layer_head(axes, values, symmetric_limit(shown), marked, layers, name)
-        if not shared_scale:
-            figure.colorbar(image, ax=axes, extend=_extend(shown), pad=0.02)
-    if shared_scale:
-        tall = min(3.5, height)
-        bar = figure.add_axes((1 + 0.2 / width, 1 - tall / height, 0.2 / width, tall / height))
-        figure.colorbar(image, cax=bar, label=textwrap.fill(label, max(16, int(12 * tall))), extend=_extend(everything))
-    wrapped = textwrap.fill(title, int(11 * max(width, 5)))
-    figure.suptitle(wrapped, fontsize=12, x=0, ha="left", y=1 + 0.6 / height, va="bottom")
+    limit = symmetric_limit(everything)
+    numbers = list(range(cells[0])) if layers is None else list(layers)
+    for axes, (name, values, marked) in zip(grid[:, 0], panels, strict=True):
+        image = draw_layer_head(axes, values, limit, marked, layers, name)
+        for place, head in named:
+            side = -1 if place > 0.9 * cells[0] else 1
+            axes.annotate(
+                f"{numbers[place]}.{head}",
+                (place, head),
+                (9 * side, 0),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
+                fontsize=9,
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+            )
+    wrapped = textwrap.fill(label, max(14, int(9 * height)))
+    figure.colorbar(image, ax=grid[:, 0], label=wrapped, extend=_extend(everything), pad=0.01, aspect=12 * len(panels))
+    if title:
+        figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left")
     save_figure(path, figure)
 
 
@@ -219,7 +201,7 @@ def save_style_matrix(path: Path, values: np.ndarray, styles: Sequence[str], lab
     """Save a style × style matrix of correlations [n,n] with its numbers in the cells."""
     size = 1.8 + 0.62 * len(styles)
     figure, axes = plt.subplots(figsize=(size + 1.4, size), layout="constrained")
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=COLOURS, vmin=-1, vmax=1)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=AROUND_ZERO, vmin=-1, vmax=1)
     for row, column in np.argwhere(np.isfinite(values)):
         value = values[row, column]
         colour = "white" if abs(value) > 0.65 else "black"

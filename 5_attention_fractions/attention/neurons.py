@@ -19,6 +19,7 @@ from file_output import save_figure
 from logger import get_logger
 from matplotlib.ticker import MaxNLocator
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, deal, holm_over_styles
+from plot_style import COUNTS, WIDTH
 from run_store import Run
 from scipy import stats
 from style_names import is_again, is_control
@@ -339,13 +340,14 @@ def _summary_line(
 def plot_units(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, path: Path) -> None:
     """Confirmed units by style and layer, a panel for each kind."""
     styles = list(summary["style"].unique())
-    size = (max(6.0, 0.17 * layers + 3) * len(tables), 0.32 * len(styles) + 1.8)
-    figure, panels = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
-    for axes, (unit, table) in zip(panels[0], tables.items(), strict=True):
+    figure, grid = plt.subplots(
+        len(tables), 1, figsize=(WIDTH, (0.34 * len(styles) + 1.3) * len(tables)), squeeze=False, layout="constrained"
+    )
+    for axes, (unit, table) in zip(grid[:, 0], tables.items(), strict=True):
         counts = np.zeros((len(styles), layers), dtype=int)
         good = table[table["confirmed"] == 1]
         np.add.at(counts, ([styles.index(style) for style in good["style"]], good["layer"].to_numpy()), 1)
-        image = axes.imshow(counts, aspect="auto", cmap="Blues", vmin=0, vmax=max(1, counts.max()))
+        image = axes.imshow(counts, aspect="auto", cmap=COUNTS, vmin=0, vmax=max(1, counts.max()))
         lines = summary[summary["unit"] == unit].set_index("style").reindex(styles)
         labels = [
             f"{style} (too few rows)" if np.isnan(count) else f"{style} ({good_ones:.0f} of {count:.0f})"
@@ -354,8 +356,6 @@ def plot_units(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: i
         axes.set_yticks(range(len(styles)), labels)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
         axes.set_xlabel(f"layer ({count_label(lines['n'].dropna())} confirming prompts a style)")
-        axes.set_title(
-            f"Typo {unit}s by {summary['score'].iloc[0]}, confirmed on held-out templates (of those found)", fontsize=10
-        )
-        figure.colorbar(image, ax=axes, label=f"confirmed {unit}s", ticks=MaxNLocator(integer=True), pad=0.01)
+        axes.set_title(f"Typo {unit}s by {summary['score'].iloc[0]}, confirmed on held-out templates (of those found)")
+        figure.colorbar(image, ax=axes, label=f"confirmed {unit}s", ticks=MaxNLocator(nbins=5, integer=True), pad=0.01)
     save_figure(path, figure)

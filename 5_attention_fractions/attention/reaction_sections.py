@@ -124,11 +124,19 @@ LAYERS = Section(
     order=40,
     plots=(
         Plots(
-            "typo_recovery.png",
-            "From which layer on a mistyped word's state is nearer to its own clean twin than to other words.",
+            "typo_recovery_*.png",
+            "Share of the mistyped words whose state is nearer to its own clean twin than to other words, by layer. "
+            "Dashed: the control. Bands: 95 % intervals, clustered by template.",
         ),
-        Plots("activation_diffs.png", "Distance of the residual stream from its clean twin, by layer and place."),
-        Plots("logit_lens.png", "What each layer would say next (logit lens), against the clean prompt.", folded=True),
+        Plots("activation_diffs_more_*.png", "The same by other distances.", left_out=True),
+        Plots(
+            "activation_diffs_*.png",
+            "How near the residual stream is to its clean twin, by layer and place: 1 is the same direction.",
+        ),
+        Plots("recovery_depth.png", "From which layer on a mistyped word is recovered, by style.", folded=True),
+        Plots(
+            "logit_lens_*.png", "What each layer would say next (logit lens), against the clean prompt.", folded=True
+        ),
     ),
     tables=(
         TableOf(
@@ -168,8 +176,9 @@ PROBES = Section(
     order=41,
     plots=(
         Plots(
-            "probe_layers.png",
-            "How well a linear probe tells typos apart, by layer; with shuffled labels it should lie at 0.5.",
+            "probe_layers_*.png",
+            "How well a linear probe tells them apart, by layer. Band: 95 % interval of the first line. Grey: with "
+            "shuffled labels. Diamonds: from the numbers of tokens alone.",
             folded=True,
         ),
     ),
@@ -234,30 +243,23 @@ HEADS = Section(
     order=50,
     plots=(
         Plots(
-            "head_sensitivity.png",
-            "Change in each head's attention to the edited words, from the clean form to the style; a dot marks an "
-            "adjusted p below 0.05, grey a style without edited words to compare.",
+            "head_sensitivity_*.png",
+            "Change in each head's attention to the edited words: from the control to the style if it has one, else "
+            "from the clean form. The control has the clean words in as many tokens (split@…), or as many neutral "
+            "words (neutral@…), so that what is left is the typo, or the tone. Numbers: layer.head of the surest.",
         ),
         Plots(
-            "head_sensitivity_vs_control.png",
-            "The same from the control to the style. A control split@… has the clean words in as many tokens, and "
-            "neutral@… as many neutral words, so that what is left is the typo, or the tone; `split` has the clean "
-            "words cut by an invisible character.",
-        ),
-        Plots(
-            "head_overlap.png",
-            "Whether styles share their heads: rank correlation of the heads' changes between two halves of the "
-            "data; the diagonal is the reliability of one style with itself.",
-            folded=True,
-        ),
-        Plots("head_overlap_vs_control.png", "The same for the changes from the controls.", folded=True),
-        Plots(
-            "head_answer_flips.png",
+            "head_answer_flips_*.png",
             "Heads whose change goes with an answer that turns from right to wrong.",
             folded=True,
         ),
-        Plots("head_answer_flips_vs_control.png", "The same for the changes from the controls.", folded=True),
-        Plots("head_sensitivity_*.png", "Further measures by layer and head, for one style.", left_out=True),
+        Plots(
+            "head_overlap_vs_control.png",
+            "Whether styles share their heads: rank correlation of the heads' changes from the controls between two "
+            "halves of the data; the diagonal is the reliability of one style with itself.",
+            folded=True,
+        ),
+        Plots("head_overlap.png", "The same for the changes from the clean form.", folded=True),
     ),
     tables=(
         TableOf(

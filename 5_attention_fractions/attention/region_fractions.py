@@ -20,6 +20,7 @@ from command_line import UserError
 from file_output import file_word, save_figure, write_csv
 from matplotlib import pyplot as plt
 from paired_stats import Estimate, benjamini_hochberg, clustered_mean, holm_over_styles
+from plot_style import OTHER_COLOUR, STYLE_COLOUR, WIDTH
 from run_store import Run
 from style_rows import StyleRows, paired_rows
 
@@ -248,7 +249,7 @@ def save_boxplots(results: Sequence[StyleFractions], folder: Path, query: str, s
             path.unlink(missing_ok=True)
             continue
         boxes = [box_of(one.by_layer[:, -1, cell]) for one in having]
-        labels = [f"{one.style}\nn={len(one.by_layer)}" for one in having]
+        labels = [f"{one.style} (n = {len(one.by_layer)})" for one in having]
         even = [float(uniform_share_of(one.uniform, query, sink, region).mean()) for one in having]
         _save_boxes(path, boxes, labels, even, f"Attention on the {region} ({note})", "style", region)
         paths.append(path)
@@ -274,17 +275,27 @@ def box_of(values: np.ndarray) -> dict[str, Any]:
 
 
 def _save_boxes(
-    path: Path, boxes: list[dict[str, Any]], labels: list[str], even: list[float], title: str, xlabel: str, region: str
+    path: Path, boxes: list[dict[str, Any]], labels: list[str], even: list[float], title: str, what: str, region: str
 ) -> None:
-    figure, axes = plt.subplots(figsize=(max(5.0, 1.6 + (0.75 if xlabel == "style" else 0.32) * len(boxes)), 4))
-    axes.bxp(boxes, showfliers=False, medianprops={"color": "C0", "linewidth": 1.5}, widths=0.6)
+    """Boxes of styles below each other, or of layers side by side."""
+    places, upright = list(range(1, len(boxes) + 1)), what == "layer"
+    figure, axes = plt.subplots(figsize=(WIDTH, 4 if upright else 1.6 + 0.34 * len(boxes)), layout="constrained")
+    way: Any = "vertical" if upright else "horizontal"
+    axes.bxp(boxes, showfliers=False, medianprops={"color": STYLE_COLOUR, "linewidth": 2}, widths=0.6, orientation=way)
     label = "mean share of tokens (even attention)"
-    axes.plot(range(1, len(boxes) + 1), even, linestyle="none", marker="D", markersize=4, color="C1", label=label)
+    points = (places, even) if upright else (even, places)
+    axes.plot(*points, linestyle="none", marker="D", markersize=5, color=OTHER_COLOUR, label=label)
     axes.plot([], [], color="black", label="box: quartiles; whiskers: 5 % to 95 % of prompts")
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    axes.set_xticks(range(1, len(boxes) + 1), labels, fontsize=8)
-    axes.set(xlabel=xlabel, ylabel=f"fraction of attention on the {region}\n(mean over heads, 0 to 1)")
-    axes.set_title(title, fontsize=10)
-    figure.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=2, frameon=False)
+    share = f"share of attention on the {region} (mean over heads)"
+    axes.grid(axis="y" if upright else "x")
+    if upright:
+        step = -(-len(places) // 22)
+        axes.set_xticks(places[::step], labels[::step])
+        axes.set(xlabel=what, ylabel=share)
+    else:
+        axes.set_yticks(places, labels)
+        axes.invert_yaxis()
+        axes.set_xlabel(share)
+    axes.set_title(title)
+    figure.legend(loc="outside lower left", ncols=2)
     save_figure(path, figure)

@@ -8,7 +8,8 @@ Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
         results/<run>/activation_diffs_summary.csv   style, measure
         results/<run>/activation_diffs_items.csv  one line per row and style
         results/<run>/logit_lens_items.csv        one line per row and layer, with --model_name
-        results/<run>/activation_diffs.png        typo_recovery.png, with --model_name logit_lens.png
+        results/<run>/activation_diffs_*.png      three styles each; typo_recovery_*.png, recovery_depth.png, with
+                                                  --model_name logit_lens_*.png
 
     python 5_attention_fractions/run_scripts/activation_diffs.py --run_dir outputs/demo/maths
 """
@@ -65,15 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, table in tables.items():
         write_csv(folder / f"{name}.csv", table)
     curves, summary = tables["activation_diffs"], tables["activation_diffs_summary"]
-    layer_curves.plot_measures(
-        curves, layer_curves.DISTANCES, layer_curves.DISTANCES_TITLE, folder / "activation_diffs.png"
-    )
-    layer_curves.plot_recovery(curves, summary, folder / "typo_recovery.png")
-    layer_curves.plot_measures(curves, layer_curves.LENS, layer_curves.LENS_TITLE, folder / "logit_lens.png")
-    write_section(folder, reaction_sections.LAYERS)
+    layer_curves.save_diffs(curves, summary, folder)
+    write_section(folder, reaction_sections.LAYERS, study.run.styles)
     for line in activations.recovery_lines(summary):
         log.info(line)
-    log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and .png, and typo_recovery.png")
+    log.info(f"wrote {folder}/activation_diffs.csv, _summary.csv, _items.csv and pictures")
     return 0
 
 

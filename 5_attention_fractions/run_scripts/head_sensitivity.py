@@ -4,8 +4,8 @@ Reads   outputs/<run>/<style>/activations_*.pt; maths_items.csv or answers_items
 Writes  head_sensitivity.csv, layer_sensitivity.csv    every style x head (x layer) x measure, ranked by |t|
         head_overlap.csv                               do styles share their heads, and do halves of the data
         head_answer_flips.csv, layer_answer_flips.csv  with scored answers: does the change go with a flip
-        head_sensitivity.png, head_sensitivity_<style>.png, head_overlap.png, head_answer_flips.png; with controls
-        *_vs_control.png
+        head_sensitivity_<style>.png, head_answer_flips_<style>.png (against the control if there is one)
+        head_overlap.png; with controls head_overlap_vs_control.png
 
     python 5_attention_fractions/run_scripts/head_sensitivity.py --run_dir outputs/demo/maths \\
         --results_dir results/demo/maths

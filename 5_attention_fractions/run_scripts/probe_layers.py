@@ -5,7 +5,7 @@ together. docs/METHODS.md defines the targets, the intervals and what to compare
 
 Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled), maths_items.csv or answers_items.csv
 Writes  results/<run>/probe_layers.csv   style, layer, region, target
-        results/<run>/probe_layers.png
+        results/<run>/probe_layers_<target>.png
 
     python 5_attention_fractions/run_scripts/probe_layers.py --run_dir outputs/demo/maths
 """
@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_csv(folder / "probe_layers.csv", table)
     if stopped := int((table["converged"] == 0).sum()):
         log.warning(f"{stopped} probes stopped at --max_iter {args.max_iter}; see the column converged")
-    layer_curves.plot_probes(table, folder / "probe_layers.png")
+    layer_curves.save_probes(table, folder)
     write_section(folder, reaction_sections.PROBES)
-    log.info(f"wrote {folder}/probe_layers.csv and .png")
+    log.info(f"wrote {folder}/probe_layers.csv and pictures")
     return 0
 
 
