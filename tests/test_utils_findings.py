@@ -120,7 +120,7 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
     found = findings(write_run(tmp_path, effect=True))
     assert [one.text for one in found] == [
         "Of 3 styles, typo@2 costs most: 5 % of the answers are right, with the clean prompt 55 %. That is a change of "
-        "−50 [−56, −44] points (n = 150, adjusted p < 0.001). It also falls with swap.",
+        "−50 [−56, −44] points (n = 150, adjusted p < 0.001). Accuracy also falls with swap.",
         "The change with typo@2, −50 [−58, −42] points on the prompts that have the control, has two parts: −30 "
         "[−38, −22] points come from more tokens (split@typo@2, the clean words in as many tokens), −20 [−28, −12] "
         "points from the letters (n = 149). The first part is 60 % [48, 72] of the change.",

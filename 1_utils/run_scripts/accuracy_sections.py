@@ -113,7 +113,7 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         "points": points(worst, "difference"),
         "p": worst["p_adjusted"],
         "styles": counted(len(styles), "style"),
-        "others": f" It {'also ' if holds else ''}{join(also)}." if also else "",
+        "others": f" Accuracy {'also ' if holds else ''}{join(also)}." if also else "",
         "limits": ""
         if limits.empty
         else f" A change of {span(100 * limits)} points would have been found (80 % power).",

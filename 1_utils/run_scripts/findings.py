@@ -114,7 +114,7 @@ def estimate_text(
     """`4.7 [2.9, 6.6]`; with `negated` of the opposite number."""
     ends = sorted(-line[end] if negated else line[end] for end in (low, high))
     value = -line[name] if negated else line[name]
-    texts = [f"{number:.{digits}f}".replace("-", "\u2212") for number in (value, *ends)]
+    texts = [f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "\u2212") for number in (value, *ends)]
     return texts[0] if any(math.isnan(end) for end in ends) else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
