@@ -141,7 +141,7 @@ def read_csv(path: str | Path, columns: Sequence[str] | None = None, hint: str =
     return table
 
 
-def save_figure(path: str | Path, figure: Figure, dpi: int = 120) -> None:
+def save_figure(path: str | Path, figure: Figure, dpi: int = 110) -> None:
     """Save a matplotlib figure, without cut labels, and close it."""
     import matplotlib.pyplot as plt
 
