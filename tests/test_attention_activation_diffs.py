@@ -454,6 +454,8 @@ def test_lens_measures_equal_scipy(tiny_models):
         np.testing.assert_allclose(found["lens_kl"][:, layer], entropy(p, q, axis=-1), rtol=1e-3, atol=1e-6)
         picked = q[np.arange(5), first]
         np.testing.assert_allclose(found["lens_top1_probability"][:, layer], picked, rtol=1e-4)
+        for name, side in (("lens_token_clean", p), ("lens_token", q)):
+            assert found[name][:, layer].tolist() == side.argmax(-1).tolist()
 
 
 def without_pooled_last(folder):
@@ -491,6 +493,13 @@ def test_a_region_that_is_not_pooled_and_its_lens_come_from_the_raw_layers(
     pooled, raw = tables
     assert set(raw["layer"]) == set(raw_layers)
     assert {"cosine", "cka", "lens_kl", "lens_top1_probability_change"} <= set(raw["measure"])
+    items = pd.read_csv(tmp_path / "raw" / "logit_lens_items.csv")
+    assert set(items["layer"]) == set(raw_layers)
+    assert items.groupby("style")["original_index"].nunique()["normal"] == 9
+    assert not items.duplicated(["style", "original_index", "layer"]).any()
+    curve = items[items["style"] == STYLES[0]].groupby("layer")["clean_top1_probability"].mean()
+    average = raw[(raw["measure"] == "lens_top1_probability") & (raw["style"] == STYLES[0])].set_index("layer")
+    np.testing.assert_allclose(curve, average["estimate"], rtol=1e-4)
     assert set(raw.loc[raw["measure"] == "lens_kl", "n"]) == {9}
     same = pooled[pooled["layer"].isin(raw_layers)].reset_index(drop=True).drop(columns="p_adjusted")
     pd.testing.assert_frame_equal(raw.reset_index(drop=True).drop(columns="p_adjusted"), same, rtol=1e-4, atol=1e-6)
