@@ -184,7 +184,8 @@ def test_a_dry_run_prints_the_chain_and_does_nothing(checkout, tmp_path, stand_i
         "--prompt_file",
         str(prompts),
     ]
-    words += ["--model_name", "some/model", "--run_name", "run 1", "--", "--neurons", "--stop_strings", "a b"]
+    words += ["--model_name", "some/model", "--run_name", "run 1", "--patch", "main"]
+    words += ["--", "--neurons", "--stop_strings", "a b"]
     code, out, err = submit(checkout, tmp_path / "w d", stand_ins, *words)
     assert (code, err) == (0, "")
     jobs = planned(out)
@@ -195,11 +196,14 @@ def test_a_dry_run_prints_the_chain_and_does_nothing(checkout, tmp_path, stand_i
     assert capture[-2:] == ["--stop_strings", "a b"]
     assert "--partition=small" in jobs["dirs_eval"]
     assert not [word for word in jobs["dirs_eval"] if word.startswith(("--gres", "--array", "--time"))]
+    assert {"--array=0-2", "--gres=gpu:a100:2", "--styles", "main"} <= set(jobs["patch_activations"])
     order = {name: words[0] for name, words in jobs.items()}
     waits = {name: set(re.findall(r"JOB\d+", " ".join(words[1:]))) for name, words in jobs.items()}
     assert waits["check_prompts"] == set()
     assert waits["attn_act_logi"] == {order["check_prompts"]}
     assert waits["dirs_eval"] == {order["attn_act_logi"]}
+    assert waits["patch_activations"] == {order["attn_act_logi"]}
+    assert waits["causal_effects"] >= {order["attn_act_logi"], order["patch_activations"], order["head_sensitivity"]}
     assert waits["head_sensitivity"] == {order["attn_act_logi"], order["evaluate_predictions"]}
     # What stage 0 and 3 would add, the others can do without: a stage that fails there cancels nothing.
     capture, accuracy = order["attn_act_logi"], order["evaluate_predictions"]

@@ -264,6 +264,27 @@ def test_a_missing_prompt_brings_stage_2_and_all_after_it_back(chain, tmp_path):
     assert "attn_act_logi" not in missing(chain(stages=("3", "5", "report")))
 
 
+def test_patches_are_done_if_every_task_has_done_its_share(chain, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "outputs" / "r" / "p"
+    assert missing(chain("--patch", "swap")) == ["patch_activations", "causal_effects", "build_report"]
+    step = next(item.step for item in chain("--patch", "swap") if item.step.name == "patches")
+    (run / "swap" / "patches.json").write_text(json.dumps({"settings": {}, "rows": 2}))
+    save_pt(run / "swap" / "patches_00000_00001.pt", {"original_indices": [0]})
+    stamp(step, monkeypatch=monkeypatch)
+    assert missing(chain("--patch", "swap"))[0] == "patch_activations"
+    assert run_status.main(["--run_dir", str(run)]) == 1
+    assert "patches of swap: 1 of 2 rows\n" in capsys.readouterr().out
+    (run / "swap" / "patches_failures.csv").write_text("style,original_index,element_index,reason\nswap,1,2,memory\n")
+    assert missing(chain("--patch", "swap"))[0] == "patch_activations"
+    assert missing(chain("--patch", "swap", "--keep_going"))[0] == "causal_effects"
+    assert run_status.main(["--run_dir", str(run)]) == 1
+    assert "patches of swap: 1 of 2 rows, 1 failed\n" in capsys.readouterr().out
+    save_pt(run / "swap" / "patches_00001_00002.pt", {"original_indices": [1]})
+    assert missing(chain("--patch", "swap"))[0] == "causal_effects"
+    assert run_status.main(["--run_dir", str(run)]) == 0
+    assert missing(chain()) == []  # the other steps have not read them
+
+
 def test_a_stage_that_is_left_out_is_named_so_that_it_can_be_waited_for(chain):
     planned = chain(stages=("5",))
     states = {item.step.stem: item.state for item in planned}

@@ -13,7 +13,7 @@ import tiny_models
 from command_line import UserError
 from fetch_models import MODELS_DIR
 from run_pipeline import Step, jobs_of, main, parse_args, report_step, run_step, runs_in, steps_of
-from stamps import stamp_path
+from stamps import files_in, stamp_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "1_utils" / "run_scripts" / "run_pipeline.py"
@@ -53,6 +53,22 @@ def test_the_steps_of_a_maths_file(tmp_path, prompt_file):
     assert steps[0].arguments[-2:] == ("--output_csv", str(job.results / "prompt_findings.csv"))
 
 
+def test_patches_follow_the_capture_and_their_causes_come_last(tmp_path, prompt_file):
+    extra = ["--max_samples", "9", "--patch", "swap", "--patch_flags", "--layers 0 2 --sites resid_pre"]
+    args = parse_args(arguments(tmp_path, prompt_file, extra=[*extra, "--", "--device_map", "cpu"]))
+    (job,) = jobs_of(args)
+    steps = {step.name: step for step in steps_of(job, args)}
+    assert [*steps][1:3] == ["capture", "patches"]
+    assert [*steps][-1] == "causes"
+    assert steps["patches"].arguments == (
+        "--run_dir", str(job.output), "--model_name", "m", "--styles", "swap", "--max_samples", "9",
+        "--device_map", "cpu", "--layers", "0", "2", "--sites", "resid_pre",
+    )  # fmt: skip
+    assert steps["patches"].place == job.output
+    assert steps["causes"].arguments == ("--run_dir", str(job.output), "--results_dir", str(job.results))
+    assert {"patches", "heads"} <= {*steps["causes"].after}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -65,6 +81,12 @@ def test_the_steps_of_a_maths_file(tmp_path, prompt_file):
         (["--", "--prompt_keys=all"], "--prompt_keys after --: give --styles before it"),
         (["--styles", "normal", "swp"], "no row has the key 'swp'; .*did you mean swap"),
         (["--maths_items", "nowhere.csv"], "--maths_items nowhere.csv: no such file"),
+        (["--patch", "normal"], "--patch normal: .*sums.json is not run in such a style; choose among swap"),
+        (["--styles", "normal", "--patch", "swap"], "--patch swap: .* is not run in such a style"),
+        (["--patch_flags", "--layers 0"], "--patch_flags: nothing is patched; name styles"),
+        (["--patch", "swap", "--patch_flags", "--layer 0"], "--patch_flags: --layer: there is no such flag; did you"),
+        (["--patch", "swap", "--patch_flags", "--styles two"], "--patch_flags: --styles: the pipeline gives it"),
+        (["--patch", "swap", "--patch_flags", "--layers '0"], "--patch_flags: No closing quotation"),
     ],
 )
 def test_a_wrong_flag_is_told_before_anything_is_run(tmp_path, prompt_file, capsys, words, told):
@@ -96,6 +118,7 @@ def test_a_file_without_answers_has_no_accuracy(tmp_path):
 
 def test_every_flag_that_is_passed_is_known_to_its_script(tmp_path, prompt_file):
     extra = ["--max_samples", "3", "--few_shot_file", "f.txt", "--reward_model", "rm", "--embedding_model", "e"]
+    extra += ["--patch", "swap"]
     args = parse_args(arguments(tmp_path, prompt_file, extra=[*extra, "--", "--neurons"]))
     jobs = jobs_of(args)
     for step in [*steps_of(jobs[0], args), report_step(jobs, args)]:
@@ -196,6 +219,15 @@ def test_a_step_runs_once_until_something_changes(tmp_path, step):
     assert runs_of(tmp_path) == 8
 
 
+def test_patches_are_read_by_those_that_ask_for_them_alone(tmp_path):
+    (tmp_path / "swap").mkdir()
+    (tmp_path / "swap" / "activations_0.pt").write_text("x")
+    before, none = files_in(tmp_path), files_in(tmp_path / "patches_*")
+    (tmp_path / "swap" / "patches_0.pt").write_text("x")
+    assert (files_in(tmp_path), none) == (before, {})
+    assert [*files_in(tmp_path / "patches_*")] == ["swap/patches_0.pt"]
+
+
 def test_a_step_called_by_hand_is_done_for_the_pipeline_too(tmp_path, step, monkeypatch):
     elsewhere = ["--results_dir=results", "--run_dir=in", "--verbose"]
     subprocess.run([sys.executable, step.script, *elsewhere], cwd=tmp_path, check=True)
@@ -272,6 +304,7 @@ def demo(tmp_path_factory):
         sys.executable, str(SCRIPT), "--run_name", "demo", "--model_name", str(MODEL), "--prompt_file",
         str(ROOT / "0_data" / "maths.json"), "--styles", "normal", "swap", "polite", "split", "--max_samples", "6",
         "--few_shot_file", str(ROOT / "0_data" / "few_shot_maths.txt"),
+        "--patch", "swap", "--patch_flags", "--max_samples 3 --layers 0 15 --sites resid_pre",
         "--", "--max_new_tokens", "8", "--raw_layers", "0",
     ]  # fmt: skip
     done = subprocess.run(
@@ -288,7 +321,7 @@ def test_every_stage_leaves_its_files(demo):
     assert names >= {
         "maths_items.csv", "maths_summary.csv", "maths_accuracy.png", "similarity_summary.csv", "similarity.png",
         "prompt_task_fraction_aggregate.csv", "boxplot_frac_task.png", "head_sensitivity.csv", "activation_diffs.csv",
-        "probe_layers.csv",
+        "probe_layers.csv", "patching_layers.csv", "patching_layers.png",
     }  # fmt: skip
     assert (folder / "results" / "demo" / "report.html").stat().st_size > 100_000
 
@@ -326,7 +359,7 @@ def test_a_second_call_finds_all_done(demo):
     assert done.returncode == 0
     steps = re.findall(r"^\[\d+/\d+\] .*", done.stdout, re.MULTILINE)
     assert [step for step in steps if not step.endswith("done before")] == [
-        next(step for step in steps if step.startswith("[2/10] capture: nothing new"))
+        next(step for step in steps if step.startswith("[2/12] capture: nothing new"))
     ]
     assert {path: path.stat().st_mtime_ns for path in written} == written
     table = first[first.index("\nmaths\n") : first.index("\nreport:")]
@@ -344,6 +377,7 @@ def test_a_user_sees_one_line_per_step_and_details_if_asked(demo):
             [
                 "prompts",
                 "capture",
+                "patches",
                 "accuracy",
                 "similarity",
                 "scorers",
@@ -351,14 +385,16 @@ def test_a_user_sees_one_line_per_step_and_details_if_asked(demo):
                 "heads",
                 "layers",
                 "probes",
+                "causes",
                 "report",
             ],
             strict=True,
         ),
         start=1,
     ):
-        assert re.fullmatch(rf"\[{number}/10\] {name}: .+ \(\d+ s\)", line), line
-    assert "[2/10] capture: 4 .pt files (" in output
+        assert re.fullmatch(rf"\[{number}/12\] {name}: .+ \(\d+ s\)", line), line
+    assert "[2/12] capture: 4 .pt files (" in output
+    assert "[3/12] patches: 1 .pt files (" in output
     assert "maths_breakdown.csv, maths_flips.csv and " in output
     cut = command.index("--")
     more = subprocess.run([*command[:cut], "--verbose", *command[cut:]], capture_output=True, text=True, cwd=folder)

@@ -9,8 +9,8 @@
 # GPUs on the node get one process each (RANK, LOCAL_RANK and WORLD_SIZE as `accelerate launch` sets them), unless the
 # arguments say --device_map.
 #
-# It leaves .job.<script>.<task> in the folder that the script writes to (--output_dir, --results_dir or that of
-# --output_csv), for run_status.py: what happened last, and the log. The stamp of a step that is done is the script's.
+# It leaves .job.<script>.<task> in the folder that the script writes to (--output_dir, --results_dir, that of
+# --output_csv, or --run_dir), for run_status.py: what happened last, and the log. The stamp of a step that is done is the script's.
 # shellcheck disable=SC2317 # the functions that traps call look unreachable
 set -euo pipefail
 # shellcheck source=1_utils/hpc/environment.sh
@@ -43,16 +43,18 @@ say() {
     echo "[$(date '+%F %T')] $*"
 }
 
-place="" last=""
+place="" run="" last=""
 for word in "$@"; do
     if [[ "$word" == --*=* ]]; then last=${word%%=*} word=${word#*=}; fi
     case $last in
         --output_dir) place=$word ;;
         --results_dir) place=${place:-$word} ;;
+        --run_dir) run=${run:-$word} ;;
         --output_csv) place=${place:-$(dirname "$word")} ;; # check_prompts.py names its one file
     esac
     last=$word
 done
+place=${place:-$run}
 
 record() { # what happened to this task, for run_status.py
     [ -n "$place" ] && mkdir -p "$place" || return 0

@@ -27,10 +27,11 @@ from file_output import gigabytes
 from logger import get_logger
 from run_pipeline import CAPTURE, ROOT, Step, jobs_of, parse_step, report_step, script_module, steps_of
 from run_pipeline import parse_args as parse_pipeline_args
-from run_status import read_styles
+from run_status import read_styles, unpatched
 from stamps import MODELS, by_flag, is_done
 
 STAGES = ("0", "2", "3", "4", "5", "report")
+SHARED_OUT = ("capture", "patches")  # steps that run as several array tasks
 EMBEDDED_MODELS = ("models/SmolLM2-135M-Instruct", "models/all-MiniLM-L6-v2")
 Site = dict[str, list[str]]  # name in site.env → its values that are not empty
 
@@ -70,9 +71,11 @@ def plan(args: argparse.Namespace, stages: Sequence[str]) -> list[Planned]:
         for step in steps:
             needs = [numbers[name] for name in step.after if name in numbers] if output else range(len(planned))
             well = tuple(n for n in needs if planned[n].step.name == "capture" and not args.keep_going)
-            done = is_done(step.script, step.arguments, (0, 1) if step.name == "capture" else (0,))
+            done = is_done(step.script, step.arguments, (0, 1) if step.name in SHARED_OUT else (0,))
             if step.name == "capture" and done and output:
                 done = is_complete(output, args.keep_going)
+            if step.name == "patches" and done and output:
+                done = not unpatched(output, args.keep_going)
             done = done and not any(planned[n].state == "missing" for n in needs)
             state = "done" if done else "missing"
             if ("report" if step.name == "report" else step.script[0]) not in stages:
@@ -112,7 +115,7 @@ def sbatch_words(item: Planned, ids: dict[int, str], site: Site, shards: int) ->
     def value(name: str) -> str:
         return next(iter(site.get(name, [])), "")
 
-    name, stage, capture = item.step.stem, item.step.script[0], item.step.name == "capture"
+    name, stage, capture = item.step.stem, item.step.script[0], item.step.name in SHARED_OUT
     words = ["--parsable", f"--job-name={name}", f"--comment={item.place}", "--kill-on-invalid-dep=yes"]
     words.append(f"--output={Path('logs').resolve()}/{name}_%A_%a.out")
     limits = [
@@ -192,7 +195,7 @@ def table_lines(planned: Sequence[Planned], site: Site, args: argparse.Namespace
         item, size, used = planned[number], "", "-"
         options = [word[2:].partition("=") for word in words[: words.index(str(item.slurm_file))]]
         given = item.settings() | {flag: value for flag, _, value in options}
-        tasks = args.shards if item.step.name == "capture" else 1
+        tasks = args.shards if item.step.name in SHARED_OUT else 1
         if gpus := given.get("gpus-per-node", given.get("gres")):
             count = gpus.rpartition(":")[2]
             hours.append(tasks * (int(count) if count.isdigit() else 1) * hours_of(given["time"]))
@@ -229,7 +232,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cut = words.index("--") if "--" in words else len(words)
     parser = make_parser(__doc__)
     parser.add_argument("--stages", default="2,3,4,5,report", help=f"of {','.join(STAGES)}")
-    parser.add_argument("--shards", type=int, default=1, help="array tasks of stage 2")
+    parser.add_argument("--shards", type=int, default=1, help="array tasks of each script of stage 2")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print a table of the jobs")
     parser.add_argument("--test_only", "--test-only", action="store_true", help="print what lets Slurm check the jobs")
     parser.add_argument("--site", action="store_true", help="read site.env and the queue from standard input")

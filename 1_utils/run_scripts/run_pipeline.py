@@ -36,9 +36,10 @@ from gold_words import has_words
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from report_section import findings_of, read_sections
 from report_tables import overview, worst_first
+from run_status import unpatched
 from run_store import open_run, outdated, row_indices, unfinished
 from stamps import ROOT, is_done, place_of, read_stamp
-from style_names import source_style
+from style_names import controlled_style, source_style
 
 EXIT_SOME_FAILED = 1
 EXIT_STOPPED = 75  # stage 2 was stopped by a signal
@@ -65,7 +66,7 @@ class Step:
     @property
     def place(self) -> Path:
         """The folder that the step writes into."""
-        place = place_of(self.arguments)
+        place = place_of(self.arguments, self.script)
         assert place is not None, self.script
         return place
 
@@ -131,7 +132,22 @@ def lens_flags(_: Job, args: argparse.Namespace) -> list[str]:
     return ["--model_name", args.model_name, "--lens_rows", str(args.lens_rows)] if args.lens_rows else []
 
 
+def patch_flags(_: Job, args: argparse.Namespace) -> list[str] | None:
+    """Patching needs the model, and what stage 2 was told of it."""
+    if not args.patch:
+        return None
+    flags = ["--model_name", args.model_name, "--styles", *args.patch, *given("--max_samples", args.max_samples)]
+    flags += given("--device_map", args.stage2.device_map)
+    return flags + ["--trust_remote_code"] * args.stage2.trust_remote_code + shlex.split(args.patch_flags)
+
+
+def causes_flags(_: Job, args: argparse.Namespace) -> list[str] | None:
+    """Causes of all styles that were patched, in earlier calls too."""
+    return [] if args.patch else None
+
+
 CAPTURE = "2_inference/run_scripts/attn_act_logi.py"
+PATCH = "2_inference/run_scripts/patch_activations.py"
 STAGE_4, STAGE_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
 SCORED = ("capture", "accuracy", "answers")  # what the analyses of right and wrong answers wait for
 MATHS = "3_maths_eval/run_scripts/evaluate_predictions.py"
@@ -146,10 +162,12 @@ class Entry(NamedTuple):
     after: tuple[str, ...] = ("capture",)
 
 
-# In order. Scripts of stages 3 to 5 get --run_dir and --results_dir, too. The job on a cluster is hpc/<script>.slurm.
+# In order. Scripts of stages 3 to 5 get --run_dir and --results_dir, too; patches --run_dir. The job on a cluster is
+# hpc/<script>.slurm.
 STEPS = (
     Entry("prompts", "0_data/run_scripts/check_prompts.py", check_flags, after=()),
     Entry("capture", CAPTURE, capture_flags, after=("prompts",)),
+    Entry("patches", PATCH, patch_flags),
     Entry("accuracy", MATHS, accuracy_flags),
     Entry("answers", f"{STAGE_4}/match_answers.py", answers_flags, ("capture", "accuracy")),
     Entry("similarity", f"{STAGE_4}/compare_responses.py", lambda _, a: given("--embedding_model", a.embedding_model)),
@@ -160,6 +178,7 @@ STEPS = (
     Entry("layers", f"{STAGE_5}/activation_diffs.py", lens_flags),
     Entry("neurons", f"{STAGE_5}/neuron_sensitivity.py", lambda _, a: [] if a.stage2.neurons else None),
     Entry("probes", f"{STAGE_5}/probe_layers.py", lambda _, a: given("--layers", a.probe_layers), SCORED),
+    Entry("causes", f"{STAGE_5}/causal_effects.py", causes_flags, ("capture", "patches", "heads", "neurons")),
 )
 
 
@@ -168,7 +187,8 @@ def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
     steps = []
     for name, script, own, after in STEPS:
         if (flags := own(job, args)) is not None:
-            folders = ["--run_dir", str(job.output), "--results_dir", str(job.results)] if script[0] > "2" else []
+            folders = ["--run_dir", str(job.output)] if script[0] > "2" or script == PATCH else []
+            folders += ["--results_dir", str(job.results)] if script[0] > "2" else []
             steps.append(Step(name, script, (*folders, *flags), after))
     return steps
 
@@ -194,7 +214,12 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     if len(set(names)) < len(names):
         raise UserError(f"--prompt_file: two of {', '.join(names)} have one name; rename a file, or run them apart")
     for file in files:
-        chosen_styles(file, args.styles)
+        styles = chosen_styles(file, args.styles)
+        for style in args.patch:
+            if style == file.clean_key or style not in styles or controlled_style(style):
+                can = [name for name in styles if name != file.clean_key and source_style(name) == name]
+                why = f"{file.path} is not run in such a style; choose among {', '.join(can)}"
+                raise UserError(f"--patch {style}: {why}")
     if (own := args.maths_items) is not None and len(files) > 1:
         raise UserError("--maths_items holds the scores of one prompt file; run the files one by one")
     if own is not None and not own.is_file():
@@ -274,8 +299,9 @@ def run_step(step: Step, number: str, verbose: bool, known: set[str], workers: i
     workers: how many steps run at a time; with more than one, no progress bar is shown.
     """
     title, start = f"[{number}] {step.name}", time.monotonic()
-    # Stage 2 resumes by itself: it alone knows which prompts are left.
-    if step.name != "capture" and is_done(step.script, step.arguments):
+    # Stage 2 resumes by itself: it alone knows which prompts are left. Array tasks stamp patches, each for its share.
+    done = step.name != "capture" and is_done(step.script, step.arguments)
+    if done and not (step.name == "patches" and unpatched(step.place)):
         say(f"{title}: done before")
         return 0
     code, lines = run_command(step, title, verbose, workers)
@@ -383,6 +409,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
     flag("--probe_layers", type=int, nargs="+", help="layers that are probed; default: all")
     flag("--workers", type=int, default=1, help="analyses that run side by side and share the cores")
+    flag("--patch", nargs="+", default=[], help="typo styles whose causes are found by patching; default: none")
+    own = "flags of patch_activations.py in one word: '--layers 0 6 12 --screen attribution'"
+    flag("--patch_flags", default="", help=own)
     flag = parser.add_argument_group("places").add_argument
     flag("--run_name", required=True, help="name of the folders below")
     flag("--output_dir", type=Path, default=Path("outputs"), help="where .pt files go")
@@ -403,7 +432,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.workers = 1 if args.verbose else args.workers  # what they print would be mixed
     args.stage2_flags = words[cut + 1 :]
     args.stage2 = parse_stage_2(args.stage2_flags)
+    check_patch_flags(args)
     return args
+
+
+def check_patch_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for `--patch_flags` that patch_activations.py refuses, or that the pipeline gives itself."""
+    if args.patch_flags and not args.patch:
+        raise UserError("--patch_flags: nothing is patched; name styles, too: --patch swap")
+    try:
+        words = shlex.split(args.patch_flags)
+        for flag in {"--run_dir", "--styles", "--model_name"} & {word.partition("=")[0] for word in words}:
+            raise UserError(f"{flag}: the pipeline gives it")
+        parse_step(PATCH, ["--run_dir", "d", "--styles", "s", *words])
+    except (UserError, ValueError) as error:
+        raise UserError(f"--patch_flags: {error}") from None
 
 
 def parse_stage_2(flags: Sequence[str]) -> argparse.Namespace:

@@ -7,7 +7,7 @@ Writes  nothing; prints a table, or JSON with --json
     python 1_utils/run_scripts/run_status.py --run_dir outputs/demo
 
 The rate counts the prompts written since the run was last started, in its last hour at most; the time left is at that
-rate. Exit code: 0 everything is done, 1 prompts are missing or failed, 2 there is no such run.
+rate. Exit code: 0 everything is done, 1 prompts or patches are missing or failed, 2 there is no such run.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class StyleStatus:
     bytes: int
     started: float
     written: tuple[tuple[float, int], ...]
+    patched: int = 0  # rows, of all sources
+    patches_failed: int = 0
+    patches_missing: int = 0
 
 
 def read_styles(run_dir: Path) -> list[StyleStatus]:
@@ -97,7 +100,31 @@ def read_style(folder: Path) -> StyleStatus:
         bytes=sum(path.stat().st_size for path in files),
         started=(folder / "run.json").stat().st_mtime,
         written=tuple(written),
+        **read_patches(folder),
     )
+
+
+def read_patches(folder: Path) -> dict[str, int]:
+    """How many rows of a style's folder are patched, have failed, are missing: of those that patches*.json plan."""
+    found = dict.fromkeys(("patched", "patches_failed", "patches_missing"), 0)
+    failures = set(run_store.read_failures(folder, "patches_failures.csv"))
+    for record in folder.glob("patches*.json"):
+        rows: set[int] = set()
+        for path in folder.glob(f"{record.stem}_[0-9]*.pt"):
+            with suppress(UserError):  # damaged
+                rows.update(run_store.load_pt(path)["original_indices"])
+        planned = int(run_store.read_json_file(record)["rows"])
+        failed = min(len(failures - rows), planned - len(rows))
+        for name, count in zip(found, (len(rows), failed, planned - len(rows) - failed), strict=True):
+            found[name] += max(0, count)
+    return found
+
+
+def unpatched(run_dir: Path, failed_too: bool = False) -> int:
+    """Rows whose patches are missing in a run, or (unless `failed_too`) failed."""
+    counts = [read_patches(path.parent) for path in run_dir.glob("**/patches.json")]
+    names = ("patches_missing",) if failed_too else ("patches_missing", "patches_failed")
+    return sum(count[name] for count in counts for name in names)
 
 
 def read_notes(run_dir: Path) -> list[dict[str, Any]]:
@@ -195,6 +222,10 @@ def status_lines(
         table.append((name, str(style.done), str(style.failed), str(style.missing), gigabytes(style.bytes)))
     table.append(("all", *(str(total[key]) for key in ("done", "failed", "missing")), gigabytes(total["bytes"])))
     yield from [*aligned(table), ""]
+    for style in styles:
+        if counted := style.patched + style.patches_failed + style.patches_missing:
+            failed = f", {style.patches_failed} failed" if style.patches_failed else ""
+            yield f"patches of {style.style}: {style.patched} of {counted} rows{failed}"
     if total["last_written"] is not None:
         yield f"last file written {duration(time.time() - total['last_written'])} ago"
     if total["rate"]:
@@ -208,6 +239,8 @@ def status_lines(
             yield f"damaged .pt files in {style.folder}: stage 2 runs them again"
         if style.failed:
             yield f"why prompts failed: {Path(style.folder) / 'failures.csv'}"
+        if style.patches_failed:
+            yield f"why patches failed: {Path(style.folder) / 'patches_failures.csv'}"
     yield from note_lines(notes)
     if analyses := total["analyses"]:
         yield f"analyses: {sum(analyses.values())} of {len(analyses)} up to date"
@@ -262,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(shown, ensure_ascii=False, indent=2))
     else:
         print("\n".join(status_lines(styles, total, notes)))
-    return int(total["missing"] + total["failed"] > 0)
+    unpatched_rows = sum(style.patches_missing + style.patches_failed for style in styles)
+    return int(total["missing"] + total["failed"] + unpatched_rows > 0)
 
 
 if __name__ == "__main__":

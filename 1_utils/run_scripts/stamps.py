@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FILE_FLAGS = ("--report", "--output_csv")  # name a file in the folder where the stamp goes
 FOLDER_FLAGS = ("--output_dir", "--results_dir")  # name that folder itself
+INTO_THE_RUN = ("patch_activations",)  # write into their --run_dir
 INPUTS = ("run_dir", "prompt_file", "few_shot_file", "maths_items", "edits_csv")
 MODELS = ("model_name", "rm_name", "embedding_model")
 NO_STEPS = ("run_pipeline", "cluster_plan")  # they run the steps
@@ -42,7 +43,7 @@ def begin(arguments: Sequence[str]) -> None:
     _read.clear()
     _written.clear()
     flags = by_flag(arguments)
-    if place_of(arguments) is not None:
+    if place_of(arguments, sys.argv[0]) is not None:
         for path in (path for name in (*INPUTS, *MODELS) for path in flags.get(f"--{name}", [])):
             if os.path.exists(path):
                 note_read(path)
@@ -50,7 +51,7 @@ def begin(arguments: Sequence[str]) -> None:
 
 def finish(arguments: Sequence[str], exit_code: int) -> None:
     """Write the stamp of the script that has just returned `exit_code`: 0, or 1 if it did all, some with failures."""
-    script, folder = Path(sys.argv[0]).resolve(), place_of(arguments)
+    script, folder = Path(sys.argv[0]).resolve(), place_of(arguments, sys.argv[0])
     if folder is None or not folder.is_dir() or script.stem in NO_STEPS or exit_code not in (0, 1):
         return
     loaded = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
@@ -73,7 +74,7 @@ def finish(arguments: Sequence[str], exit_code: int) -> None:
 def is_done(script: str | Path, arguments: Sequence[str], exit_codes: Collection[int] = (0,)) -> bool:
     """Whether the script last returned one of `exit_codes` with these arguments, and since then nothing that it read,
     wrote or ran has changed. The order of flags and of a flag's values does not matter."""
-    if (folder := place_of(arguments)) is None or not (stamp := read_stamp(folder, script)):
+    if (folder := place_of(arguments, script)) is None or not (stamp := read_stamp(folder, script)):
         return False
     same = stamp["exit_code"] in exit_codes and stamp["arguments"] == by_flag(arguments)
     return same and is_current(stamp, folder)
@@ -105,11 +106,12 @@ def stamp_path(folder: Path, script: str | Path) -> Path:
     return folder / f".done.{Path(script).stem}.json"
 
 
-def place_of(arguments: Sequence[str]) -> Path | None:
+def place_of(arguments: Sequence[str], script: str | Path) -> Path | None:
     """The folder that a script's arguments say it writes into; None if they name none."""
     flags = by_flag(arguments)
     files = [Path(name).parent for flag in FILE_FLAGS for name in flags.get(flag, [])]
-    return next(iter([*files, *(Path(name) for flag in FOLDER_FLAGS for name in flags.get(flag, []))]), None)
+    folders = (*FOLDER_FLAGS, *(["--run_dir"] if Path(script).stem in INTO_THE_RUN else []))
+    return next(iter([*files, *(Path(name) for flag in folders for name in flags.get(flag, []))]), None)
 
 
 def by_flag(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -128,13 +130,15 @@ def by_flag(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 def files_in(path: Path) -> Files:
     """Size and time of change of each file under a folder, by name, or of one file ("": its own); {} if nothing is
-    there. Hidden files (stamps, locks) are left out."""
+    there. Hidden files (stamps, locks) are left out. So are patches, because few scripts read them and a run may get
+    them later: the path `<run>/patches_*` stands for all of a run."""
     found: Files = {}
-    for file in [path] if path.is_file() else path.rglob("*"):
+    folder, pattern, others = (path.parent, path.name, ".") if "*" in path.name else (path, "*", (".", "patches"))
+    for file in [path] if path.is_file() else folder.rglob(pattern):
         with suppress(FileNotFoundError):  # removed meanwhile
-            if file == path or (not file.name.startswith(".") and file.is_file()):
+            if file == path or (not file.name.startswith(others) and file.is_file()):
                 status = file.stat()
-                found["" if file == path else str(file.relative_to(path))] = [status.st_size, status.st_mtime_ns]
+                found["" if file == path else str(file.relative_to(folder))] = [status.st_size, status.st_mtime_ns]
     return found
 
 

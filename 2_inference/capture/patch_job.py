@@ -33,6 +33,7 @@ from run_store import (
     save_pt,
     warn_unfinished,
 )
+from stamps import note_written
 from style_names import MATCHED
 from tqdm import tqdm
 
@@ -184,7 +185,9 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
     for start in range(0, limit, ROWS_PER_FILE):
         indices = [index for index in rows if start <= index < start + ROWS_PER_FILE]
         path = plan.folder / f"patches_{tag}{start:05d}_{start + ROWS_PER_FILE:05d}.pt"
-        if indices and start // ROWS_PER_FILE % args.shard[1] == args.shard[0] and not _is_whole(path, indices):
+        if _is_whole(path, indices):
+            note_written(path)
+        elif indices and start // ROWS_PER_FILE % args.shard[1] == args.shard[0]:
             plan.files.append((path, indices))
     return plan
 
@@ -201,7 +204,9 @@ def begin_patches(args: argparse.Namespace, plan: StylePlan) -> None:
             raise UserError(
                 f"{plan.folder}: holds patches of other settings ({'; '.join(found)}); use these, or --overwrite"
             )
-        write_json(plan.record, known | {"settings": settings, "rows": len(plan.rows), "left_out": plan.dropped})
+        new = known | {"settings": settings, "rows": len(plan.rows), "left_out": plan.dropped}
+        if new != known:
+            write_json(plan.record, new)
 
 
 def tag_of(source: str) -> str:

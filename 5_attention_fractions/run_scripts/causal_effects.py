@@ -24,6 +24,7 @@ from command_line import make_parser, run_main
 from logger import get_logger
 from report_section import write_section
 from run_store import open_run, warn_unfinished
+from stamps import note_read
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = open_run(args.run_dir)
     warn_unfinished(run, args.styles)
     folder = args.results_dir or Path("results") / run.name
+    note_read(args.run_dir / "patches_*")
     written = causes.write_causes(run, args.styles, folder)
     write_section(folder, reaction_sections.CAUSES, run.styles)
     get_logger().info(f"wrote {', '.join(written)} in {folder}")
