@@ -85,6 +85,11 @@ def write_run(folder, effect, repeats=True):
             | with_interval("estimate", estimate, 0.06, low="ci_low", high="ci_high")
             for layer, estimate, change in ((6, 0.1, -0.2), (7, 0.15, -0.16), (8, 0.12, -0.1))
         ],
+        "word_recovery": [
+            against_control("typo@2", change, 0.5, p, layer=layer, n_clusters=60)
+            | {"logprob": -rank, "rank_median": rank, "control_rank_median": 3}
+            for layer, rank, change in ((10, 40, -2.0), (14, 12, -1.5), (20, 900, -3.0))
+        ],
         "head_sensitivity": head_lines("swap", (2.0, 1.5), p) + head_lines("typo@2", (1.0, -1.0, 0.0), p),
         "head_overlap": [
             {"style": "typo@2", "other_style": "typo@2", "measure": "edited_log2_mass_last", "reference_form": form}
@@ -135,6 +140,9 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "last).",
         "The words mistyped by typo@2 are nearest to their own clean state most often at layer 7: in 15 % [9, 21] of "
         "the prompts, 16 [9, 23] points fewer than with split@typo@2 (n = 149).",
+        "The logit lens reads the clean word from the one mistyped by typo@2 best at layer 14 (median rank 12, 3 with "
+        "the control). Its log probability there is 1.50 [1.00, 2.00] nats lower than with split@typo@2 (n = 150, "
+        "adjusted p < 0.001).",
         "In 2 of 3 heads the last token's attention to the words mistyped by typo@2 differs from that in split@typo@2 "
         "(n = 149). The surest (layer.head): 7.0 (×2.00 [1.41, 2.83]) and 7.1 (×0.50 [0.35, 0.71]). The ranking of the "
         "heads repeats on the other half of the prompts: rank correlation 0.78 [0.68, 0.88].",
@@ -147,7 +155,7 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "1 of 3 heads restore a part of the effect of typo@2 when they alone are patched (n = 40). The largest "
         "(layer.head): 9.0 (12 [8, 16] %).",
     ]
-    assert [one.n for one in found] == [150, 149, 149, 148, 149, 149, 149, 74, 74, 40, 40]
+    assert [one.n for one in found] == [150, 149, 149, 148, 149, 149, 150, 149, 74, 74, 40, 40]
     assert [one.source for one in found][:2] == ["answers_summary.csv", "decomposition.csv"]
     assert all(one.is_claim for one in found)
 
@@ -163,6 +171,9 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "No difference shows between the layers at which the words mistyped by typo@2 and those of split@typo@2 are "
         "recovered: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A difference of 2.8 layers would have "
         "been found (80 % power).",
+        "The logit lens reads the clean word from the one mistyped by typo@2 best at layer 14 (median rank 12, 3 with "
+        "the control). No difference to split@typo@2 shows there (n = 150, adjusted p = 0.400); one of 0.83 nats would "
+        "have been found (80 % power).",
         "No head can be named whose attention to the words mistyped by typo@2 differs from that in split@typo@2 and "
         "repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would have been found "
         "(80 % power).",

@@ -118,6 +118,27 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         }
 
 
+def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """How well the logit lens reads the clean word from each style's mistyped one, at its best layer; it holds if that
+    differs from the control after Benjamini-Hochberg over styles and layers."""
+    for style, own in against_tokens(table, "p_adjusted").groupby("style", sort=False):
+        line = own.loc[own["logprob"].idxmax()]
+        less = line["difference_to_control"] < 0
+        limit = detectable(line, "difference_ci_low", "difference_ci_high", "n_clusters", len(own))
+        yield {
+            "holds": line["p_adjusted"] < ALPHA,
+            "style": style,
+            "control": line["control"],
+            "n": line["n"],
+            "layer": int(line["layer"]),
+            "ranks": f"{line['rank_median']:.0f}, {line['control_rank_median']:.0f} with the control",
+            "nats": estimate_text(line, "difference_to_control", 2, "difference_ci_low", "difference_ci_high", less),
+            "than": "lower" if less else "higher",
+            "limit": f"{limit:.2f}",
+            "p": line["p_adjusted"],
+        }
+
+
 LAYERS = Section(
     name="activation_diffs",
     title="Which layers react, and where is the word recovered?",
@@ -132,6 +153,10 @@ LAYERS = Section(
         Plots(
             "activation_diffs_*.png",
             "How near the residual stream is to its clean twin, by layer and place: 1 is the same direction.",
+        ),
+        Plots(
+            "word_recovery*.png",
+            "How likely the logit lens finds the clean word at the last token of the mistyped one, by layer.",
         ),
         Plots("recovery_depth.png", "From which layer on a mistyped word is recovered, by style.", folded=True),
         Plots(
@@ -167,6 +192,16 @@ LAYERS = Section(
             peak_numbers,
             "The words mistyped by {style} are nearest to their own clean state most often at layer {layer}: in "
             "{share} {interval} of the prompts, {points} points {than} than with {control} (n = {n}).",
+        ),
+        Rule(
+            "word read out",
+            ("word_recovery.csv",),
+            readout_numbers,
+            "The logit lens reads the clean word from the one mistyped by {style} best at layer {layer} (median rank "
+            "{ranks}). Its log probability there is {nats} nats {than} than with {control} (n = {n}, {adjusted_p}).",
+            "The logit lens reads the clean word from the one mistyped by {style} best at layer {layer} (median rank "
+            "{ranks}). No difference to {control} shows there (n = {n}, {adjusted_p}); one of {limit} nats would have "
+            "been found (80 % power).",
         ),
     ),
 )
