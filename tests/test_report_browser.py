@@ -17,6 +17,11 @@ from synthetic_run import VOCABULARY, prompt_rows, with_controls, write_run
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+if not shutil.which("chromedriver"):
+    reason = "chromedriver is not installed (Debian: apt-get install chromium-driver)"
+    assert os.environ.get("ERROR_INTERP_REQUIRE_BROWSER") != "1", reason
+    pytest.skip(reason, allow_module_level=True)
+
 EVIL = '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">'
 RIGHT_TO_LEFT = "\u202e\u200fשלום\u202d"
 LONG = "a" * 100_000
@@ -82,11 +87,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser():
-    """A browser; skip, or fail where ERROR_INTERP_REQUIRE_BROWSER=1, if there is none."""
-    if not shutil.which("chromedriver"):
-        reason = "chromedriver is not installed (Debian: apt-get install chromium-driver)"
-        assert os.environ.get("ERROR_INTERP_REQUIRE_BROWSER") != "1", reason
-        pytest.skip(reason)
+    """Headless Chromium."""
     one = Browser()
     yield one
     one.close()
