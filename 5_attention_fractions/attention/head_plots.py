@@ -185,7 +185,9 @@ def save_layer_head_grid(
                 bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )
     wrapped = textwrap.fill(label, max(14, int(9 * height)))
-    figure.colorbar(image, ax=grid[:, 0], label=wrapped, extend=_extend(everything), pad=0.01, aspect=12 * len(panels))
+    figure.colorbar(
+        image, ax=grid[:, 0], label=wrapped, extend=_extend(everything), pad=0.01, aspect=height * len(panels) / 0.22
+    )
     if title:
         figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left")
     save_figure(path, figure)
