@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 import torch
 from attention import causes
+from attention.causes_compared import agreement, neuron_reactions, rank_correlation, reaction_and_cause
 from command_line import UserError
 from file_output import read_csv
 from paired_stats import benjamini_hochberg, deal
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
 from style_rows import templates_of
-from synthetic_run import prompt_rows, write_run
+from synthetic_run import prompt_rows, with_controls, write_run
 
 LAYERS, HEADS, ROWS = 6, 3, 40
 RESIDUAL = {  # planted R by layer
@@ -59,6 +60,8 @@ def write_patches(
     halves = deal(templates_of(run), 2)
     chosen_on = torch.tensor([halves[run.template(row)] == 0 for row in range(ROWS)])
     recipient = torch.tensor(before)[:, None].float().expand(nats.shape).contiguous()
+    estimated = torch.tensor(rng.normal(0, 0.1, (ROWS, LAYERS, HEADS))).float()
+    estimated[:, *CAUSE] += recipient[:, 0]
     for part in np.array_split(np.arange(ROWS), files):
         content = {
             "original_indices": part.tolist(),
@@ -74,7 +77,7 @@ def write_patches(
             "heads": torch.tensor([cell[4] for cell in cells]),
             "sets": [cell[5] for cell in cells],
             "choosing": chosen_on[part].tolist(),
-            "attribution": {"z": torch.zeros(len(part), LAYERS, HEADS)} if screened else {},
+            "attribution": {"z": estimated[part]} if screened else {},
         }
         worst = -4 - recipient[part]  # log probability of the answer without a patch
         answer = worst + (-1 - worst) * (1 - nats[part] / recipient[part])
@@ -157,7 +160,9 @@ def test_screened_units_are_estimated_on_the_half_that_did_not_choose_them(tmp_p
     assert causal_effects.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
     heads, layers = (read_csv(tmp_path / f"patching_{name}.csv") for name in ("heads", "layers"))
     assert (set(heads["n"]), set(layers["n"])) == ({ROWS / 2}, {ROWS})
-    assert heads["R_first_half"].isna().all()
+    best = heads.set_index(["layer", "head"]).loc[CAUSE]
+    assert best[["R", "R_first_half", "R_second_half"]].to_numpy(dtype=float) == pytest.approx([0.6] * 3, abs=0.05)
+    assert best["R"] != best["R_first_half"]  # that of the rows that chose, beside the estimate on the others
     assert (read_csv(tmp_path / "patching_items.csv")["recipient_nats"].notna()).all()
     assert heads["R"].tolist() == pytest.approx(heads["R_second_half"].tolist())
     sets = read_csv(tmp_path / "patching_sets.csv").set_index("set")
@@ -174,7 +179,17 @@ def test_screened_units_are_estimated_on_the_half_that_did_not_choose_them(tmp_p
         np.array([0.0, *sets.loc[[f"attribution_top_{k}" for k in (1, 2, 4)], "R"]]),
     )
     assert curve["CPR"] == pytest.approx(np.trapezoid(r, shares))
+    assert curve["CMD"] == pytest.approx(np.trapezoid(np.abs(1 - r), shares))
     assert curve["monotone"]
+    others = [load_pt(path) for path in sorted((run / "swap").glob("patches_*.pt"))]
+    estimates = np.concatenate([one["attribution"]["z"][[not chose for chose in one["choosing"]]] for one in others])
+    told = heads.set_index(["layer", "head"])["nats_attributed"].sort_index()
+    assert told.tolist() == pytest.approx(estimates.mean(0).ravel().tolist(), rel=1e-4, abs=1e-6)
+    screen = read_csv(tmp_path / "patching_agreement.csv").set_index("compared").loc["screen"]
+    restored = heads.set_index(["layer", "head"])["nats_restored"].sort_index()
+    assert screen["spearman"] == pytest.approx(stats.spearmanr(told, restored)[0], abs=1e-4)
+    assert screen["pearson"] == pytest.approx(np.corrcoef(told, restored)[0, 1], abs=1e-4)
+    assert screen["pearson"] > 0.8
 
 
 def test_reaction_and_cause_are_correlated_over_heads(results: Path):
@@ -199,9 +214,9 @@ def test_neurons_and_sources_are_kept_apart_from_heads(tmp_path: Path):
     assert cells[(cells["source"] == "split") & (cells["site"] == "z")]["p_adjusted"].tolist() == pytest.approx(
         alone["p_adjusted"].tolist()
     )
-    reactions = alone[["layer", "head"]].assign(style="swap", measure="m", t_vs_control=np.arange(len(alone)))
-    table = causes.reaction_and_cause(cells, reactions)
-    assert table[["source", "site", "heads"]].to_numpy().tolist() == [[s, "z", 18] for s in ("split", "normal")]
+    reactions = alone[["layer", "head"]].assign(style="swap", measure="m", t_vs_control=np.arange(len(alone)), site="z")
+    table = reaction_and_cause(cells, both, reactions)
+    assert table[["source", "site", "units"]].to_numpy().tolist() == [[s, "z", 18] for s in ("split", "normal")]
 
 
 def test_p_of_single_heads_is_adjusted_over_the_heads_alone(results: Path):
@@ -209,14 +224,120 @@ def test_p_of_single_heads_is_adjusted_over_the_heads_alone(results: Path):
     assert heads["p_adjusted"].tolist() == pytest.approx(benjamini_hochberg(heads["p"]).tolist(), rel=1e-4)
 
 
-def test_a_null_names_no_head(tmp_path: Path):
-    named = 0
-    for seed in range(8):
-        folder = tmp_path / str(seed)
-        run = write_patches(folder / "run", noise=0.3, seed=seed, scale=0.0)
-        assert causal_effects.main(["--run_dir", str(run), "--results_dir", str(folder)]) == 0
-        named += bool((read_csv(folder / "patching_heads.csv")["p_adjusted"] < 0.05).any())
-    assert named <= 2  # binomial(8, 0.05) is above 2 in 0.6 % of cases
+def test_rank_correlations_have_the_published_interval():
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(size=(2, 40))
+    found = rank_correlation([*one, np.nan], [*other, 1.0])
+    rho = np.corrcoef(stats.rankdata(one), stats.rankdata(other))[0, 1]
+    error = np.sqrt((1 + rho**2 / 2) / (40 - 3))
+    ends = np.tanh(np.arctanh(rho) - 1.96 * error), np.tanh(np.arctanh(rho) + 1.96 * error)
+    assert (found["units"], found["spearman"]) == (40, pytest.approx(rho))
+    assert (found["spearman_ci_low"], found["spearman_ci_high"]) == pytest.approx(ends)
+    assert np.isnan(rank_correlation([1, 2, 3], [1, 2, 3])["spearman"])
+
+
+def test_halves_that_share_their_heads_agree():
+    rng = np.random.default_rng(4)
+    effect = rng.normal(size=60)
+    table = pd.DataFrame({"layer": np.arange(60) // 6, "head": np.arange(60) % 6, "R_first_half": effect})
+    table = table.assign(style="swap", source="split", site="z", direction="denoising", donor="own")
+    table["R_second_half"] = effect + rng.normal(0, 0.1, 60)
+    table[["nats_attributed", "nats_restored"]] = np.nan
+    line = agreement(table).iloc[0]
+    assert (line["compared"], line["units"]) == ("halves", 60)
+    assert line["spearman"] > 0.95
+    assert line["top_share"] == 1.0
+    shuffled = table.assign(R_second_half=rng.permutation(effect))
+    assert abs(agreement(shuffled).iloc[0]["spearman"]) < 0.35
+
+
+def test_the_reaction_of_a_neuron_is_its_paired_t_over_templates(tmp_path: Path):
+    rows = with_controls(prompt_rows(12, ["swap"], templates=12), "swap", lambda i, word, typo: word)
+    run = open_run(write_run(tmp_path / "run", rows, layers=2, neurons=5, raw_layers=()))
+    patches = planted_patches(np.random.default_rng(0), 12)
+    table = pd.concat(list(neuron_reactions(run, patches)))
+    of = {}
+    for style in ("swap", "split@swap"):
+        contents = [load_pt(path) for path in sorted((run.path / style).glob("activations_*.pt"))]
+        place = contents[0]["pooled_regions"].index("edited")
+        of[style] = np.concatenate([one["mlp_pooled"][:, :, place].float() for one in contents], axis=1)
+    t = stats.ttest_1samp(of["swap"] - of["split@swap"], 0, axis=1).statistic
+    found = table.pivot(index="layer", columns="head", values="t_vs_control").to_numpy()
+    np.testing.assert_allclose(found, t, rtol=1e-3)
+
+
+# --- what the statistics promise, from planted patches in memory
+
+
+def planted_patches(
+    rng: np.random.Generator, rows: int, heads: int = 30, effect: float = 0.0, population: np.ndarray | None = None
+) -> causes.Patches:
+    """Single heads with the same true R `effect`; two rows a template, which share a part of their noise.
+
+    What there is to restore differs between rows as lognormal variates do, and a row's noise is in proportion to it.
+    population: [clusters, 2, 1 + heads] (nats to restore, nats restored), templates of which are drawn.
+    """
+    clusters = rows // 2
+    if population is None:
+        population = planted_population(rng, clusters, heads, effect)
+    drawn = population[rng.integers(len(population), size=clusters)] if len(population) > clusters else population
+    before, gain = drawn.reshape(rows, -1)[:, :1], drawn.reshape(rows, -1)[:, 1:]
+    cells = pd.DataFrame({"site": "z", "positions": "all", "direction": "denoising", "donor": "own", "set": ""},
+                         index=range(heads)).assign(layer=0, head=range(heads))  # fmt: skip
+    nats = np.broadcast_to(before, gain.shape)
+    sides = dict.fromkeys(causes.MEASURES, nats)
+    patched = dict.fromkeys(causes.MEASURES, nats - gain)
+    labels = np.repeat(np.arange(clusters), 2)
+    halves = np.isin(labels, labels[::4])
+    counts = np.ones(gain.shape, dtype=bool)
+    return causes.Patches("swap", "split", [*range(rows)], labels, halves, cells[causes.CELL], patched, sides, sides,
+                          counts, {}, "denoising")  # fmt: skip
+
+
+def planted_population(rng: np.random.Generator, clusters: int, heads: int, effect: float) -> np.ndarray:
+    before = rng.lognormal(-1.5, 1.0, (clusters, 2, 1))
+    shared, own = rng.normal(0, 0.15, (clusters, 1, heads)), rng.standard_t(5, (clusters, 2, heads)) * 0.15
+    return np.concatenate([before, before * (effect + shared + own)], axis=2)
+
+
+def named_under_a_null(runs: int, rows: int) -> int:
+    """Runs of `runs` without any effect that name a head."""
+    tables = (causes.cell_table(planted_patches(np.random.default_rng(seed), rows)) for seed in range(runs))
+    return sum(bool((table["p_adjusted"] < 0.05).any()) for table in tables)
+
+
+def covered(runs: int, rows: int) -> float:
+    """Share of 95 % intervals of R, in samples of `rows` rows of a large run, that hold the large run's R."""
+    large = planted_population(np.random.default_rng(99), 4000, 30, 0.3)
+    truth = large[..., 1:].sum((0, 1)) / large[..., 0].sum()
+    held = []
+    for seed in range(runs):
+        table = causes.cell_table(planted_patches(np.random.default_rng(seed), rows, population=large))
+        held.append((table["R_ci_low"] <= truth) & (truth <= table["R_ci_high"]))
+    return float(np.mean(held))
+
+
+def test_a_null_names_no_head():
+    assert named_under_a_null(40, 48) <= 6  # binomial(40, 0.05) is above 6 in 0.3 % of cases
+
+
+def test_intervals_hold_the_true_share():
+    assert 0.91 <= covered(60, 96) <= 0.985
+
+
+@pytest.mark.stress
+def test_a_null_names_a_head_in_at_most_one_run_of_twenty():
+    for rows in (24, 48, 96):
+        named = named_under_a_null(400, rows)
+        print(f"{rows} rows: {named} of 400 runs name a head")
+        assert named <= 20
+
+
+@pytest.mark.stress
+def test_intervals_hold_the_true_share_as_often_as_they_say():
+    shares = {rows: covered(400, rows) for rows in (48, 96, 200, 400)}
+    print(shares)
+    assert all(0.93 <= shares[rows] <= 0.97 for rows in (200, 400)), shares
 
 
 def test_a_run_without_patches_is_told_what_to_do(tmp_path: Path):

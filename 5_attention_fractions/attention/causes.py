@@ -21,22 +21,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from command_line import UserError
-from file_output import read_csv, write_csv
+from file_output import write_or_remove
 from logger import get_logger
 from paired_stats import benjamini_hochberg, clustered_mean, clustered_ratio, holm
 from run_store import Run, load_pt
 from scipy import stats
 
-from attention.causes_plots import save_pictures
+from attention.causes_compared import NEURON_SITE, OWN, agreement, reaction_and_cause, reactions_of
+from attention.causes_plots import save_pictures, save_units
 
 ALPHA = 0.05
 HALF = 0.5  # of the effect
-OWN, OTHER = "own", "other"  # whose state a patch puts in: the row's own donor, or another item's as a control
+OTHER, RANDOM = "other", "random"  # donors that are controls: another item's, or a random direction as long
 DENOISING = "denoising"
 CELL = ["site", "positions", "direction", "donor", "layer", "head", "set"]
 CELL_KEYS = ["sites", "positions", "cell_directions", "donors", "layers", "heads", "sets"]  # their names in a file
 FAMILY = ["site", "positions", "direction", "donor"]
-HEAD_SITES = ("z", "pattern")  # whose units are the heads of head_sensitivity.csv; `v` counts key-value heads
+STRUCTURAL = ("resid_pre", "mlp_out", "mlp_post")  # at layer 0 these are the token's embedding, and what extends it
 MEASURES = ("nats", "nats_first", "sld", "restored", "answer_logprob")
 LATER = ("after", "readout")  # positions after the edited tokens
 RANDOM_SET = r"_random_\d+$"  # ends the name of a set of random units
@@ -47,7 +48,8 @@ class Patches:
     """All patches of one style and source; NaN: not run for this row.
 
     cells: one line per patch (CELL). patched: {measure: [n, K]}; recipient, donor: {measure: [n, K]} of the unpatched
-    runs in the cell's direction. If units were chosen by a screen, theirs are NaN in the rows that chose them.
+    runs in the cell's direction. counts: [n, K] what is estimated on which rows; if a screen chose units, theirs do not
+    count in the rows that chose them. attributed: {site: [L, units]} mean of the screen's estimate over the other rows.
     """
 
     style: str
@@ -59,16 +61,21 @@ class Patches:
     patched: dict[str, np.ndarray]
     recipient: dict[str, np.ndarray]
     donor: dict[str, np.ndarray]
+    counts: np.ndarray
+    attributed: dict[str, np.ndarray]
+    screened: str  # the direction of the screen
 
     def gain(self, measure: str, place: Any = slice(None)) -> np.ndarray:
-        """[n, K] what each patch wins back: recipient - patched for nats, else patched - recipient."""
+        """[n, K] what each patch wins back: recipient - patched for nats, else patched - recipient. NaN: counts not."""
         change = self.patched[measure][:, place] - self.recipient[measure][:, place]
-        return -change if measure.startswith("nats") else change
+        change = -change if measure.startswith("nats") else change
+        return np.where(self.counts[:, place], change, math.nan)
 
     def whole(self, measure: str, place: Any = slice(None)) -> np.ndarray:
-        """[n, K] what there is to win back: the recipient's nats, else donor - recipient."""
+        """[n, K] what there is to win back: the recipient's nats, else donor - recipient. NaN: counts not."""
         before = self.recipient[measure][:, place]
-        return before if measure.startswith("nats") else self.donor[measure][:, place] - before
+        before = before if measure.startswith("nats") else self.donor[measure][:, place] - before
+        return np.where(self.counts[:, place], before, math.nan)
 
     def where(self, **values: Any) -> np.ndarray:
         """Places of the cells that have these values, by layer and head."""
@@ -84,7 +91,9 @@ def write_causes(run: Run, styles: Sequence[str] | None, folder: Path) -> list[s
     cells = [cell_table(one) for one in patched]
     whole = pd.concat(cells, ignore_index=True)
     is_set = whole["set"] != ""
-    layers, heads = whole[~is_set & (whole["head"] < 0)], whole[~is_set & (whole["head"] >= 0)]
+    layers, units = whole[~is_set & (whole["head"] < 0)], whole[~is_set & (whole["head"] >= 0)].drop(columns="set")
+    neurons = units[units["site"] == NEURON_SITE].rename(columns={"head": "neuron"})
+    heads = units[units["site"] != NEURON_SITE]
     handed = pd.DataFrame(_hand_over_lines(patched))
     layers = layers.merge(handed, how="left", on=["style", "source", "direction"])
     sets = pd.concat([set_table(one, table) for one, table in zip(patched, cells, strict=True)], ignore_index=True)
@@ -94,20 +103,20 @@ def write_causes(run: Run, styles: Sequence[str] | None, folder: Path) -> list[s
         )  # over the styles
     tables = {
         "patching_layers": layers.drop(columns=["head", "set"]),
-        "patching_heads": heads.drop(columns="set"),
+        "patching_heads": heads,
+        "patching_neurons": neurons,
         "patching_sets": sets,
         "patching_faithfulness": faithfulness(sets) if len(sets) else sets,
         "patching_items": pd.concat([item_table(run, one) for one in patched], ignore_index=True),
     }
-    if (reactions := folder / "head_sensitivity.csv").is_file() and len(heads):
-        columns = ["style", "measure", "layer", "head", "t_vs_control"]
-        tables["patching_reactions"] = reaction_and_cause(heads, read_csv(reactions, columns))
-    tables = {name: table for name, table in tables.items() if len(table)}
-    for name, table in tables.items():
-        write_csv(folder / f"{name}.csv", table)
-    pictures = save_pictures(layers, heads, folder)
+    reactions = reactions_of(run, patched, folder / "head_sensitivity.csv")
+    tables["patching_agreement"] = agreement(units)
+    tables["patching_reactions"] = reaction_and_cause(units, patched, reactions)
+    written = [name for name, table in tables.items() if write_or_remove(folder / f"{name}.csv", table)]
+    pictures = save_pictures(patched, layers, heads, folder)
+    pictures += save_units(units, patched, sets, reactions, folder)
     _report(layers, heads, handed)
-    return [*(f"{name}.csv" for name in tables), *pictures]
+    return [*(f"{name}.csv" for name in written), *pictures]
 
 
 def _hand_over_lines(patched: Sequence[Patches]) -> Iterator[dict[str, Any]]:
@@ -132,9 +141,7 @@ def _report(layers: pd.DataFrame, heads: pd.DataFrame, handed: pd.DataFrame) -> 
         )
     for keys, part in heads[heads["donor"] == OWN].groupby(["style", "source", "site", "direction"], sort=False):
         clear = int((part["p_adjusted"] < ALPHA).sum())
-        get_logger().info(
-            f"{' '.join(map(str, keys))}: {clear} of {len(part)} heads or units restore or harm (p < .05)"
-        )
+        get_logger().info(f"{' '.join(map(str, keys))}: {clear} of {len(part)} heads restore or harm (p < .05)")
 
 
 # --- reading
@@ -168,12 +175,27 @@ def _joined(run: Run, style: str, source: str, contents: list[dict[str, Any]]) -
                     side[name][at] = np.asarray(content[f"{before}{name}"].float())
     chose = np.array([choosing[row] for row in rows], dtype=bool)
     frame = pd.DataFrame(cells, columns=CELL)
-    if any(content["attribution"] for content in contents):
-        units = ((frame["head"] >= 0) | (frame["set"] != "")).to_numpy()
-        for values in (*patched.values(), *recipient.values(), *donor.values()):
-            values[np.ix_(chose, units)] = math.nan
+    counts = np.ones((len(rows), len(cells)), dtype=bool)
+    if screened := [content for content in contents if content["attribution"]]:
+        counts[np.ix_(chose, ((frame["head"] >= 0) | (frame["set"] != "")).to_numpy())] = False
     clusters = np.array([run.template(row) for row in rows])
-    return Patches(style, source, rows, clusters, chose, frame, patched, recipient, donor)
+    attributed = _mean_attribution(screened)
+    screened_way = contents[0]["directions"][0]
+    return Patches(
+        style, source, rows, clusters, chose, frame, patched, recipient, donor, counts, attributed, screened_way
+    )
+
+
+def _mean_attribution(contents: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """{site: [L, units]} attributed nats, mean over the rows that chose nothing; file by file, as neurons are many."""
+    total: dict[str, Any] = {}
+    count = 0
+    for content in contents:
+        others = [place for place, chose in enumerate(content["choosing"]) if not chose]
+        count += len(others)
+        for site, values in content["attribution"].items():
+            total[site] = total.get(site, 0.0) + values[others].double().sum(0).numpy()
+    return {site: values / count for site, values in total.items()} if count else {}
 
 
 def _plain(value: Any) -> Any:
@@ -196,34 +218,50 @@ def cell_table(patches: Patches) -> pd.DataFrame:
     table.insert(1, "source", patches.source)
     ratio = clustered_ratio(gain, whole, clusters)
     table = table.assign(**ratio.columns("R", "R_ci"), **nats.columns("nats_restored", "nats_restored_ci"), p=nats.p)
+    before, after = patches.recipient["nats"], patches.patched["nats"]  # of all rows, those that chose units too
     for own, name in ((patches.choosing, "R_first_half"), (~patches.choosing, "R_second_half")):
-        table[name] = clustered_ratio(gain[own], whole[own], clusters[own]).mean
-    _add_control(table, patches)
+        table[name] = clustered_ratio((before - after)[own], before[own], clusters[own]).mean
+    table["nats_attributed"] = [
+        _attributed(patches, *cell) for cell in patches.cells[["site", "direction", "layer", "head", "set"]].to_numpy()
+    ]
+    table["structural"] = (table["layer"] == 0) & table["site"].isin(STRUCTURAL)
+    table["structural"] = table["structural"].astype(int)
+    for donor, name in ((OTHER, "control"), (RANDOM, RANDOM)):
+        _add_control(table, patches, donor, name)
     kind = np.where(table["set"] != "", "set", np.where(table["head"] >= 0, "unit", "site"))
-    for name in ("p", "p_vs_control"):
+    for name in ("p", "p_vs_control", "p_vs_random"):
         families = table.groupby([*(table[key] for key in FAMILY), kind])
         table[name.replace("p", "p_adjusted", 1)] = families[name].transform(benjamini_hochberg)
     for measure, name in (("nats_first", "R_first_token"), ("sld", "R_sld")):
         table[name] = clustered_ratio(patches.gain(measure), patches.whole(measure), clusters).mean
-    table["restored"] = clustered_mean(patches.patched["restored"], clusters).mean
-    table["restored_before"] = clustered_mean(patches.recipient["restored"], clusters).mean
+    for side, name in ((patches.patched, "restored"), (patches.recipient, "restored_before")):
+        table[name] = clustered_mean(np.where(patches.counts, side["restored"], math.nan), clusters).mean
     return table.assign(**answer_share(patches))
 
 
-def _add_control(table: pd.DataFrame, patches: Patches) -> None:
-    """The difference from another item's donor at the same place, for those cells that have such a control."""
+def _attributed(patches: Patches, site: str, direction: str, layer: int, head: int, set_name: str) -> float:
+    """The screen's estimate for a cell that is one unit (or MLP) in the direction of the screen, else NaN."""
+    known = patches.attributed.get(site)
+    one = not set_name and (head >= 0 or site == "mlp_out")
+    if known is None or not one or direction != patches.screened:
+        return math.nan
+    return float(known[layer] if head < 0 else known[layer, head])
+
+
+def _add_control(table: pd.DataFrame, patches: Patches, donor: str, name: str) -> None:
+    """The difference from the same patch with another donor, for those cells that have such a control."""
     cells = patches.cells.assign(cell=patches.cells.index)
     same = [name for name in CELL if name != "donor"]
-    pairs = cells[cells["donor"] == OWN].merge(cells[cells["donor"] == OTHER], on=same, suffixes=("", "_other"))
+    pairs = cells[cells["donor"] == OWN].merge(cells[cells["donor"] == donor], on=same, suffixes=("", "_other"))
     own, other = pairs["cell"].to_numpy(), pairs["cell_other"].to_numpy()
     difference = clustered_mean(patches.gain("nats", own) - patches.gain("nats", other), patches.clusters)
     found = {
-        "R_control": table["R"].to_numpy()[other],
-        "nats_vs_control": difference.mean,
-        "p_vs_control": difference.p,
+        f"R_{name}": table["R"].to_numpy()[other],
+        f"nats_vs_{name}": difference.mean,
+        f"p_vs_{name}": difference.p,
     }
-    for name, values in found.items():
-        table[name] = pd.Series(values, index=own, dtype=float).reindex(table.index)
+    for column, values in found.items():
+        table[column] = pd.Series(values, index=own, dtype=float).reindex(table.index)
 
 
 def answer_share(patches: Patches) -> dict[str, np.ndarray]:
@@ -322,22 +360,3 @@ def item_table(run: Run, patches: Patches) -> pd.DataFrame:
                 table[f"{side}_{name}"] = pd.DataFrame(values[name][:, cells.index]).bfill(axis=1)[0]
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def reaction_and_cause(heads: pd.DataFrame, reactions: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation over heads of |t| against the control (head_sensitivity.csv) with |R|, by style and measure."""
-    lines = []
-    names = ["style", "source", "site", "positions", "direction"]
-    causes = heads[(heads["donor"] == OWN) & heads["site"].isin(HEAD_SITES)].set_index(["layer", "head"])
-    for keys, part in causes.groupby(names, sort=False):
-        own = reactions[reactions["style"] == keys[0]]
-        for measure, reaction in own.groupby("measure", sort=False):
-            pairs = part[["R"]].join(reaction.set_index(["layer", "head"])["t_vs_control"], how="inner").dropna()
-            if len(pairs) > 2:
-                found = stats.spearmanr(pairs["R"].abs(), pairs["t_vs_control"].abs())
-                line = dict(zip(names, keys, strict=True))
-                lines.append(line | {"measure": measure, "heads": len(pairs), "spearman": found[0], "p": found[1]})
-    table = pd.DataFrame(lines)
-    if len(table):
-        table["p_adjusted"] = table.groupby("style")["p"].transform(holm)
-    return table

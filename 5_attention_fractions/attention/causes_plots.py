@@ -1,16 +1,23 @@
-"""Pictures of causal_effects.py: R by layer for each group of positions, and R of every head."""
+"""Pictures of causal_effects.py: R by layer and position, of every head and of sets; reaction against cause."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from file_output import save_figure
 
-from attention.head_plots import save_layer_head_grid
-from attention.layer_curves import layer_axis
+from attention.causes_compared import NEURON_MEASURE, OWN, causes_of, rank_correlation
+from attention.head_plots import COLOURS, save_layer_head_grid
+from attention.heads import SHOWN
+from attention.layer_curves import layer_axis, panels
+
+if TYPE_CHECKING:
+    from attention.causes import Patches
 
 LINES = {  # positions → (label, colour, dash); colours of Okabe and Ito, told apart by colour-blind readers
     "edited": ("edited tokens", "#0072B2", "-"),
@@ -20,32 +27,34 @@ LINES = {  # positions → (label, colour, dash); colours of Okabe and Ito, told
 }
 CONTROL_LINE = ("edited, another item's donor", "#999999", ":")
 ALPHA = 0.05
+NAMED = 3  # units of the largest effect, and of the largest reaction, that a scatter names
 
 
-def save_pictures(layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[str]:
-    """Save patching_layers.png and patching_heads.png, as far as there is something to show; return their names."""
+def save_pictures(patched: Sequence[Patches], layers: pd.DataFrame, heads: pd.DataFrame, folder: Path) -> list[str]:
+    """Save patching_layers, patching_map and patching_heads.png, as far as there is something to show; their names."""
     names = []
-    residual = layers[(layers["site"] == "resid_pre") & (layers["donor"] == "own")]
+    residual = layers[(layers["site"] == "resid_pre") & (layers["donor"] == OWN)]
     if residual["layer"].nunique() > 1:
-        names.append("patching_layers.png")
-        _save_layers(layers[layers["site"] == "resid_pre"], folder / names[-1])
-    panels = []
-    for keys, part in heads[heads["donor"] == "own"].groupby(["style", "source", "site", "direction"], sort=False):
+        names += ["patching_layers.png", "patching_map.png"]
+        _save_layers(layers[layers["site"] == "resid_pre"], folder / names[0])
+        _save_map(patched, residual, folder / names[1])
+    shown = []
+    for keys, part in heads[heads["donor"] == OWN].groupby(["style", "source", "site", "direction"], sort=False):
         shape = int(part["layer"].max()) + 1, int(part["head"].max()) + 1
-        if part["site"].iloc[0] == "mlp_post" or len(part) < 2:
+        if len(part) < 2:
             continue
         values, marked = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
         place = part["layer"].to_numpy(), part["head"].to_numpy()
         values[place] = part["R"]
         same = np.sign(part["R_first_half"]) == np.sign(part["R_second_half"])
         marked[place] = (part["p_adjusted"] < ALPHA) & same
-        panels.append((f"{' '.join(map(str, keys))}, n = {part['n'].max()}", values, marked))
-    if panels:
+        shown.append((f"{' '.join(map(str, keys))}, n = {part['n'].max()}", values, marked))
+    if shown:
         names.append("patching_heads.png")
         title = (
             "What patching one head restores (R); dots: adjusted p < 0.05, same sign in both halves of the templates"
         )
-        save_layer_head_grid(folder / names[-1], panels, "R", title)
+        save_layer_head_grid(folder / names[-1], shown, "R", title)
     return names
 
 
@@ -56,7 +65,7 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
         len(groups), 1, figsize=(9.5, 3.6 * len(groups)), squeeze=False, sharex=True, layout="constrained"
     )
     for axes, (keys, part) in zip(grid[:, 0], groups, strict=True):
-        own, other = part[part["donor"] == "own"], part[part["donor"] == "other"]
+        own, other = part[part["donor"] == OWN], part[part["donor"] == "other"]
         curves = [(own[own["positions"] == name], *look) for name, look in LINES.items()]
         for curve, label, colour, dash in [*curves, (other[other["positions"] == "edited"], *CONTROL_LINE)]:
             if curve.empty:
@@ -74,4 +83,117 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
         )
         layer_axis(axes, "layer")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    save_figure(path, figure)
+
+
+def _save_map(patched: Sequence[Patches], residual: pd.DataFrame, path: Path) -> None:
+    """R by position group and layer: of all rows, and of the row whose effect is nearest to the mean effect."""
+    groups = list(residual.groupby(["style", "source", "direction"], sort=False))
+    of = {(one.style, one.source): one for one in patched}
+    figure, grid = panels(len(groups), 2, 5.2, 1.9)
+    for axes, ((style, source, direction), part) in zip(grid, groups, strict=True):
+        positions = [name for name in LINES if name in {*part["positions"]}]
+        one, layers = of[style, source], sorted(part["layer"].unique())
+        cells = part.pivot(index="positions", columns="layer", values="R").loc[positions]
+        _draw_map(axes[0], cells, f"{style} {source} {direction}: mean, n = {part['n'].max()}")
+        places = {
+            name: one.where(site="resid_pre", positions=name, direction=direction, donor=OWN) for name in positions
+        }
+        before = np.nanmean(np.concatenate([one.whole("nats", place) for place in places.values()], axis=1), axis=1)
+        row = int(np.nanargmin(np.abs(before - np.nanmean(before))))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = {
+                name: pd.Series((one.gain("nats", place) / one.whole("nats", place))[row], one.cells["layer"][place])
+                for name, place in places.items()
+            }
+        cells = pd.DataFrame(shares).T.reindex(columns=layers)
+        image = _draw_map(axes[1], cells, f"row {one.rows[row] + 1} alone ({before[row]:.2f} nats)")
+    figure.colorbar(image, ax=grid, label="R", extend="both", shrink=0.8)
+    figure.suptitle("Share of the effect restored by the residual stream before a layer", fontsize=11)
+    save_figure(path, figure)
+
+
+def _draw_map(axes: plt.Axes, cells: pd.DataFrame, title: str) -> plt.cm.ScalarMappable:
+    """Draw R [positions, layers], as in a table."""
+    image = axes.imshow(cells.to_numpy(dtype=float), cmap=COLOURS, vmin=-1, vmax=1, aspect="auto")
+    step = max(1, len(cells.columns) // 10)
+    axes.set_xticks(range(0, len(cells.columns), step), cells.columns[::step])
+    axes.set_yticks(range(len(cells)), [LINES[name][0] for name in cells.index], fontsize=8)
+    axes.set_xlabel("layer")
+    axes.set_title(title, fontsize=9)
+    return image
+
+
+def save_units(
+    units: pd.DataFrame, patched: Sequence[Patches], sets: pd.DataFrame, reactions: pd.DataFrame, folder: Path
+) -> list[str]:
+    """Save patching_reactions.png and patching_sets.png, as far as there is something to show; return their names."""
+    shown = []
+    for keys, cause, effects in causes_of(units, patched):
+        own = reactions[(reactions["style"] == keys["style"]) & (reactions["site"] == keys["site"])]
+        measure = next((name for name in (*SHOWN, NEURON_MEASURE) if name in {*own["measure"]}), None)
+        reaction = own[own["measure"] == measure].set_index(["layer", "head"])["t_vs_control"]
+        pairs = effects.to_frame("effect").join(reaction, how="inner").dropna().abs()
+        if len(pairs) >= 5:
+            shown.append((keys, cause, measure, pairs))
+    names = []
+    if shown:
+        names.append("patching_reactions.png")
+        _save_scatter(shown, folder / names[-1])
+    grown = sets[sets["units"].notna()] if len(sets) else sets
+    if len(grown) > 1:
+        names.append("patching_sets.png")
+        _save_sets(grown, folder / names[-1])
+    return names
+
+
+def _save_scatter(shown: Sequence[tuple[dict[str, str], str, str | None, pd.DataFrame]], path: Path) -> None:
+    """A panel per family of units: how clearly a unit reacts (|t|), and what it causes."""
+    columns = min(2, len(shown))
+    figure, grid = plt.subplots(
+        -(-len(shown) // columns),
+        columns,
+        figsize=(4.8 * columns, 3.6 * -(-len(shown) // columns)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    for axes, (keys, cause, measure, pairs) in zip(grid.flat, shown, strict=False):
+        axes.scatter(pairs["t_vs_control"], pairs["effect"], s=9, color="#0072B2", alpha=0.5, lw=0, rasterized=True)
+        strongest = pairs.nlargest(NAMED, "effect").index.union(pairs.nlargest(NAMED, "t_vs_control").index)
+        for layer, unit in strongest:
+            place = pairs.loc[(layer, unit)]
+            axes.annotate(f"{layer}.{unit}", (place["t_vs_control"], place["effect"]), fontsize=7)
+        found = rank_correlation(pairs["effect"], pairs["t_vs_control"])
+        label = "|R| of patching it" if cause == "patched" else "|nats| by attribution"
+        axes.set(xlabel=f"reaction: |t| against the control\n{measure}", ylabel=f"cause: {label}")
+        interval = f"[{found['spearman_ci_low']:.2f}, {found['spearman_ci_high']:.2f}]"
+        axes.set_title(
+            f"{keys['style']} {keys['source']} {keys['site']} {keys['direction']}, {len(pairs)} units\n"
+            f"rank correlation {found['spearman']:.2f} {interval}",
+            fontsize=9,
+        )
+        axes.grid(alpha=0.25)
+    figure.suptitle("Do the units that react also cause? (layer.unit)", fontsize=11)
+    save_figure(path, figure)
+
+
+def _save_sets(sets: pd.DataFrame, path: Path) -> None:
+    """A panel per family of sets of growing size: R beside that of random sets of the same layers."""
+    groups = list(sets.groupby(["style", "source", "site", "direction", "donor"], sort=False))
+    columns = min(2, len(groups))
+    figure, grid = panels(-(-len(groups) // columns), columns, 4.8, 3.2)
+    for axes in grid.flat[len(groups) :]:
+        axes.set_visible(False)
+    for axes, (keys, part) in zip(grid.flat, groups, strict=False):
+        part = part.sort_values("units")
+        axes.plot(part["units"], part["R"], "o-", color="#0072B2", markersize=3, label="best by attribution")
+        axes.fill_between(part["units"], part["R_ci_low"], part["R_ci_high"], color="#0072B2", alpha=0.12, lw=0)
+        axes.plot(part["units"], part["R_random"], "s--", color="#999999", markersize=3, label="random, same layers")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="units patched together", ylabel="R: share of the effect restored")
+        axes.set_title(f"{' '.join(map(str, keys))}, n = {part['n'].max()}", fontsize=9)
+        axes.grid(alpha=0.25)
+    grid[0, 0].legend(fontsize=8, frameon=False)
     save_figure(path, figure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ class LogitLens:
 
     norm: Any
     model: Any
+    tokenizer: Any = None  # to tell a token of white space alone from a word's first
 
     @property
     def layer_count(self) -> int:
@@ -58,6 +61,31 @@ class LogitLens:
                 found[:, rows, layer] = torch.stack([kl, after, after - before, *tokens]).numpy()
         return dict(zip(names, found, strict=True))
 
+    def readouts(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(ranks, log probabilities) [n, L+1] of a token at the end of each prompt, by the lens of each layer; rank 1
+        is the likeliest.
+
+        The prompts are read here, what all of them begin with only once.
+        """
+        shortest = min(map(len, prompts)) - 1
+        shared = next((i for i, ids in enumerate(zip(*prompts, strict=False)) if len({*ids}) > 1), shortest)
+        shared = min(shared, shortest)
+        ranks, logprobs = (np.empty((len(prompts), self.layer_count + 1)) for _ in "rl")
+        with torch.no_grad():
+            prefix = self._read(prompts[0][:shared], None).past_key_values if shared else None
+            for place, (ids, token) in enumerate(zip(prompts, tokens, strict=True)):
+                states = self._read(ids[shared:], copy.deepcopy(prefix)).hidden_states
+                last = torch.stack([state[0, -1].cpu() for state in states])
+                logits = torch.cat([self.logits(last[:-1], normed=False), self.logits(last[-1:], normed=True)])
+                ranks[place] = (logits > logits[:, token, None]).sum(-1) + 1
+                logprobs[place] = logits.log_softmax(-1)[:, token]
+        return ranks, logprobs
+
+    def _read(self, ids: list[int], past: Any) -> Any:
+        """Output of the base model, which has no head, on tokens that follow those of a cache."""
+        prompt = torch.tensor([ids], device=self.model.get_input_embeddings().weight.device)
+        return self.model.base_model(prompt, past_key_values=past, output_hidden_states=True, use_cache=True)
+
     def check(self, last_states: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
         """Raise UserError if the head does not give the logits that the run holds (another model, another head).
 
@@ -79,8 +107,8 @@ class LogitLens:
 
 def open_lens(model_name: str, dtype: str = "auto", device_map: str | None = None) -> LogitLens:
     """Load a model for its norm and head. Raises UserError if it cannot be loaded or keeps no final norm."""
-    model, _ = load_model(model_name, dtype=dtype, device_map=device_map)
-    return LogitLens(find_final_norm(model), model)
+    model, tokenizer = load_model(model_name, dtype=dtype, device_map=device_map)
+    return LogitLens(find_final_norm(model), model, tokenizer)
 
 
 def find_final_norm(model: Any) -> Any:

@@ -7,9 +7,8 @@ Reads   outputs/<run>/<style>/activations_*.pt (hidden_pooled, hidden_states, to
 Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
         results/<run>/activation_diffs_summary.csv   style, measure
         results/<run>/activation_diffs_items.csv  one line per row and style
-        results/<run>/logit_lens_items.csv        one line per row and layer, with --model_name
-        results/<run>/activation_diffs_*.png      three styles each; typo_recovery_*.png, recovery_depth.png, with
-                                                  --model_name logit_lens_*.png
+        results/<run>/activation_diffs_*.png      three styles each; typo_recovery_*.png, recovery_depth.png
+        with --model_name: logit_lens_items.csv (row, layer), logit_lens_*.png, word_recovery.csv (style, layer) and .png
 
     python 5_attention_fractions/run_scripts/activation_diffs.py --run_dir outputs/demo/maths
 """
@@ -55,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the states of a run and write tables and pictures."""
     args = parse_args(argv)
-    from attention import activations, layer_curves, reaction_sections
+    from attention import activations, layer_curves, reaction_sections, word_recovery
 
     log = get_logger()
     study = activations.open_comparison(args)
@@ -67,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_csv(folder / f"{name}.csv", table)
     curves, summary = tables["activation_diffs"], tables["activation_diffs_summary"]
     layer_curves.save_diffs(curves, summary, folder)
+    words = word_recovery.recovery_table(study)
+    if write_or_remove(folder / "word_recovery.csv", words):
+        layer_curves.plot_words(words, folder / "word_recovery.png")
     write_section(folder, reaction_sections.LAYERS, study.run.styles)
     for line in activations.recovery_lines(summary):
         log.info(line)

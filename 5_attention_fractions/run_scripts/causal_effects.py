@@ -2,11 +2,12 @@
 
 Reads   outputs/<run>/<style>/patches_*.pt (stage 2's patch_activations.py); results/<run>/head_sensitivity.csv if there
 Writes  results/<run>/patching_layers.csv        whole sites by position and layer, with controls; the hand-over layer
-        results/<run>/patching_heads.csv         one head or unit at a time, and the same in each half of the prompts
+        results/<run>/patching_heads.csv         one head at a time, and the same in each half of the prompts
+        results/<run>/patching_neurons.csv       the same of neurons
         results/<run>/patching_sets.csv          sets of units beside random sets; patching_faithfulness.csv by size
-        results/<run>/patching_reactions.csv     do the heads that react also cause?
-        results/<run>/patching_items.csv         per prompt: what there is to restore
-        results/<run>/patching_layers.png  patching_heads.png
+        results/<run>/patching_agreement.csv     screen with patching, one half of the prompts with the other
+        results/<run>/patching_reactions.csv     do the units that react also cause?
+        results/<run>/patching_items.csv         per prompt: what there is to restore; and patching_*.png
 
     python 5_attention_fractions/run_scripts/causal_effects.py --run_dir outputs/demo/facts
 """
