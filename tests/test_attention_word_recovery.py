@@ -98,8 +98,7 @@ def test_a_planted_recovery_comes_back_at_its_layer(run, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "open_lens", lambda *_: PlantedLens(words))
     drawn = []
     monkeypatch.setattr(layer_curves, "plot_words", lambda table, path: drawn.append((len(table), path.name)))
-    for name in ("plot_measures", "plot_recovery"):
-        monkeypatch.setattr(layer_curves, name, lambda *_: None)
+    monkeypatch.setattr(layer_curves, "save_diffs", lambda *_: None)
     command = ["--run_dir", str(run), "--results_dir", str(tmp_path), "--model_name", "planted"]
     assert activation_diffs.main(command) == 0
 

@@ -10,22 +10,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from file_output import save_figure
+from plot_style import AROUND_ZERO, COLOURS, GREY, panels
 
 from attention.causes_compared import NEURON_MEASURE, OWN, causes_of, rank_correlation
-from attention.head_plots import COLOURS, save_layer_head_grid
+from attention.head_plots import save_layer_head_grid
 from attention.heads import SHOWN
-from attention.layer_curves import layer_axis, panels
+from attention.layer_curves import layer_axis
 
 if TYPE_CHECKING:
     from attention.causes import Patches
 
-LINES = {  # positions → (label, colour, dash); colours of Okabe and Ito, told apart by colour-blind readers
-    "edited": ("edited tokens", "#0072B2", "-"),
-    "edited_last": ("last edited token", "#56B4E9", "--"),
-    "after": ("tokens after them", "#E69F00", "-"),
-    "readout": ("last prompt token", "#D55E00", "-"),
+LINES = {  # positions → (label, colour, dash)
+    "edited": ("edited tokens", COLOURS[0], "-"),
+    "edited_last": ("last edited token", COLOURS[4], "--"),
+    "after": ("tokens after them", COLOURS[5], "-"),
+    "readout": ("last prompt token", COLOURS[1], "-"),
 }
-CONTROL_LINE = ("edited, another item's donor", "#999999", ":")
+CONTROL_LINE = ("edited, another item's donor", GREY, ":")
 ALPHA = 0.05
 NAMED = 3  # units of the largest effect, and of the largest reaction, that a scatter names
 
@@ -90,8 +91,8 @@ def _save_map(patched: Sequence[Patches], residual: pd.DataFrame, path: Path) ->
     """R by position group and layer: of all rows, and of the row whose effect is nearest to the mean effect."""
     groups = list(residual.groupby(["style", "source", "direction"], sort=False))
     of = {(one.style, one.source): one for one in patched}
-    figure, grid = panels(len(groups), 2, 5.2, 1.9)
-    for axes, ((style, source, direction), part) in zip(grid, groups, strict=True):
+    figure, grid = panels(2 * len(groups), 2, 1.9)
+    for axes, ((style, source, direction), part) in zip(zip(grid[::2], grid[1::2], strict=True), groups, strict=True):
         positions = [name for name in LINES if name in {*part["positions"]}]
         one, layers = of[style, source], sorted(part["layer"].unique())
         cells = part.pivot(index="positions", columns="layer", values="R").loc[positions]
@@ -115,7 +116,7 @@ def _save_map(patched: Sequence[Patches], residual: pd.DataFrame, path: Path) ->
 
 def _draw_map(axes: plt.Axes, cells: pd.DataFrame, title: str) -> plt.cm.ScalarMappable:
     """Draw R [positions, layers], as in a table."""
-    image = axes.imshow(cells.to_numpy(dtype=float), cmap=COLOURS, vmin=-1, vmax=1, aspect="auto")
+    image = axes.imshow(cells.to_numpy(dtype=float), cmap=AROUND_ZERO, vmin=-1, vmax=1, aspect="auto")
     step = max(1, len(cells.columns) // 10)
     axes.set_xticks(range(0, len(cells.columns), step), cells.columns[::step])
     axes.set_yticks(range(len(cells)), [LINES[name][0] for name in cells.index], fontsize=8)
@@ -149,18 +150,9 @@ def save_units(
 
 def _save_scatter(shown: Sequence[tuple[dict[str, str], str, str | None, pd.DataFrame]], path: Path) -> None:
     """A panel per family of units: how clearly a unit reacts (|t|), and what it causes."""
-    columns = min(2, len(shown))
-    figure, grid = plt.subplots(
-        -(-len(shown) // columns),
-        columns,
-        figsize=(4.8 * columns, 3.6 * -(-len(shown) // columns)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    for axes, (keys, cause, measure, pairs) in zip(grid.flat, shown, strict=False):
-        axes.scatter(pairs["t_vs_control"], pairs["effect"], s=9, color="#0072B2", alpha=0.5, lw=0, rasterized=True)
+    figure, grid = panels(len(shown), 2, 3.6)
+    for axes, (keys, cause, measure, pairs) in zip(grid, shown, strict=True):
+        axes.scatter(pairs["t_vs_control"], pairs["effect"], s=9, color=COLOURS[0], alpha=0.5, lw=0, rasterized=True)
         strongest = pairs.nlargest(NAMED, "effect").index.union(pairs.nlargest(NAMED, "t_vs_control").index)
         for layer, unit in strongest:
             place = pairs.loc[(layer, unit)]
@@ -182,18 +174,15 @@ def _save_scatter(shown: Sequence[tuple[dict[str, str], str, str | None, pd.Data
 def _save_sets(sets: pd.DataFrame, path: Path) -> None:
     """A panel per family of sets of growing size: R beside that of random sets of the same layers."""
     groups = list(sets.groupby(["style", "source", "site", "direction", "donor"], sort=False))
-    columns = min(2, len(groups))
-    figure, grid = panels(-(-len(groups) // columns), columns, 4.8, 3.2)
-    for axes in grid.flat[len(groups) :]:
-        axes.set_visible(False)
-    for axes, (keys, part) in zip(grid.flat, groups, strict=False):
+    figure, grid = panels(len(groups), 2, 3.2)
+    for axes, (keys, part) in zip(grid, groups, strict=True):
         part = part.sort_values("units")
-        axes.plot(part["units"], part["R"], "o-", color="#0072B2", markersize=3, label="best by attribution")
-        axes.fill_between(part["units"], part["R_ci_low"], part["R_ci_high"], color="#0072B2", alpha=0.12, lw=0)
-        axes.plot(part["units"], part["R_random"], "s--", color="#999999", markersize=3, label="random, same layers")
+        axes.plot(part["units"], part["R"], "o-", color=COLOURS[0], markersize=3, label="best by attribution")
+        axes.fill_between(part["units"], part["R_ci_low"], part["R_ci_high"], color=COLOURS[0], alpha=0.12, lw=0)
+        axes.plot(part["units"], part["R_random"], "s--", color=GREY, markersize=3, label="random, same layers")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(xscale="log", xlabel="units patched together", ylabel="R: share of the effect restored")
         axes.set_title(f"{' '.join(map(str, keys))}, n = {part['n'].max()}", fontsize=9)
         axes.grid(alpha=0.25)
-    grid[0, 0].legend(fontsize=8, frameon=False)
+    grid[0].legend(fontsize=8)
     save_figure(path, figure)

@@ -170,33 +170,28 @@ def _plot_depths(summary: pd.DataFrame, last_layer: int, path: Path) -> None:
     save_figure(path, figure)
 
 
-WORD_LINES = {  # form, as it begins the names of columns → (label, colour, dash); colours of Okabe and Ito
-    "": ("typo", "#D55E00", "-"),
-    "control_": ("clean word, as many tokens", "#0072B2", "--"),
-    "clean_": ("clean word", "#000000", ":"),
+WORD_LINES = {  # form, as it begins the names of columns → (label, colour, dash)
+    "": ("typo", COLOURS[1], "-"),
+    "control_": ("clean word, as many tokens", COLOURS[0], "--"),
+    "clean_": ("clean word", BLACK, ":"),
 }
 
 
 def plot_words(table: pd.DataFrame, path: str | Path) -> None:
     """Log probability of the meant word's first token by layer: a panel per style, a line for each form of the word."""
-    styles = list(table["style"].unique())
-    columns = min(3, len(styles))
-    figure, grid = panels(-(-len(styles) // columns), columns, 4.6, 3.2, sharey=True)
-    for axes in grid.flat[len(styles) :]:
-        axes.set_visible(False)
-    for axes, style in zip(grid.flat, styles, strict=False):
-        part = table[table["style"] == style]
+    groups = list(table.groupby("style", sort=False))
+    figure, grid = panels(len(groups), 3, 3.2, sharey=True)
+    for axes, (style, part) in zip(grid, groups, strict=True):
         for form, (label, colour, dash) in WORD_LINES.items():
             ends = part[f"{form}logprob_ci_low"], part[f"{form}logprob_ci_high"]
             if part[f"{form}logprob"].notna().any():
                 axes.plot(part["layer"], part[f"{form}logprob"], dash, color=colour, label=label)
                 axes.fill_between(part["layer"], *ends, color=colour, alpha=0.12, linewidth=0)
-        axes.set_title(f"{style}, {count_label(part['n'])}", fontsize=10)
+        axes.set_title(f"{style}, {count_label(part['n'])}")
         layer_axis(axes)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("log probability (nats)")
-    grid[0, 0].legend(fontsize=8, frameon=False)
-    figure.suptitle("Logit lens at the edited word's last token:\nfirst token of the meant word", fontsize=11)
+    grid[0].set_ylabel("log probability (nats)")
+    grid[0].legend(fontsize=8)
+    figure.suptitle("Logit lens at the edited word's last token: first token of the meant word")
     save_figure(path, figure)
 
 

@@ -8,7 +8,7 @@ Writes  results/<run>/activation_diffs.csv        style, layer, region, measure
         results/<run>/activation_diffs_summary.csv   style, measure
         results/<run>/activation_diffs_items.csv  one line per row and style
         results/<run>/activation_diffs_*.png      three styles each; typo_recovery_*.png, recovery_depth.png
-        with --model_name: logit_lens_items.csv (row, layer), logit_lens_*.png, word_recovery.csv (style, layer) and .png
+        with --model_name: logit_lens_items.csv, logit_lens_*.png, word_recovery.csv (style, layer) and .png
 
     python 5_attention_fractions/run_scripts/activation_diffs.py --run_dir outputs/demo/maths
 """
