@@ -446,6 +446,11 @@ def cause_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         }
 
 
+PATCHED = (
+    *("n", "R", "R_first_half", "R_second_half", "nats_restored", "p_adjusted"),
+    *("R_control", "p_adjusted_vs_control"),
+)
+
 CAUSES = Section(
     name="causal_effects",
     title="Which parts cause it?",
@@ -466,16 +471,24 @@ CAUSES = Section(
         TableOf(
             "patching_heads.csv",
             "Heads and units patched one at a time",
-            (
-                *("style", "source", "site", "direction", "donor", "layer", "head", "n", "R", "R_first_half"),
-                *("R_second_half", "nats_restored", "p_adjusted", "R_control", "p_adjusted_vs_control"),
-            ),
+            ("style", "source", "site", "direction", "donor", "layer", "head", *PATCHED),
+            (("donor", "own"),),
+            5,
+            "p",
+        ),
+        TableOf(
+            "patching_neurons.csv",
+            "Neurons patched one at a time",
+            ("style", "source", "site", "direction", "donor", "layer", "neuron", *PATCHED),
             (("donor", "own"),),
             5,
             "p",
         ),
         TableOf("patching_sets.csv", "Sets of heads or units, beside random sets of the same layers"),
-        TableOf("patching_reactions.csv", "Do the heads that react also cause? Rank correlation over heads"),
+        TableOf("patching_reactions.csv", "Do the units that react also cause? Rank correlation over units"),
+        TableOf(
+            "patching_agreement.csv", "Do the two halves of the prompts agree, and does the screen agree with patching?"
+        ),
     ),
     rules=(
         Rule(
