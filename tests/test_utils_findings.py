@@ -102,12 +102,12 @@ def write_run(folder, effect, repeats=True):
             for style in ("swap", "typo@2") for unit in ("neuron", "head")
         ],
         "patching_layers": [
-            {"style": "typo@2", "source": "control", "site": "resid_pre", "positions": positions, "donor": donor,
-             "direction": "denoising", "layer": layer, "n": 40, "p": p,
+            {"style": "typo@2", "source": "split", "site": "resid_pre", "positions": positions, "donor": donor,
+             "direction": "denoising", "layer": layer, "n": 40, "p": p, "R_control": -0.5,
              "hand_over_layer": 12.4 if effect else np.nan, "hand_over_ci_low": 10.0 if effect else np.nan,
              "hand_over_ci_high": 14.8 if effect else np.nan}
             | with_interval("R", 0.8 if effect else 0.02, 0.1)
-            for positions in ("edited", "after") for donor in ("own", "other") for layer in (0, 10)
+            for positions in ("edited", "after") for donor in ("own", "other") for layer in (0, 10, 20)
         ],
         "patching_heads": [
             {"style": "typo@2", "source": "control", "site": "z", "donor": "own", "direction": "denoising", "layer": 9,
@@ -150,8 +150,9 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
         "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean word "
         "and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
-        "Putting the control state of the words edited by typo@2 into layer 0 restores 80 [70, 90] % of the effect. "
-        "From layer 12.4 [10.0, 14.8] on more of it lies in later tokens (n = 40).",
+        "The control's state of the words edited by typo@2, put into layer 10, restores 80 [70, 90] % of the effect "
+        "on the answer; that of another prompt's words, −50 %. From layer 12.4 [10.0, 14.8] on more of it lies in later "
+        "tokens (n = 40).",
         "1 of 3 heads restore a part of the effect of typo@2 when they alone are patched (n = 40). The largest "
         "(layer.head): 9.0 (12 [8, 16] %).",
     ]
@@ -181,8 +182,8 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "set as a whole: adjusted p = 0.400). That is not enough to name one.",
         "Of 230 heads chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = 74; the "
         "set as a whole: adjusted p = 0.400). That is not enough to name one.",
-        "Putting the control state of the words edited by typo@2 into layer 0 restores 2 [−8, 12] % of the effect (n = "
-        "40). They hand it over at none of the patched layers.",
+        "The control's state of the words edited by typo@2, put into layer 10, restores 2 [−8, 12] % of the effect "
+        "on the answer; that of another prompt's words, −50 % (n = 40). They hand it over at none of the patched layers.",
         "No head restores a clear part of the effect of typo@2 when it alone is patched (n = 40). The 95 % interval of "
         "a typical head reaches 4 points to either side.",
     ]

@@ -400,24 +400,35 @@ UNITS = Section(
 # --- causal_effects.py
 
 
+SOURCES = {"split": "control's", "normal": "clean"}  # donor of a patch → in a sentence
+
+
 def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     """The layer at which the edited tokens hand the typo's effect over; it holds if its interval is known and the
-    edited tokens' state restores a share clear of 0 at the first patched layer."""
+    edited tokens' state restores a share clear of 0 at the last patched layer before it.
+
+    Layer 0 is passed over if others were patched: what its tokens restore is 1 by construction.
+    """
     own = table[(table["site"] == "resid_pre") & (table["positions"] == "edited") & (table["donor"] == "own")]
     own = own[own["direction"] == "denoising"]
     for (style, source), part in own.groupby(["style", "source"], sort=False):
-        first = part.sort_values("layer").iloc[0]
-        known = first["hand_over_layer"] == first["hand_over_layer"]
+        part = part.sort_values("layer")
+        part = part[part["layer"] > 0] if (part["layer"] > 0).any() else part
+        before = part[part["layer"] <= part["hand_over_layer"]]
+        line = before.iloc[-1] if len(before) else part.iloc[0]
+        known = line["hand_over_layer"] == line["hand_over_layer"]
+        other = percent(line["R_control"], "").replace("-", "\u2212")
         yield {
-            "holds": bool(first["R_ci_low"] > 0 and first["hand_over_ci_low"] == first["hand_over_ci_low"]),
+            "holds": bool(line["R_ci_low"] > 0 and line["hand_over_ci_low"] == line["hand_over_ci_low"]),
             "style": style,
-            "source": source,
-            "n": first["n"],
-            "restored": points(first, "R"),
-            "first": int(first["layer"]),
-            "layer": estimate_text(first, "hand_over_layer", 1, "hand_over_ci_low", "hand_over_ci_high"),
+            "donor": SOURCES.get(source, source),
+            "n": line["n"],
+            "restored": points(line, "R"),
+            "other": f"; that of another prompt's words, {other} %" if pd.notna(line["R_control"]) else "",
+            "at": int(line["layer"]),
+            "layer": estimate_text(line, "hand_over_layer", 1, "hand_over_ci_low", "hand_over_ci_high"),
             "crossing": "" if known else " They hand it over at none of the patched layers.",
-            "p": first["p"],
+            "p": line["p"],
         }
 
 
@@ -495,10 +506,10 @@ CAUSES = Section(
             "hand-over",
             ("patching_layers.csv",),
             hand_over_numbers,
-            "Putting the {source} state of the words edited by {style} into layer {first} restores {restored} % of the "
-            "effect. From layer {layer} on more of it lies in later tokens (n = {n}).",
-            "Putting the {source} state of the words edited by {style} into layer {first} restores {restored} % of the "
-            "effect (n = {n}).{crossing}",
+            "The {donor} state of the words edited by {style}, put into layer {at}, restores {restored} % of the "
+            "effect on the answer{other}. From layer {layer} on more of it lies in later tokens (n = {n}).",
+            "The {donor} state of the words edited by {style}, put into layer {at}, restores {restored} % of the "
+            "effect on the answer{other} (n = {n}).{crossing}",
         ),
         Rule(
             "heads that cause",
