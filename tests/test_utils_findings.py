@@ -151,8 +151,8 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean word "
         "and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
         "The control's state of the words edited by typo@2, put into layer 10, restores 80 [70, 90] % of the effect "
-        "on the answer; that of another prompt's words, −50 %. From layer 12.4 [10.0, 14.8] on more of it lies in later "
-        "tokens (n = 40).",
+        "on the answer; that of another prompt's words, −50 %. From layer 12.4 [10.0, 14.8] on more of it lies in "
+        "later tokens (n = 40).",
         "1 of 3 heads restore a part of the effect of typo@2 when they alone are patched (n = 40). The largest "
         "(layer.head): 9.0 (12 [8, 16] %).",
     ]
@@ -183,7 +183,8 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "Of 230 heads chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = 74; the "
         "set as a whole: adjusted p = 0.400). That is not enough to name one.",
         "The control's state of the words edited by typo@2, put into layer 10, restores 2 [−8, 12] % of the effect "
-        "on the answer; that of another prompt's words, −50 % (n = 40). They hand it over at none of the patched layers.",
+        "on the answer; that of another prompt's words, −50 % (n = 40). They hand it over at none of the patched "
+        "layers.",
         "No head restores a clear part of the effect of typo@2 when it alone is patched (n = 40). The 95 % interval of "
         "a typical head reaches 4 points to either side.",
     ]
