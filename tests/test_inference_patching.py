@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -404,6 +406,17 @@ def test_a_run_writes_every_cell_beside_its_baseline_and_its_proof(whole, tmp_pa
     assert (content["sld"] <= content["donor_sld"] + 1e-3).float().mean() > 0.5
 
 
+def assert_equal_files(found, expected):
+    assert found.keys() == expected.keys()
+    for name, content in expected.items():
+        assert content.keys() == found[name].keys()
+        for key, value in content.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(found[name][key], value, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert found[name][key] == value, key
+
+
 def test_a_stopped_run_goes_on_and_shards_share_the_files(whole, tmp_path):
     flags = ["--positions", "edited", "--sites", "resid_pre"]
     words = command(whole, tmp_path / "a", *flags)
@@ -413,16 +426,31 @@ def test_a_stopped_run_goes_on_and_shards_share_the_files(whole, tmp_path):
     assert patch_activations.main(words) == 0
     for shard in ("0/2", "1/2"):
         assert patch_activations.main([*command(whole, tmp_path / "b", *flags), "--shard", shard]) == 0
-    for again in (files_of(tmp_path / "a"), files_of(tmp_path / "b")):
-        for name, content in files.items():
-            assert content.keys() == again[name].keys()
-            for key, value in content.items():
-                if isinstance(value, torch.Tensor):
-                    torch.testing.assert_close(again[name][key], value, rtol=0, atol=0, equal_nan=True)
-                else:
-                    assert again[name][key] == value, key
+    for folder in ("a", "b"):
+        assert_equal_files(files_of(tmp_path / folder), files)
     with pytest.raises(UserError, match=r"holds patches of other settings \(seed: 0 there, 1 now\)"):
         patch_activations.main([*words, "--seed", "1"])
+
+
+def test_a_run_that_is_killed_goes_on_to_equal_files(whole, tmp_path, monkeypatch):
+    """SIGKILL right after the first file; the second is left half written, as a real kill may leave it."""
+    flags = ["--positions", "edited", "--sites", "resid_pre", "--layers", "0", "1"]
+    monkeypatch.setattr(patch_job, "ROWS_PER_FILE", 4)
+    assert patch_activations.main(command(whole, tmp_path / "a", *flags)) == 0
+    words = command(whole, tmp_path / "b", *flags)
+    code = (
+        f"import sys, os, signal; sys.path[:0] = {sys.path!r}\n"
+        "import patch_activations\nfrom capture import patch_job\n"
+        "patch_job.ROWS_PER_FILE, save = 4, patch_job.save_pt\n"
+        "patch_job.save_pt = lambda *args: (save(*args), os.kill(os.getpid(), signal.SIGKILL))\n"
+        f"patch_activations.main({words!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert [*files_of(tmp_path / "b")] == ["patches_00000_00004.pt"]
+    (tmp_path / "b/swap/.patches_00004_00008.pt.1.part").write_bytes(b"half")
+    assert patch_activations.main(words) == 0
+    assert_equal_files(files_of(tmp_path / "b"), files_of(tmp_path / "a"))
+    assert len(files_of(tmp_path / "a")) == 2
 
 
 def test_the_clean_prompt_itself_as_donor(whole, tmp_path):
