@@ -267,7 +267,7 @@ def test_a_head_whose_reaction_goes_with_wrong_answers_is_named(tmp_path) -> Non
     assert best["ci_low"] > 0.5
     assert (best["n"], best["n_flipped"]) == (79, wrong.sum() - wrong[5])
     assert best["change_if_flipped"] > best["change_if_still_right"]
-    assert (out / "head_answer_flips.png").stat().st_size > 10_000
+    assert (out / "head_answer_flips_swap.png").stat().st_size > 10_000
     assert json.loads((run / "prompts.json").read_text())[0]["_template"] == open_run(run).template(0)
 
 

@@ -462,7 +462,7 @@ def test_time_is_linear(name):
             start = time.process_time()
             parse_prediction_text(text, prompt)
             times.append(time.process_time() - start)
-        assert min(times) / (len(text) / 1024 + 1) < 0.025
+        assert min(times) / (len(text) / 1024 + 1) < 0.06  # seconds a KiB; a quadratic one takes a multiple
 
 
 def test_random_texts_never_raise_and_are_read_twice_alike():

@@ -19,6 +19,7 @@ import numpy as np
 from file_output import read_csv
 from gold_words import answer_texts
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from load_model import load_tokenizer
 from logger import get_logger
 from next_token_change import last_logits, next_token_change
@@ -402,8 +403,11 @@ def tokenizer_of(run: Run) -> Any:
     here = next(
         (folder for folder in (Path(name), ROOT / "models" / name) if (folder / "tokenizer.json").is_file()), None
     )
-    # A report is written without a network.
-    if here is None and not isinstance(try_to_load_from_cache(name, "tokenizer.json", revision=revision), str):
+    try:  # a report is written without a network
+        cached = isinstance(try_to_load_from_cache(name, "tokenizer.json", revision=revision), str)
+    except HFValidationError:  # the name of a local folder, which no model on the hub can have
+        cached = False
+    if here is None and not cached:
         get_logger().warning(
             f"{run.path}: its model {name} is not on this machine, so the pair viewer shows token ids; put it into "
             f"{ROOT / 'models' / name}"
