@@ -457,10 +457,14 @@ def cause_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         }
 
 
-PATCHED = (
-    *("n", "R", "R_first_half", "R_second_half", "nats_restored", "p_adjusted"),
-    *("R_control", "p_adjusted_vs_control"),
-)
+def units_one_at_a_time(unit: str, caption: str) -> TableOf:
+    """The surest lines of patching_heads.csv or patching_neurons.csv; unit: head or neuron."""
+    columns = (
+        *("style", "source", "site", "direction", "donor", "layer", unit, "n", "R", "R_first_half", "R_second_half"),
+        *("nats_restored", "p_adjusted", "R_control", "p_adjusted_vs_control"),
+    )
+    return TableOf(f"patching_{unit}s.csv", caption, columns, (("donor", "own"),), 5, "p")
+
 
 CAUSES = Section(
     name="causal_effects",
@@ -479,22 +483,8 @@ CAUSES = Section(
         Plots("patching_*.png", "Patching, seen another way.", left_out=True),
     ),
     tables=(
-        TableOf(
-            "patching_heads.csv",
-            "Heads and units patched one at a time",
-            ("style", "source", "site", "direction", "donor", "layer", "head", *PATCHED),
-            (("donor", "own"),),
-            5,
-            "p",
-        ),
-        TableOf(
-            "patching_neurons.csv",
-            "Neurons patched one at a time",
-            ("style", "source", "site", "direction", "donor", "layer", "neuron", *PATCHED),
-            (("donor", "own"),),
-            5,
-            "p",
-        ),
+        units_one_at_a_time("head", "Heads and units patched one at a time"),
+        units_one_at_a_time("neuron", "Neurons patched one at a time"),
         TableOf("patching_sets.csv", "Sets of heads or units, beside random sets of the same layers"),
         TableOf("patching_reactions.csv", "Do the units that react also cause? Rank correlation over units"),
         TableOf(
