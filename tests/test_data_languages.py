@@ -372,3 +372,19 @@ def test_any_text_in_any_language_gives_sound_variants_or_none(text: str, code: 
     (made,), _, _ = variants_of([row], [*STYLES, *DOSES], seed=seed)
     assert made["normal"] == row["normal"]
     assert_sound(row, made)
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("请回答：中国的首都是哪座城市？", False),
+        ("Как называется столица Франции, и почему?", False),
+        ("Please translate the sentence: 你好", True),
+        ("7 + 5 =", True),
+    ],
+)
+def test_a_text_in_foreign_letters_gets_no_english_tone(text: str, made: bool) -> None:
+    rows, _, summary = variants_of([{"normal": text}], ("polite", "swap"))
+    assert ("polite" in rows[0]) is made
+    reasons = " ".join(summary["styles"]["polite"]["lacking"])
+    assert ("not in the letters of English; name its language in _language or with --language" in reasons) is not made

@@ -290,3 +290,24 @@ def test_variants_may_be_made_anew_after_a_repair(tmp_path):
     flags = ["--prompt_file", str(tmp_path / "out.json"), "--output_file", str(tmp_path / "new.json")]
     assert make_variants.main([*flags, "--styles", "missing"]) == 0
     assert json.loads((tmp_path / "new.json").read_text())[0]["repaired@swap"] == rows[0]["repaired@swap"]
+
+
+@pytest.mark.parametrize(
+    ("text", "repaired", "fault"),
+    [
+        ("Frnace lies on the continent of", "France lies on the continent of Asia", "'Asia'"),
+        ("Frnace lies on the continent of", "France lies on the continent of: Asia.", "': Asia.'"),
+        ("Frnace lies on the continent of", "France lies on the continent of.", None),
+        ("Draw a dog and thecat", "Draw a dog and the cat", None),
+        ("法国的手都是", "法国的首都是巴黎", "'巴黎'"),
+    ],
+)
+def test_a_repair_does_not_complete_the_prompt(text, repaired, fault):
+    found = verify_repair(text, repaired, {})
+    assert found == ([("wrong_edit", f"words follow the end of the prompt: {fault}")] if fault else [])
+
+
+def test_prompts_without_a_repair_are_counted():
+    rows = [FACT, FACT | {"repaired@swap": FACT["normal"]}]
+    (line,) = summary_lines(rows, ["swap"], count_repairs(rows, ["swap"]))
+    assert line.endswith("1 of 1 prompts are as the clean form; 1 more have no repair")

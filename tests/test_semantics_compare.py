@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from command_line import UserError
 from compare_responses import main
+from report_tables import rows_of
 from run_store import open_run
 from scipy import stats
+from semantics.answer_sections import SIMILARITY
 from semantics.refusals import is_refusal
 from semantics.responses import response_rows
 from semantics.similarity import (
@@ -311,3 +314,13 @@ def test_the_embedded_model_knows_paraphrases():
     texts = ["The answer is twelve.", "Twelve is the result.", "Bananas grow in warm countries."]
     vectors = [embed(texts)[text][0] for text in texts]
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
+
+
+def test_the_clean_form_alone_has_no_picture(tmp_path: Path, embedder: Embedder):
+    folder = write_run(tmp_path / "run", prompt_rows(4))
+    for style in set(open_run(folder).styles) - {"normal"}:
+        shutil.rmtree(folder / style)
+    arguments = ["--run_dir", str(folder), "--results_dir", str(tmp_path / "out"), "--embedding_model", embedder.name]
+    assert main(arguments) == 0
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert rows_of(tmp_path / "out", SIMILARITY.tables[0]) is None

@@ -454,3 +454,20 @@ def test_the_interval_of_a_ratio_holds_in_19_of_20_runs():
         found = clustered_ratio(bottom * rng.normal(0.5, 0.4, 80), bottom, np.repeat(np.arange(40), 2))
         inside += found.ci_low <= 0.5 <= found.ci_high
     assert 0.92 < inside / 1000 < 0.97
+
+
+def test_a_difference_of_shares_has_no_interval_beyond_one():
+    items = pd.DataFrame(
+        [
+            {"style": style, "original_index": row, "prompt": style, "correct": float(style == "normal" and row != 1)}
+            for style in ("normal", "swap", "same")
+            for row in range(3)
+        ]
+    )
+    items.loc[items["style"] == "same", "correct"] = [1.0, 0.0, 1.0]
+    table = paired_summary(items, "correct", interval="wilson").set_index("style")
+    assert table.loc["swap", "difference_ci_low"] == -1
+    assert table.loc["swap", "difference_ci_high"] == pytest.approx(-2 / 3 + 4.3027 / 3, abs=1e-3)
+    assert table.loc["same", "difference"] == 0
+    assert np.isnan(table.loc["same", "difference_ci_low"])
+    assert paired_summary(items, "correct").set_index("style").loc["swap", "difference_ci_low"] < -2

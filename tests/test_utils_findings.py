@@ -1,5 +1,7 @@
 """The sentences of a run: planted effects give them with the right numbers, a run without effects makes no claim."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,7 +33,7 @@ def accuracy(style, difference, p, half=0.06):
 
 
 def part_line(style, p, share, prefix="split", **values):
-    line = {"style": style, "measure": "accuracy", "control": f"{prefix}@{style}", "n": 149}
+    line = {"style": style, "measure": "accuracy", "control": f"{prefix}@{style}", "n": 149, "n_clusters": 112}
     for part in PARTS:
         line |= with_interval(part, values[part], 0.08) | {f"{part}_p_adjusted": p}
     return line | with_interval("fragmentation_share", share, 0.12)
@@ -62,6 +64,7 @@ def write_run(folder, effect, repeats=True):
         "answers_summary": [
             {"style": "normal", "n": 150, "n_paired": 0, "estimate": 0.55, "p_adjusted": np.nan, "difference": np.nan},
             accuracy("swap", falls[1], p), accuracy("split@swap", -0.9, 1e-12), accuracy("typo@2", falls[0], p),
+            accuracy("split@typo@2", -0.2, 1e-12),
             accuracy("polite", -0.01, 0.8),
         ],
         "decomposition": [
@@ -124,40 +127,37 @@ def write_run(folder, effect, repeats=True):
 def test_planted_effects_are_told_with_their_numbers(tmp_path):
     found = findings(write_run(tmp_path, effect=True))
     assert [one.text for one in found] == [
-        "Of 3 styles, typo@2 costs most: 5 % of the answers are right, with the clean prompt 55 %. That is a change of "
-        "−50 [−56, −44] points (n = 150, adjusted p < 0.001). Accuracy also falls with swap.",
-        "The change with typo@2, −50 [−58, −42] points on the prompts that have the control, has two parts: −30 "
-        "[−38, −22] points come from more tokens (split@typo@2, the clean words in as many tokens), −20 [−28, −12] "
-        "points from the letters (n = 149). The first part is 60 % [48, 72] of the change.",
-        "The change with polite, −11 [−19, −3] points on the prompts that have the control, has two parts: −9 [−17, "
-        "−1] points come from the length (neutral@polite, neutral sentences of as many tokens), −2 [−10, 6] points "
-        "from the tone (n = 149).",
-        "Each one-letter edit changes the accuracy by −25 [−29, −21] points on average (normal, typo@1, typo@2; n = "
-        "148, p < 0.001).",
-        "The words mistyped by typo@2 are recovered, which means that their state is the nearest to their own clean "
-        "state, in 24 of 150 prompts, those of split@typo@2 in 48 of 149. That is 4.7 [2.9, 6.5] layers later than "
-        "with the control (n = 149, adjusted p < 0.001; a word that is never recovered counts as one layer beyond the "
-        "last).",
-        "The words mistyped by typo@2 are nearest to their own clean state most often at layer 7: in 15 % [9, 21] of "
-        "the prompts, 16 [9, 23] points fewer than with split@typo@2 (n = 149).",
-        "The logit lens reads the clean word from the one mistyped by typo@2 best at layer 14 (median rank 12, 3 with "
-        "the control). Its log probability there is 1.50 [1.00, 2.00] nats lower than with split@typo@2 (n = 150, "
-        "adjusted p < 0.001).",
-        "In 2 of 3 heads the last token's attention to the words mistyped by typo@2 differs from that in split@typo@2 "
-        "(n = 149). The surest (layer.head): 7.0 (×2.00 [1.41, 2.83]) and 7.1 (×0.50 [0.35, 0.71]). The ranking of the "
-        "heads repeats on the other half of the prompts: rank correlation 0.78 [0.68, 0.88].",
-        "Chosen on one half of the prompts, 230 neurons are more active for typo@2 than for the clean word and for "
-        "split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
-        "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean word "
-        "and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
-        "The control's state of the words edited by typo@2, put into layer 10, restores 80 [70, 90] % of the effect "
-        "on the answer; that of another prompt's words, −50 %. From layer 12.4 [10.0, 14.8] on more of it lies in "
-        "later tokens (n = 40).",
-        "1 of 3 heads restore a part of the effect of typo@2 when they alone are patched (n = 40). The largest "
-        "(layer.head): 9.0 (12 [8, 16] %).",
+        "Yes: with typo@2, the worst of 3 styles, 5 % of the answers are right instead of 55 %. That is a change "
+        "of −50 [−56, −44] points (n = 150, adjusted p < 0.001). Accuracy also falls with swap.",
+        "Each one-letter edit changes the accuracy by −25 [−29, −21] points on average (normal, typo@1, typo@2; n"
+        " = 148, p < 0.001).",
+        "60 % [48, 72] of the change with typo@2. Of −50 [−58, −42] points, −30 [−38, −22] points come from more "
+        "tokens alone (split@typo@2: the clean words in as many tokens), and −20 [−28, −12] points from the "
+        "letters (n = 149).",
+        "The change with polite has two parts. Of −11 [−19, −3] points, −9 [−17, −1] points come from the length "
+        "alone (neutral@polite: neutral sentences of as many tokens), and −2 [−10, 6] points from the tone (n = "
+        "149).",
+        "Most often at layer 7: there 15 % [9, 21] of the words mistyped by typo@2 are nearest to their own clean"
+        " state, 16 [9, 23] points fewer than with split@typo@2 (n = 149, adjusted p < 0.001).",
+        "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
+        " 48 of 149. It does so 4.7 [2.9, 6.5] layers later than with the control (n = 149, adjusted p < 0.001).",
+        "The logit lens finds the clean word best at layer 14, where its median rank is 12 with typo@2 and 3 with"
+        " split@typo@2. Its log probability is 1.50 [1.00, 2.00] nats lower (n = 150, adjusted p < 0.001).",
+        "Up to layer 12.4 [10.0, 14.8] the effect of typo@2 on the answer lies in the mistyped words, and after "
+        "it in later tokens. At layer 10 the control's state of these words undoes 80 % [70, 90] of it; another "
+        "prompt's words make it worse (−50 %) (n = 40).",
+        "Head 7.0 (layer.head): the last token's attention to the words mistyped by typo@2 is 2.00 [1.41, 2.83] "
+        "times that with split@typo@2. In all, 2 of 3 heads differ, next 7.1 (0.50 [0.35, 0.71] times) (n = 149)."
+        " Their ranking repeats on other prompts: rank correlation 0.78 [0.68, 0.88].",
+        "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean "
+        "word and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
+        "Chosen on one half of the prompts, 230 neurons are more active for typo@2 than for the clean word and "
+        "for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
+        "Head 9.0 (layer.head): patched alone, it undoes 12 % [8, 16] of the effect of typo@2 on the answer. In "
+        "all, 1 of 3 heads undoes a part (n = 40).",
     ]
-    assert [one.n for one in found] == [150, 149, 149, 148, 149, 149, 150, 149, 74, 74, 40, 40]
-    assert [one.source for one in found][:2] == ["answers_summary.csv", "decomposition.csv"]
+    assert [one.n for one in found] == [150, 148, 149, 149, 149, 149, 150, 40, 149, 74, 74, 40]
+    assert [one.source for one in found][:3] == ["answers_summary.csv", "robustness_summary.csv", "decomposition.csv"]
     assert all(one.is_claim for one in found)
 
 
@@ -165,34 +165,41 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
     found = findings(write_run(tmp_path, effect=False))
     assert not any(one.is_claim for one in found)
     assert [one.text for one in found] == [
-        "None of 3 styles lowers the accuracy detectably. The lowest change is −3 [−9, 3] points, with typo@2 (n = "
-        "150, adjusted p = 0.400). A change of 10.0 points would have been found (80 % power).",
-        "The accuracy shows no slope over the number of edits (normal, typo@1, typo@2; n = 148, p = 0.400). A change "
-        "of 3.1 points per edit would have been found (80 % power).",
-        "No difference shows between the layers at which the words mistyped by typo@2 and those of split@typo@2 are "
-        "recovered: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A difference of 2.8 layers would have "
-        "been found (80 % power).",
-        "The logit lens reads the clean word from the one mistyped by typo@2 best at layer 14 (median rank 12, 3 with "
-        "the control). No difference to split@typo@2 shows there (n = 150, adjusted p = 0.400); one of 0.83 nats would "
-        "have been found (80 % power).",
-        "No head can be named whose attention to the words mistyped by typo@2 differs from that in split@typo@2 and "
-        "repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would have been found "
-        "(80 % power).",
-        "Of 230 neurons chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = 74; the "
-        "set as a whole: adjusted p = 0.400). That is not enough to name one.",
-        "Of 230 heads chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = 74; the "
-        "set as a whole: adjusted p = 0.400). That is not enough to name one.",
-        "The control's state of the words edited by typo@2, put into layer 10, restores 2 [−8, 12] % of the effect "
-        "on the answer; that of another prompt's words, −50 % (n = 40). They hand it over at none of the patched "
-        "layers.",
-        "No head restores a clear part of the effect of typo@2 when it alone is patched (n = 40). The 95 % interval of "
-        "a typical head reaches 4 points to either side.",
+        "Not detectably: with typo@2, the worst of 3 styles, the accuracy changes by −3 [−9, 3] points (n = 150, "
+        "adjusted p = 0.400). A change of 10.0 points would have been found (80 % power).",
+        "The accuracy shows no slope over the number of edits (normal, typo@1, typo@2; n = 148, p = 0.400). A "
+        "change of 3.1 points per edit would have been found (80 % power).",
+        "Not known, because the change with typo@2, −3 [−11, 5] points, is not clear of 0 (n = 149, adjusted p = "
+        "0.400). A change of 13.2 points would have been found (80 % power).",
+        "Not known, because the change with polite, −11 [−19, −3] points, is not clear of 0 (n = 149, adjusted p "
+        "= 0.400). A change of 13.2 points would have been found (80 % power).",
+        "Most often at layer 7: there 15 % [9, 21] of the words mistyped by typo@2 are nearest to their own clean"
+        " state. The difference to split@typo@2 is not clear of 0 (n = 149, adjusted p = 0.400). A difference of "
+        "11.6 points would have been found (80 % power).",
+        "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
+        " 48 of 149. No difference in depth shows: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A "
+        "difference of 2.8 layers would have been found (80 % power).",
+        "The logit lens finds the clean word best at layer 14, where its median rank is 12 with typo@2 and 3 with"
+        " split@typo@2. Its log probability does not differ clearly (n = 150, adjusted p = 0.400). A difference "
+        "of 0.8 nats would have been found (80 % power).",
+        "At layer 10 the control's state of the words mistyped by typo@2 undoes 2 % [−8, 12] of its effect on the"
+        " answer; another prompt's words make it worse (−50 %) (n = 40). At none of the patched layers does the "
+        "effect pass to later tokens.",
+        "None can be named: no head's attention to the words mistyped by typo@2 differs from that with "
+        "split@typo@2 and repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would"
+        " have been found (80 % power).",
+        "Of 230 heads chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = 74; "
+        "the set as a whole: adjusted p = 0.400). That is not enough to name one.",
+        "Of 230 neurons chosen on one half of the prompts for typo@2, 115 are confirmed on the other half (n = "
+        "74; the set as a whole: adjusted p = 0.400). That is not enough to name one.",
+        "None can be named: of 3 heads patched one at a time, none undoes a clear part of the effect of typo@2 (n"
+        " = 40). The 95 % interval of a typical head reaches 4 points to either side.",
     ]
 
 
 def test_heads_whose_ranking_does_not_repeat_are_not_named(tmp_path):
     texts = [one.text for one in findings(write_run(tmp_path, effect=True, repeats=False))]
-    assert any(text.startswith("No head can be named") for text in texts)
+    assert any(text.startswith("None can be named: no head's attention") for text in texts)
     assert not any("7.0" in text for text in texts)
 
 
@@ -203,7 +210,7 @@ def test_a_missing_table_takes_its_sentence_with_it(tmp_path, gone):
     found = findings(tmp_path)
     assert f"{gone}.csv" not in {one.source for one in found}
     if gone == "answers_summary":  # the style is then that of the smallest p, the first of equals
-        assert found[0].text.startswith("The change with swap")
+        assert found[1].text.startswith("60 % [48, 72] of the change with swap")
 
 
 def test_nothing_varied(tmp_path):
@@ -211,9 +218,42 @@ def test_nothing_varied(tmp_path):
     table = pd.DataFrame(lines).assign(estimate=0.5, minimum_detectable_difference_adjusted=np.nan)
     table.to_csv(tmp_path / "maths_summary.csv", index=False)
     assert [one.text for one in findings(tmp_path)] == [
-        "None of 1 style lowers the accuracy detectably. The lowest change is 0 points, with swap (n = 150, no p, "
-        "because nothing varied)."
+        "Not detectably: with swap, the accuracy changes by 0 points (n = 150, no p, because nothing varied)."
     ]
+
+
+QUESTIONS = [
+    "Do the answers get worse?",
+    "How much of it is tokenisation?",
+    "How much of a tone's effect is its length?",
+    "Where inside is the word repaired?",
+    "Which head should I look at?",
+    "Which neurons react?",
+    "Which head changes the answer?",
+]
+
+
+@pytest.mark.parametrize("effect", [True, False])
+def test_every_question_of_a_reader_is_answered_once_in_order(tmp_path, effect):
+    asked = [one.question for one in findings(write_run(tmp_path, effect=effect))]
+    assert [question for question, _ in itertools.groupby(asked)] == QUESTIONS
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ((0.2, 0.2), " A change of 20.0 points would have been found (80 % power)."),
+        ((0.2, 1.8), " A change of 20.0 points would have been found (80 % power)."),
+        ((1.5, 1.8), " With so few prompts no change would have been found."),
+    ],
+)
+def test_no_change_beyond_all_answers_is_said_to_be_found(tmp_path, limits, told):
+    lines = [accuracy("normal", np.nan, np.nan), accuracy("swap", -0.1, 0.4), accuracy("polite", 0.0, 0.5)]
+    for line, limit in zip(lines[1:], limits, strict=True):
+        line["minimum_detectable_difference_adjusted"] = limit
+    pd.DataFrame(lines).to_csv(tmp_path / "maths_summary.csv", index=False)
+    (finding,) = findings(tmp_path)
+    assert finding.text.endswith(f"(n = 150, adjusted p = 0.400).{told}")
 
 
 def test_a_style_without_a_control_has_no_parts(tmp_path):
@@ -231,8 +271,9 @@ def test_the_noise_of_the_numbers_is_no_claim(tmp_path):
     pd.DataFrame([accuracy("normal", np.nan, np.nan), accuracy("swap", -0.3, 1e-9), again]).to_csv(
         tmp_path / "maths_summary.csv", index=False
     )
-    harm, noise = findings(tmp_path)
-    assert (harm.is_claim, noise.is_claim) == (True, False)
+    harm, noise, parts = findings(tmp_path)
+    assert (harm.is_claim, noise.is_claim, parts.is_claim) == (True, False, False)
+    assert parts.text.startswith("Not known, because the run has no control of swap: split@swap if it is a typo")
     assert noise.text == (
         "Numerical noise: the same clean prompts in other batches change 3 of 150 verdicts (1 [−5, 7] points)."
     )

@@ -342,8 +342,9 @@ def test_a_picture_of_each_style_is_picked_by_its_name_the_worst_first(made, tmp
 def test_a_sentence_leads_to_its_section(made, tmp_path):
     run, results = made
     text = build_report([(run, results)], tmp_path / "r.html").read_text(encoding="utf-8")
-    lines = re.findall(r'<li class="(claim|open)">(.*?)<a href="#(.*?)">', text)
+    lines = re.findall(r'<p class="(claim|open)">(.*?)<a href="#(.*?)">', text)
     assert lines
+    assert text.count("<h4>Do the answers get worse?</h4>") == 1
     assert lines[0][2] == "run-1-are-the-answers-right"
     assert 'id="run-1-are-the-answers-right"' in text
 

@@ -223,3 +223,16 @@ def test_edited_words_have_their_clean_twins(clean, variant, in_clean, in_varian
 def test_words_keep_accents_and_soft_hyphens_together():
     text = "naïve cafe\u0301 ca\u00adt 3.5 😀"
     assert [text[a:b] for a, b in words_of(text)] == ["naïve", "cafe\u0301", "ca\u00adt", "3", ".", "5", "😀"]
+
+
+@pytest.mark.parametrize(
+    ("clean", "variant", "words"),
+    [
+        ("请回答：中国的首都是哪座城市？", "请回答：中国的手都是哪座城市？", ["首"]),
+        ("東京はどこですか", "東京はどこてすか", ["で"]),
+        ("กินข้าว ที่ไหน", "กินข่าว ที่ไหน", ["ข้"]),
+        ("请用 Python 写程序", "请用 Pyhton 写程序", ["Python"]),
+    ],
+)
+def test_without_spaces_between_words_a_letter_is_a_word(clean, variant, words):
+    assert [clean[slice(*span)] for span in edited_spans(clean, variant)[0]] == words

@@ -21,6 +21,7 @@ DATA = Path(__file__).resolve().parents[1]
 WORD_LISTS: dict[str, Any] = tomllib.loads((DATA / "word_lists.toml").read_text(encoding="utf-8"))
 LANGUAGE_KEY = "_language"  # of a row; without it the row is English
 ENGLISH_STYLES = frozenset({"grammar", "homonym", "real_word", "polite", "urgent", "rude"})
+OWN_LETTERS = 0.25  # share of a text's letters that its language has, at least
 REAL_WORD_ZIPF = 3.0
 MARKS = "\u0300-\u036f"  # accents that follow their letter in Unicode's form NFD
 LETTERS = rf"(?:[^\W\d_][{MARKS}]*)+"
@@ -87,11 +88,16 @@ class Language:
         """True for a word that decides a calculation, such as `minus`."""
         return _is_one_of(self.arithmetic_words, folded(word))
 
-    def lacks(self, style: str) -> str | None:
-        """Why `style` cannot be made in this language; None if it can."""
+    def lacks(self, style: str, text: str = "") -> str | None:
+        """Why `style` cannot be made of `text` in this language; None if it can."""
         if style in ENGLISH_STYLES and self.code != "en":
             return "it is made in English alone"
-        return None if self.keyboard else f"{self.name} is written without spaces between words"
+        if not self.keyboard:
+            return f"{self.name} is written without spaces between words"
+        letters = [sign for sign in folded(text) if sign.isalpha()]
+        if sum(sign in self.alphabet for sign in letters) < OWN_LETTERS * len(letters):
+            return f"it is not in the letters of {self.name}; name its language in {LANGUAGE_KEY} or with --language"
+        return None
 
 
 @lru_cache(maxsize=65536)

@@ -216,7 +216,8 @@ def summary_lines(rows: Sequence[Any], styles: Sequence[str], log: pd.DataFrame)
     """One line for each style: prompts, words put right of those wrong, words spoilt, prompts that are clean again."""
     lines = []
     for style in styles:
-        repaired = [row for _, row, _ in to_repair(rows, [style]) if f"{REPAIRED}{style}" in row]
+        asked = [row for _, row, _ in to_repair(rows, [style])]
+        repaired = [row for row in asked if f"{REPAIRED}{style}" in row]
         clean = sum(row[f"{REPAIRED}{style}"] == clean_text(row) for row in repaired)
         counts = Counter(log.loc[log["style"] == style, "outcome"])
         wrong = counts["put_right"] + counts["left"] + counts["changed"]
@@ -224,5 +225,6 @@ def summary_lines(rows: Sequence[Any], styles: Sequence[str], log: pd.DataFrame)
             f"{style}: {counts['put_right']} of {wrong} wrong words put right, {counts['left']} left, "
             f"{counts['changed']} changed to another wrong word, {counts['spoilt']} right words spoilt; "
             f"{clean} of {len(repaired)} prompts are as the clean form"
+            + (f"; {len(asked) - len(repaired)} more have no repair" if len(asked) > len(repaired) else "")
         )
     return lines

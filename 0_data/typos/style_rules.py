@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from typing import Any
 
 from load_json import STYLES
@@ -76,7 +76,8 @@ def spans_to_keep(text: str, row: dict[str, Any]) -> list[Span]:
 def verify_repair(text: str, repaired: str, row: dict[str, Any]) -> list[Fault]:
     """What is wrong with `repaired` as the repair of the style's `text`; empty if nothing is.
 
-    Numbers, operators and protected text stay, and the other words differ by at most three letters each.
+    Numbers, operators and protected text stay, no word follows the prompt's last one, and the other words differ by at
+    most three letters each.
     """
     before, after = (_NUMBERS_AND_OPERATORS.findall(one) for one in (text, repaired))
     if before != after:
@@ -86,11 +87,19 @@ def verify_repair(text: str, repaired: str, row: dict[str, Any]) -> list[Fault]:
         if (found := repaired.find(text[start:end], position)) < 0:
             return [("changed_protected", f"protected text of the style is not kept: {text[start:end][:40]!r}")]
         position = found + end - start
-    limit = 3 * sum(edited for *_, edited in aligned_words(text, repaired))
-    old, new = (re.sub(r"[\W_]+", "", one) for one in (text, repaired))
+    aligned = aligned_words(text, repaired)
+    limit = 3 * sum(edited for *_, edited in aligned)
+    old, new = (_letters(one) for one in (text, repaired))
+    ends = [twin for own, twin, _ in takewhile(lambda pair: pair[0] is None, reversed(aligned)) if twin]
+    if (added := _letters(repaired[ends[-1][0] :]) if ends else "") and not old.endswith(added):
+        return [("wrong_edit", f"words follow the end of the prompt: {repaired[ends[-1][0] :][:40]!r}")]
     if osa_distance(old, new, limit=limit) > limit:
         return [("wrong_edit", "more than three letters for each changed word differ from the style")]
     return []
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text)
 
 
 _NUMBERS_AND_OPERATORS = re.compile(

@@ -158,7 +158,7 @@ def make_variants(
         row_id = str(own_id) if own_id is not None else hashlib.sha256(text.encode()).hexdigest()
         keys = chosen_keyboard(keyboard, language_of(row))
         prompt = Prompt(text, row, row_id, seed, intensity, keys, tokenizer, row.get("_where", where))
-        lacking = {style: reason for style in styles if (reason := prompt.language.lacks(style))}
+        lacking = {style: reason for style in styles if (reason := prompt.language.lacks(style, text))}
         new_row = {key: value for key, value in row.items() if key not in styles or key in lacking}
         for style in styles:
             try:

@@ -8,10 +8,21 @@ from pathlib import Path
 
 import pandas as pd
 from answer_files import SUMMARY_FILES
-from findings import ALPHA, Numbers, Rule, counted, join, percent, points, span
+from findings import (
+    ALPHA,
+    Numbers,
+    Rule,
+    detectable,
+    join,
+    limit_text,
+    percent,
+    points,
+    share_text,
+    span,
+)
 from report_section import Headline, Plots, Section, TableOf
 from report_tables import compared
-from style_names import is_again, matched_style, neutral_style
+from style_names import MATCHED, NEUTRAL, is_again, matched_style, neutral_style
 
 KINDS = {"maths": "", "answers": " in words"}
 
@@ -112,29 +123,43 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         "clean": percent(clean["estimate"].iloc[0]) if len(clean) else "?",
         "points": points(worst, "difference"),
         "p": worst["p_adjusted"],
-        "styles": counted(len(styles), "style"),
+        "among": f", the worst of {len(styles)} styles" if len(styles) > 1 else "",
         "others": f" Accuracy {'also ' if holds else ''}{join(also)}." if also else "",
-        "limits": ""
-        if limits.empty
-        else f" A change of {span(100 * limits)} points would have been found (80 % power).",
+        "limits": limits_text(100 * limits),
     }
+
+
+def limits_text(limits: pd.Series) -> str:
+    """The smallest changes in points that could be detected; accuracy cannot change by more than 100."""
+    if limits.empty:
+        return ""
+    if limits.min() > 100:
+        return " With so few prompts no change would have been found."
+    return f" A change of {span(limits[limits <= 100])} points would have been found (80 % power)."
+
+
+def uncontrolled_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """The style with the largest fall in accuracy, if that is clear of 0 and the run has no control of it."""
+    for numbers in accuracy_numbers(table, _):
+        worst = numbers["worst"]
+        if numbers["holds"] and not {MATCHED + worst, NEUTRAL + worst} & {*table["style"]}:
+            yield numbers | {"holds": False}
 
 
 def part_numbers(is_control: Callable[[str], str | None]) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]:
     """The two parts of the change in accuracy with each style that has such a control; it holds if the change is clear
-    of 0 after Holm."""
+    of 0 after Holm over the styles."""
 
     def numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
-        lines = table[(table["measure"] == "accuracy") & table["total_p_adjusted"].notna()]
-        for _, line in lines[lines["control"].map(is_control, na_action="ignore").notna()].iterrows():
-            texts = {"share": ""}
+        of_accuracy = table[table["measure"] == "accuracy"]
+        for _, line in of_accuracy[of_accuracy["control"].map(is_control, na_action="ignore").notna()].iterrows():
+            limit = 100 * detectable(line, "total_ci_low", "total_ci_high", "n_clusters", len(of_accuracy))
+            texts = {"share": f"The change with {line['style']} has two parts"}
             for part in ("fragmentation", "spelling"):
                 sure = line[f"{part}_p_adjusted"] < ALPHA
                 texts[part] = points(line, part) + " points" + ("" if sure else " (not clear of 0)")
             if not math.isnan(line["fragmentation_share_ci_low"]):
-                ends = (percent(line[f"fragmentation_share{end}"], "") for end in ("_ci_low", "", "_ci_high"))
-                low, share, high = ends
-                texts["share"] = f" The first part is {share} % [{low}, {high}] of the change."
+                texts["share"] = f"{share_text(line, 'fragmentation_share')} of the change with {line['style']}"
             yield {
                 "holds": line["total_p_adjusted"] < ALPHA,
                 "style": line["style"],
@@ -142,6 +167,7 @@ def part_numbers(is_control: Callable[[str], str | None]) -> Callable[[pd.DataFr
                 "n": int(line["n"]),
                 "p": line["total_p_adjusted"],
                 "total": points(line, "total"),
+                "limit": limit_text(limit, "A change of {} points", 100),
                 **texts,
             }
 
@@ -158,7 +184,7 @@ def slope_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "forms": line["forms"],
             "points": points(line, "estimate", "ci_low", "ci_high"),
             "p": line["p"],
-            "limit": f"{100 * line['minimum_detectable_difference']:.1f}",
+            "limit": limit_text(100 * line["minimum_detectable_difference"], "A change of {} points per edit", 100),
         }
 
 
@@ -173,43 +199,29 @@ def noise_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         }
 
 
-TWO_PARTS = (
-    "The change with {{style}}, {{total}} points on the prompts that have the control, has two parts: "
-    "{{fragmentation}} come {first}, {{spelling}} {second} (n = {{n}}).{{share}}"
+TWO_PARTS = "{{share}}. Of {{total}} points, {{fragmentation}} come {first}, and {{spelling}} {second} (n = {{n}})."
+NO_PARTS = (
+    "Not known, because the change with {style}, {total} points, is not clear of 0 (n = {n}, {adjusted_p}).{limit}"
 )
+HARM, TOKENS = "Do the answers get worse?", "How much of it is tokenisation?"
 RULES = (
     Rule(
         "harm",
         SUMMARY_FILES,
         accuracy_numbers,
-        "Of {styles}, {worst} costs most: {right} of the answers are right, with the clean prompt {clean}. That is a "
-        "change of {points} points (n = {n}, {adjusted_p}).{others}",
-        "None of {styles} lowers the accuracy detectably. The lowest change is {points} points, with {worst} (n = {n}, "
-        "{adjusted_p}).{others}{limits}",
-    ),
-    Rule(
-        "parts",
-        ("decomposition.csv",),
-        part_numbers(matched_style),
-        TWO_PARTS.format(
-            first="from more tokens ({control}, the clean words in as many tokens)", second="from the letters"
-        ),
-    ),
-    Rule(
-        "parts of a tone",
-        ("decomposition.csv",),
-        part_numbers(neutral_style),
-        TWO_PARTS.format(
-            first="from the length ({control}, neutral sentences of as many tokens)", second="from the tone"
-        ),
+        "Yes: with {worst}{among}, {right} of the answers are right instead of {clean}. That is a change of {points} "
+        "points (n = {n}, {adjusted_p}).{others}",
+        "Not detectably: with {worst}{among}, the accuracy changes by {points} points (n = {n}, {adjusted_p})."
+        "{others}{limits}",
+        HARM,
     ),
     Rule(
         "dose",
         ("robustness_summary.csv",),
         slope_numbers,
         "Each one-letter edit changes the accuracy by {points} points on average ({forms}; n = {n}, {p}).",
-        "The accuracy shows no slope over the number of edits ({forms}; n = {n}, {p}). A change of {limit} points per "
-        "edit would have been found (80 % power).",
+        "The accuracy shows no slope over the number of edits ({forms}; n = {n}, {p}).{limit}",
+        HARM,
     ),
     Rule(
         "noise floor",
@@ -217,5 +229,35 @@ RULES = (
         noise_numbers,
         "",
         "Numerical noise: the same clean prompts in other batches change {flips} of {n} verdicts ({points} points).",
+        HARM,
+    ),
+    Rule(
+        "parts",
+        ("decomposition.csv",),
+        part_numbers(matched_style),
+        TWO_PARTS.format(
+            first="from more tokens alone ({control}: the clean words in as many tokens)", second="from the letters"
+        ),
+        NO_PARTS,
+        TOKENS,
+    ),
+    Rule(
+        "no parts",
+        SUMMARY_FILES,
+        uncontrolled_numbers,
+        "",
+        "Not known, because the run has no control of {worst}: split@{worst} if it is a typo, neutral@{worst} if it is "
+        "a tone.",
+        TOKENS,
+    ),
+    Rule(
+        "parts of a tone",
+        ("decomposition.csv",),
+        part_numbers(neutral_style),
+        TWO_PARTS.format(
+            first="from the length alone ({control}: neutral sentences of as many tokens)", second="from the tone"
+        ),
+        NO_PARTS,
+        "How much of a tone's effect is its length?",
     ),
 )

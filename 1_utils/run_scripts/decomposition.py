@@ -86,7 +86,11 @@ def _answer_line(
 ) -> dict[str, Any] | None:
     if (found := scores_of_forms(scores, (clean_style, control, style))) is None:
         return None
-    return decomposition_line(measure, style, control, *found)
+    line = decomposition_line(measure, style, control, *found)
+    if measure == "accuracy":  # a difference of two shares
+        for end in (f"{part}_ci_{side}" for part in PARTS for side in ("low", "high")):
+            line[end] = float(np.clip(line[end], -1, 1))
+    return line
 
 
 def scores_of_forms(scores: pd.DataFrame, forms: tuple[str, str, str]) -> tuple[np.ndarray, pd.Series, int] | None:

@@ -25,13 +25,15 @@ Numbers = dict[str, Any]
 
 class Rule(NamedTuple):
     """A rule: the files whose first present one is its table; `numbers` of its sentences, one for each style that has
-    some, each with `holds`, `n` and if of one style `style` and `p`; the wording if it holds and if not."""
+    some, each with `holds`, `n` and if of one style `style` and `p`; the wording if it holds and if not; the question
+    of a reader that it answers."""
 
     name: str
     sources: Sequence[str]
     numbers: Callable[[pd.DataFrame, Path], Iterable[Numbers]]
     claim: str
     otherwise: str = ""
+    question: str = ""
 
 
 def sentences(rules: Sequence[Rule], folder: Path) -> list[Finding]:
@@ -53,6 +55,7 @@ def sentences(rules: Sequence[Rule], folder: Path) -> list[Finding]:
                         bool(numbers["holds"]),
                         str(numbers.get("style", "")),
                         None if math.isnan(p) else p,
+                        rule.question,
                     )
                 )
     return found
@@ -73,6 +76,20 @@ def detectable(line: pd.Series, low: str, high: str, n: str, comparisons: int = 
 
 
 # --- numbers as text
+
+
+def limit_text(value: float, text: str, most: float = math.inf) -> str:
+    """` A change of 3.1 points would have been found (80 % power).` from `A change of {} points`.
+
+    Empty if the value is unknown, or more than there can be.
+    """
+    return f" {text.format(f'{value:.1f}')} would have been found (80 % power)." if value <= most else ""
+
+
+def share_text(line: pd.Series, name: str, low: str = "", high: str = "") -> str:
+    """`71 % [59, 84]`."""
+    value, bracket, ends = points(line, name, low, high).partition(" [")
+    return f"{value} %{bracket}{ends}"
 
 
 def percent(value: float, sign: str = " %") -> str:

@@ -317,7 +317,8 @@ def paired_summary(
 
     items: long table with `style` and `original_index`, one line per style x row (x sample: samples are averaged
     within a row first). A NaN value is missing. cluster: a column of items, or a mapping row -> cluster.
-    interval: of the estimate, `t` (clustered mean) or `wilson` (proportions, rows taken as independent).
+    interval: of the estimate, `t` (clustered mean) or `wilson` (proportions, rows taken as independent). A difference
+    of proportions lies between -1 and 1, and so do the ends of its interval.
 
     A row whose `prompt` equals the baseline's prompt of that row is counted in n_identical and left out of the
     paired difference (a boolean column `identical` overrides the comparison). The baseline comes first; its
@@ -393,7 +394,10 @@ def _style_line(rows: pd.DataFrame, style: str, baseline: str, interval: str) ->
         "n_clusters": mean.n_clusters,
         **mean.columns("estimate", "ci"),
     }
-    return line | _difference_fields(rows, known, style, baseline)
+    fields = _difference_fields(rows, known, style, baseline)
+    if interval == "wilson":
+        fields |= {end: float(np.clip(fields[end], -1, 1)) for end in ("difference_ci_low", "difference_ci_high")}
+    return line | fields
 
 
 def _difference_fields(rows: pd.DataFrame, known: pd.DataFrame, style: str, baseline: str) -> dict[str, Any]:

@@ -25,7 +25,8 @@ ENDING = ".section.json"
 class Finding:
     """A sentence, its rule and table, the number of prompts, and whether it claims an effect.
 
-    style, p: of a sentence about one style, so that a reader of several can choose; p None: unknown.
+    style, p: of a sentence about one style, so that a reader of several can choose; p None: unknown. question: that it
+    answers; sentences of one question are shown together.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Finding:
     is_claim: bool
     style: str = ""
     p: float | None = None
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def read_sections(folder: Path) -> list[dict[str, Any]]:
 
 def findings_of(sections: Sequence[Mapping[str, Any]], order: Sequence[str]) -> list[tuple[Finding, str]]:
     """(sentence, heading of its section), one for each rule: of the first style in `order` that has one, else of that
-    with the smallest p."""
+    with the smallest p. Sentences that answer one question follow each other."""
     by_rule: dict[str, list[tuple[Finding, str]]] = {}
     for section in sections:
         for one in section["findings"]:
@@ -166,4 +168,6 @@ def findings_of(sections: Sequence[Mapping[str, Any]], order: Sequence[str]) -> 
         one = found[0]
         return places.get(one.style, len(places)), 2.0 if one.p is None else one.p
 
-    return [min(several, key=rank) for several in by_rule.values()]
+    chosen = [min(several, key=rank) for several in by_rule.values()]
+    questions = list(dict.fromkeys(one.question for one, _ in chosen))
+    return sorted(chosen, key=lambda found: questions.index(found[0].question))

@@ -134,6 +134,8 @@ def rows_of(results: Path, wanted: TableOf) -> Table | None:
     if frame is None:
         return None
     total = len(frame)
+    if {"n", "estimate"} <= {*frame.columns}:
+        frame = frame[(frame["n"] > 0) | frame["estimate"].notna()]  # the clean form beside itself says nothing
     for column, value in wanted.only:
         frame = frame[frame[column] == value] if column in frame.columns else frame
     if wanted.by is not None:

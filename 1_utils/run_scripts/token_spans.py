@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+import regex
 from command_line import UserError
 from rapidfuzz.distance import Levenshtein
 
@@ -25,6 +26,8 @@ ANSWER_MARKER = "\u2402answer\u2403"
 # A template that prints today's date would change the prompts from day to day: it prints this one.
 DATE = "26 Jul 2024"
 FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"  # no space between words
+_UNSPACED_LETTER = regex.compile(rf"(?V1)[[{UNSPACED}]&&\p{{L}}]")
 BASE_REGIONS = ("all", "last", "context", "instruction", "task", "first")
 # White space and more text follow a colon that splits (after `**Task:**` too); a full-width one, or one after Chinese
 # or Japanese, needs no space. `12 : 4` is a ratio, `(:` a smiley, `std:: x` a name.
@@ -197,16 +200,21 @@ def _clean_task(prompt: str, clean: str, task: str | None) -> Span | None:
 
 
 def words_of(text: str) -> list[Span]:
-    """Spans of the words (letters, marks, digits, soft hyphens) and of each single punctuation mark or symbol."""
+    """Spans of the words (letters, marks, digits, soft hyphens) and of each single punctuation mark or symbol.
+
+    In scripts without spaces between words (Chinese, Japanese, Thai …) each letter with its marks is a word.
+    """
     spans: list[Span] = []
     start = None
+    alone = {found.start() for found in _UNSPACED_LETTER.finditer(text)}
     for position, character in enumerate(text):
         if character.isspace():
             kind = " "
         else:
             kind = unicodedata.category(character)[0]
         is_word = kind in "LMNC"
-        if start is not None and not is_word:
+        begins = position in alone or (position - 1 in alone and kind != "M")
+        if start is not None and (begins or not is_word):
             spans.append((start, position))
             start = None
         if is_word and start is None:

@@ -48,9 +48,11 @@ def compare_run(run: Run, args: argparse.Namespace) -> int:
     write_csv(folder / "similarity_summary.csv", table)
     similar = table[table["measure"] == "similarity"]
     others = similar[similar["style"] != clean]
-    plot_similarity(
-        items[~items["identical"]], others, folder / "similarity.png", embed.name, noise_floor(items, clean)
-    )
+    picture, floor = folder / "similarity.png", noise_floor(items, clean)
+    if others.empty and floor is None:
+        picture.unlink(missing_ok=True)
+    else:
+        plot_similarity(items[~items["identical"]], others, picture, embed.name, floor)
     write_section(folder, SIMILARITY)
 
     log = get_logger()

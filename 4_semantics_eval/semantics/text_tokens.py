@@ -5,8 +5,8 @@ from __future__ import annotations
 import unicodedata
 
 import regex
+from token_spans import UNSPACED
 
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"  # no space between words
 TOKEN = regex.compile(rf"(?V1)[\w--[{UNSPACED}]][[\w\p{{M}}\p{{Cf}}]--[{UNSPACED}]]*|(?![\s\p{{Cf}}\p{{Cc}}])\X")
 
 

@@ -14,8 +14,9 @@ from findings import (
     estimate_text,
     factor,
     join,
-    percent,
+    limit_text,
     points,
+    share_text,
     table_of,
 )
 from paired_stats import minimum_detectable_effect
@@ -23,6 +24,7 @@ from report_section import Headline, Plots, Section, TableOf
 from style_names import MADE_IN_STAGE_2, matched_style
 
 SHOWN_HEADS = 3
+WHERE, WHICH_HEAD = "Where inside is the word repaired?", "Which head should I look at?"
 HEAD_MEASURE = "edited_log2_mass_last"
 
 
@@ -87,13 +89,13 @@ def recovery_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "recovered": f"{line['n'] - line['n_censored']:.0f} of {line['n']:.0f}",
             "of_control": ""
             if control is None
-            else f", those of {line['control']} in {control['n'] - control['n_censored']:.0f} of {control['n']:.0f}",
+            else f", with {line['control']} in {control['n'] - control['n_censored']:.0f} of {control['n']:.0f}",
             "layers": estimate_text(
                 line, "difference_to_control", 1, "difference_ci_low", "difference_ci_high", not later
             ),
             "when": "later" if later else "earlier",
             "p": line["p_adjusted"],
-            "limit": f"{limit:.1f}",
+            "limit": limit_text(limit, "A difference of {} layers"),
         }
 
 
@@ -104,17 +106,18 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     for style, own in against_tokens(lines, "p_adjusted").groupby("style", sort=False):
         line = own.loc[own["estimate"].idxmax()]
         fewer = line["difference_to_control"] < 0
+        limit = 100 * detectable(line, "difference_ci_low", "difference_ci_high", "n_with_control", len(lines))
         yield {
             "holds": line["p_adjusted"] < ALPHA,
             "style": style,
             "control": line["control"],
             "n": line["n_with_control"],
             "layer": int(line["layer"]),
-            "share": percent(line["estimate"]),
-            "interval": f"[{percent(line['ci_low'], '')}, {percent(line['ci_high'], '')}]",
+            "share": share_text(line, "estimate", "ci_low", "ci_high"),
             "points": points(line, "difference_to_control", "difference_ci_low", "difference_ci_high", fewer),
             "than": "fewer" if fewer else "more",
-            "p": own["p_adjusted"].min(),
+            "limit": limit_text(limit, "A difference of {} points", 100),
+            "p": line["p_adjusted"],
         }
 
 
@@ -131,10 +134,11 @@ def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "control": line["control"],
             "n": line["n"],
             "layer": int(line["layer"]),
-            "ranks": f"{line['rank_median']:.0f}, {line['control_rank_median']:.0f} with the control",
+            "rank": f"{line['rank_median']:.0f}",
+            "control_rank": f"{line['control_rank_median']:.0f}",
             "nats": estimate_text(line, "difference_to_control", 2, "difference_ci_low", "difference_ci_high", less),
             "than": "lower" if less else "higher",
-            "limit": f"{limit:.2f}",
+            "limit": limit_text(limit, "A difference of {} nats"),
             "p": line["p_adjusted"],
         }
 
@@ -158,7 +162,12 @@ LAYERS = Section(
             "word_recovery*.png",
             "How likely the logit lens finds the clean word at the last token of the mistyped one, by layer.",
         ),
-        Plots("recovery_depth.png", "From which layer on a mistyped word is recovered, by style.", folded=True),
+        Plots(
+            "recovery_depth.png",
+            "From which layer on a mistyped word is recovered, by style: its state is the nearest to its own clean "
+            "state. A word that never is counts as one layer beyond the last.",
+            folded=True,
+        ),
         Plots(
             "logit_lens_*.png", "What each layer would say next (logit lens), against the clean prompt.", folded=True
         ),
@@ -176,32 +185,35 @@ LAYERS = Section(
     ),
     rules=(
         Rule(
-            "recovery",
-            ("activation_diffs_summary.csv",),
-            recovery_numbers,
-            "The words mistyped by {style} are recovered, which means that their state is the nearest to their own "
-            "clean state, in {recovered} prompts{of_control}. That is {layers} layers {when} than with the control (n "
-            "= {n}, {adjusted_p}; a word that is never recovered counts as one layer beyond the last).",
-            "No difference shows between the layers at which the words mistyped by {style} and those of {control} are "
-            "recovered: {layers} layers {when} (n = {n}, {adjusted_p}). A difference of {limit} layers would have been "
-            "found (80 % power).",
-        ),
-        Rule(
             "recovery layer",
             ("activation_diffs.csv",),
             peak_numbers,
-            "The words mistyped by {style} are nearest to their own clean state most often at layer {layer}: in "
-            "{share} {interval} of the prompts, {points} points {than} than with {control} (n = {n}).",
+            "Most often at layer {layer}: there {share} of the words mistyped by {style} are nearest to their own "
+            "clean state, {points} points {than} than with {control} (n = {n}, {adjusted_p}).",
+            "Most often at layer {layer}: there {share} of the words mistyped by {style} are nearest to their own "
+            "clean state. The difference to {control} is not clear of 0 (n = {n}, {adjusted_p}).{limit}",
+            WHERE,
+        ),
+        Rule(
+            "recovery",
+            ("activation_diffs_summary.csv",),
+            recovery_numbers,
+            "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. It "
+            "does so {layers} layers {when} than with the control (n = {n}, {adjusted_p}).",
+            "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. No "
+            "difference in depth shows: {layers} layers {when} (n = {n}, {adjusted_p}).{limit}",
+            WHERE,
         ),
         Rule(
             "word read out",
             ("word_recovery.csv",),
             readout_numbers,
-            "The logit lens reads the clean word from the one mistyped by {style} best at layer {layer} (median rank "
-            "{ranks}). Its log probability there is {nats} nats {than} than with {control} (n = {n}, {adjusted_p}).",
-            "The logit lens reads the clean word from the one mistyped by {style} best at layer {layer} (median rank "
-            "{ranks}). No difference to {control} shows there (n = {n}, {adjusted_p}); one of {limit} nats would have "
-            "been found (80 % power).",
+            "The logit lens finds the clean word best at layer {layer}, where its median rank is {rank} with {style} "
+            "and {control_rank} with {control}. Its log probability is {nats} nats {than} (n = {n}, {adjusted_p}).",
+            "The logit lens finds the clean word best at layer {layer}, where its median rank is {rank} with {style} "
+            "and {control_rank} with {control}. Its log probability does not differ clearly (n = {n}, {adjusted_p})."
+            "{limit}",
+            WHERE,
         ),
     ),
 )
@@ -254,17 +266,24 @@ def head_numbers(table: pd.DataFrame, folder: Path) -> Iterator[Numbers]:
         n = int(own["n_vs_control"].max())
         limit = minimum_detectable_effect(own["standard_error_vs_control"].median(), n - 1, comparisons=len(own))
         named = [
-            f"{head['layer']:.0f}.{head['head']:.0f} (×{factor(head['difference_vs_control'])} "
-            f"[{factor(head['difference_ci_low_vs_control'])}, {factor(head['difference_ci_high_vs_control'])}])"
+            (
+                f"{head['layer']:.0f}.{head['head']:.0f}",
+                f"{factor(head['difference_vs_control'])} "
+                f"[{factor(head['difference_ci_low_vs_control'])}, {factor(head['difference_ci_high_vs_control'])}]",
+            )
             for _, head in sure.head(SHOWN_HEADS).iterrows()
         ]
+        others = join([f"{name} ({times} times)" for name, times in named[1:]])
         yield {
             "holds": bool(len(sure)) and halves is not None and halves["ci_low"] > 0,
             "style": style,
             "control": own["control"].iloc[0],
             "n": n,
             "count": f"{len(sure)} of {len(own)}",
-            "heads": join(named),
+            "first": named[0][0] if named else "",
+            "times": named[0][1] if named else "",
+            "others": f", next {others}" if others else "",
+            "differ": "differs" if len(sure) == 1 else "differ",
             "halves": "" if halves is None else estimate_text(halves, "cross_half_spearman", 2),
             "limit": factor(limit),
             "p": own["p_adjusted_vs_control"].min(),
@@ -335,12 +354,13 @@ HEADS = Section(
             "heads",
             ("head_sensitivity.csv",),
             head_numbers,
-            "In {count} heads the last token's attention to the words mistyped by {style} differs from that in "
-            "{control} (n = {n}). The surest (layer.head): {heads}. The ranking of the heads repeats on the other half "
-            "of the prompts: rank correlation {halves}.",
-            "No head can be named whose attention to the words mistyped by {style} differs from that in {control} and "
-            "repeats on other prompts (n = {n}). In a typical head a change by the factor {limit} would have been "
+            "Head {first} (layer.head): the last token's attention to the words mistyped by {style} is {times} times "
+            "that with {control}. In all, {count} heads {differ}{others} (n = {n}). Their ranking repeats on other "
+            "prompts: rank correlation {halves}.",
+            "None can be named: no head's attention to the words mistyped by {style} differs from that with {control} "
+            "and repeats on other prompts (n = {n}). In a typical head a change by the factor {limit} would have been "
             "found (80 % power).",
+            WHICH_HEAD,
         ),
     ),
 )
@@ -366,7 +386,7 @@ def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]
     return numbers
 
 
-def _unit_rule(unit: str, do: str) -> Rule:
+def _unit_rule(unit: str, do: str, question: str) -> Rule:
     return Rule(
         f"{unit}s found again",
         ("neuron_sensitivity_summary.csv",),
@@ -375,6 +395,7 @@ def _unit_rule(unit: str, do: str) -> Rule:
         "On the other half {confirmed} of them are confirmed (n = {n}, {adjusted_p}).",
         f"Of {{found}} {unit}s chosen on one half of the prompts for {{style}}, {{confirmed}} are confirmed on the "
         "other half (n = {n}; the set as a whole: {adjusted_p}). That is not enough to name one.",
+        question,
     )
 
 
@@ -393,7 +414,10 @@ UNITS = Section(
             ),
         ),
     ),
-    rules=(_unit_rule("neuron", "neurons are more active"), _unit_rule("head", "heads focus their attention more")),
+    rules=(
+        _unit_rule("head", "heads focus their attention more", WHICH_HEAD),
+        _unit_rule("neuron", "neurons are more active", "Which neurons react?"),
+    ),
 )
 
 
@@ -417,17 +441,19 @@ def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         before = part[part["layer"] <= part["hand_over_layer"]]
         line = before.iloc[-1] if len(before) else part.iloc[0]
         known = line["hand_over_layer"] == line["hand_over_layer"]
-        other = percent(line["R_control"], "").replace("-", "\u2212")
+        other, worse = points(line, "R_control", "R_control", "R_control").partition(" ")[0], line["R_control"] < 0
+        other = f"; another prompt's words {'make it worse' if worse else 'undo part of it'} ({other} %)"
+        other = other if pd.notna(line["R_control"]) else ""
         yield {
             "holds": bool(line["R_ci_low"] > 0 and line["hand_over_ci_low"] == line["hand_over_ci_low"]),
             "style": style,
             "donor": SOURCES.get(source, source),
             "n": line["n"],
-            "restored": points(line, "R"),
-            "other": f"; that of another prompt's words, {other} %" if pd.notna(line["R_control"]) else "",
+            "restored": share_text(line, "R"),
+            "other": other,
             "at": int(line["layer"]),
             "layer": estimate_text(line, "hand_over_layer", 1, "hand_over_ci_low", "hand_over_ci_high"),
-            "crossing": "" if known else " They hand it over at none of the patched layers.",
+            "crossing": "" if known else " At none of the patched layers does the effect pass to later tokens.",
             "p": line["p"],
         }
 
@@ -440,18 +466,22 @@ def cause_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         halves = part[["R_first_half", "R_second_half"]]
         both = (halves > 0).all(axis=1) | halves.isna().any(axis=1) & (part["R"] > 0)
         sure = part[(part["p_adjusted"] < ALPHA) & both].sort_values("R", ascending=False)
+        named = [
+            (f"{head['layer']:.0f}.{head['head']:.0f}", share_text(head, "R"))
+            for _, head in sure.head(SHOWN_HEADS).iterrows()
+        ]
+        others = join([f"{name} ({share})" for name, share in named[1:]])
         yield {
             "holds": bool(len(sure)),
             "style": style,
             "source": source,
             "n": int(part["n"].max()),
             "count": f"{len(sure)} of {len(part)}",
-            "heads": join(
-                [
-                    f"{head['layer']:.0f}.{head['head']:.0f} ({points(head, 'R')} %)"
-                    for _, head in sure.head(SHOWN_HEADS).iterrows()
-                ]
-            ),
+            "undo": "undoes" if len(sure) == 1 else "undo",
+            "total": len(part),
+            "first": named[0][0] if named else "",
+            "share": named[0][1] if named else "",
+            "others": f", next {others}" if others else "",
             "limit": f"{100 * ((part['R_ci_high'] - part['R_ci_low']) / 2).median():.0f}",
             "p": part["p_adjusted"].min(),
         }
@@ -496,19 +526,21 @@ CAUSES = Section(
             "hand-over",
             ("patching_layers.csv",),
             hand_over_numbers,
-            "The {donor} state of the words edited by {style}, put into layer {at}, restores {restored} % of the "
-            "effect on the answer{other}. From layer {layer} on more of it lies in later tokens (n = {n}).",
-            "The {donor} state of the words edited by {style}, put into layer {at}, restores {restored} % of the "
-            "effect on the answer{other} (n = {n}).{crossing}",
+            "Up to layer {layer} the effect of {style} on the answer lies in the mistyped words, and after it in later "
+            "tokens. At layer {at} the {donor} state of these words undoes {restored} of it{other} (n = {n}).",
+            "At layer {at} the {donor} state of the words mistyped by {style} undoes {restored} of its effect on the "
+            "answer{other} (n = {n}).{crossing}",
+            WHERE,
         ),
         Rule(
             "heads that cause",
             ("patching_heads.csv",),
             cause_numbers,
-            "{count} heads restore a part of the effect of {style} when they alone are patched (n = {n}). The largest "
-            "(layer.head): {heads}.",
-            "No head restores a clear part of the effect of {style} when it alone is patched (n = {n}). The 95 % "
-            "interval of a typical head reaches {limit} points to either side.",
+            "Head {first} (layer.head): patched alone, it undoes {share} of the effect of {style} on the answer. In "
+            "all, {count} heads {undo} a part{others} (n = {n}).",
+            "None can be named: of {total} heads patched one at a time, none undoes a clear part of the effect of "
+            "{style} (n = {n}). The 95 % interval of a typical head reaches {limit} points to either side.",
+            "Which head changes the answer?",
         ),
     ),
 )
