@@ -15,7 +15,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 
-PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo --workers $(WORKERS) \
+PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo --workers $(WORKERS) --shards $(WORKERS) \
   --model_name models/SmolLM2-135M-Instruct --lens_rows 20 \
   --probe_layers 0 5 10 15 20 25 30 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
 CAPTURE := --entropy --raw_layers none --pooled_dtype float16
@@ -29,10 +29,10 @@ help:
 # Three calls, for facts and maths are completed from shots and instructions are answered in the chat template.
 run: $(VENV)/.installed
 	@$(PY) 1_utils/run_scripts/fetch_models.py
-	@$(PIPELINE) --prompt_file 0_data/facts.json --max_samples 150 --few_shot_file 0_data/few_shot_facts.txt \
+	@$(PIPELINE) --no_report --prompt_file 0_data/facts.json --max_samples 150 --few_shot_file 0_data/few_shot_facts.txt \
 	  --styles normal swap missing typo@1 typo@2 polite split@swap split@typo@1 split@typo@2 neutral@polite \
 	  -- --max_new_tokens 8 $(CAPTURE) --answer_logprobs --neurons --pool_regions last edited:swap
-	@$(PIPELINE) --prompt_file 0_data/instructions.json --max_samples 12 \
+	@$(PIPELINE) --no_report --prompt_file 0_data/instructions.json --max_samples 12 \
 	  --styles normal swap three real_word split polite urgent split@swap \
 	  -- --max_new_tokens 48 --apply_chat_template $(CAPTURE) --pool_regions last task \
 	  edited:swap edited:three edited:real_word edited:split

@@ -53,14 +53,7 @@ WAYS = {
     "nnsight 0 5 10 15": "nnsight 0.8.1, tracing inside `generate()`: states of 4 layers, no attention",
     "transformer_lens 0 5 10 15": "TransformerLens 4.3.0: `generate`, then `run_with_cache`: states and patterns of "
     "4 layers",
-    "generate_onednn 0 5 10 15": "`generate()` alone with the matrix products that error_interp uses on an x86 CPU "
-    "(oneDNN)",
     "generate none": "`generate()` alone",
-}
-COMPARISONS = {
-    "ours_to_generate": "error_interp ÷ `generate()`",
-    "onednn_to_generate": "`generate()` with oneDNN's products ÷ `generate()`",
-    "ours_to_onednn": "error_interp ÷ `generate()` with oneDNN's products",
 }
 JOBS = {
     "maths": "96 maths prompts after three shots, answers end at their line",
@@ -102,9 +95,6 @@ def _batch(record: Record) -> str:
 LAYOUTS = {
     "capture_batches": Layout(
         "seconds ÷ `generate()` alone", _way, _batch, lambda record: number(record, "ratio_to_generate")
-    ),
-    "capture_onednn": Layout(
-        "ratio of seconds", lambda record: COMPARISONS[record["comparison"]], _batch, lambda r: number(r, "ratio")
     ),
     "capture_memory": Layout(
         "peak memory above the model, MB", _way, _batch, lambda record: f"{record['peak_MB']:,.0f}"

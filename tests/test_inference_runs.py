@@ -24,7 +24,7 @@ import pytest
 import run_status
 import tiny_models
 import torch
-from capture import batching, benchmark, cpu_speed, job, progress, recorder
+from capture import batching, benchmark, job, progress, recorder
 from capture import decode as decoding
 from capture.recorder import chosen_raw_layers
 from command_line import UserError
@@ -982,42 +982,6 @@ def test_the_writer_makes_the_rows_while_copies_are_under_way(
     assert set(waited) == set(made) == {"writer_0"}
     assert len(waited) == 2 * len(made) > 4  # of the prompts and of their shared prefix
     assert_same_run(tmp_path / "run", undisturbed)
-
-
-# --- products of few rows
-
-
-@pytest.mark.skipif(not cpu_speed.onednn_product(), reason="needs oneDNN on x86")
-@pytest.mark.parametrize("bias", [True, False])
-def test_onednn_gives_the_same_products_and_leaves_no_trace(bias):
-    model = torch.nn.Sequential(torch.nn.Linear(48, 96, bias=bias), torch.nn.Linear(96, 20, bias=bias))
-    replaced = torch.nn.Linear(20, 20)
-    replaced.forward = lambda states: states  # as accelerate does to offload
-    model.append(replaced)
-    for shape in [(1, 1, 48), (3, 1, 48), (32, 1, 48), (33, 48), (2, 60, 48), (128, 1, 48), (129, 1, 48), (2, 0, 48)]:
-        states = torch.randn(shape).transpose(0, 1) if len(shape) == 3 else torch.randn(shape)
-        with torch.inference_mode():
-            expected = model(states)
-            with cpu_speed.onednn_linears(model) as count:
-                got = model(states)
-        assert count == 2
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert not any("forward" in vars(module) for module in model[:2])
-
-
-@pytest.mark.parametrize("how", ["gone", "other arguments", "refused"])
-def test_without_onednns_operator_pytorchs_own_products_are_used(monkeypatch, how):
-    def refuse(*_):
-        raise RuntimeError("mkldnn: not here")
-
-    operators = {"gone": {}, "other arguments": {"_linear_pointwise": lambda rows: rows}}
-    operators["refused"] = {"_linear_pointwise": refuse}
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**operators[how]))
-    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
-    states = torch.randn(2, 8)
-    with cpu_speed.onednn_linears(model) as count:
-        assert count == 0
-        assert torch.equal(model(states), torch.nn.functional.linear(states, model[0].weight, model[0].bias))
 
 
 # --- memory that is kept

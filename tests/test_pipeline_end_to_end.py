@@ -1,5 +1,6 @@
 """The pipeline as a user calls it: what is done is not done again, failures stop it, the real model from end to end."""
 
+import argparse
 import csv
 import json
 import os
@@ -181,7 +182,7 @@ def step(tmp_path):
 
 
 def run(step):
-    return run_step(step, "1/1", False, set())
+    return run_step(step, "1/1", argparse.Namespace(verbose=False, shards=1), set())
 
 
 def runs_of(tmp_path):
@@ -304,7 +305,7 @@ def demo(tmp_path_factory):
         sys.executable, str(SCRIPT), "--run_name", "demo", "--model_name", str(MODEL), "--prompt_file",
         str(ROOT / "0_data" / "maths.json"), "--styles", "normal", "swap", "polite", "split", "--max_samples", "6",
         "--few_shot_file", str(ROOT / "0_data" / "few_shot_maths.txt"),
-        "--patch", "swap", "--patch_flags", "--max_samples 3 --layers 0 15 --sites resid_pre",
+        "--patch", "swap", "--patch_flags", "--max_samples 3 --layers 0 15 --sites resid_pre", "--shards", "2",
         "--", "--max_new_tokens", "8", "--raw_layers", "0",
     ]  # fmt: skip
     done = subprocess.run(
@@ -324,6 +325,14 @@ def test_every_stage_leaves_its_files(demo):
         "probe_layers.csv", "patching_layers.csv", "patching_layers.png",
     }  # fmt: skip
     assert (folder / "results" / "demo" / "report.html").stat().st_size > 100_000
+
+
+def test_the_processes_that_share_stage_2_write_all_of_it(demo):
+    folder, printed, _ = demo
+    assert re.search(r"capture: 4 \.pt files \(\d+ s\)$", printed, re.M)
+    assert re.search(r"patches: 1 \.pt files \(\d+ s\)$", printed, re.M)
+    stamp = json.loads((folder / "outputs" / "demo" / "maths" / ".done.attn_act_logi.json").read_text())
+    assert "--shard" not in stamp["arguments"]
 
 
 def test_the_closing_table_says_what_the_files_say(demo):
@@ -397,8 +406,11 @@ def test_a_user_sees_one_line_per_step_and_details_if_asked(demo):
     assert "[3/12] patches: 1 .pt files (" in output
     assert "maths_breakdown.csv, maths_flips.csv and " in output
     cut = command.index("--")
-    more = subprocess.run([*command[:cut], "--verbose", *command[cut:]], capture_output=True, text=True, cwd=folder)
-    assert "    $ python 2_inference/run_scripts/attn_act_logi.py --model_name" in more.stdout
+    more = [*command[:cut], "--verbose", "--no_report", *command[cut:]]
+    printed = subprocess.run(more, capture_output=True, text=True, cwd=folder).stdout
+    assert "    $ python 2_inference/run_scripts/attn_act_logi.py --model_name" in printed
+    assert "[11/11] causes: done before" in printed
+    assert "report" not in printed
 
 
 def test_own_scores_take_the_place_of_stage_3(demo):

@@ -38,7 +38,7 @@ from report_section import findings_of, read_sections
 from report_tables import overview, worst_first
 from run_status import unpatched
 from run_store import open_run, outdated, row_indices, unfinished
-from stamps import ROOT, is_done, place_of, read_stamp
+from stamps import ROOT, files_in, is_done, place_of, read_stamp
 from style_names import controlled_style, source_style
 
 EXIT_SOME_FAILED = 1
@@ -149,6 +149,7 @@ def causes_flags(_: Job, args: argparse.Namespace) -> list[str] | None:
 CAPTURE = "2_inference/run_scripts/attn_act_logi.py"
 PATCH = "2_inference/run_scripts/patch_activations.py"
 STAGE_4, STAGE_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
+SHARED = ("capture", "patches")  # steps that several processes can share, each with its --shard
 SCORED = ("capture", "accuracy", "answers")  # what the analyses of right and wrong answers wait for
 MATHS = "3_maths_eval/run_scripts/evaluate_predictions.py"
 
@@ -237,7 +238,7 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
     The first failure ends it. With args.keep_going, all steps run except those of a job without captured prompts.
     """
     chains = [steps_of(job, args) for job in jobs]
-    total, number = sum(map(len, chains)) + 1, 0
+    total, number = sum(map(len, chains)) + (not args.no_report), 0
     failed: list[tuple[Step, int]] = []
     known: set[str] = set()
     for job, chain in zip(jobs, chains, strict=True):
@@ -246,17 +247,16 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
             say("accuracy is left out: no row has an `answer` that can be scored (your own scores: --maths_items)")
         numbered = [(step, f"{place}/{total}") for place, step in enumerate(chain, start=number + 1)]
         number += len(chain)
-        cut = 1 + next(place for place, step in enumerate(chain) if step.name == "capture")
-        failed += run_steps(numbered[:cut], args, known, workers=1)
-        if must_stop(failed, args):
-            return failed
-        if (chain[cut - 1] in [step for step, _ in failed]) and not any(job.output.glob("**/activations_*.pt")):
-            say(f"    no prompt of {job.prompts.path} was captured: its other steps are left out")
-            continue
-        failed += run_steps(numbered[cut:], args, known, args.workers)
-        if must_stop(failed, args):
-            return failed
-    if any(job.output.is_dir() for job in jobs):
+        # Steps that put prompts through the model have the machine for themselves; then come the analyses.
+        places = [place for place, step in enumerate(chain, start=1) if step.name in SHARED]
+        for part in (slice(0, places[0]), slice(places[0], places[-1]), slice(places[-1], None)):
+            failed += run_steps(numbered[part], args, known, args.workers if part.stop is None else 1)
+            if must_stop(failed, args):
+                return failed
+            if any(step in chain for step, _ in failed) and not any(job.output.glob("**/activations_*.pt")):
+                say(f"    no prompt of {job.prompts.path} was captured: its other steps are left out")
+                break
+    if not args.no_report and any(job.output.is_dir() for job in jobs):
         failed += run_steps([(report_step(jobs, args), f"{total}/{total}")], args, known, workers=1)
     return failed
 
@@ -276,7 +276,7 @@ def run_steps(
     def run_in_turn(step: Step, number: str) -> None:
         wait(begun[name] for name in step.after if name in begun)  # they began earlier, so this ends
         if not must_stop(failed, args):
-            code = run_step(step, number, args.verbose, known, workers)
+            code = run_step(step, number, args, known, workers)
             if code and not (code == EXIT_SOME_FAILED and step.name == "prompts"):
                 failed.append((step, code))
 
@@ -292,70 +292,97 @@ def run_steps(
     return failed
 
 
-def run_step(step: Step, number: str, verbose: bool, known: set[str], workers: int = 1) -> int:
+def run_step(step: Step, number: str, args: argparse.Namespace, known: set[str], workers: int = 1) -> int:
     """Run a step unless it is done; return its exit code. One line says what it wrote, further ones its warnings.
 
-    verbose: the command and all that it prints. known: warnings that have been shown; this step's are added.
-    workers: how many steps run at a time; with more than one, no progress bar is shown.
+    args.verbose: the command and all that it prints; args.shards: processes that share a step of stage 2. known:
+    warnings that have been shown; this step's are added. workers: how many steps run at a time.
     """
     title, start = f"[{number}] {step.name}", time.monotonic()
-    # Stage 2 resumes by itself: it alone knows which prompts are left. Array tasks stamp patches, each for its share.
+    # Stage 2 resumes by itself: it alone knows which prompts are left. Shards stamp patches, each for its share.
     done = step.name != "capture" and is_done(step.script, step.arguments)
     if done and not (step.name == "patches" and unpatched(step.place)):
         say(f"{title}: done before")
         return 0
-    code, lines = run_command(step, title, verbose, workers)
+    before = model_files(step.place)
+    code, lines = run_shares(step, title, args, workers)
     shown = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: ")) and line not in known]
     known.update(shown)
     if step.name == "prompts" and lines and code in (0, EXIT_SOME_FAILED):
         outcome = f"{lines[-1]}, prompt_findings.csv"
+    elif code == 0 and step.name in SHARED:  # each share's stamp takes the place of the one before
+        new = [name for name, mark in model_files(step.place).items() if before.get(name) != mark]
+        outcome = f"{len(new)} .pt files" if new else "nothing new"
     elif code == 0:
         outcome = summary_of(read_stamp(step.place, step.script).get("wrote", {}))
     else:
         outcome = f"failed with exit code {code}"
         shown = shown if code == EXIT_USER_ERROR or not lines else lines[-40:]
-    told = [f"{'    ' if verbose else ': '}{outcome} ({time.monotonic() - start:.0f} s)", *(f"    {x}" for x in shown)]
-    if code not in (0, EXIT_USER_ERROR) and not verbose and step.name != "prompts":
+    told = [
+        f"{'    ' if args.verbose else ': '}{outcome} ({time.monotonic() - start:.0f} s)",
+        *(f"    {x}" for x in shown),
+    ]
+    if code not in (0, EXIT_USER_ERROR) and not args.verbose and step.name != "prompts":
         told.append(f"    the command was: {step}")
-    say("\n".join([(title if workers > 1 and not verbose else "") + told[0], *told[1:]]))
+    say("\n".join([(title if workers > 1 and not args.verbose else "") + told[0], *told[1:]]))
     return code
 
 
-def run_command(step: Step, title: str, verbose: bool, workers: int) -> tuple[int, list[str]]:
-    """(exit code, lines that the step printed); its progress bar is shown as it moves, or each minute in a log.
+def run_shares(step: Step, title: str, args: argparse.Namespace, workers: int) -> tuple[int, list[str]]:
+    """(exit code, lines that the step printed), of all processes that share it."""
+    count = args.shards if step.name in SHARED else 1
+    shares = [["--shard", f"{place}/{count}"] if count > 1 else [] for place in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        # The first one's progress is shown; the others go as fast.
+        runs = [
+            pool.submit(run_command, step, share, title, args.verbose, workers * count, workers == 1 and not place)
+            for place, share in enumerate(shares)
+        ]
+        done = [run.result() for run in runs]
+    return max((code for code, _ in done), key=abs), [line for _, lines in done for line in lines]
 
-    Steps that run side by side share the cores, and show no bar.
+
+def run_command(
+    step: Step, share: list[str], title: str, verbose: bool, side_by_side: int, shown: bool
+) -> tuple[int, list[str]]:
+    """(exit code, lines that the step printed); if `shown`, its bar is, as it moves, or each minute in a log.
+
+    Processes that run side by side share the cores.
     """
-    command = [sys.executable, str(ROOT / step.script), *step.arguments]
+    command = [sys.executable, str(ROOT / step.script), *step.arguments, *share]
     environment = dict(os.environ)
-    if workers > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    if side_by_side > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
     if verbose:
         say(f"{title}\n    $ {step}")
         return subprocess.run([*command, "--verbose"], env=environment).returncode, []
-    if workers == 1:
+    if shown:
         print(title, end="", flush=True)
-    lines, shown, terminal, broken = [], time.monotonic(), sys.stdout.isatty(), False
+    lines, last, terminal, broken = [], time.monotonic(), sys.stdout.isatty(), False
     # A text stream ends a line at \r, too: each state of a bar is a line.
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
     with subprocess.Popen(command, errors="replace", env=environment, **options) as process:
         for line in map(str.rstrip, process.stdout or ()):
             if not BAR.search(line):
                 lines += [line] if line else []
-            elif workers == 1 and terminal:
+            elif shown and terminal:
                 print(f"\r\033[K{title}: {line}", end="", flush=True)
-            elif workers == 1 and time.monotonic() - shown > SECONDS_BETWEEN_BARS:
+            elif shown and time.monotonic() - last > SECONDS_BETWEEN_BARS:
                 say(("" if broken else "\n") + f"    {line}")
-                shown, broken = time.monotonic(), True
-    if workers == 1:
+                last, broken = time.monotonic(), True
+    if shown:
         print(title if broken else f"\r\033[K{title}" if terminal else "", end="", flush=True)
     return process.returncode, lines
 
 
+def model_files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of each .pt file of a run."""
+    files = files_in(folder) | files_in(folder / "patches_*")
+    return {name: mark for name, mark in files.items() if name.endswith(".pt")}
+
+
 def summary_of(wrote: Sequence[str] | dict[str, Any]) -> str:
-    """`a.csv, b.csv and 5 more`; only the number of .pt files."""
-    if captured := sum(name.endswith(".pt") for name in wrote):
-        return f"{captured} .pt files"
+    """`a.csv, b.csv and 5 more`."""
     ordered = sorted(wrote, key=lambda name: (not name.endswith(".csv"), name))
     more = f" and {len(ordered) - 2} more" if len(ordered) > 2 else ""
     return ", ".join(ordered[:2]) + more if ordered else "nothing new"
@@ -409,6 +436,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
     flag("--probe_layers", type=int, nargs="+", help="layers that are probed; default: all")
     flag("--workers", type=int, default=1, help="analyses that run side by side and share the cores")
+    flag(
+        "--shards",
+        type=int,
+        default=1,
+        help="processes that share stage 2; each loads the model",
+    )
     flag("--patch", nargs="+", default=[], help="typo styles whose causes are found by patching; default: none")
     own = "flags of patch_activations.py in one word: '--layers 0 6 12 --screen attribution'"
     flag("--patch_flags", default="", help=own)
@@ -416,6 +449,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--run_name", required=True, help="name of the folders below")
     flag("--output_dir", type=Path, default=Path("outputs"), help="where .pt files go")
     flag("--results_dir", type=Path, default=Path("results"), help="where CSVs, plots and report go")
+    own = "end without report and closing table; a later call with this run_name makes them for all files"
+    parser.add_argument("--no_report", action="store_true", help=own)
     parser.add_argument("--keep_going", action="store_true", help="run the other steps and files although one failed")
     try:
         args = parser.parse_args(words[:cut])
@@ -427,9 +462,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         except UserError:  # a value is missing
             pass
         raise UserError(f"{error.flag}: is a flag of stage 2; these come last, after --: … -- {error.flag} …") from None
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: must be at least 1")
-    args.workers = 1 if args.verbose else args.workers  # what they print would be mixed
+    for name in ("workers", "shards"):
+        if (count := getattr(args, name)) < 1:
+            raise UserError(f"--{name} {count}: must be at least 1")
+    if args.verbose:  # what several processes print would be mixed
+        args.workers = args.shards = 1
     args.stage2_flags = words[cut + 1 :]
     args.stage2 = parse_stage_2(args.stage2_flags)
     check_patch_flags(args)
@@ -490,7 +527,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = "" if code == EXIT_USER_ERROR else "; the same command goes on from here"
         say(f"stopped: {step.name} failed{again}")
         return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
-    print_headline(args)
+    if not args.no_report:
+        print_headline(args)
     say(f"finished in {time.monotonic() - start:.0f} s")
     for step, code in failed:
         say(f"failed: {step} (exit code {code})")

@@ -124,7 +124,8 @@ def by_flag(arguments: Sequence[str]) -> dict[str, list[str]]:
             found[flag] = [value] if "=" in word else []
         else:
             found[flag] = sorted([*found[flag], word])
-    found.pop("--verbose", None)
+    for flag in ("--verbose", "--shard"):  # neither changes what is done in the end
+        found.pop(flag, None)
     return found
 
 

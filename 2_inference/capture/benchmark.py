@@ -30,7 +30,7 @@ from read_predictions import iter_predictions
 from token_spans import BASE_REGIONS
 
 from capture.batching import BatchLimit
-from capture.cpu_speed import keep_heap, onednn_linears
+from capture.cpu_speed import keep_heap
 from capture.decode import GenerationOptions, Generator, Prompt
 from capture.job import EXIT_STOPPED, run_command
 from capture.patch_job import groups_of
@@ -114,17 +114,6 @@ def plain_generate(model: Any, args: argparse.Namespace) -> Way:
     return run
 
 
-def generate_onednn(model: Any, args: argparse.Namespace) -> Way:
-    """`generate()` alone with the matrix products that ours uses on a CPU: the rest of the difference is capture."""
-    generate = plain_generate(model, args)
-
-    def run(ids: torch.Tensor) -> int:
-        with onednn_linears(model):
-            return generate(ids)
-
-    return run
-
-
 def ours(model: Any, args: argparse.Namespace) -> Way:
     """This stage's capture and decoding, every layer; with the raw layers asked for."""
     recorder = Recorder(model, CaptureOptions(raw_layers=raw_layers_of(model, args)))
@@ -142,8 +131,7 @@ def ours(model: Any, args: argparse.Namespace) -> Way:
         edited = (position == length // 2) | (position == length // 2 + 1)
         columns = (position >= 0, position == length - 1, context, ~context & ~task, task, position == 0, edited)
         prompts = [Prompt(row, tokens, torch.stack(columns, dim=1)) for row, tokens in enumerate(ids.tolist())]
-        with onednn_linears(model):
-            return sum(tensor_bytes(result.fields) for result in generator.run([prompts]))
+        return sum(tensor_bytes(result.fields) for result in generator.run([prompts]))
 
     return run
 
@@ -226,7 +214,6 @@ def with_transformer_lens(model: Any, args: argparse.Namespace) -> Way:
 
 WAYS: dict[str, Callable[[Any, argparse.Namespace], Way]] = {
     "generate": plain_generate,
-    "generate_onednn": generate_onednn,
     "ours": ours,
     "two_pass": two_pass,
     "nnsight": with_nnsight,

@@ -40,7 +40,7 @@ from style_names import is_again, matched_style, source_style
 from token_spans import template_text
 
 from capture.batching import RowCost, attention_layers, batch_limit, file_bytes, plan_files, row_cost, windows_of
-from capture.cpu_speed import keep_heap, onednn_linears
+from capture.cpu_speed import keep_heap
 from capture.decode import GenerationOptions, Generator, Prompt, Response, Result
 from capture.model_check import Batching, check_model, positions_follow_the_longest_row
 from capture.progress import Progress
@@ -80,11 +80,9 @@ def run_command(args: argparse.Namespace, model: Any = None) -> int:
         options = (args.dtype, args.device_map, args.revision, args.trust_remote_code, args.attn_implementation)
         model, _ = load_model(args.model_name, *options)
     kept = bool(args.raw_layers) and keep_heap(model.device)
-    with onednn_linears(model) as linears:
-        batching = checked_batching(args, jobs, reader, model)
-        where = environment(args, model) | {"heap_kept": kept, "onednn_linears": linears, "batches": batching.rows}
-        begin_jobs(args, jobs, where, reader.file)
-        stopped = run_jobs(args, jobs, reader, model, batching)
+    batching = checked_batching(args, jobs, reader, model)
+    begin_jobs(args, jobs, environment(args, model) | {"heap_kept": kept, "batches": batching.rows}, reader.file)
+    stopped = run_jobs(args, jobs, reader, model, batching)
     if not stopped:
         names = " ".join(job.style.style for job in todo)
         missing = sum(len(set(positions) - job.kept) for job in todo for positions in job.files)

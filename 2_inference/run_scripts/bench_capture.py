@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--max_new_tokens", type=int, default=16, help="tokens generated for each row")
     flag("--repeats", type=int, default=7, help="rounds; the table has the median ratio")
     flag("--raw_layers", nargs="+", help="raw layers of ours, or none; default: as in attn_act_logi.py")
-    ways = "what is timed: generate generate_onednn ours two_pass nnsight transformer_lens; default: those installed"
+    ways = "what is timed: generate ours two_pass nnsight transformer_lens; default: those installed"
     flag("--ways", nargs="+", help=ways)
 
     suite = "patching: patched batches and attribution against as many plain forward passes"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,19 +72,24 @@ class LogitLens:
         shared = min(shared, shortest)
         ranks, logprobs = (np.empty((len(prompts), self.layer_count + 1)) for _ in "rl")
         with torch.no_grad():
-            prefix = self._read(prompts[0][:shared], None).past_key_values if shared else None
-            for place, (ids, token) in enumerate(zip(prompts, tokens, strict=True)):
-                states = self._read(ids[shared:], copy.deepcopy(prefix)).hidden_states
-                last = torch.stack([state[0, -1].cpu() for state in states])
-                logits = torch.cat([self.logits(last[:-1], normed=False), self.logits(last[-1:], normed=True)])
-                ranks[place] = (logits > logits[:, token, None]).sum(-1) + 1
-                logprobs[place] = logits.log_softmax(-1)[:, token]
+            prefix = self._read([prompts[0][:shared]], None).past_key_values if shared else None
+            for places in _equally_long(prompts):
+                asked = torch.tensor([[tokens[place]] for place in places])
+                past = copy.deepcopy(prefix)
+                if past is not None:
+                    past.batch_repeat_interleave(len(places))
+                states = self._read([prompts[place][shared:] for place in places], past).hidden_states
+                for layer, state in enumerate(states):
+                    logits = self.logits(state[:, -1], normed=layer == self.layer_count)
+                    of_token = logits.gather(-1, asked)
+                    ranks[places, layer] = (logits > of_token).sum(-1) + 1
+                    logprobs[places, layer] = (of_token - logits.logsumexp(-1, keepdim=True))[:, 0]
         return ranks, logprobs
 
-    def _read(self, ids: list[int], past: Any) -> Any:
+    def _read(self, prompts: list[list[int]], past: Any) -> Any:
         """Output of the base model, which has no head, on tokens that follow those of a cache."""
-        prompt = torch.tensor([ids], device=self.model.get_input_embeddings().weight.device)
-        return self.model.base_model(prompt, past_key_values=past, output_hidden_states=True, use_cache=True)
+        ids = torch.tensor(prompts, device=self.model.get_input_embeddings().weight.device)
+        return self.model.base_model(ids, past_key_values=past, output_hidden_states=True, use_cache=True)
 
     def check(self, last_states: np.ndarray, values: np.ndarray, indices: np.ndarray) -> None:
         """Raise UserError if the head does not give the logits that the run holds (another model, another head).
@@ -103,6 +108,16 @@ class LogitLens:
                 f"--model_name: it has {own[0]} layers of hidden size {own[1]}, the run {layers} of {hidden_size}; "
                 "name the model that made the run"
             )
+
+
+def _equally_long(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Places of prompts that are equally long, at most ROWS_AT_ONCE together: they are read without padding."""
+    places: dict[int, list[int]] = {}
+    for place, ids in enumerate(prompts):
+        places.setdefault(len(ids), []).append(place)
+    for several in places.values():
+        for start in range(0, len(several), ROWS_AT_ONCE):
+            yield several[start : start + ROWS_AT_ONCE]
 
 
 def open_lens(model_name: str, dtype: str = "auto", device_map: str | None = None) -> LogitLens:
