@@ -18,6 +18,7 @@ from build_report import (
     ANY,
     CHANGED,
     build_report,
+    forms_of_one_prompt,
     headings_of,
     main,
     pick_examples,
@@ -410,3 +411,23 @@ def test_the_first_rows_of_each_style_by_a_column_and_of_the_preferred_kind(tmp_
     assert len(rows_of(tmp_path, wanted).rows) == 1
     pd.DataFrame({"style": ["c"]}).to_csv(tmp_path / "heads.csv")
     assert rows_of(tmp_path, wanted) is None
+
+
+def test_one_prompt_in_its_forms_is_at_the_top(tmp_path):
+    rows = prompt_rows(12, ["swap", "polite"])
+
+    def change(row, style, index):
+        if style == "swap" and index == 7:
+            row["response"] = " wrong"
+
+    run = open_run(write_run(tmp_path / "run", rows, change=change))
+    indices = {style: list(range(12)) for style in run.styles}
+    verdicts = {(style, row): "right" for style in run.styles for row in range(12)} | {("swap", 7): "wrong"}
+    (one,) = forms_of_one_prompt(run, indices, ["swap", "polite"], verdicts)
+    assert (one.style, one.style_verdict) == ("swap", "wrong")
+    assert "".join(text for text, _ in one.style_prompt) == rows[7]["swap"]
+    assert any(differs for _, differs in one.style_prompt)
+    assert forms_of_one_prompt(run, {"normal": indices["normal"]}, [], {}) == []
+    (tmp_path / "results").mkdir()
+    text = build_report([(run, tmp_path / "results")], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert text.count('<table class="forms">') == 1

@@ -41,10 +41,11 @@ from run_store import (
     warn_unfinished,
 )
 from stamps import note_read
-from style_names import is_again
+from style_names import MATCHED, NEUTRAL, is_again, is_variant
 
 TEMPLATE = "report_template.html"
 COLOURS = 256  # of a picture
+CANDIDATES = 20  # rows from which the prompt at the top is chosen
 
 
 # --- prompts side by side
@@ -127,6 +128,28 @@ def read_examples(
         judged = [verdicts.get(key, "") for key in ((clean, row), (style, row))]
         examples.append(Example(style, after.element_index, why, *prompts, *answers, *judged))
     return examples
+
+
+def forms_of_one_prompt(
+    run: Run, indices: dict[str, list[int]], order: Sequence[str], verdicts: dict[tuple[str, int], str]
+) -> list[Example]:
+    """One prompt in the worst style and in its control, to show at the top what their names mean.
+
+    Of the first rows that have all forms, one that the style turns from right to wrong if there is one, and whose
+    control differs from the clean prompt.
+    """
+    clean = run.clean_style or ""
+    variants = [style for style in [*order, *indices] if style in indices and is_variant(style, clean)]
+    if clean not in indices or not variants:
+        return []
+    worst = variants[0]
+    shown = [worst, *(name for name in (MATCHED + worst, NEUTRAL + worst) if name in indices)]
+    rows = sorted(set(indices[clean]).intersection(*(indices[style] for style in shown)))
+    rows.sort(key=lambda row: (verdicts.get((clean, row), ""), verdicts.get((worst, row), "")) != ("right", "wrong"))
+    found = read_examples(run, [(style, row, "") for row in rows[:CANDIDATES] for style in shown], clean, verdicts)
+    groups = [found[place : place + len(shown)] for place in range(0, len(found), len(shown))]
+    differs = (group for group in groups if all(any(new for _, new in one.style_prompt) for one in group))
+    return next(differs, groups[0] if groups else [])
 
 
 def answer_of(one: Prediction) -> str:
@@ -231,6 +254,7 @@ def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, 
         "clean": clean,
         "made_with": made_with(run),
         "captured": captured_on(run),
+        "forms": forms_of_one_prompt(run, indices, order, verdicts),
         "findings": findings_of(sections, order),
         "overview": table,
         "drawn": drawn,

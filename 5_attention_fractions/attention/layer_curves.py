@@ -138,7 +138,7 @@ def _plot_measures(table: pd.DataFrame, group: Sequence[str], path: Path) -> Non
         ends = draw_curves(axes, part, group, ("estimate", "ci_low", "ci_high"))
         layer_axis(axes)
         if measure == "own_nearest":
-            axes.set_ylim(-0.02, 1.02)
+            axes.set_ylim(-0.02, min(1.02, max(0.5, 1.1 * axes.get_ylim()[1])))
         axes.set_title(f"{REGION_LABELS.get(region, region)}, {count_label(part['n'])} prompts")
         axes.set_ylabel(MEASURE_LABELS[measure])
         label_ends(axes, ends)

@@ -108,8 +108,8 @@ def find_units(run: Run, studies: list[Study]) -> tuple[dict[str, pd.DataFrame],
         raise UserError(f"{run.path}: too few rows in every style; run stage 2 on more prompts")
     if too_few:
         get_logger().warning(
-            f"too few rows for typo neurons and heads: {' '.join(too_few)}; each half of a style's rows (if it has a "
-            "control, of those that the control matches) needs two templates"
+            f"no typo neurons or heads are searched for {', '.join(too_few)}: each half of a style's rows (if it has a "
+            "control, of those that the control matches) needs two templates with states of its edited words"
         )
     summary = pd.DataFrame(lines)
     summary["p_adjusted"] = pd.concat([holm_over_styles(part) for _, part in summary.groupby("unit")])
@@ -339,23 +339,25 @@ def _summary_line(
 
 def plot_units(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: int, path: Path) -> None:
     """Confirmed units by style and layer, a panel for each kind."""
-    styles = list(summary["style"].unique())
+    searched = {unit: list(summary.loc[summary["unit"] == unit, "style"]) for unit in tables}
+    heights = [0.34 * len(styles) + 1.3 for styles in searched.values()]
     figure, grid = plt.subplots(
-        len(tables), 1, figsize=(WIDTH, (0.34 * len(styles) + 1.3) * len(tables)), squeeze=False, layout="constrained"
+        len(tables), 1, figsize=(WIDTH, sum(heights)), squeeze=False, layout="constrained", height_ratios=heights
     )
     for axes, (unit, table) in zip(grid[:, 0], tables.items(), strict=True):
+        styles = searched[unit]
         counts = np.zeros((len(styles), layers), dtype=int)
         good = table[table["confirmed"] == 1]
         np.add.at(counts, ([styles.index(style) for style in good["style"]], good["layer"].to_numpy()), 1)
         image = axes.imshow(counts, aspect="auto", cmap=COUNTS, vmin=0, vmax=max(1, counts.max()))
-        lines = summary[summary["unit"] == unit].set_index("style").reindex(styles)
+        lines = summary[summary["unit"] == unit].set_index("style")
         labels = [
-            f"{style} (too few rows)" if np.isnan(count) else f"{style} ({good_ones:.0f} of {count:.0f})"
+            f"{style} ({good_ones:.0f} of {count:.0f})"
             for style, good_ones, count in zip(styles, lines["n_confirmed"], lines["n_found"], strict=True)
         ]
         axes.set_yticks(range(len(styles)), labels)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
-        axes.set_xlabel(f"layer ({count_label(lines['n'].dropna())} confirming prompts a style)")
+        axes.set_xlabel(f"layer ({count_label(lines['n'])} confirming prompts a style)")
         axes.set_title(f"Typo {unit}s by {summary['score'].iloc[0]}, confirmed on held-out templates (of those found)")
         figure.colorbar(image, ax=axes, label=f"confirmed {unit}s", ticks=MaxNLocator(nbins=5, integer=True), pad=0.01)
     save_figure(path, figure)
