@@ -499,7 +499,7 @@ def test_a_region_that_is_not_pooled_and_its_lens_come_from_the_raw_layers(
     assert not items.duplicated(["style", "original_index", "layer"]).any()
     curve = items[items["style"] == STYLES[0]].groupby("layer")["clean_top1_probability"].mean()
     average = raw[(raw["measure"] == "lens_top1_probability") & (raw["style"] == STYLES[0])].set_index("layer")
-    np.testing.assert_allclose(curve, average["estimate"], rtol=1e-4)
+    np.testing.assert_allclose(curve, average["estimate"], rtol=1e-4, atol=1e-6)
     assert set(raw.loc[raw["measure"] == "lens_kl", "n"]) == {9}
     same = pooled[pooled["layer"].isin(raw_layers)].reset_index(drop=True).drop(columns="p_adjusted")
     pd.testing.assert_frame_equal(raw.reset_index(drop=True).drop(columns="p_adjusted"), same, rtol=1e-4, atol=1e-6)

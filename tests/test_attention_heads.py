@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from attention import head_plots
+from attention import head_plots, heads
 from attention.aligned_maps import aligned_divergence, row_maps
 from attention.head_plots import draw_layer_head, save_layer_head_grid, symmetric_limit
 from attention.heads import DIVERGENCES, MEASURES, head_values
@@ -342,3 +342,13 @@ def test_one_wild_cell_does_not_set_the_scale() -> None:
 
 def test_style_names_are_safe_in_file_names() -> None:
     assert file_word("a/b c") == "a_b_c"
+
+
+def test_tests_have_four_digits_and_all_else_stays():
+    numbers = [1.23456789e-300, 0.0, np.nan, 24.64881, -1.975082]
+    names = ["p", "p_adjusted_vs_control", "t", "effect_size_vs_control", "difference", "rank_vs_control"]
+    short = heads.with_short_tests(pd.DataFrame({name: numbers for name in names}))
+    for name in names[:4]:
+        np.testing.assert_array_equal(short[name], [1.235e-300, 0.0, np.nan, 24.65, -1.975])
+    for name in names[4:]:
+        np.testing.assert_array_equal(short[name], numbers)

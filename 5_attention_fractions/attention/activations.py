@@ -412,7 +412,7 @@ def lens_lines(clean: str, style: str, rows: list[int], change: dict[str, np.nda
                 "style": name,
                 "original_index": row,
                 "layer": layer,
-                "clean_top1_probability": p.ravel(),
+                "clean_top1_probability": p.ravel().round(6),
                 "token": ids.ravel(),
             }
         )

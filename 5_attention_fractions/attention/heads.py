@@ -410,6 +410,12 @@ def first_shown(heads: pd.DataFrame) -> str:
     return next((name for name in SHOWN if (heads["measure"] == name).any()), SHOWN[0])
 
 
+def with_short_tests(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with t, p values and effect sizes to four significant digits: a fourteenth of a large file."""
+    names = [name for name in table if name.removesuffix("_vs_control") in ("t", "p", "p_adjusted", "effect_size")]
+    return table.assign(**{name: table[name].map(lambda value: float(f"{value:.4g}")) for name in names})
+
+
 def drawn_rows(table: pd.DataFrame, name: str, measure: str) -> pd.DataFrame:
     """The rows of the measures that the pictures show: of flips `measure` alone, else SHOWN and the divergences too."""
     kept = {measure} if name.endswith("_answer_flips") else {measure, *SHOWN, *DIVERGENCES}

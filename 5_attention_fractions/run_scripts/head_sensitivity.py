@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = heads.all_tables(to_clean, to_control, controls, args.seed)
     measure = args.measure or heads.first_shown(tables["head_sensitivity"])
     for name, table in tables.items():
-        write_csv(folder / f"{name}.csv", table if args.all_measures else heads.drawn_rows(table, name, measure))
+        kept = table if args.all_measures else heads.drawn_rows(table, name, measure)
+        write_csv(folder / f"{name}.csv", heads.with_short_tests(kept))
     pictures = head_plots.save_pictures(to_clean, tables, folder, measure)
     write_section(folder, reaction_sections.HEADS, run.styles)
     for line in heads.top_lines(tables["head_sensitivity"], measure):
