@@ -347,7 +347,7 @@ def test_style_names_are_safe_in_file_names() -> None:
 def test_tests_have_four_digits_and_all_else_stays():
     numbers = [1.23456789e-300, 0.0, np.nan, 24.64881, -1.975082]
     names = ["p", "p_adjusted_vs_control", "t", "effect_size_vs_control", "difference", "rank_vs_control"]
-    short = heads.with_short_tests(pd.DataFrame({name: numbers for name in names}))
+    short = heads.with_short_tests(pd.DataFrame(dict.fromkeys(names, numbers)))
     for name in names[:4]:
         np.testing.assert_array_equal(short[name], [1.235e-300, 0.0, np.nan, 24.65, -1.975])
     for name in names[4:]:
