@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -105,6 +106,12 @@ LAYOUTS = {
         lambda _: "÷ `generate()` loop",
         lambda r: number(r, "ratio_to_generate"),
     ),
+    "gpu": Layout(  # of bench_capture.py --suite gpu
+        "",
+        lambda record: f"{record['part']}: {record['what']}",
+        lambda record: str(record["measure"]),
+        lambda record: "no room" if math.isnan(record["value"]) else f"{record['value']:.3g}",
+    ),
     "facts": Layout(
         "facts",
         lambda record: FACTS[record["part"]],
@@ -122,8 +129,11 @@ LAYOUTS = {
 
 def table(name: str) -> str:
     """The Markdown table of docs/measured/<name>.json."""
-    layout = LAYOUTS[name]
-    records = json.loads((DOCS / "measured" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return rendered(LAYOUTS[name], json.loads((DOCS / "measured" / f"{name}.json").read_text(encoding="utf-8"))["rows"])
+
+
+def rendered(layout: Layout, records: Sequence[Record]) -> str:
+    """The Markdown table of records."""
     columns = list(dict.fromkeys(layout.column(record) for record in records))
     cells: dict[str, dict[str, str]] = {}
     for record in records:

@@ -24,7 +24,7 @@ import pytest
 import run_status
 import tiny_models
 import torch
-from capture import batching, benchmark, job, progress, recorder
+from capture import batching, job, progress, recorder, timing
 from capture import decode as decoding
 from capture.recorder import chosen_raw_layers
 from command_line import UserError
@@ -420,7 +420,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts(model_dir, tmp_path, mo
     resident = []
     write = job.FileWriter.write
     monkeypatch.setattr(
-        job.FileWriter, "write", lambda *args: (resident.append(benchmark.status_kb("VmRSS")), write(*args))[1]
+        job.FileWriter, "write", lambda *args: (resident.append(timing.status_kb("VmRSS")), write(*args))[1]
     )
     prompts = write_prompts(tmp_path / "prompts.json", 5000)
     more = ["--prompt_keys", "normal", "--max_new_tokens", "2", "--raw_layers", "0"]

@@ -15,6 +15,7 @@ from command_line import UserError
 from fetch_models import MODELS_DIR
 from run_pipeline import Step, jobs_of, main, parse_args, report_step, run_step, runs_in, steps_of
 from stamps import files_in, stamp_path
+from warm_python import FreshPython, WarmPython
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "1_utils" / "run_scripts" / "run_pipeline.py"
@@ -182,7 +183,8 @@ def step(tmp_path):
 
 
 def run(step):
-    return run_step(step, "1/1", argparse.Namespace(verbose=False, shards=1), set())
+    quiet = argparse.Namespace(verbose=False, shards=1)
+    return run_step(step, "1/1", quiet, set(), lambda *_: FreshPython(dict(os.environ)))
 
 
 def runs_of(tmp_path):
@@ -249,6 +251,31 @@ def test_a_failed_step_is_not_done(tmp_path, step):
     failing = Step(step.name, step.script, (*step.arguments, "--more", "1"))  # done, with failures
     assert [run(failing), run(failing)] == [1, 1]
     assert runs_of(tmp_path) == 4
+
+
+WARM = """
+import os, sys
+print(sys.argv[1:], __name__, repr(sys.stdin.read()), end="")
+print("to the other output", file=sys.stderr)
+if sys.argv[1] == "end":
+    os.kill(os.getpid(), 9)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux alone")
+def test_a_warm_python_runs_a_script_like_a_new_one(tmp_path):
+    (tmp_path / "script.py").write_text(WARM)
+    (tmp_path / "wrong.py").write_text("raise ValueError('why')")
+    warm, found = WarmPython(dict(os.environ)), []
+    for python in (FreshPython(dict(os.environ)), warm):
+        for words in (["script.py", "0"], ["script.py", "3", "ä b"], ["script.py", "end"], ["wrong.py"]):
+            lines = [*filter(None, map(str.rstrip, python.run([str(tmp_path / words[0]), *words[1:]])))]
+            found.append((sorted("".join(lines[-2:])), python.code))
+    assert found[:4] == found[4:]
+    assert [code for _, code in found[:4]] == [0, 3, -9, 1]
+    warm.close()
+    assert warm.process.returncode == 0
 
 
 def test_a_failing_stage_stops_the_run_with_its_message(tmp_path, prompt_file):

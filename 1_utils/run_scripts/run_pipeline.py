@@ -23,13 +23,15 @@ import site
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from command_line import EXIT_INTERRUPTED, EXIT_USER_ERROR, UnknownFlag, UserError, aligned, make_parser, run_main
 from gold_words import has_words
@@ -40,6 +42,7 @@ from run_status import unpatched
 from run_store import open_run, outdated, row_indices, unfinished
 from stamps import ROOT, files_in, is_done, place_of, read_stamp
 from style_names import controlled_style, source_style
+from warm_python import FreshPython, WarmPython
 
 EXIT_SOME_FAILED = 1
 EXIT_STOPPED = 75  # stage 2 was stopped by a signal
@@ -272,15 +275,27 @@ def run_steps(
     """Run steps, up to `workers` at a time, each after those that make what it reads; return the failed ones."""
     failed: list[tuple[Step, int]] = []
     begun: dict[str, Future[None]] = {}
+    own = threading.local()
+
+    def python_of(step: Step, side_by_side: int) -> FreshPython:
+        """Of this thread; processes that run side by side share the cores."""
+        environment = dict(os.environ)
+        if side_by_side > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
+        if step.script[0] < "3" or sys.platform != "linux":
+            return FreshPython(environment)
+        if not hasattr(own, "python"):
+            own.python = stack.enter_context(closing(WarmPython(environment)))
+        return cast(WarmPython, own.python)
 
     def run_in_turn(step: Step, number: str) -> None:
         wait(begun[name] for name in step.after if name in begun)  # they began earlier, so this ends
         if not must_stop(failed, args):
-            code = run_step(step, number, args, known, workers)
+            code = run_step(step, number, args, known, python_of, workers)
             if code and not (code == EXIT_SOME_FAILED and step.name == "prompts"):
                 failed.append((step, code))
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         for step, number in steps:
             begun[step.name] = pool.submit(run_in_turn, step, number)
         try:
@@ -292,11 +307,19 @@ def run_steps(
     return failed
 
 
-def run_step(step: Step, number: str, args: argparse.Namespace, known: set[str], workers: int = 1) -> int:
+def run_step(
+    step: Step,
+    number: str,
+    args: argparse.Namespace,
+    known: set[str],
+    python_of: Callable[[Step, int], FreshPython],
+    workers: int = 1,
+) -> int:
     """Run a step unless it is done; return its exit code. One line says what it wrote, further ones its warnings.
 
     args.verbose: the command and all that it prints; args.shards: processes that share a step of stage 2. known:
-    warnings that have been shown; this step's are added. workers: how many steps run at a time.
+    warnings that have been shown; this step's are added. python_of: gives a Python for a step, if so many processes
+    run side by side. workers: how many steps run at a time.
     """
     title, start = f"[{number}] {step.name}", time.monotonic()
     # Stage 2 resumes by itself: it alone knows which prompts are left. Shards stamp patches, each for its share.
@@ -305,7 +328,7 @@ def run_step(step: Step, number: str, args: argparse.Namespace, known: set[str],
         say(f"{title}: done before")
         return 0
     before = model_files(step.place)
-    code, lines = run_shares(step, title, args, workers)
+    code, lines = run_shares(step, title, args, python_of, workers)
     shown = [line for line in dict.fromkeys(lines) if line.startswith(("warning: ", "error: ")) and line not in known]
     known.update(shown)
     if step.name == "prompts" and lines and code in (0, EXIT_SOME_FAILED):
@@ -328,51 +351,40 @@ def run_step(step: Step, number: str, args: argparse.Namespace, known: set[str],
     return code
 
 
-def run_shares(step: Step, title: str, args: argparse.Namespace, workers: int) -> tuple[int, list[str]]:
+def run_shares(
+    step: Step, title: str, args: argparse.Namespace, python_of: Callable[[Step, int], FreshPython], workers: int
+) -> tuple[int, list[str]]:
     """(exit code, lines that the step printed), of all processes that share it."""
     count = args.shards if step.name in SHARED else 1
+    if args.verbose:
+        say(f"{title}\n    $ {step}")
+        words = [sys.executable, str(ROOT / step.script), *step.arguments, "--verbose"]
+        return subprocess.run(words).returncode, []
+    pythons = [python_of(step, workers * count) for _ in range(count)]
     shares = [["--shard", f"{place}/{count}"] if count > 1 else [] for place in range(count)]
     with ThreadPoolExecutor(count) as pool:
         # The first one's progress is shown; the others go as fast.
-        runs = [
-            pool.submit(run_command, step, share, title, args.verbose, workers * count, workers == 1 and not place)
-            for place, share in enumerate(shares)
-        ]
-        done = [run.result() for run in runs]
-    return max((code for code, _ in done), key=abs), [line for _, lines in done for line in lines]
+        printed = pool.map(partial(run_command, step, title), pythons, shares, [workers == 1, *[False] * (count - 1)])
+        lines = [line for several in printed for line in several]
+    return max((python.code for python in pythons), key=abs), lines
 
 
-def run_command(
-    step: Step, share: list[str], title: str, verbose: bool, side_by_side: int, shown: bool
-) -> tuple[int, list[str]]:
-    """(exit code, lines that the step printed); if `shown`, its bar is, as it moves, or each minute in a log.
-
-    Processes that run side by side share the cores.
-    """
-    command = [sys.executable, str(ROOT / step.script), *step.arguments, *share]
-    environment = dict(os.environ)
-    if side_by_side > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
-    if verbose:
-        say(f"{title}\n    $ {step}")
-        return subprocess.run([*command, "--verbose"], env=environment).returncode, []
+def run_command(step: Step, title: str, python: FreshPython, share: list[str], shown: bool) -> list[str]:
+    """The lines that the step printed; if `shown`, its bar is, as it moves, or each minute in a log."""
     if shown:
         print(title, end="", flush=True)
     lines, last, terminal, broken = [], time.monotonic(), sys.stdout.isatty(), False
-    # A text stream ends a line at \r, too: each state of a bar is a line.
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-    with subprocess.Popen(command, errors="replace", env=environment, **options) as process:
-        for line in map(str.rstrip, process.stdout or ()):
-            if not BAR.search(line):
-                lines += [line] if line else []
-            elif shown and terminal:
-                print(f"\r\033[K{title}: {line}", end="", flush=True)
-            elif shown and time.monotonic() - last > SECONDS_BETWEEN_BARS:
-                say(("" if broken else "\n") + f"    {line}")
-                last, broken = time.monotonic(), True
+    for line in map(str.rstrip, python.run([str(ROOT / step.script), *step.arguments, *share])):
+        if not BAR.search(line):
+            lines += [line] if line else []
+        elif shown and terminal:
+            print(f"\r\033[K{title}: {line}", end="", flush=True)
+        elif shown and time.monotonic() - last > SECONDS_BETWEEN_BARS:
+            say(("" if broken else "\n") + f"    {line}")
+            last, broken = time.monotonic(), True
     if shown:
         print(title if broken else f"\r\033[K{title}" if terminal else "", end="", flush=True)
-    return process.returncode, lines
+    return lines
 
 
 def model_files(folder: Path) -> dict[str, list[int]]:

@@ -47,8 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ways = "what is timed: generate ours two_pass nnsight transformer_lens; default: those installed"
     flag("--ways", nargs="+", help=ways)
 
-    suite = "patching: patched batches and attribution against as many plain forward passes"
-    flag("--suite", choices=("capture", "patching"), default="capture", help=suite)
+    suite = "patching: patched batches against plain forward passes; gpu: parity with eager, decoding, two sizes"
+    flag("--suite", choices=("capture", "patching", "gpu"), default="capture", help=suite)
 
     flag = parser.add_argument_group("a whole job").add_argument
     flag("--prompt_file", type=Path, help="time the job of this file instead of single batches")
