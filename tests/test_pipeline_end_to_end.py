@@ -110,12 +110,18 @@ def test_stage_2_itself_says_what_its_flags_mean(tmp_path, prompt_file):
 
 def test_a_file_without_answers_has_no_accuracy(tmp_path):
     path = tmp_path / "talk.json"
-    path.write_text('[{"normal": "Say hello."}]')
+    path.write_text('[{"normal": "Say hello.", "swap": "Say hlelo."}]')
     args = parse_args(arguments(tmp_path, path))
     names = [step.name for job in jobs_of(args) for step in steps_of(job, args)]
     assert "accuracy" not in names
     assert "neurons" not in names
     assert "similarity" in names
+
+
+def test_the_clean_form_alone_is_compared_with_nothing(tmp_path, prompt_file):
+    args = parse_args(arguments(tmp_path, prompt_file, extra=["--styles", "normal", "--", "--neurons"]))
+    names = [step.name for job in jobs_of(args) for step in steps_of(job, args)]
+    assert names == ["prompts", "capture", "accuracy", "attention fractions"]
 
 
 def test_every_flag_that_is_passed_is_known_to_its_script(tmp_path, prompt_file):

@@ -185,12 +185,20 @@ STEPS = (
     Entry("causes", f"{STAGE_5}/causal_effects.py", causes_flags, ("capture", "patches", "heads", "neurons")),
 )
 
+COMPARISONS = ("similarity", "scorers", "heads", "layers", "neurons", "probes")  # of styles with the clean form
+
+
+def has_clean_form_alone(job: Job, args: argparse.Namespace) -> bool:
+    """Whether the run has no style to compare with the clean form."""
+    return chosen_styles(job.prompts, args.styles) == [job.prompts.clean_key]
+
 
 def steps_of(job: Job, args: argparse.Namespace) -> list[Step]:
     """The steps for one prompt file, in order."""
     steps = []
+    alone = has_clean_form_alone(job, args)
     for name, script, own, after in STEPS:
-        if (flags := own(job, args)) is not None:
+        if not (alone and name in COMPARISONS) and (flags := own(job, args)) is not None:
             folders = ["--run_dir", str(job.output)] if script[0] > "2" or script == PATCH else []
             folders += ["--results_dir", str(job.results)] if script[0] > "2" else []
             steps.append(Step(name, script, (*folders, *flags), after))
@@ -248,6 +256,9 @@ def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[tuple[Step, i
         say(f"{job.prompts.path}: captured into {job.output}, results in {job.results}")
         if not any(step.name in ("accuracy", "answers") for step in chain):
             say("accuracy is left out: no row has an `answer` that can be scored (your own scores: --maths_items)")
+        if has_clean_form_alone(job, args):
+            left_out = ", ".join(COMPARISONS)
+            say(f"{left_out} are left out: they compare styles with the clean form, which is run alone")
         numbered = [(step, f"{place}/{total}") for place, step in enumerate(chain, start=number + 1)]
         number += len(chain)
         # Steps that put prompts through the model have the machine for themselves; then come the analyses.
@@ -413,7 +424,11 @@ def print_headline(args: argparse.Namespace) -> None:
         sections = read_sections(results / output.name)
         table = overview(counts, [one for section in sections for one in section["headlines"]], results / output.name)
         say("\n".join([f"\n{output.name}", *aligned([table.columns, *table.lines])]))
+        question = ""
         for finding, _ in findings_of(sections, worst_first(results / output.name)):
+            if finding.question not in ("", question):
+                say(finding.question)
+            question = finding.question
             say(textwrap.fill(finding.text, 118, initial_indent="- ", subsequent_indent="  "))
         if missing := unfinished(run):
             say(f"warning: this run holds only {missing}; the same command runs the rest")
