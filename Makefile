@@ -18,6 +18,7 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check
 PIPELINE := $(PY) 1_utils/run_scripts/run_pipeline.py --run_name demo --workers $(WORKERS) --shards $(WORKERS) \
   --model_name models/SmolLM2-135M-Instruct --lens_rows 20 \
   --probe_layers 0 5 10 15 20 25 30 $(if $(REWARD_MODEL),--reward_model "$(REWARD_MODEL)")
+PATCHES := --max_samples 32 --sites resid_pre --layers 0 3 6 9 12 15 18 21 24 27 --response_tokens 4 --controls other
 CAPTURE := --entropy --raw_layers none --pooled_dtype float16
 
 .PHONY: help run test stress clean check
@@ -31,6 +32,7 @@ run: $(VENV)/.installed
 	@$(PY) 1_utils/run_scripts/fetch_models.py
 	@$(PIPELINE) --no_report --prompt_file 0_data/facts.json --max_samples 150 --few_shot_file 0_data/few_shot_facts.txt \
 	  --styles normal swap missing typo@1 typo@2 polite split@swap split@typo@1 split@typo@2 neutral@polite \
+	  --patch swap --patch_flags '$(PATCHES)' \
 	  -- --max_new_tokens 8 $(CAPTURE) --answer_logprobs --neurons --pool_regions last edited:swap
 	@$(PIPELINE) --no_report --prompt_file 0_data/instructions.json --max_samples 12 \
 	  --styles normal swap three real_word split polite urgent split@swap \
