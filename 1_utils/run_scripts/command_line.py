@@ -40,10 +40,12 @@ def make_parser(docstring: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_run_flags(parser: argparse.ArgumentParser, run_dir: str = "run folder of stage 2") -> argparse._ArgumentGroup:
+def add_run_flags(
+    parser: argparse.ArgumentParser, run_dir: str = "run folder of stage 2", required: bool = True
+) -> argparse._ArgumentGroup:
     """The flags of every analysis of a run; returns their group. run_dir: what may be given."""
     data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help=run_dir)
+    data.add_argument("--run_dir", type=Path, required=required, help=run_dir)
     data.add_argument("--results_dir", type=Path, help="folder for tables and pictures; default: results/<run name>")
     data.add_argument("--styles", nargs="+", help="styles to read beside the clean form; default: all")
     data.add_argument("--max_samples", type=int, help="first rows of the prompt file only")

@@ -126,11 +126,14 @@ def read_text(path: str | Path, what: str) -> str:
     return read_content(path, what)[1]
 
 
-def read_content(path: str | Path, what: str) -> tuple[bytes, str]:
-    """(bytes, text) of a UTF-8 file. UserError: no such file, a folder, no permission, or another encoding."""
+def read_content(path: str | Path, what: str, errors: str = "strict") -> tuple[bytes, str]:
+    """(bytes, text) of a UTF-8 file. UserError: no such file, a folder, no permission, or another encoding.
+
+    errors: as in bytes.decode.
+    """
     try:
         content = Path(path).read_bytes()
-        return content, content.decode("utf-8-sig")
+        return content, content.decode("utf-8-sig", errors)
     except FileNotFoundError:
         reason = f"no such file; give the path of {what}"
     except IsADirectoryError:
@@ -156,7 +159,7 @@ def parse_rows(text: str, path: Path, pairs_hook: Callable[[list[tuple[str, Any]
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; expected a flat list of objects") from None
     except json.JSONDecodeError as error:
-        value = [] if text.lstrip().startswith("[") else _parse_lines(text, pairs_hook)
+        value = [] if text.lstrip().startswith("[") else parse_lines(text, pairs_hook)
         if not any(isinstance(row, dict) for row in value):
             raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except ValueError as error:  # a number of more digits than Python converts
@@ -167,6 +170,19 @@ def parse_rows(text: str, path: Path, pairs_hook: Callable[[list[tuple[str, Any]
     if not rows:
         raise UserError(f"{path}: the list is empty; expected at least one object with a prompt")
     return rows if pairs_hook else [without_nulls(row) for row in rows]
+
+
+def parse_lines(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> list[Any]:
+    """The value of each line that is not blank; a line that is no JSON is an `UnreadLine`."""
+    rows: list[Any] = []
+    for line in text.split("\n"):
+        if line.strip():
+            try:
+                rows.append(json.loads(line, object_pairs_hook=pairs_hook))
+            except (ValueError, RecursionError) as error:
+                rows.append(UnreadLine(line))
+                rows[-1].reason = one_line(str(error), 80)
+    return rows
 
 
 def without_nulls(row: Any) -> Any:
@@ -230,18 +246,6 @@ def load_json_prompts(file_path: str | Path, prompt_key: str, max_samples: int |
 
 
 # ---
-
-
-def _parse_lines(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None) -> list[Any]:
-    rows: list[Any] = []
-    for line in text.split("\n"):
-        if line.strip():
-            try:
-                rows.append(json.loads(line, object_pairs_hook=pairs_hook))
-            except (ValueError, RecursionError) as error:
-                rows.append(UnreadLine(line))
-                rows[-1].reason = one_line(str(error), 80)
-    return rows
 
 
 def _style_counts(rows: list[Any]) -> dict[str, int]:

@@ -69,7 +69,8 @@ FIELDS = {
     "prompts": Field("B", "str", "the prompt's text", "prompt"),
     "responses": Field("B", "str", "the generated text alone", "response"),
     "final_predictions": Field("B", "str", "prompt and response decoded together", "final_prediction"),
-    "finish_reasons": Field("B", "str", "`eos`, `stop` or `length`", "finish_reason"),
+    "finish_reasons": Field("B", "str", "`eos`, `stop` or `length`; `given`: the response was made elsewhere, and "
+                            "nothing is known of its end", "finish_reason"),
     "response_token_counts": Field("B", "int", "tokens generated", "response_token_count"),
     "input_ids": Field("BS", "int64", "the prompt as the model saw it; pads are the tokenizer's pad token"),
     "attention_mask": Field("BS", "bool", "False at a pad"),

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from style_rows import StyleRows
 
 PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
-GROWING = frozenset({"max_samples", "prompt_sha256"})  # may change while a run grows: `planned_ends` decides
+# May change while a run grows: `planned_ends` decides, and of responses from elsewhere those that are there.
+GROWING = frozenset({"max_samples", "prompt_sha256", "responses_sha256"})
 FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
 
 

@@ -148,7 +148,7 @@ def _responses(run: Run, style: str) -> Iterator[tuple[Prediction, int | None, b
         for prediction in predictions_of(content, style, run):
             place = places[prediction.original_index]
             reason = reasons[place] if reasons and prediction.sample == 0 else None  # kept for the first sample
-            cut_off = None if reason is None else reason == "length"
+            cut_off = None if reason in (None, "given") else reason == "length"
             yield prediction, tokens[place], cut_off, {name: values[place] for name, values in logprobs.items()}
 
 

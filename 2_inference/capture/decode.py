@@ -44,12 +44,14 @@ class Prompt:
     """One prompt to run. `key` tells rows apart and is the same in every style: random numbers depend on it.
 
     `forced` holds continuations whose log-probabilities after this prompt are wanted, in lists with a name each.
+    `response_ids`: the tokens of a response that was made elsewhere.
     """
 
     key: int
     input_ids: list[int]
     region_mask: torch.Tensor  # [S, R] bool
     forced: Mapping[str, list[list[int]]] = field(default_factory=dict)
+    response_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class GenerationOptions:
 
 @dataclass
 class Response:
-    """A response under way or done. `finish_reason`: eos, stop or length."""
+    """A response under way or done. `finish_reason`: eos, stop or length; given: it was made elsewhere."""
 
     prompt: Prompt
     sample: int
@@ -88,7 +90,7 @@ class Result:
     rows: PassRows | None = None
     row: int = 0
     responses: list[Response] = field(default_factory=list)
-    forced_logprobs: dict[str, list[float]] = field(default_factory=dict)  # as `forced`: each a sum over its tokens
+    forced_logprobs: dict[str, list[list[float]]] = field(default_factory=dict)  # as `forced`: of each token
     error: str | None = None
 
     @property
@@ -441,13 +443,14 @@ class Generator:
 
     def _forced_logprobs(
         self, group: list[Prompt], logits: torch.Tensor, cache: Any, mask: torch.Tensor
-    ) -> list[dict[str, list[float]]]:
-        """Log-probability of each prompt's `forced` continuations after it; the cache is left as it was.
+    ) -> list[dict[str, list[list[float]]]]:
+        """Log-probabilities of the tokens of each prompt's `forced` continuations; the cache is left as it was.
 
         Teacher forcing: each token is predicted from the tokens before it. Continuations of similar length share a
         batch, of as many rows as were read, padded on the right.
         """
-        found = [{name: [0.0] * len(several) for name, several in prompt.forced.items()} for prompt in group]
+        found: list[dict[str, list[list[float]]]]
+        found = [{name: [[] for _ in several] for name, several in prompt.forced.items()} for prompt in group]
         waiting = [
             (len(ids), b, name, place, ids)
             for b, prompt in enumerate(group)
@@ -473,7 +476,7 @@ class Generator:
                     parts.append(later.gather(2, wanted[..., None])[..., 0])
             logprobs = torch.cat(parts, dim=1).cpu()
             for row, (length, b, name, place, _) in zip(logprobs, some, strict=True):
-                found[b][name][place] = float(row[:length].sum())
+                found[b][name][place] = row[:length].tolist()
         return found
 
     # --- decoding

@@ -21,6 +21,7 @@ import torch
 import transformers
 from command_line import UserError, one_line
 from file_output import atomic_path, gigabytes, remove_leftovers
+from given_responses import GivenResponses, missing_text, read_responses
 from load_json import PromptFile, chosen_styles, read_prompt_file
 from load_model import load_config, load_model, load_tokenizer, model_fingerprint, resolve_dtype
 from logger import get_logger
@@ -59,6 +60,8 @@ log = get_logger("attn_act_logi")
 def run_command(args: argparse.Namespace, model: Any = None) -> int:
     """Do what the command line asks for, with `model` if one is loaded already; returns the exit code."""
     jobs, reader = plan_jobs(args)
+    if reader.given:
+        hold_back(args, jobs, reader, reader.given)
     todo = [job for job in jobs if job.files]
     with locked(args.output_dir):  # a folder that cannot be written is reported now, not after an hour
         pass
@@ -85,7 +88,7 @@ def run_command(args: argparse.Namespace, model: Any = None) -> int:
     stopped = run_jobs(args, jobs, reader, model, batching)
     if not stopped:
         names = " ".join(job.style.style for job in todo)
-        missing = sum(len(set(positions) - job.kept) for job in todo for positions in job.files)
+        missing = sum(len(job.left(positions)) for job in todo for positions in job.files)
         log.info(f"{args.output_dir}: {missing} prompts run, in the styles {names}")
     failed = report_failures(jobs)
     return EXIT_STOPPED if stopped else failed  # a stopped run is not over, whatever failed so far
@@ -107,6 +110,11 @@ class StyleJob:
     files: list[range]
     windows: list[int]  # the layers' attention windows
     kept: set[int] = field(default_factory=set)  # positions whose rows incomplete files already hold
+    held: dict[int, str] = field(default_factory=dict)  # positions without a response from elsewhere, and why
+
+    def left(self, positions: range) -> list[int]:
+        """Those of a file's positions that are to be run."""
+        return [p for p in positions if p not in self.kept and p not in self.held]
 
     def path(self, positions: range) -> Path:
         """Name of a file."""
@@ -136,6 +144,10 @@ def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
     rendering = Rendering(few_shot, chat, args.system_prompt, args.task_regex)
     longest, room = longest_prompt(config, args.max_new_tokens), args.max_new_tokens if args.answer_logprobs else None
     reader = PromptReader(prompts, tokenizer, rendering, longest, args.pool_regions, room)
+    reader.scores_given = args.response_logprobs
+    if args.responses_file:
+        reader.given = read_responses(args.responses_file, prompts, styles[0] if len(styles) == 1 else None)
+        reader.given.report()
     folder = Path(args.model_name)
     settings = {
         "schema_version": SCHEMA_VERSION,
@@ -155,13 +167,16 @@ def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
         "generation": {name: getattr(args, name) for name in (*GENERATION_FLAGS, *LOGPROB_FLAGS)},
         "capture": {name: getattr(args, name) for name in CAPTURE_FLAGS},
     }
+    if reader.given:
+        settings["generation"] |= dict.fromkeys(("max_new_tokens", *SAMPLING_FLAGS)) | {"text": "responses_file"}
+        settings["responses_sha256"] = reader.given.sha256
 
     # 3. Every style, and what is there of it.
     jobs = [plan_style(args, reader, style, config, settings) for style in styles]
     for job in jobs if not args.overwrite else ():
         if (job.folder / "run.json").is_file():
             begin_run(job.folder, job.settings, None, ends=job.ends, rows=prompts.rows)
-        find_done(job)
+        find_done(job, reader.given)
     if args.prompt_keys is not None:
         check_other_styles(args.output_dir, jobs, prompts)
     return jobs, reader
@@ -208,22 +223,76 @@ def plan_style(
     return StyleJob(style, folder, settings | own, cost, ends, layout, files, attention_windows(config))
 
 
-def find_done(job: StyleJob) -> None:
-    """Leave in `job` only files that are not whole; rows of incomplete files are kept, damaged files run again."""
+def find_done(job: StyleJob, given: GivenResponses | None = None) -> None:
+    """Leave in `job` only files that are not whole; rows of incomplete files are kept, damaged files run again.
+
+    Raises UserError if a row is there with another response than it is `given` now.
+    """
     left = []
     for positions in job.files:
         expected = {job.style.texts[position][0]: position for position in positions}
         path = job.path(positions)
         if path.is_file():
             try:
-                indices = load_pt(path)["original_indices"]
+                content = load_pt(path)
+                indices = content["original_indices"]
+                if given:
+                    check_responses(job, content, given)
                 if indices == list(expected):
                     continue
                 job.kept |= {expected[index] for index in indices}
+            except OtherResponses as error:
+                raise UserError(str(error)) from None
             except (UserError, KeyError) as error:
                 log.warning(f"{error}; it is run again")
         left.append(positions)
     job.files = left
+
+
+class OtherResponses(Exception):
+    """A file holds other responses than those that are given now."""
+
+
+def check_responses(job: StyleJob, content: dict[str, Any], given: GivenResponses) -> None:
+    """Raise OtherResponses if a row of a .pt file has another response than it is given now."""
+    for index, text in zip(content["original_indices"], content["responses"], strict=True):
+        now = given.of(job.style.style, index)
+        if now and now[0].text != text:
+            texts = f"row {index + 1}: {one_line(text, 40)!r} there, {one_line(now[0].text, 40)!r} now"
+            raise OtherResponses(
+                f"{job.folder}: holds a run of other responses ({texts}); use its --responses_file, another "
+                "--output_dir, or --overwrite"
+            )
+
+
+def hold_back(args: argparse.Namespace, jobs: list[StyleJob], reader: PromptReader, given: GivenResponses) -> None:
+    """Find the prompts that cannot be run for want of a response, and warn about them; they are in `held`."""
+    # 1. Those without one.
+    longest: dict[int, int] = {}
+    for job in jobs:
+        name = job.style.style
+        for p in (p for positions in job.files for p in job.left(positions)):
+            if not given.of(name, index := job.style.texts[p][0]):
+                job.held[p] = given.why_missing(name, index)
+        for index, _ in job.style.texts if args.response_logprobs else ():
+            count = len(reader.response_ids(name, index) or ())
+            longest[index] = max(longest.get(index, 0), count)
+            job.style.longest_answer = max(job.style.longest_answer, count)
+    missing = {job.style.style: [job.style.texts[p][0] for p in job.held] for job in jobs}
+    if text := missing_text(missing, given.source):
+        log.warning(f"{text}; failures.csv in {args.output_dir} has them")
+
+    # 2. Those that leave no room for the row's responses, where these are scored.
+    context = reader.max_length + args.max_new_tokens
+    for job in jobs:
+        for p in (p for positions in job.files for p in job.left(positions)):
+            prompt, response = job.style.lengths[p], longest.get(job.style.texts[p][0], 0)
+            if prompt + response > context:
+                tokens = f"has {prompt} tokens, and a response of the row {response}"
+                job.held[p] = f"{tokens}; with --response_logprobs this model has room for {context} together"
+
+        # 3. A file without anything else to run is as whole as it can be.
+        job.files = [positions for positions in job.files if job.left(positions)]
 
 
 def check_other_styles(output_dir: Path, jobs: list[StyleJob], prompts: PromptFile) -> None:
@@ -273,7 +342,8 @@ def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: Pro
     prefix = not args.no_prefix_reuse and not uneven and reaches and bool(reader.shared_prefix())
     ids = [reader.prompt(first.style, position).input_ids for position in (0, other)]
     wanted = Batching(rows, prefix)
-    found = check_model(model, reader.tokenizer, capture_options(args), ids, wanted, args.max_new_tokens)
+    steps = 0 if reader.given else args.max_new_tokens
+    found = check_model(model, reader.tokenizer, capture_options(args), ids, wanted, steps)
     if rows != "alone" and (uneven or found.rows != rows):
         how = "only prompts of equal length share a batch" if found.rows == "equal" else "prompts are run one by one"
         log.info(f"in a padded batch this model's numbers would be others: {how}")
@@ -281,7 +351,7 @@ def checked_batching(args: argparse.Namespace, jobs: list[StyleJob], reader: Pro
 
 
 def longest_continuation(args: argparse.Namespace, jobs: list[StyleJob]) -> int:
-    """Most tokens that are generated or scored after a prompt."""
+    """Most tokens that may be generated or scored after a prompt."""
     return max(args.max_new_tokens, *(job.style.longest_answer for job in jobs))
 
 
@@ -301,14 +371,17 @@ def environment(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "attention": model.config.get_text_config(decoder=True)._attn_implementation,
         "git_commit": commit or None,
         "prompt_file": str(args.prompt_file),
-    }
+    } | ({"responses_file": args.responses_file} if args.responses_file else {})
 
 
 def begin_jobs(args: argparse.Namespace, jobs: list[StyleJob], where: dict[str, Any], prompts: PromptFile) -> None:
     """Write prompts.json and every style's run.json, or find them the same."""
     for job in jobs:
         begin_run(job.folder, job.settings, where, args.overwrite, job.ends, prompts.rows, len(job.style.texts))
-        record_failures(job.folder, job.style.style, job.style.failures, job.style.failures)
+        failures = job.style.failures | {
+            job.style.texts[p][0]: (prompts.element_index(job.style.texts[p][0]), why) for p, why in job.held.items()
+        }
+        record_failures(job.folder, job.style.style, failures, failures)
         for positions in job.files:
             remove_leftovers(job.path(positions))
     copy = args.output_dir / "prompts.json"
@@ -374,8 +447,10 @@ def run_jobs(
     """Run all styles with one loaded model. Returns whether a signal stopped the run."""
     ends = end_tokens(model, reader.tokenizer)
     options = GenerationOptions(**{name: getattr(args, name) for name in GENERATION_FLAGS}, eos_token_ids=ends)
+    if reader.given:
+        options = replace(options, max_new_tokens=0, num_samples=1)
     batch_size = "1" if batching.rows == "alone" else args.batch_size
-    rows = {"samples": args.num_samples, "new_tokens": longest_continuation(args, jobs)}
+    rows = {"samples": options.num_samples, "new_tokens": longest_continuation(args, jobs)}
     rows["equal_lengths"] = batching.rows == "equal"
     limit = batch_limit(batch_size, model, jobs[0].cost, **rows)
     with ExitStack() as stack:
@@ -387,8 +462,8 @@ def run_jobs(
         normal = NormalForm(clean, reader, generator) if args.response_logprobs and clean else None
         generator.set_prefix(reader.shared_prefix() if batching.prefix else [])
         prefix = len(generator.prefix.ids) if generator.prefix else 0
-        lengths = [job.style.lengths[p] - prefix for job in jobs for one in job.files for p in one if p not in job.kept]
-        progress = Progress(len(lengths), sum(lengths), args.num_samples, args.max_new_tokens)
+        lengths = [job.style.lengths[p] - prefix for job in jobs for one in job.files for p in job.left(one)]
+        progress = Progress(len(lengths), sum(lengths), options.num_samples, options.max_new_tokens)
         generator.progress = stack.enter_context(closing(progress))
         for job in jobs:
             progress.style = job.style.style
@@ -425,7 +500,7 @@ def run_style(
     """
     position_of = {job.style.texts[p][0]: p for positions in job.files for p in positions}
     file_of = {p: positions for positions in job.files for p in positions}
-    missing = {positions: len(set(positions) - job.kept) for positions in job.files}
+    missing = {positions: len(job.left(positions)) for positions in job.files}
     done: dict[range, Rows] = {positions: {} for positions in job.files}
     tried: list[int] = []
     failed: dict[int, tuple[int | str, str]] = {}
@@ -434,7 +509,7 @@ def run_style(
         for files in windows_of(job.files, job.style.lengths, job.cost):
             if generator.stop.is_set():
                 return
-            positions = [p for positions in files for p in positions if p not in job.kept]
+            positions = [p for positions in files for p in job.left(positions)]
             # The clean form again meets other neighbours: the shortest first.
             positions.sort(key=lambda p: -job.style.lengths[p], reverse=is_again(job.style.style))
             responses = normal.responses(job, positions) if normal else {}
@@ -447,7 +522,7 @@ def run_style(
             ):
                 position = position_of[result.prompt.key]
                 if result.error is None:
-                    rows[position][0]["response_logprob_under_normal"] = result.forced_logprobs["style"][0]
+                    rows[position][0]["response_logprob_under_normal"] = sum(result.forced_logprobs["style"][0])
                 else:
                     failed[result.prompt.key] = (reader.file.element_index(result.prompt.key), result.error)
                     del rows[position]
@@ -459,7 +534,7 @@ def run_style(
         positions = file_of[position_of[key]]
         tried.append(key)
         if result.error is None:
-            row = result_row(result, job.style.texts[position_of[key]][1], reader, generator, normal is not None)
+            row = result_row(result, job.style, position_of[key], reader, generator, normal is not None)
             if normal and cross:
                 row["response_logprob_under_normal"] = math.nan  # the row may have no clean form
             done[positions][position_of[key]] = row, result
@@ -494,16 +569,21 @@ def write_file(job: StyleJob, positions: range, rows: Rows, reader: PromptReader
 
 
 def result_row(
-    result: Result, text: str, reader: PromptReader, generator: Generator, has_normal: bool
+    result: Result, style: StylePrompts, position: int, reader: PromptReader, generator: Generator, has_normal: bool
 ) -> dict[str, Any]:
     """One row of a .pt file; the captured fields join it when the file is written."""
-    index, first, ids = result.prompt.key, result.responses[0], result.prompt.input_ids
+    (index, text), ids, first = style.texts[position], result.prompt.input_ids, result.responses[0]
+    given = reader.given.of(style.style, index) if reader.given else []
+    if given:
+        logprobs = (result.forced_logprobs.get("response") or [[]])[0]
+        own = result.prompt.response_ids or []
+        first = Response(result.prompt, 0, own, logprobs, given[0].text, given[0].finish_reason)
     row: dict[str, Any] = {
         "original_index": index,
         "element_index": reader.file.element_index(index),
         "prompt": text,
         "response": first.text,
-        "final_prediction": whole_text(reader.tokenizer, ids, first),
+        "final_prediction": whole_text(reader.tokenizer, ids, first, bool(given)),
         "finish_reason": first.finish_reason,
         "response_token_count": len(first.ids),
         "input_ids": torch.tensor(ids),
@@ -511,20 +591,27 @@ def result_row(
     }
     if generator.options.num_samples > 1:
         row["response_samples"] = [response.text for response in result.responses]
+    elif reader.given and reader.given.has_samples:
+        row["response_samples"] = [response.text for response in given]
     if generator.options.response_logprobs:
         row["response_ids"] = torch.tensor(first.ids, dtype=torch.long)
         row["response_logprobs"] = torch.tensor(first.logprobs)
         if has_normal:  # NaN if this row has no normal response
-            row["normal_response_logprob"] = next(iter(result.forced_logprobs["normal"]), math.nan)
+            row["normal_response_logprob"] = next(map(sum, result.forced_logprobs["normal"]), math.nan)
             row["normal_response_token_count"] = sum(map(len, result.prompt.forced["normal"]))
     if reader.answer_room is not None:
-        row["answer_logprobs"] = torch.tensor(result.forced_logprobs["answers"])
+        row["answer_logprobs"] = torch.tensor([float(sum(one)) for one in result.forced_logprobs["answers"]])
         row["answer_token_counts"] = torch.tensor([*map(len, result.prompt.forced["answers"])], dtype=torch.long)
     return row
 
 
-def whole_text(tokenizer: Any, ids: list[int], response: Response) -> str:
-    """Prompt and response decoded together; what follows a stop string is cut off as in the response."""
+def whole_text(tokenizer: Any, ids: list[int], response: Response, given: bool = False) -> str:
+    """Prompt and response decoded together; what follows a stop string is cut off as in the response.
+
+    given: the response was made elsewhere, and follows the decoded prompt as it is.
+    """
+    if given:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)) + response.text
     text = str(tokenizer.decode(ids + response.ids, skip_special_tokens=True))
     if response.finish_reason == "stop":
         full = str(tokenizer.decode(response.ids, skip_special_tokens=True))
@@ -542,6 +629,9 @@ class NormalForm:
     def responses(self, job: StyleJob, positions: list[int]) -> dict[int, list[int]]:
         """Token ids of the clean form's responses by positions of another style; read from disk, else generated."""
         wanted = {job.style.texts[p][0]: p for p in positions if job.style.texts[p][0] in self._position_of}
+        if self.reader.given:
+            found = ((p, self.reader.response_ids(self.job.style.style, index)) for index, p in wanted.items())
+            return {p: ids for p, ids in found if ids is not None}
         known: dict[int, list[int]] = {}
         for file in self.job.layout:
             rows = {self.job.style.texts[p][0] for p in file}
@@ -580,7 +670,8 @@ def report_failures(jobs: list[StyleJob]) -> int:
         if never:
             why = f"cannot be run with these settings (the first: {one_line(never[0][-1], 200)})"
             log.warning(f"{name}: {len(never)} prompts {why}; see {where}")
-        if again := len(lines) - len(never):
+        held = len(lines.keys() & {job.style.texts[p][0] for p in job.held})
+        if again := len(lines) - len(never) - held:
             log.warning(f"{name}: {again} prompts were not run; the same command tries them again; see {where}")
         failed = failed or bool(lines)
     return int(failed)

@@ -47,6 +47,7 @@ from capture.prompts import PromptReader, Rendering, StylePrompts, longest_promp
 from capture.recorder import cannot_capture, chosen_layers
 
 ROWS_PER_FILE = 16
+RESPONSE_TOKENS = 16
 CPU_ROWS, GPU_ROWS = 16, 128  # patched rows in a batch; on a CPU more are slower
 FAILURES = "patches_failures.csv"
 WHOSE = ("", "recipient_", "donor_")  # a measure of the patched row, of the unpatched one, of the donor
@@ -124,7 +125,8 @@ def open_reader(args: argparse.Namespace, run: Run) -> tuple[Any, PromptReader]:
     args.model_name = args.model_name or (f"models/{name}" if Path(f"models/{name}").is_dir() else name)
     args.revision, args.dtype = settings["revision"], args.dtype or settings["dtype"]
     args.stop_strings = settings["generation"]["stop_strings"]
-    args.response_tokens = args.response_tokens or settings["generation"]["max_new_tokens"]
+    # A run of responses that were made elsewhere does not know how long they might have become.
+    args.response_tokens = args.response_tokens or settings["generation"]["max_new_tokens"] or RESPONSE_TOKENS
     if args.source != "split" and (args.screen != "none" or args.units_csv):
         raise UserError(
             f"--source {args.source}: units are patched for all tokens, which have no counterpart; use split"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from command_line import UserError
+from given_responses import GivenResponses
 from gold_words import answer_texts
 from load_json import PromptFile, read_text
 from style_names import controlled_style, matched_style, source_style
@@ -57,7 +58,7 @@ class StylePrompts:
     pooled: list[str]
     texts: list[tuple[int, str]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    longest_answer: int = 0  # tokens, if answers are scored
+    longest_answer: int = 0  # tokens of an answer or a response from elsewhere, if these are scored
     failures: dict[int, tuple[int | str, str]] = field(default_factory=dict)
     unmatched: int = 0  # of a control: prompts that are not in it, for they cannot have as many tokens as the style's
     controls: dict[int, dict[str, bool]] = field(default_factory=dict)  # by row: see `_ReadPrompt`
@@ -92,6 +93,8 @@ class PromptReader:
     ):
         self.file, self.tokenizer, self.rendering = prompts, tokenizer, rendering
         self.max_length, self.pool, self.answer_room = max_length, pool, answer_room
+        self.given: GivenResponses | None = None  # responses that were made elsewhere
+        self.scores_given = False  # their log-probabilities are wanted
         self._answers: dict[tuple[int, bool], list[list[int]]] = {}
         self._cutter, self._sentences = WordCutter(tokenizer), NeutralSentences(tokenizer)
         self._control = control_tokens(tokenizer)
@@ -150,13 +153,36 @@ class PromptReader:
     def prompt(self, style: StylePrompts, position: int, normal_ids: list[int] | None = None) -> Prompt:
         """The prompt at a position of a style's list, with its tokens and regions.
 
-        What is forced after it: `answers`, the row's accepted answers, and `normal`, the clean form's response.
+        What is forced after it: `answers`, the row's accepted answers, `normal`, the clean form's response, and
+        `response`, one that was made elsewhere.
         """
         index, _ = style.texts[position]
         read = self._read(style.style, index)
         assert read is not None  # it is in the list
         forced = {"answers": self._answer_ids(index, read), "normal": [] if normal_ids is None else [normal_ids]}
-        return Prompt(index, read.ids, self._mask(read, style.style, index, style.names), forced)
+        own = self._response_ids(style.style, index, read)
+        if own is not None and self.scores_given:
+            forced["response"] = [own]
+        return Prompt(index, read.ids, self._mask(read, style.style, index, style.names), forced, own)
+
+    def response_ids(self, style: str, index: int) -> list[int] | None:
+        """Token ids of a row's response that was made elsewhere; None if it has none."""
+        read = self._read(style, index) if self.given and self.given.of(style, index) else None
+        return None if read is None else self._response_ids(style, index, read)
+
+    def _response_ids(self, style: str, index: int, read: _ReadPrompt) -> list[int] | None:
+        """Its tokens as they continue the prompt. If the tokenizer's decoder drops a first space, that space is read
+        before a text that has none."""
+        several = self.given.of(style, index) if self.given else []
+        if not several:
+            return None
+        text = several[0].text
+        space = "" if not text or text[0].isspace() else self._space_before(read.rendered)
+        if space:
+            ids = self._continuation(read.rendered, space + text)
+            if self.tokenizer.decode(ids, skip_special_tokens=True) == text:
+                return ids
+        return self._continuation(read.rendered, text) if text else []
 
     def _answer_ids(self, index: int, read: _ReadPrompt) -> list[list[int]]:
         """Token ids of a row's accepted answers as they continue its prompt; [] if answers are not scored.
@@ -174,24 +200,27 @@ class PromptReader:
             if isinstance(clean, str) and clean.strip():
                 other = render_prompt(self.tokenizer, clean, how.few_shot, how.apply_chat_template, how.system_prompt)
                 base = other if other.text[-1:].isspace() == ends_open else base
-        found = [ids for text in answer_texts(row.get("answer")) if (ids := self._continuation(base, text))]
+        space = self._space_before(base)
+        found = [ids for text in answer_texts(row.get("answer")) if (ids := self._continuation(base, space + text))]
         if base is not read.rendered:
             self._answers[index, ends_open] = found
         return found
 
-    def _continuation(self, rendered: RenderedPrompt, text: str) -> list[int]:
-        """Token ids of a text as the model would write it after a prompt: those that follow the prompt's own ids, if
-        the ids of both together begin with these, else those of the text alone."""
+    def _space_before(self, rendered: RenderedPrompt) -> str:
+        """White space between a prompt and an answer to it, as the model would write it."""
         if rendered.has_special_tokens:
-            space = space_before_answer(self.tokenizer, self.rendering.system_prompt)
-        else:
-            space = "" if rendered.text[-1:].isspace() else " "
+            return space_before_answer(self.tokenizer, self.rendering.system_prompt)
+        return "" if rendered.text[-1:].isspace() else " "
+
+    def _continuation(self, rendered: RenderedPrompt, text: str) -> list[int]:
+        """Token ids of a text after a prompt: those that follow the prompt's own ids, if the ids of both together begin
+        with these, else those of the text alone."""
         before = self._tokens(rendered)[0]
-        whole = self._tokens(replace(rendered, text=rendered.text + space + text))[0]
+        whole = self._tokens(replace(rendered, text=rendered.text + text))[0]
         if whole[: len(before)] == before:
             return whole[len(before) :]
         # After a line's end, so that no tokenizer puts its mark of a first word there.
-        alone = self.tokenizer("\n" + space + text, add_special_tokens=False, return_offsets_mapping=True)
+        alone = self.tokenizer("\n" + text, add_special_tokens=False, return_offsets_mapping=True)
         return [one for one, (a, _) in zip(alone["input_ids"], alone["offset_mapping"], strict=True) if a > 0]
 
     def _read(self, style: str, index: int) -> _ReadPrompt | None:

@@ -21,7 +21,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import UserError, make_parser, run_main
+from stamps import by_flag
 
+# What says how text is made; given responses are there already.
+TEXT_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed")
 AT_LEAST = {"max_new_tokens": 0, "top_k": 0, "num_samples": 1, "topk_logits": 1, "temperature": 0.0, "max_samples": 1}
 
 
@@ -57,6 +60,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--top_k", type=int, default=0, help="0: all tokens, when sampling")
     flag("--repetition_penalty", type=float, default=1.0, help="1 is none")
     flag("--num_samples", type=int, default=1, help="responses of each prompt, when sampling")
+    files = "use these responses and generate none: JSON Lines, CSV, or samples of lm-evaluation-harness "
+    flag("--responses_file", nargs="+", help=files + "(docs/DATA_FORMAT.md); STYLE=FILE if its rows name no style")
     flag("--seed", type=int, default=0, help="random numbers depend on it, the row, the sample, the step")
     flag("--stop_strings", nargs="+", default=[], help=r"a response ends before these (\n: line end)")
     flag("--response_logprobs", action="store_true", help="log-probabilities of the responses' tokens")
@@ -83,7 +88,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--overwrite", action="store_true", help="remove what an earlier run wrote there")
     flag("--force", action="store_true", help="run although the disk seems too small")
     flag("--no_prefix_reuse", action="store_true", help="read the shared prefix with every prompt again")
-    return _checked(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    if args.responses_file:
+        given = by_flag(sys.argv[1:] if argv is None else argv)
+        if made := [f"--{name}" for name in (*TEXT_FLAGS, "stop_strings") if f"--{name}" in given]:
+            raise UserError(f"{' '.join(made)}: says how text is generated, but --responses_file brings it; drop one")
+        args.max_new_tokens = 0
+    return _checked(args)
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:

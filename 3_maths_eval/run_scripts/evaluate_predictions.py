@@ -25,9 +25,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import make_parser, run_main
+from given_responses import add_responses_flags, run_of
 from logger import get_logger
 from maths.gold import has_gold
-from run_store import open_run, warn_unfinished
+from run_store import warn_unfinished
 
 __all__ = ["has_gold"]  # what run_pipeline.py asks before it plans this stage
 
@@ -36,10 +37,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder, style folder or .pt file")
+    data.add_argument("--run_dir", type=Path, help="run folder, style folder or .pt file")
+    add_responses_flags(data)
     data.add_argument("--results_dir", type=Path, help="default: results/<run name>")
     data.add_argument("--styles", nargs="+", help="styles to score; default: all (the clean one always)")
-    data.add_argument("--style", help="name of the only style in --run_dir, where its folder does not say it")
+    data.add_argument("--style", help="name of the only style in --run_dir, if nothing there says it")
     gold = parser.add_argument_group("gold answers")
     gold.add_argument("--prompt_file", type=Path, help="prompt file; default: the copy in the run folder")
     own = "your own scores instead: a CSV with style, original_index, correct (1 or 0), and if known sample, response"
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     from maths.accuracy import NoReadableGold, evaluate_run, write_maths
 
-    run = open_run(args.run_dir)
+    run = run_of(args, args.style)
     try:
         evaluation = evaluate_run(run, args.prompt_file, args.edits_csv, args.styles, args.style, args.maths_items)
     except NoReadableGold as skipped:

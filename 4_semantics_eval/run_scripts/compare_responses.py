@@ -21,13 +21,16 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import add_run_flags, make_parser, run_main
-from run_store import open_run, warn_unfinished
+from given_responses import add_responses_flags, run_of
+from run_store import warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
-    add_run_flags(parser, "run folder of stage 2, with normal and other styles")
+    data = add_run_flags(parser, "run folder of stage 2, with normal and other styles", required=False)
+    add_responses_flags(data)
+    data.add_argument("--prompt_file", type=Path, help="with --responses_file: the prompts that were answered")
     model = parser.add_argument_group("embeddings")
     model.add_argument("--embedding_model", help="folder or hub name; default: models/all-MiniLM-L6-v2, or the hub's")
     model.add_argument("--device", help="cuda:0, mps or cpu; default: the fastest there is")
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     from semantics.similarity import compare_run
 
-    run = open_run(args.run_dir)
+    run = run_of(args)
     warn_unfinished(run, args.styles, args.max_samples)
     return compare_run(run, args)
 

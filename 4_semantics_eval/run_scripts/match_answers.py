@@ -24,18 +24,20 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
 from command_line import make_parser, run_main
+from given_responses import add_responses_flags, run_of
 from logger import get_logger
-from run_store import open_run, warn_unfinished
+from run_store import warn_unfinished
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--run_dir", type=Path, required=True, help="run folder, style folder or .pt file")
+    data.add_argument("--run_dir", type=Path, help="run folder, style folder or .pt file")
+    add_responses_flags(data)
     data.add_argument("--results_dir", type=Path, help="default: results/<run name>")
     data.add_argument("--styles", nargs="+", help="styles to score; default: all (the clean one always)")
-    data.add_argument("--style", help="name of the only style in --run_dir, where its folder does not say it")
+    data.add_argument("--style", help="name of the only style in --run_dir, if nothing there says it")
     gold = parser.add_argument_group("gold answers")
     gold.add_argument("--prompt_file", type=Path, help="prompt file; default: the copy in the run folder")
     gold.add_argument("--edits_csv", type=Path, help="edit log; default: <prompt file>_edits.csv if it is still there")
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     from semantics.answers import evaluate_answers, write_answers
 
-    run = open_run(args.run_dir)
+    run = run_of(args, args.style)
     evaluation = evaluate_answers(run, args.prompt_file, args.edits_csv, args.styles, args.style, args.measure)
     warn_unfinished(run, args.styles)
     folder = args.results_dir or Path("results") / evaluation.name
