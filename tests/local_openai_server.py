@@ -1,4 +1,4 @@
-"""A real HTTP server on 127.0.0.1 in OpenAI's chat-completions format, in front of a transformers causal model.
+"""A real HTTP server on 127.0.0.1 in OpenAI's formats (chat and plain completions), before a transformers causal model.
 
     with LocalOpenAIServer("models/SmolLM2-135M-Instruct") as server: ...   # a model on disk
     with LocalOpenAIServer() as server: ...                                 # a tiny random Llama, made here
@@ -12,6 +12,8 @@ response format the model's own likelihoods choose among the values of an enum, 
 "not_completion" (JSON of another form), "html", "drop" (connection closed), "slow:2" (a late answer), "503:5".
 `always` is one such fault for every request. `refuses` lists parameters answered with 400 ("system": the role).
 `answers` is called with each request's body: None, or what is sent instead of an answer: (status, body[, headers]).
+`before` is put before every prompt, as a server does whose BOS token or template is another. A `reply` for a plain
+completion is called with the prompt, and the prompt's tokens are then its words.
 """
 
 from __future__ import annotations
@@ -35,15 +37,17 @@ class LocalOpenAIServer:
     def __init__(
         self,
         model_path: str | None = None,
-        reply: Callable[[Messages], str] | None = None,
+        reply: Callable[[Any], str] | None = None,
         api_key: str | None = None,
         faults: Sequence[str] = (),
         always: str | None = None,
         refuses: Sequence[str] = (),
         answers: Callable[[dict[str, Any]], tuple[Any, ...] | None] = lambda body: None,
         port: int = 0,
+        before: str = "",
     ) -> None:
         self.model_path = model_path
+        self.before = before
         self.reply = reply
         self.api_key = api_key
         self.faults = list(faults)
@@ -67,7 +71,7 @@ class LocalOpenAIServer:
 
     @cached_property
     def model(self) -> ServedModel:
-        return ServedModel(self.model_path)
+        return ServedModel(self.model_path, self.before)
 
     def start(self) -> LocalOpenAIServer:
         if self.reply is None:
@@ -84,6 +88,18 @@ class LocalOpenAIServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The plain completion for one request body: its prompt is a text or token ids."""
+        if self.reply is not None:
+            text, counts, reason = self.reply(body["prompt"]), (len(body["prompt"].split()), 1), "stop"
+        else:
+            with self.lock:
+                text, counts, reason = self.model.complete(body["prompt"], body["max_tokens"], body.get("stop") or [])
+        usage = {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}
+        choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
+        head = {"id": "cmpl-1", "object": "text_completion", "created": int(time.time())}
+        return head | {"model": self.model_path or "tiny-random-llama", "choices": [choice], "usage": usage}
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """The chat completion for one request body."""
@@ -135,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         sent_key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.owner.api_key is not None and sent_key != self.owner.api_key:
             self._error(401, f"Incorrect API key provided: {sent_key}", None)  # some servers do quote it
-        elif self.path != "/v1/chat/completions":
+        elif self.path not in ("/v1/chat/completions", "/v1/completions"):
             self._error(404, f"no such path {self.path}", None)
         elif (told := self.owner.answers(body)) is not None:
             self._send(told[0], json.dumps(told[1]), *told[2:])
@@ -143,7 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(400, f"Unsupported parameter: '{refused}' is not supported with this model.", refused)
         elif fault is None or fault.startswith("slow"):
             time.sleep(float(fault.partition(":")[2] or 2) if fault else 0)
-            self._send(200, json.dumps(self.owner.answer(body)))
+            made = self.owner.answer(body) if "messages" in body else self.owner.completion(body)
+            self._send(200, json.dumps(made))
         else:
             self._misbehave(fault, sent_key)
 
@@ -188,13 +205,14 @@ class _Handler(BaseHTTPRequestHandler):
 
 def sent_in(body: dict[str, Any]) -> set[str]:
     """What a server may refuse in a request: the names of its parameters, and "system" for the role."""
-    return {*body, *(message["role"] for message in body["messages"])}
+    return {*body, *(message["role"] for message in body.get("messages", []))}
 
 
 class ServedModel:
     """A causal model behind the server: greedy chat, and answers of a JSON schema's form."""
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, before: str = "") -> None:
+        self.before = before
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if path is None:
@@ -209,13 +227,24 @@ class ServedModel:
             prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         else:
             prompt = "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
-        ids = self._ids(prompt)
+        ids = self._ids(self.before + prompt)
         if schema is None:
             new, ended = self._continue(ids, limit)
             text = self.tokenizer.decode(new, skip_special_tokens=True)
             return text, (ids.shape[1], len(new)), "stop" if ended else "length"
         text = self._fill_schema(prompt, schema, limit)
         return text, (ids.shape[1], self._ids(text).shape[1]), "stop"
+
+    def complete(self, prompt: str | list[int], limit: int, stops: list[str]) -> tuple[str, tuple[int, int], str]:
+        """(text, (prompt tokens, completion tokens), finish reason) of a prompt that is continued as it is."""
+        import torch
+
+        ids = self._ids(self.before + prompt, True) if isinstance(prompt, str) else torch.tensor([prompt])
+        new, ended = self._continue(ids, limit)
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        places = [text.find(stop) for stop in stops if stop in text]
+        text = text[: min(places)] if places else text
+        return text, (ids.shape[1], len(new)), "stop" if ended or places else "length"
 
     def _continue(self, ids: Any, limit: int) -> tuple[list[int], bool]:
         end = self.tokenizer.eos_token_id
@@ -251,8 +280,8 @@ class ServedModel:
                 scores.append(float(logits[0].gather(1, ids[0, :, None]).mean()))
         return values[scores.index(max(scores))]
 
-    def _ids(self, text: str) -> Any:
-        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    def _ids(self, text: str, special: bool = False) -> Any:
+        return self.tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids
 
 
 def tiny_random_llama(seed: int = 0) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Ask an OpenAI-compatible chat server many questions: retries, bounded concurrency, an append-only cache, dry runs.
+"""Ask an OpenAI-compatible server many questions: retries, bounded concurrency, an append-only cache, dry runs.
 
     client = ChatClient("gpt-4o", cache_path="results/demo/judge_cache.jsonl", base_url=None)
     for reply in client.map(ChatRequest.of("Say A or B.", max_tokens=5) for _ in range(3)):
@@ -48,13 +48,19 @@ FAILURES_IN_A_ROW = 10
 @dataclass(frozen=True)
 class ChatRequest:
     """One question. `json_schema` ({"name": …, "schema": …}) asks for an answer of that form; `seed` also
-    distinguishes several samples of one question."""
+    distinguishes several samples of one question. `prompt`, a text or token ids, is continued as it is, in place of
+    messages. `extra`: parameters that OpenAI does not have. `name`: what the answer is kept under, if not the hash."""
 
     messages: tuple[tuple[str, str], ...]  # (role, content)
     max_tokens: int = 512
     temperature: float = 0.0
     seed: int | None = None
     json_schema: dict[str, Any] | None = field(default=None, hash=False)
+    prompt: str | tuple[int, ...] | None = None
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    extra: tuple[tuple[str, float], ...] = ()
+    name: str | None = None
 
     @classmethod
     def of(cls, user: str, system: str | None = None, **options: Any) -> ChatRequest:
@@ -63,15 +69,18 @@ class ChatRequest:
         return cls((*start, ("user", user)), **options)
 
     def parameters(self) -> dict[str, Any]:
-        """Keyword arguments of `chat.completions.create`, without the model."""
-        wanted: dict[str, Any] = {
+        """Keyword arguments of `chat.completions.create` or `completions.create`, without the model."""
+        wanted: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        if self.prompt is None:
             # Half a surrogate pair cannot be sent.
-            "messages": [
+            wanted["messages"] = [
                 {"role": role, "content": text.encode("utf-8", "replace").decode()} for role, text in self.messages
-            ],
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-        }
+            ]
+        else:
+            wanted["prompt"] = self.prompt if isinstance(self.prompt, str) else [*self.prompt]
+        wanted |= {"top_p": self.top_p} if self.top_p != 1.0 else {}
+        wanted |= {"stop": [*self.stop]} if self.stop else {}
+        wanted |= {"extra_body": dict(self.extra)} if self.extra else {}
         if self.seed is not None:
             wanted["seed"] = self.seed
         if self.json_schema is not None:
@@ -107,11 +116,7 @@ class ReplyCache:
         self.unreadable = 0
         self._lock = threading.Lock()
         self._replies: dict[str, ChatReply] = {}
-        try:
-            lines = self.path.read_bytes().split(b"\n") if self.path is not None and self.path.exists() else []
-        except OSError as error:
-            raise UserError(f"{path}: the cache cannot be read: {error.strerror}") from None
-        for line in lines:
+        for line in stored_lines(self.path) if self.path is not None else []:
             try:
                 record = json.loads(line)
                 self._replies[record["key"]] = _cached_reply(record)
@@ -129,20 +134,31 @@ class ReplyCache:
             self._replies[key] = _cached_reply(kept)
             if self.path is None:
                 return
-            line = json.dumps({"key": key, "model": model, **kept}).encode() + b"\n"
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "ab+") as handle:
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                    if handle.seek(0, os.SEEK_END):
-                        handle.seek(-1, os.SEEK_END)
-                        if handle.read(1) != b"\n":  # a torn line must not swallow this one
-                            line = b"\n" + line
-                    handle.write(line)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write the cache {self.path}: {error.strerror}; free space or move it"
-                ) from None
+            append_line(self.path, {"key": key, "model": model, **kept})
+
+
+def stored_lines(path: Path) -> list[bytes]:
+    """The lines of a cache; none if it is not there. Raises UserError if it cannot be read."""
+    try:
+        return path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path}: the cache cannot be read: {error.strerror}") from None
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append a record to a JSONL file; it is in the file when this returns. Raises UserError if the disk refuses."""
+    line = json.dumps(record).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if handle.seek(0, os.SEEK_END):
+                handle.seek(-1, os.SEEK_END)
+                if handle.read(1) != b"\n":  # a torn line must not swallow this one
+                    line = b"\n" + line
+            handle.write(line)
+    except OSError as error:
+        raise UserError(f"cannot write the cache {path}: {error.strerror}; free space or move it") from None
 
 
 def _cached_reply(record: dict[str, Any]) -> ChatReply:
@@ -163,7 +179,7 @@ def _cached_reply(record: dict[str, Any]) -> ChatReply:
 
 
 class ChatClient:
-    """A server, a model and a cache.
+    """A server, a model and a cache (its path, or the cache itself).
 
     base_url: default OPENAI_BASE_URL from the environment, else OpenAI. api_key_env: name of the variable that holds
     the key; a server other than OpenAI's may do without. max_retries: of requests answered with 408, 409, 429, 5xx (as
@@ -175,7 +191,7 @@ class ChatClient:
     def __init__(
         self,
         model: str,
-        cache_path: str | Path | None = None,
+        cache_path: str | Path | ReplyCache | None = None,
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         max_concurrency: int = 8,
@@ -184,7 +200,7 @@ class ChatClient:
     ) -> None:
         self.model = model
         self.base_url = _checked_url(base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_BASE_URL)
-        self.cache = ReplyCache(cache_path)
+        self.cache = cache_path if isinstance(cache_path, ReplyCache) else ReplyCache(cache_path)
         self.refused: tuple[str, ...] = ()  # what this server was found to refuse
         self.changed: tuple[str, ...] = ()  # what was left out for any answer handed out, cached ones included
         self._api_key_env = api_key_env
@@ -197,10 +213,13 @@ class ChatClient:
         self._has_asked = False
         self._logger = get_logger()
         if self.cache.unreadable:
-            self._logger.warning("%s: %d unreadable lines; asking again", cache_path, self.cache.unreadable)
+            where = self.cache.path or "stored responses"
+            self._logger.warning("%s: %d unreadable lines; asking again", where, self.cache.unreadable)
 
     def key(self, request: ChatRequest) -> str:
-        """Hash under which the answer to `request` is kept."""
+        """Name or hash under which the answer to `request` is kept."""
+        if request.name is not None:
+            return request.name
         asked = [self.base_url, self.model, request.parameters()]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -287,7 +306,8 @@ class ChatClient:
         while True:
             try:
                 sent = _without(request.parameters(), left_out)
-                answer = self._client.chat.completions.create(model=self.model, **sent)
+                completions = self._client.chat.completions if request.prompt is None else self._client.completions
+                answer = completions.create(model=self.model, **sent)
                 reply = _reply_of(answer, left_out, self._secret)
                 self._remember(left_out)
                 return reply
@@ -353,17 +373,20 @@ class ChatClient:
         return one_line(text.replace(self._secret, "[key]") if self._secret else text, 200)
 
 
-def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every script with a chat server has."""
+def add_server_flags(
+    parser: argparse.ArgumentParser, default: str = "default: OPENAI_BASE_URL from the environment, or OpenAI"
+) -> argparse._ArgumentGroup:
+    """The flags that every script with a server has; returns their group. default: what is done without --base_url."""
     group = parser.add_argument_group("server (OpenAI or any compatible one)")
-    group.add_argument("--base_url", help="address up to /v1; default: OPENAI_BASE_URL from the environment, or OpenAI")
+    group.add_argument("--base_url", help=f"address up to /v1; {default}")
     group.add_argument("--api_key_env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     group.add_argument("--max_concurrency", type=int, default=8, help="requests at the same time")
     group.add_argument("--max_retries", type=int, default=6, help="retries of a request")
     group.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for one answer")
+    return group
 
 
-def client_of(args: argparse.Namespace, model: str, cache_path: Path) -> ChatClient:
+def client_of(args: argparse.Namespace, model: str, cache_path: Path | ReplyCache) -> ChatClient:
     """The client that the flags of `add_server_flags` describe."""
     server = (args.base_url, args.api_key_env, args.max_concurrency, args.max_retries, args.timeout)
     return ChatClient(model, cache_path, *server)
@@ -459,8 +482,8 @@ def _without(parameters: dict[str, Any], left_out: tuple[str, ...]) -> dict[str,
     sent = {name: value for name, value in parameters.items() if name not in left_out}
     if "max_tokens" in left_out and "max_completion_tokens" not in left_out:
         sent["max_completion_tokens"] = parameters["max_tokens"]
-    first, *rest = parameters["messages"]
-    if "system" in left_out and first["role"] == "system" and rest:
+    first, *rest = parameters.get("messages", [None])
+    if "system" in left_out and first and first["role"] == "system" and rest:
         text = f"{first['content']}\n\n{rest[0]['content']}"
         sent["messages"] = [{**rest[0], "content": text}, *rest[1:]]
     return sent
@@ -492,7 +515,7 @@ def _reply_of(answer: Any, left_out: tuple[str, ...], secret: str) -> ChatReply:
     if error:
         code = error.get("code", error.get("status")) if isinstance(error, dict) else None
         raise _ServerError(error, int(str(code)) if re.fullmatch(r"[45]\d\d", str(code)) else None)
-    message = choice.get("message")
+    message = choice.get("message", {"content": choice["text"]} if "text" in choice else None)
     if not isinstance(message, dict):
         raise ValueError("no choices")
     content = message.get("content")

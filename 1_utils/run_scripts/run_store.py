@@ -418,7 +418,7 @@ def begin_run(
 
 def clear_run(folder: Path) -> None:
     """Remove what an earlier run wrote into `folder`, and nothing else."""
-    for path in [*pt_files(folder), folder / "run.json", folder / "failures.csv"]:
+    for path in [*pt_files(folder), *(folder / name for name in ("run.json", "failures.csv", "responses.jsonl"))]:
         path.unlink(missing_ok=True)
 
 

@@ -47,6 +47,7 @@ from capture.model_check import Batching, check_model, positions_follow_the_long
 from capture.progress import Progress
 from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt, read_few_shot
 from capture.recorder import CaptureOptions, Recorder, attention_windows, chosen_raw_layers
+from capture.server_text import ask_server
 
 EXIT_STOPPED = 75
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed")
@@ -60,6 +61,13 @@ log = get_logger("attn_act_logi")
 def run_command(args: argparse.Namespace, model: Any = None) -> int:
     """Do what the command line asks for, with `model` if one is loaded already; returns the exit code."""
     jobs, reader = plan_jobs(args)
+    if args.base_url and any(job.files for job in jobs):
+        begin_jobs(args, jobs, {}, reader.file)  # refuses other settings before anything is asked
+        args.overwrite = False
+        with stopped_by_signals(stop := Event()):
+            reader.given = ask_server(args, jobs, reader, stop)
+        if stop.is_set():
+            return EXIT_STOPPED
     if reader.given:
         hold_back(args, jobs, reader, reader.given)
     todo = [job for job in jobs if job.files]
@@ -167,6 +175,8 @@ def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
         "generation": {name: getattr(args, name) for name in (*GENERATION_FLAGS, *LOGPROB_FLAGS)},
         "capture": {name: getattr(args, name) for name in CAPTURE_FLAGS},
     }
+    if args.base_url:
+        settings["generation"] |= {"text": "server", "server_model": args.server_model}
     if reader.given:
         settings["generation"] |= dict.fromkeys(("max_new_tokens", *SAMPLING_FLAGS)) | {"text": "responses_file"}
         settings["responses_sha256"] = reader.given.sha256
@@ -371,7 +381,7 @@ def environment(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "attention": model.config.get_text_config(decoder=True)._attn_implementation,
         "git_commit": commit or None,
         "prompt_file": str(args.prompt_file),
-    } | ({"responses_file": args.responses_file} if args.responses_file else {})
+    } | {name: value for name in ("responses_file", "base_url") if (value := getattr(args, name))}
 
 
 def begin_jobs(args: argparse.Namespace, jobs: list[StyleJob], where: dict[str, Any], prompts: PromptFile) -> None:

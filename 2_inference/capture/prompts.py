@@ -116,7 +116,7 @@ class PromptReader:
         # Rows of a control have the clean form and the style that it controls.
         keys = [source_style(style), *([str(self.file.clean_key)] if controlled_style(style) else [])]
         for problem in (problem for key in keys for problem in self.file.problems_of(key, max_samples)):
-            found.failures[problem.original_index] = (self._element(problem.original_index), str(problem))
+            found.failures[problem.original_index] = (self.element(problem.original_index), str(problem))
         indices = [{index for index, _ in self.file.prompts(key, max_samples)} for key in keys]
         for index in sorted(set.intersection(*indices)):
             try:
@@ -130,7 +130,7 @@ class PromptReader:
                     room = f"this model and {'--max_new_tokens' if most == self.max_length else 'the answer'}"
                     raise UserError(f"has {len(read.ids)} tokens; {room} leave room for {most}")
             except UserError as error:
-                found.failures[index] = (self._element(index), str(error))
+                found.failures[index] = (self.element(index), str(error))
                 continue
             if read.controls:
                 found.controls[index] = read.controls
@@ -164,6 +164,19 @@ class PromptReader:
         if own is not None and self.scores_given:
             forced["response"] = [own]
         return Prompt(index, read.ids, self._mask(read, style.style, index, style.names), forced, own)
+
+    def element(self, index: int) -> int | str:
+        """The id of a row, whatever is wrong with it."""
+        try:
+            return self.file.element_index(index)
+        except AttributeError:  # the row is not an object
+            return index + 1
+
+    def as_read(self, style: str, index: int) -> tuple[RenderedPrompt, list[int], str]:
+        """A row's prompt as it is rendered, its token ids, and its own text; it must be in the style's list."""
+        read = self._read(style, index)
+        assert read is not None
+        return read.rendered, read.ids, read.text
 
     def response_ids(self, style: str, index: int) -> list[int] | None:
         """Token ids of a row's response that was made elsewhere; None if it has none."""
@@ -318,12 +331,6 @@ class PromptReader:
         while len(ids) > 1 and encoded["special_tokens_mask"][len(ids) - 1] and ids[-1] in ends:
             del ids[-1], offsets[-1]
         return ids, offsets
-
-    def _element(self, index: int) -> int | str:
-        try:
-            return self.file.element_index(index)
-        except AttributeError:  # the row is not an object
-            return index + 1
 
 
 def _differ_only_within(places: list[bool], one: _ReadPrompt, other: _ReadPrompt) -> bool:

@@ -2,7 +2,8 @@
 
 Reads   a prompt file (JSON list of objects, one style a key)
 Writes  <output_dir>/activations_*.pt and run.json (several styles: <output_dir>/<style>/…), prompts.json, and
-        failures.csv with the prompts that could not be run. The same command continues where it stopped.
+        failures.csv with the prompts that could not be run. The same command continues where it stopped. With
+        --base_url a server generates the text, with --responses_file it is there already; inside is captured here.
 
     python 2_inference/run_scripts/attn_act_logi.py --model_name google/gemma-2-9b-it \\
         --prompt_file 0_data/polite_prompts.json --output_dir outputs/polite_run
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
+from chat_client import add_server_flags
 from command_line import UserError, make_parser, run_main
 from stamps import by_flag
 
@@ -69,6 +71,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     crossed = "as --response_logprobs, and of each style's response after the clean form's prompt"
     flag("--cross_logprobs", action="store_true", help=crossed)
 
+    flag = add_server_flags(
+        parser, "text from this server, as the flags above say; default: from the model here"
+    ).add_argument
+    flag("--server_model", help="the model's name at the server; default: --model_name")
+    flag("--send_token_ids", action="store_true", help="send prompts as token ids (vLLM, SGLang, llama.cpp)")
+
     flag = parser.add_argument_group("capture").add_argument
     raw = "layers kept raw, counted as in hidden_states (0: embeddings): numbers, ranges (0-5), -1 (the last), all, or "
     flag("--raw_layers", nargs="+", help=raw + "none; default: 0 5 10 15, as far as the model has them")
@@ -102,6 +110,8 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:  # nan, too
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.base_url and (args.responses_file or not args.max_new_tokens):
+        raise UserError("--base_url: goes with neither --responses_file nor --max_new_tokens 0")
     if args.num_samples > 1 and args.temperature == 0:
         raise UserError("--num_samples: greedy samples are all the same; add --temperature 0.7, say")
     if args.system_prompt and not args.apply_chat_template:
