@@ -247,8 +247,7 @@ def load_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
 
 
 def _read_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
-    import torch
-
+    torch = _torch()
     path = Path(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
@@ -270,6 +269,12 @@ def _read_pt(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     elif isinstance(content.get("original_indices"), torch.Tensor):
         content["original_indices"] = content["original_indices"].tolist()
     return content
+
+
+def _torch() -> Any:
+    import torch  # takes seconds, which --help does without
+
+    return torch
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -424,11 +429,9 @@ def clear_run(folder: Path) -> None:
 
 def save_pt(path: Path, content: dict[str, Any]) -> None:
     """Write a .pt file whole or not at all."""
-    import torch
-
     with atomic_path(path) as temporary:
         try:
-            torch.save(content, temporary)
+            _torch().save(content, temporary)
         except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
             raise OSError(0, one_line(str(error), 120)) from error
 
