@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -366,6 +367,17 @@ def test_the_processes_that_share_stage_2_write_all_of_it(demo):
     assert re.search(r"patches: 1 \.pt files \(\d+ s\)$", printed, re.M)
     stamp = json.loads((folder / "outputs" / "demo" / "maths" / ".done.attn_act_logi.json").read_text())
     assert "--shard" not in stamp["arguments"]
+
+
+def test_the_edits_of_each_prompt_are_read_from_the_log_beside_its_file(demo):
+    folder, _, _ = demo
+    with open(folder / "results" / "demo" / "maths" / "maths_items.csv", newline="", encoding="utf-8") as handle:
+        edits = {(line["style"], line["original_index"]): line["edits"] for line in csv.DictReader(handle)}
+    with open(ROOT / "0_data" / "maths_edits.csv", newline="", encoding="utf-8") as handle:
+        logged = Counter((line["style"], line["original_index"]) for line in csv.DictReader(handle))
+    swaps = [key for key in edits if key[0] == "swap"]
+    assert len(swaps) == 6
+    assert [float(edits[key]) for key in swaps] == [logged[key] for key in swaps]
 
 
 def test_the_closing_table_says_what_the_files_say(demo):

@@ -177,14 +177,13 @@ def _edit_counts(run: Run, edits_csv: str | Path | None) -> Counter[tuple[str, i
 
 def _log_beside_prompts(run: Run) -> Path | None:
     """The edit log of the run's prompt file, if that file is still as it was when the run was made."""
-    for style in run.styles:
-        settings = run.settings(style).get("settings", {})
-        if settings.get("prompt_file"):
-            prompts = Path(settings["prompt_file"])
-            log = prompts.with_name(f"{prompts.stem}_edits.csv")
-            known = log.is_file() and prompts.is_file()
-            same = known and hashlib.sha256(prompts.read_bytes()).hexdigest() == settings.get("prompt_sha256")
-            return log if same else None
+    for record in map(run.settings, run.styles):
+        known = record.get("settings", {}).get("prompt_sha256")
+        for place in record.get("environments", []):
+            prompts = Path(place.get("prompt_file", ""))
+            log = prompts.with_name(f"{prompts.stem}_edits.csv") if prompts.name else prompts
+            if log.is_file() and prompts.is_file() and hashlib.sha256(prompts.read_bytes()).hexdigest() == known:
+                return log
     return None
 
 
