@@ -136,7 +136,8 @@ def plain_logits(model, pair, row, tail):
 def patched(patcher, pair, rows, batch_size=32, start=None):
     """(logits [2 + rows, T, V], answers [2 + rows, A]); the pair is that of the first batch."""
     parts = list(patcher.run(pair, rows, batch_size, start))
-    return tuple(torch.cat([part[i] if not n else part[i][2:] for n, part in enumerate(parts)]) for i in (1, 2))
+    order = torch.tensor([k for where, _, _ in parts for k in where]).argsort()
+    return tuple(torch.cat([parts[0][i][:2], torch.cat([part[i][2:] for part in parts])[order]]) for i in (1, 2))
 
 
 def rows_for(family):

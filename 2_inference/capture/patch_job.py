@@ -434,7 +434,7 @@ class Study:
                 for name, values in told.items():
                     for whose, value in zip(WHOSE, (values[2:], values[1], values[0]), strict=True):
                         if f"{whose}{name}" in found:
-                            found[f"{whose}{name}"][places[where]] = value.float()
+                            found[f"{whose}{name}"][[places[k] for k in where]] = value.float()
         row: dict[str, Any] = {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
         if self.screened:
             scores = self.attributed(self.pair(plan, index, self.args.directions[0])[0])
@@ -443,14 +443,15 @@ class Study:
 
     def batches(self, pair: Pair, rows: Sequence[tuple[Patch, ...]]) -> Iterator[Any]:
         """`Patcher.run`; if memory runs out, what is left in smaller batches."""
-        done = 0
-        while done < len(rows):
-            size, begin = self.rows_at_once(pair), done
+        left = [*range(len(rows))]
+        while left:
+            size, some = self.rows_at_once(pair), left
             try:
                 with memory_errors():
-                    for where, logits, answers in self.patcher.run(pair, rows[begin:], size):
-                        yield slice(begin + where.start, begin + where.stop), logits, answers
-                        done = begin + where.stop
+                    for where, logits, answers in self.patcher.run(pair, [rows[k] for k in some], size):
+                        done = [some[k] for k in where]
+                        yield done, logits, answers
+                        left = [k for k in left if k not in done]
             except OutOfMemory:
                 if size == 1:
                     raise

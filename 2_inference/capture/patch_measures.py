@@ -130,7 +130,7 @@ def prove(patcher: Patcher, pair: Pair, sites: Sequence[str], batch_size: int) -
         at_layer = {"all": middle, "edited": 0, "after": 0, "readout": 0, "before": middle}
         rows |= {f"twin:{name}": Patch("resid_pre", layer, name) for name, layer in at_layer.items()}
     start = max(0, pair.shared - len(pair.groups["before"]))
-    names = sorted(rows, key=lambda name: rows[name].layer)
+    names = [*rows]
     batches = list(patcher.run(pair, [(rows[name],) for name in names], batch_size, start))
 
     # 2. How far each is from what it should be.
@@ -138,7 +138,7 @@ def prove(patcher: Patcher, pair: Pair, sites: Sequence[str], batch_size: int) -
     scale = float(batches[0][1][1].float().std())
     for where, logits, _ in batches:
         donor, recipient = logits[0], logits[1]
-        for name, row in zip(names[where], logits[2:], strict=True):
+        for name, row in zip([names[k] for k in where], logits[2:], strict=True):
             expected = donor if name in ("twin:all", "twin:edited") else recipient
             found[name] = float((row.float() - expected.float()).abs().max()) / scale
     plain = [_plain(patcher, ids, pair.response) for ids in (pair.donor, pair.recipient)]

@@ -32,7 +32,7 @@ def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int =
     # 1. With several steps, the recipient's states; with one they are those at which the gradient is taken.
     patcher.hook(sites)
     pair = replace(pair, answers=[])
-    prefix = patcher.prefix(pair.recipient[: pair.shared])
+    shared = pair.recipient[: pair.shared]
     prompts = [ids[pair.shared :] for ids in (pair.donor, pair.recipient)]
     followed: dict[tuple[str, int], torch.Tensor] = {}
     share = 0.0
@@ -48,7 +48,7 @@ def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int =
     own: dict[tuple[str, int], torch.Tensor] = {}
     if steps > 1:
         with torch.no_grad():
-            patcher.sweep(pair, prompts, prefix, on_state=follow)
+            patcher.sweep(pair, prompts, patcher.prefix(shared), on_state=follow)
         own = {key: state[1] for key, state in followed.items()}
 
     # 2. The gradient of the divergence at each step. The donor's row comes along: its weights are read anyway.
@@ -56,7 +56,7 @@ def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int =
     for step in range(steps):
         share = (step + 0.5) / steps if steps > 1 else 0.0
         with torch.enable_grad():
-            donor, mixed = patcher.sweep(pair, prompts, prefix, on_state=follow)[0].float().log_softmax(-1)
+            donor, mixed = patcher.sweep(pair, prompts, patcher.prefix(shared), on_state=follow)[0].float().log_softmax(-1)
             donor = donor.detach()
             nats = (donor.exp() * (donor - mixed)).sum()
             gradients = torch.autograd.grad(nats, list(followed.values()))

@@ -4,8 +4,9 @@ A batch is [donor, recipient, patched, patched …] of one prompt pair, all forc
 patched row is the recipient's, and at its sites, layers and tokens it copies row 0 while the batch runs. So a row that
 copies everything is the donor bit by bit, and each row's baseline has gone through the same kernels as itself.
 
-What need not be computed again is not: keys and values of the tokens before the first one that differs are read once,
-and layers below a batch's first patched layer are passed over with the states of the unpatched pair.
+What need not be computed again is not. One pass of the unpatched pair gives the keys and values of the tokens before a
+batch's first patched one, and the states at its first patched layer. Each row joins its batch at its own first patched
+layer, as a copy of the recipient's row.
 
 | site | what is replaced | unit |
 | --- | --- | --- |
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from capture.decode import new_cache
 from capture.recorder import (
@@ -147,7 +150,8 @@ class Patcher:
         self._prefix: tuple[list[int], Any] = ([], None)
         self._patches: dict[tuple[str, int], list[tuple[int, Patch]]] = {}
         self._pair = Pair(0, [], [], [], {})
-        self._entry: torch.Tensor | None = None
+        self._joins: Counter[int] = Counter()  # layer: how many rows are computed from there on
+        self._entry: torch.Tensor | None = None  # states of the unpatched pair at the first of these layers
         self._rows = self._begin = self._branch = self._first = 0
         self.hook(["resid_pre"])
 
@@ -184,10 +188,19 @@ class Patcher:
         if Recorder.active is not self or (site == "resid_pre" and layer < self._first):
             return None
         state = args[0] if args else kwargs["hidden_states"]
-        if site == "resid_pre" and self._entry is not None and layer == self._first:
-            state = self._entry.to(state.device)
+        if site == "resid_pre" and self._entry is not None and layer in self._joins:
+            state = self._entry.to(state.device) if layer == self._first else state
+            state = torch.cat([state, state[1:2].expand(self._joins[layer], -1, -1)])
+            self._rows = len(state)
         state = self._edited(site, layer, state)
+        args = tuple(map(self._of_rows, args))
+        kwargs = {name: self._of_rows(value) for name, value in kwargs.items()}
         return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
+
+    def _of_rows(self, value: Any) -> Any:
+        """A mask, which is made for all rows of the batch, for those that have joined it."""
+        is_mask = isinstance(value, BlockMask) or (isinstance(value, torch.Tensor) and value.dim() == 4)
+        return value[: self._rows] if is_mask else value
 
     def _on_output(self, site: str, layer: int, _module: Any, _args: Any, output: Any) -> Any:
         if Recorder.active is not self:
@@ -286,7 +299,7 @@ class Patcher:
         inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
         inputs["attention_mask"] = torch.ones(len(ids), total, dtype=torch.long, device=self.device)
         if "position_ids" in self._accepts:
-            inputs["position_ids"] = torch.arange(self._begin, total, device=self.device)[None].expand(len(ids), -1)
+            inputs["position_ids"] = torch.arange(self._begin, total, device=self.device)[None]  # of however many rows
         if "logits_to_keep" in self._accepts:
             inputs["logits_to_keep"] = torch.arange(ids.shape[1] - keep, ids.shape[1], device=self.device)
         with self._active():
@@ -297,40 +310,44 @@ class Patcher:
     @torch.no_grad()
     def run(
         self, pair: Pair, rows: Sequence[tuple[Patch, ...]], batch_size: int, start: int | None = None
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
         """Batches of (which rows, logits [2 + rows, T, V] at the response, log-probabilities [2 + rows, A] of answers).
 
         The first two of a batch are the donor and the recipient (twice the recipient, if the donor's prompt is of
-        another length), the others the recipient with the patches of each of `rows`. Rows whose first layers are near
-        each other should be side by side, because layers below a batch's first patched one are passed over.
-        start: position from which on every row is computed; default: the first that differs.
+        another length), the others the recipient with the patches of each of `rows`, in an order that saves work.
+        start: position from which every row is computed; default: the first token that its patches change.
         """
-        # 1. What all rows share: the tokens before the first one that differs, and the layers' inputs of both prompts.
+        # 1. What all rows share: the keys, values and layers' inputs of the unpatched pair.
         self.hook([patch.site for row in rows for patch in row])
-        start = pair.shared if start is None else start
-        prefix = self.prefix(pair.recipient[:start])
+        starts = [_first_token(pair, row) if start is None else start for row in rows]
+        begin = min([pair.shared if start is None else start, *starts])
         donor = pair.donor if len(pair.donor) == len(pair.recipient) else pair.recipient
-        prompts = [donor[start:], pair.recipient[start:]]
+        known = self.prefix(pair.recipient[:begin])
         entries: dict[tuple[int, int], torch.Tensor] = {}
 
         def keep_entry(branch: int, site: str, layer: int, state: torch.Tensor) -> None:
             if site == "resid_pre":
                 entries[branch, layer] = state
 
-        self.sweep(pair, prompts, prefix, on_state=keep_entry)
+        self.sweep(pair, [donor[begin:], pair.recipient[begin:]], known, on_state=keep_entry)
 
-        # 2. The batches.
-        for begin in range(0, max(1, len(rows)), batch_size):
-            some = rows[begin : begin + batch_size]
-            logits, answers = self.sweep(pair, prompts, prefix, some, entries)
-            yield slice(begin, begin + len(some)), logits, answers
+        # 2. The batches: rows that begin at near tokens together, then by layer.
+        order = sorted(range(len(rows)), key=lambda k: (starts[k], _first_layer(rows[k])))
+        for place in range(0, len(rows), batch_size):
+            some = sorted(order[place : place + batch_size], key=lambda k: _first_layer(rows[k]))
+            first = min(starts[k] for k in some)
+            prompts = [donor[first:], pair.recipient[first:]]
+            states = {key: state if key[0] else state[:, first - begin :] for key, state in entries.items()}
+            batch = [rows[k] for k in some]
+            logits, answers = self.sweep(pair, prompts, _cache_of(known, first, batch), batch, states)
+            yield some, logits, answers
 
     @torch.no_grad()
     def record(self, pair: Pair, sites: Sequence[str]) -> tuple[States, torch.Tensor, torch.Tensor]:
         """States of the recipient's prompt alone, its logits [1, T, V] and answers [1, A]."""
         self.hook(sites)
         found = States(pair.groups, len(pair.recipient))
-        logits, answers = self.sweep(pair, [pair.recipient], None, on_state=found.keep)
+        logits, answers = self.sweep(pair, [pair.recipient], new_cache(len(self.layers)), on_state=found.keep)
         return found, logits, answers
 
     @torch.no_grad()
@@ -350,50 +367,48 @@ class Patcher:
 
     @torch.no_grad()
     def prefix(self, ids: list[int]) -> Any:
-        """The cache of one row of tokens; the last one made is kept. None without tokens."""
-        if not ids:
-            return None
-        if self._prefix[0] != ids:
+        """A new cache of two rows that begin with these tokens; what the last one was made of is kept."""
+        if ids and self._prefix[0] != ids:
             cache = new_cache(len(self.layers))
             self._patches, self._entry, self._first, self.on_state = {}, None, 0, None
             self._pair = Pair(0, [], [], [], {})
             self._forward(torch.tensor([ids], device=self.device), cache, 1)
             self._prefix = ids, cache
-        return self._prefix[1]
+        return new_cache(len(self.layers), self._prefix[1] if ids else None, 2)
 
     def sweep(
         self,
         pair: Pair,
         prompts: list[list[int]],
-        prefix: Any,
+        cache: Any,
         rows: Sequence[tuple[Patch, ...]] = (),
         entries: dict[tuple[int, int], torch.Tensor] | None = None,
         on_state: OnState | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One batch: `prompts` (of equal length, behind the prefix) and a patched copy of the last for each of `rows`.
+        """One batch: `prompts` (of equal length, behind the cache) and a patched copy of the last for each of `rows`.
 
-        entries: inputs of the layers for `prompts` {(branch, layer): [prompts, tokens, D]}; with them layers before the
-        first patched one are passed over.
+        rows: those with lower first layers before the others. entries: inputs of the layers for `prompts`
+        {(branch, layer): [prompts, tokens, D]}; with them a row is computed from its first patched layer on, and
+        `prompts` from that of the first row.
         """
-        # 1. The patches by site and layer.
+        # 1. The patches by site and layer, and which row joins where.
         self._pair, self.on_state, self._patches = pair, on_state, {}
         for place, row in enumerate(rows, len(prompts)):
             for patch in row:
                 self._patches.setdefault((patch.site, patch.layer), []).append((place, patch))
-        first = min((layer for _, layer in self._patches), default=0) if entries else 0
-        copies = [*range(len(prompts)), *[len(prompts) - 1] * len(rows)]
-        cache: Any = new_cache(len(self.layers), prefix, len(copies))
+        self._joins = Counter(map(_first_layer, rows))
+        self._first = min(self._joins, default=0) if entries else 0
+        copies = [*prompts, *[prompts[-1]] * len(rows)]
 
         # 2. The prompt and the response; then further answers behind the prompt.
         found: list[torch.Tensor] = []
         for branch, tail in enumerate(pair.branches):
             if branch:
-                self._cut(cache, len(pair.recipient), first)
-            fed = [ids + tail for ids in prompts] if branch == 0 else [tail] * len(prompts)
-            self._branch, self._first = branch, first
-            self._entry = entries[branch, first][copies] if first and entries else None
-            ids = torch.tensor([fed[place] for place in copies], device=self.device)
-            found.append(self._forward(ids, cache, len(pair.response) if branch == 0 else len(tail)))
+                self._cut(cache, len(pair.recipient), self._first)
+            self._branch, self._entry = branch, entries[branch, self._first] if entries else None
+            ids = [ids + tail for ids in copies] if branch == 0 else [tail] * len(copies)
+            keep = len(pair.response) if branch == 0 else len(tail)
+            found.append(self._forward(torch.tensor(ids, device=self.device), cache, keep))
         return found[0], _answer_logprobs(pair, found)
 
     def _cut(self, cache: Any, length: int, first: int) -> None:
@@ -404,6 +419,29 @@ class Patcher:
                 layer.replace(blank, blank)
             elif layer.is_initialized:
                 layer.replace(layer.keys[:, :, :length], layer.values[:, :, :length])
+
+
+def _first_layer(row: tuple[Patch, ...]) -> int:
+    return min(patch.layer for patch in row)
+
+
+def _first_token(pair: Pair, row: tuple[Patch, ...]) -> int:
+    """The first position that the patches of a row change; at the latest the last token of the prompt, which is read."""
+    last = len(pair.recipient) - 1
+    starts = [min(pair.groups[patch.positions], default=last) for patch in row]
+    alike = all(patch.donor in ("own", "recipient", "random") for patch in row)  # where the pair is, these change nothing
+    return min(last, max(min(starts), pair.shared if alike else 0))
+
+
+def _cache_of(known: Any, length: int, rows: Sequence[tuple[Patch, ...]]) -> Any:
+    """The first keys and values of `known` (donor, recipient) for a batch: the recipient's also for the rows that each
+    layer computes."""
+    cache, firsts = new_cache(len(known.layers)), [_first_layer(row) for row in rows]
+    for i, (layer, given) in enumerate(zip(cache.layers, known.layers, strict=True)):
+        if given.is_initialized and length:
+            own = [0, 1] + [1] * sum(first <= i for first in firsts)
+            layer.replace(given.keys[own, :, :length], given.values[own, :, :length])
+    return cache
 
 
 def _hand_on(as_tuple: bool, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
