@@ -251,16 +251,19 @@ def test_halves_that_share_their_heads_agree():
     assert abs(agreement(shuffled).iloc[0]["spearman"]) < 0.35
 
 
-def test_the_reaction_of_a_neuron_is_its_paired_t_over_templates(tmp_path: Path):
+@pytest.mark.parametrize("field", ["mlp_pooled", "gate_pooled"])
+def test_the_reaction_of_a_neuron_is_its_paired_t_over_templates(tmp_path: Path, field: str):
     rows = with_controls(prompt_rows(12, ["swap"], templates=12), "swap", lambda i, word, typo: word)
-    run = open_run(write_run(tmp_path / "run", rows, layers=2, neurons=5, raw_layers=()))
+    change = lambda row, *_: row.update(gate_pooled=row["mlp_pooled"] ** 2)  # noqa: E731
+    run = open_run(write_run(tmp_path / "run", rows, layers=2, neurons=5, raw_layers=(), change=change))
     patches = planted_patches(np.random.default_rng(0), 12)
     table = pd.concat(list(neuron_reactions(run, patches)))
+    table = table[table["measure"] == {"mlp_pooled": "mlp_post edited", "gate_pooled": "act_fn edited"}[field]]
     of = {}
     for style in ("swap", "split@swap"):
         contents = [load_pt(path) for path in sorted((run.path / style).glob("activations_*.pt"))]
         place = contents[0]["pooled_regions"].index("edited")
-        of[style] = np.concatenate([one["mlp_pooled"][:, :, place].float() for one in contents], axis=1)
+        of[style] = np.concatenate([one[field][:, :, place].float() for one in contents], axis=1)
     t = stats.ttest_1samp(of["swap"] - of["split@swap"], 0, axis=1).statistic
     found = table.pivot(index="layer", columns="head", values="t_vs_control").to_numpy()
     np.testing.assert_allclose(found, t, rtol=1e-3)

@@ -85,6 +85,18 @@ def test_planted_units_come_first_and_fragmentation_does_not(tmp_path):
     assert summary["control"] == "split"
 
 
+def test_gates_are_a_quantity_of_their_own(tmp_path):
+    def plant(row, style):
+        plant_typo(row, style)
+        row["gate_pooled"] = row["mlp_pooled"].roll(1, -1)  # neuron 8 has the gate that reacts
+
+    found = study(run_of(tmp_path, plant), tmp_path)
+    gates = pd.read_csv(tmp_path / "gate_sensitivity.csv")
+    for table, neuron, quantity in ((found["neuron_sensitivity"], 7, "down_proj input"), (gates, 8, "act_fn output")):
+        assert table.loc[0, ["layer", "neuron", "quantity"]].tolist() == [1, neuron, quantity]
+    assert {*found["summary"].loc["swap"].index} == {"neuron", "gate", "head"}
+
+
 def test_a_style_whose_edited_words_are_not_pooled_has_heads_only(tmp_path):
     run = run_of(tmp_path, plant_typo, styles=("swap", "split", "missing"))
     for path in [

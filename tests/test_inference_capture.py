@@ -172,24 +172,28 @@ def flash_without_a_gpu(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-def test_neurons_are_the_inputs_of_the_down_projection(tmp_path, family):
+def test_neurons_are_the_inputs_of_the_down_projection_and_gates_what_the_activation_function_gives(tmp_path, family):
     model = tiny_models.model(family)
-    options = CaptureOptions(raw_layers=(), neurons=True)
+    options = CaptureOptions(raw_layers=(), neurons=True, gates=True)
     style, prompts, results = captured(model, prompt_reader(tmp_path), options, 4, False)
-    seen: list[torch.Tensor] = []
+    seen: dict[str, list[torch.Tensor]] = {"mlp_pooled": [], "gate_pooled": []}
     names = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h"}
     wanted = names.get(family, "mlp.down_proj")
     for name, module in model.named_modules():
         if name.endswith(wanted):
-            module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+            module.register_forward_pre_hook(lambda _m, args: seen["mlp_pooled"].append(args[0].clone()))
+        if name.endswith(("mlp.act_fn", "mlp.act", "mlp.activation_fn")):
+            module.register_forward_hook(lambda _m, _args, output: seen["gate_pooled"].append(output.clone()))
     for prompt, result in zip(prompts, results, strict=True):
-        seen.clear()
+        for states in seen.values():
+            states.clear()
         reference(model, prompt)
         mask = prompt.region_mask[:, [style.names.index(name) for name in style.pooled]]
-        activations = torch.stack([tensor.reshape(len(mask), -1) for tensor in seen])
-        torch.testing.assert_close(
-            result.fields["mlp_pooled"].float(), region_means(activations, mask), rtol=2e-3, atol=2e-3, equal_nan=True
-        )
+        for field, states in seen.items():
+            means = region_means(torch.stack([tensor.reshape(len(mask), -1) for tensor in states]), mask)
+            torch.testing.assert_close(result.fields[field].float(), means, rtol=2e-3, atol=2e-3, equal_nan=True)
+    same = torch.equal(results[0].fields["mlp_pooled"].nan_to_num(), results[0].fields["gate_pooled"].nan_to_num())
+    assert same == (family in names), "without a gate's partner the two are one quantity"
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,10 @@ FIELDS = {
     "pooled_regions": Field("P", "str", "the regions of the two fields below"),
     "hidden_pooled": Field("+BPD", MODEL, "residual stream, mean over a region's tokens; layer 0 is the embeddings; "
                            "in 16 bits with `--pooled_dtype`"),
-    "mlp_pooled": Field("LBPF", "float16", "with `--neurons`: MLP activations, mean over a region's tokens"),
+    "mlp_pooled": Field("LBPF", "float16", "with `--neurons`: MLP activations (input of `down_proj`), mean over a "
+                        "region's tokens"),
+    "gate_pooled": Field("LBPF", "float16", "with `--gates`: output of the MLP's activation function (`act_fn`), the "
+                         "same mean"),
     "topk_vals": Field("BTk", "float32", "largest next-token logits at the last prompt token (T = 1), or with "
                        "`--topk_positions all` at every token (T = S)"),
     "topk_indices": Field("BTk", "int64", "token ids of these logits"),
@@ -161,7 +164,7 @@ def axis_sizes(content: dict[str, Any], path: Path) -> dict[str, tuple[int, str]
 
 def _check_fields(content: dict[str, Any], path: Path) -> None:
     of_regions = ("input_ids", "attention_mask", "regions", "region_mask")
-    needed = [("hidden_pooled", "pooled_regions"), ("mlp_pooled", "pooled_regions")]
+    needed = [("hidden_pooled", "pooled_regions"), ("mlp_pooled", "pooled_regions"), ("gate_pooled", "pooled_regions")]
     needed += [(key, other) for key in ("region_mask", "span_mass") for other in of_regions]
     if missing := [(key, other) for key, other in needed if key in content and content.get(other) is None]:
         raise UserError(f"{path}: has {missing[0][0]} but no {missing[0][1]}; delete it and run stage 2 again")

@@ -144,6 +144,11 @@ def patch_flags(_: Job, args: argparse.Namespace) -> list[str] | None:
     return flags + ["--trust_remote_code"] * args.stage2.trust_remote_code + shlex.split(args.patch_flags)
 
 
+def neurons_flags(_: Job, args: argparse.Namespace) -> list[str] | None:
+    """Neurons are studied if stage 2 keeps them, in one quantity or the other."""
+    return [] if args.stage2.neurons or args.stage2.gates else None
+
+
 def causes_flags(_: Job, args: argparse.Namespace) -> list[str] | None:
     """Causes of all styles that were patched, in earlier calls too."""
     return [] if args.patch else None
@@ -180,7 +185,7 @@ STEPS = (
     Entry("attention fractions", f"{STAGE_5}/dirs_eval.py"),
     Entry("heads", f"{STAGE_5}/head_sensitivity.py", after=SCORED),
     Entry("layers", f"{STAGE_5}/activation_diffs.py", lens_flags),
-    Entry("neurons", f"{STAGE_5}/neuron_sensitivity.py", lambda _, a: [] if a.stage2.neurons else None),
+    Entry("neurons", f"{STAGE_5}/neuron_sensitivity.py", neurons_flags),
     Entry("probes", f"{STAGE_5}/probe_layers.py", lambda _, a: given("--layers", a.probe_layers), SCORED),
     Entry("causes", f"{STAGE_5}/causal_effects.py", causes_flags, ("capture", "patches", "heads", "neurons")),
 )

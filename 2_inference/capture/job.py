@@ -53,7 +53,7 @@ EXIT_STOPPED = 75
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed")
 GENERATION_FLAGS = ("max_new_tokens", *SAMPLING_FLAGS, "stop_strings", "response_logprobs")
 LOGPROB_FLAGS = ("answer_logprobs", "cross_logprobs")
-CAPTURE_FLAGS = ("raw_layers", "topk_logits", "topk_positions", "neurons", "entropy", "pooled_dtype")
+CAPTURE_FLAGS = ("raw_layers", "topk_logits", "topk_positions", "neurons", "gates", "entropy", "pooled_dtype")
 SHOWN_PROBLEMS = 3  # of a prompt file; --verbose shows all
 log = get_logger("attn_act_logi")
 

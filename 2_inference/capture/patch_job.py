@@ -48,7 +48,7 @@ from capture.recorder import cannot_capture, chosen_layers
 
 ROWS_PER_FILE = 16
 RESPONSE_TOKENS = 16
-CPU_ROWS, GPU_ROWS = 16, 128  # patched rows in a batch; on a CPU more are slower
+CPU_ROWS, GPU_ROWS = 32, 128  # patched rows in a batch; on a CPU more are slower
 FAILURES = "patches_failures.csv"
 WHOSE = ("", "recipient_", "donor_")  # a measure of the patched row, of the unpatched one, of the donor
 ALWAYS_0_OR_1 = ("donor_nats", "donor_nats_first", "donor_restored")

@@ -56,7 +56,8 @@ def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int =
     for step in range(steps):
         share = (step + 0.5) / steps if steps > 1 else 0.0
         with torch.enable_grad():
-            donor, mixed = patcher.sweep(pair, prompts, patcher.prefix(shared), on_state=follow)[0].float().log_softmax(-1)
+            logits, _ = patcher.sweep(pair, prompts, patcher.prefix(shared), on_state=follow)
+            donor, mixed = logits.float().log_softmax(-1)
             donor = donor.detach()
             nats = (donor.exp() * (donor - mixed)).sum()
             gradients = torch.autograd.grad(nats, list(followed.values()))

@@ -426,11 +426,11 @@ def _first_layer(row: tuple[Patch, ...]) -> int:
 
 
 def _first_token(pair: Pair, row: tuple[Patch, ...]) -> int:
-    """The first position that the patches of a row change; at the latest the last token of the prompt, which is read."""
+    """The first position that a row's patches change; at the latest the prompt's last token, whose logits are read."""
     last = len(pair.recipient) - 1
     starts = [min(pair.groups[patch.positions], default=last) for patch in row]
-    alike = all(patch.donor in ("own", "recipient", "random") for patch in row)  # where the pair is, these change nothing
-    return min(last, max(min(starts), pair.shared if alike else 0))
+    after_shared = all(patch.donor in ("own", "recipient", "random") for patch in row)  # before it, these do nothing
+    return min(last, max(min(starts), pair.shared if after_shared else 0))
 
 
 def _cache_of(known: Any, length: int, rows: Sequence[tuple[Patch, ...]]) -> Any:

@@ -33,6 +33,7 @@ CACHE_ELEMENTS = 1 << 20  # and on a CPU into this, which its caches hold
 TINY = torch.finfo(torch.float32).tiny
 RENAMED = ("sdpa", "eager")  # kinds that get a name of their own for the recording function
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn")
+ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "act_func")
 DOWN_PROJECTIONS = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "wo")
 
 
@@ -45,6 +46,7 @@ class CaptureOptions:
     topk_logits: int = 10
     topk_positions: str = "last"
     neurons: bool = False
+    gates: bool = False
     entropy: bool = False
     pooled_dtype: str | None = None
 
@@ -94,7 +96,7 @@ class Capture:
     """What one forward pass over [B, S] tokens leaves, on the CPU once `copies` are whole.
 
     `sums` over the queries (tokens) of each region, not yet divided by their number, float32: mass [L,B,H,Q,R], hidden
-    [L+1,B,P,D] and, if asked for, entropy [L,B,H,Q] and neurons [L,B,P,F]. Raw states {layer: [B,S,D]}, raw maps
+    [L+1,B,P,D] and, if asked for, entropy [L,B,H,Q], neurons and gates [L,B,P,F]. Raw states {layer: [B,S,D]}, raw maps
     {layer: [B,H,S,Sk]}; logits of the recorded positions as top-k and logsumexp.
     """
 
@@ -163,7 +165,11 @@ class Recorder:
 
         def on_mlp(layer: int, _module: Any, args: Any) -> None:
             if (current := self._current()) is not None:
-                current.add_neurons(layer, args[0])
+                current.add_neurons("neurons", layer, args[0])
+
+        def on_activation(layer: int, _module: Any, _args: Any, output: Any) -> None:
+            if (current := self._current()) is not None:
+                current.add_neurons("gates", layer, output)
 
         def on_backbone(_module: Any, _args: Any, output: Any) -> None:
             if (current := self._current()) is not None:
@@ -175,6 +181,8 @@ class Recorder:
             self._handles.append(layer.register_forward_pre_hook(partial(on_layer, i), with_kwargs=True))
             if options.neurons:
                 self._handles.append(down_projection(layer).register_forward_pre_hook(partial(on_mlp, i)))
+            if options.gates:
+                self._handles.append(activation_function(layer).register_forward_hook(partial(on_activation, i)))
 
     def _current(self) -> _Pass | None:
         return Recorder.active if Recorder.active is not None and Recorder.active.recorder is self else None
@@ -210,7 +218,8 @@ class _Pass:
         self.queries = self.keys[:, -num_queries:].transpose(1, 2).contiguous()  # [B, Q, S]
         self.pools = self.queries[:, pooled]  # [B, P, S]
         self._moved: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
-        self.sums: dict[str, dict[int, torch.Tensor]] = {"mass": {}, "hidden": {}, "entropy": {}, "neurons": {}}
+        names = ("mass", "hidden", "entropy", "neurons", "gates")
+        self.sums: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
         self.states: dict[int, torch.Tensor] = {}
         self.maps: dict[int, torch.Tensor] = {}
         self.last_state: torch.Tensor | None = None
@@ -231,9 +240,9 @@ class _Pass:
         if layer == self.recorder.num_layers:
             self.last_state = state.detach()
 
-    def add_neurons(self, layer: int, activation: torch.Tensor) -> None:
+    def add_neurons(self, name: str, layer: int, activation: torch.Tensor) -> None:
         activation = activation.reshape(self.pools.shape[0], self.num_queries, -1)
-        self.sums["neurons"][layer] = torch.bmm(self.on(self.pools, activation), activation.float())
+        self.sums[name][layer] = torch.bmm(self.on(self.pools, activation), activation.float())
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, None]:
         """The layer's attention output; the mass of its queries on the regions is kept."""
@@ -319,8 +328,9 @@ class _Pass:
         for name, parts in self.sums.items():
             if parts and len(parts) != self.recorder.num_layers + (name == "hidden"):
                 raise cannot_capture(f"only {len(parts)} of its layers give their {name}")
-        if len({one.shape[-1] for one in self.sums["neurons"].values()}) > 1:
-            raise UserError("--neurons: the MLPs of this model's layers differ in size; run without it")
+        for name in ("neurons", "gates"):
+            if len({one.shape[-1] for one in self.sums[name].values()}) > 1:
+                raise UserError(f"--{name}: the MLPs of this model's layers differ in size; run without it")
         for what, name, axis in (("hidden size", "hidden", -1), ("number of heads", "mass", 1)):
             if len(sizes := {tensor.shape[axis] for tensor in self.sums[name].values()}) > 1:
                 raise cannot_capture(f"the {what} differs between layers: {', '.join(map(str, sorted(sizes)))}")
@@ -450,7 +460,7 @@ def rows_of(
         capture.sums["mass"][:, :, :, into[:, None], into[None]] += prefix.sums["mass"]
         if "entropy" in capture.sums:
             capture.sums["entropy"][..., into] += prefix.sums["entropy"]
-        for key in {"hidden", "neurons"} & capture.sums.keys():
+        for key in {"hidden", "neurons", "gates"} & capture.sums.keys():
             for place, name in enumerate(pooled):
                 if name in PREFIX_REGIONS:
                     capture.sums[key][:, :, place] += prefix.sums[key][:, :, PREFIX_REGIONS.index(name)]
@@ -467,8 +477,9 @@ def rows_of(
     rows = []
     for b, mask in enumerate(masks):
         row: dict[str, Any] = {"region_mask": mask, "span_mass": mass[:, b], "hidden_pooled": hidden[:, b]}
-        if "neurons" in capture.sums:
-            row["mlp_pooled"] = (capture.sums["neurons"][:, b] / of_pooled[b, :, None]).half()
+        for key, field in (("neurons", "mlp_pooled"), ("gates", "gate_pooled")):
+            if key in capture.sums:
+                row[field] = (capture.sums[key][:, b] / of_pooled[b, :, None]).half()
         if "entropy" in capture.sums:
             seen_more = counts[b] - first[b]  # the first token sees one key: its entropy says nothing
             means = capture.sums["entropy"][:, b] / seen_more.where(seen_more > 0, torch.nan)
@@ -567,6 +578,18 @@ def down_projection(layer: torch.nn.Module) -> torch.nn.Module:
     ]
     if len(found) != 1 or any("expert" in name for name, _ in layer.named_modules()):
         raise UserError(f"no single MLP in {type(layer).__name__} (a mixture of experts?); run without --neurons")
+    return found[0]
+
+
+def activation_function(layer: torch.nn.Module) -> torch.nn.Module:
+    """The MLP's activation function, whose output is the gate of a gated MLP, and else the neurons themselves."""
+    found = [
+        module
+        for name, module in layer.named_modules()
+        if name.rsplit(".", 1)[-1] in ACTIVATIONS and "attn" not in name and "attention" not in name
+    ]
+    if len(found) != 1 or any("expert" in name for name, _ in layer.named_modules()):
+        raise UserError(f"no single activation function in {type(layer).__name__}; run without --gates")
     return found[0]
 
 

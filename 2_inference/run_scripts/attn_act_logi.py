@@ -82,7 +82,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--raw_layers", nargs="+", help=raw + "none; default: 0 5 10 15, as far as the model has them")
     flag("--topk_logits", type=int, default=10, help="next-token logits kept")
     flag("--topk_positions", choices=("last", "all"), default="last", help="of the prompt")
-    flag("--neurons", action="store_true", help="MLP activations averaged over regions")
+    flag("--neurons", action="store_true", help="MLP activations (down_proj input) averaged over regions")
+    gates = "outputs of the MLP's activation function (act_fn), averaged over regions: the neurons of Tsuji et al."
+    flag("--gates", action="store_true", default=None, help=gates)
     flag("--entropy", action="store_true", help="attention entropy of every head (needs full maps)")
     pooled = "regions whose states are averaged (edited:swap: for that style); default: last instruction task edited"
     flag("--pool_regions", nargs="+", help=pooled)

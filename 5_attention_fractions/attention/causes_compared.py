@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 OWN = "own"  # a patch puts in the state of the row's own donor
 NEURON_SITE = "mlp_post"
-NEURON_MEASURE = "mlp_post edited"  # as mlp_pooled has it: the input of the MLP's last linear map
+# Reactions of a neuron, by the field that has them: the input of the MLP's last linear map, and the gate alone.
+NEURON_MEASURES = {"mlp_pooled": "mlp_post edited", "gate_pooled": "act_fn edited"}
 HEAD_SITES = ("z", "pattern")  # whose units are the heads of head_sensitivity.csv; `v` counts key-value heads
 TOP = 20
 FAMILY = ["style", "source", "site", "direction"]
@@ -69,8 +70,8 @@ def agreement(units: pd.DataFrame) -> pd.DataFrame:
 def reactions_of(run: Run, patched: Sequence[Patches], heads: Path) -> pd.DataFrame:
     """The columns REACTION and `site`: how clearly each unit tells the typo from its control.
 
-    Heads as head_sensitivity.csv has them, if it is there; neurons from the run's mlp_pooled, if stage 2 kept the
-    edited words' and patched or screened neurons.
+    Heads as head_sensitivity.csv has them, if it is there; neurons from the run's mlp_pooled and gate_pooled, if stage
+    2 kept the edited words' and patched or screened neurons.
     """
     tables = [pd.DataFrame(columns=[*REACTION, "site"])]
     if heads.is_file():
@@ -83,19 +84,20 @@ def reactions_of(run: Run, patched: Sequence[Patches], heads: Path) -> pd.DataFr
 
 
 def neuron_reactions(run: Run, patches: Patches) -> Iterator[pd.DataFrame]:
-    """t of typo minus control for every neuron of each layer, mean activation over the edited tokens."""
+    """t of typo minus control for every neuron of each layer, mean over the edited tokens, in each quantity kept."""
     name = control_of(run, patches.style)
     if name is None:
         return
     own, control = StyleRows(run, patches.style), StyleRows(run, name)
-    if not all(one.has("mlp_pooled") and "edited" in one.regions("mlp_pooled") for one in (own, control)):
-        return
-    rows = like_control(own, control, patches.rows, 0)
-    for layer in range(own.layer_count() - 1):
-        typo, clean = (one.field("mlp_pooled", rows, "edited", layer) for one in (own, control))
-        t = clustered_mean(typo - clean, own.clusters(rows)).t
-        keys = {"style": patches.style, "measure": NEURON_MEASURE, "layer": layer, "head": np.arange(len(t))}
-        yield pd.DataFrame(keys | {"t_vs_control": t, "site": NEURON_SITE})
+    kept = [field for field in NEURON_MEASURES if all(one.has(field) for one in (own, control))]
+    kept = [field for field in kept if all("edited" in one.regions(field) for one in (own, control))]
+    rows = like_control(own, control, patches.rows, 0) if kept else []
+    for field in kept:
+        for layer in range(own.layer_count() - 1):
+            typo, clean = (one.field(field, rows, "edited", layer) for one in (own, control))
+            t = clustered_mean(typo - clean, own.clusters(rows)).t
+            keys = {"style": patches.style, "measure": NEURON_MEASURES[field], "site": NEURON_SITE}
+            yield pd.DataFrame(keys | {"layer": layer, "head": np.arange(len(t)), "t_vs_control": t})
 
 
 def reaction_and_cause(units: pd.DataFrame, patched: Sequence[Patches], reactions: pd.DataFrame) -> pd.DataFrame:

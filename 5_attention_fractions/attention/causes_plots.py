@@ -12,7 +12,7 @@ import pandas as pd
 from file_output import save_figure
 from plot_style import AROUND_ZERO, COLOURS, GREY, panels
 
-from attention.causes_compared import NEURON_MEASURE, OWN, causes_of, rank_correlation
+from attention.causes_compared import NEURON_MEASURES, OWN, causes_of, rank_correlation
 from attention.head_plots import save_layer_head_grid
 from attention.heads import SHOWN
 from attention.layer_curves import layer_axis
@@ -132,7 +132,7 @@ def save_units(
     shown = []
     for keys, cause, effects in causes_of(units, patched):
         own = reactions[(reactions["style"] == keys["style"]) & (reactions["site"] == keys["site"])]
-        measure = next((name for name in (*SHOWN, NEURON_MEASURE) if name in {*own["measure"]}), None)
+        measure = next((name for name in (*SHOWN, *NEURON_MEASURES.values()) if name in {*own["measure"]}), None)
         reaction = own[own["measure"] == measure].set_index(["layer", "head"])["t_vs_control"]
         pairs = effects.to_frame("effect").join(reaction, how="inner").dropna().abs()
         if len(pairs) >= 5:

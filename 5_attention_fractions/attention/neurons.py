@@ -37,9 +37,11 @@ from style_rows import (
 from attention.layer_curves import count_label
 from attention.state_measures import layer_slices
 
-NEURON, HEAD = "neuron", "head"
-FIELDS = {NEURON: "mlp_pooled", HEAD: "attention_entropy"}
-FLAGS = {NEURON: "--neurons", HEAD: "--entropy"}
+NEURON, GATE, HEAD = "neuron", "gate", "head"  # a gate is the same neuron, read before it is multiplied
+FIELDS = {NEURON: "mlp_pooled", GATE: "gate_pooled", HEAD: "attention_entropy"}
+FLAGS = {NEURON: "--neurons", GATE: "--gates", HEAD: "--entropy"}
+QUANTITIES = {NEURON: "down_proj input", GATE: "act_fn output", HEAD: "1 - entropy"}
+FILES = {NEURON: "neuron_sensitivity.csv", GATE: "gate_sensitivity.csv", HEAD: "typo_heads.csv"}
 ALPHA = 0.05
 NO_SPREAD = 1e-6  # a spread below this share of the mean is rounding
 FIND, CONFIRM = 0, 1
@@ -81,16 +83,17 @@ def open_studies(run: Run, args: argparse.Namespace) -> list[Study]:
     studies = []
     for unit, share, regions in (
         (NEURON, args.neuron_share, args.neuron_regions),
+        (GATE, args.neuron_share, args.neuron_regions),
         (HEAD, args.head_share, [args.head_region]),
     ):
         if not 0 < share < 1:
-            raise UserError(f"--{unit}_share {share}: give a share between 0 and 1")
+            raise UserError(f"--{'head' if unit == HEAD else 'neuron'}_share {share}: give a share between 0 and 1")
         if all(table.has(FIELDS[unit]) for table in (clean, *tables.values())):
             studies.append(Study(run, args, unit, share, list(regions), clean, tables, halves))
-        else:
+        elif unit != GATE:
             get_logger().warning(f"no {unit}s: the run holds no {FIELDS[unit]} (stage 2 with {FLAGS[unit]})")
     if not studies:
-        raise UserError(f"{run.path}: neither mlp_pooled nor attention_entropy; run stage 2 again with --neurons")
+        raise UserError(f"{run.path}: no {' or '.join(FIELDS.values())}; run stage 2 again with --neurons")
     return studies
 
 
@@ -157,7 +160,7 @@ def unit_values(study: Study, table: StyleRows, rows: list[int], style: str, lay
     for name in names[1:]:
         values += table.field(FIELDS[study.unit], rows, name, layers)
     values /= len(names)
-    return values if study.unit == NEURON else 1 - values
+    return 1 - values if study.unit == HEAD else values
 
 
 @dataclass
@@ -178,7 +181,7 @@ def half_means(study: Study, style: str, rows: list[int]) -> HalfMeans:
     """
     tables = study.compared(style)
     shape = study.clean.first_content()[FIELDS[study.unit]].shape
-    count, width = int(shape[0]), int(shape[-1] if study.unit == NEURON else shape[2])
+    count, width = int(shape[0]), int(shape[2] if study.unit == HEAD else shape[-1])
     parts: list[tuple[np.ndarray, ...]] = []
     todo = list(layer_slices(len(rows), width, count))
     while len(parts) < len(todo):
@@ -279,7 +282,8 @@ def _unit_table(study: Study, style: str, halves: HalfMeans, found: np.ndarray, 
         {
             "style": style,
             "layer": found[:, 0],
-            study.unit: found[:, 1],
+            "head" if study.unit == HEAD else "neuron": found[:, 1],
+            "quantity": QUANTITIES[study.unit],
             "score": study.args.score,
             "rank": np.arange(1, len(found) + 1),
             "n_find": len(halves.rows[FIND]),
@@ -316,6 +320,7 @@ def _summary_line(
     return {
         "style": style,
         "unit": study.unit,
+        "quantity": QUANTITIES[study.unit],
         "control": control_of(study.run, style) or "none",
         "score": study.args.score,
         "n_find": len(halves.rows[FIND]),

@@ -409,7 +409,7 @@ UNITS = Section(
             "neuron_sensitivity_summary.csv",
             "Found and confirmed units by style; chance: random sets of the same size",
             (
-                *("style", "unit", "control", "score", "n", "n_units", "n_found", "n_confirmed", "delta"),
+                *("style", "unit", "quantity", "control", "score", "n", "n_units", "n_found", "n_confirmed", "delta"),
                 *("random_low", "random_high", "excess_over_clean", "excess_over_control", "p", "p_adjusted"),
             ),
         ),
@@ -417,6 +417,7 @@ UNITS = Section(
     rules=(
         _unit_rule("head", "heads focus their attention more", WHICH_HEAD),
         _unit_rule("neuron", "neurons are more active", "Which neurons react?"),
+        _unit_rule("gate", "neurons are more active by their gate (`act_fn`)", "Which neurons react?"),
     ),
 )
 

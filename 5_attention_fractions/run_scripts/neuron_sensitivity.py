@@ -3,8 +3,9 @@
 Score (Tsuji et al. 2025, arXiv 2502.19669): mean(style) - max(mean(clean), mean(control)). Units are found on one half
 of the templates and confirmed on the other. docs/METHODS.md defines the rest.
 
-Reads   outputs/<run>/<style>/activations_*.pt (mlp_pooled: stage 2 with --neurons; attention_entropy: --entropy)
-Writes  results/<run>/neuron_sensitivity.csv   style, layer, neuron: the found neurons, best first
+Reads   outputs/<run>/<style>/activations_*.pt (stage 2 with --neurons, --gates, --entropy: what is there)
+Writes  results/<run>/neuron_sensitivity.csv   style, layer, neuron: the found neurons (down_proj input), best first
+        results/<run>/gate_sensitivity.csv     the same by act_fn output, the quantity of the paper
         results/<run>/typo_heads.csv           style, layer, head: the found heads
         results/<run>/neuron_sensitivity_summary.csv   style, unit: the sets
         results/<run>/neuron_sensitivity.png   confirmed units by style and layer
@@ -38,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--score",
         choices=("delta", "effect_size"),
         default="delta",
-        help="as published, or over the spread between rows",
+        help="difference of means, or that over the spread between rows",
     )
     score.add_argument("--neuron_regions", nargs="+", default=["edited", "last"], help="pooled regions of the score")
     score.add_argument("--head_region", default="all", help="query region of the heads' score")
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     studies = neurons.open_studies(run, args)
     warn_unfinished(run, args.styles, args.max_samples)
     tables, summary = neurons.find_units(run, studies)
-    for unit, name in ((neurons.NEURON, "neuron_sensitivity.csv"), (neurons.HEAD, "typo_heads.csv")):
+    for unit, name in neurons.FILES.items():
         if unit in tables:
             write_csv(folder / name, tables[unit])
     write_csv(folder / "neuron_sensitivity_summary.csv", summary)
