@@ -11,7 +11,7 @@ import pytest
 import torch
 from attention import causes
 from attention.causes_compared import agreement, neuron_reactions, rank_correlation, reaction_and_cause
-from command_line import UserError
+from command_line import UserError, run_main
 from file_output import read_csv
 from paired_stats import benjamini_hochberg, deal
 from run_store import load_pt, open_run, save_pt
@@ -347,3 +347,36 @@ def test_a_run_without_patches_is_told_what_to_do(tmp_path: Path):
     run = write_run(tmp_path / "run", prompt_rows(6, ["swap"]))
     with pytest.raises(UserError, match=r"has no patches_\*\.pt; run stage 2's patch_activations\.py"):
         causal_effects.main(["--run_dir", str(run)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--styles", "nope"], "has no style 'nope'"),
+        (["--styles", "swap", "normal"], "--styles normal: has no patches"),
+        (["--run_dir", "nowhere"], "no such run folder"),
+        (["--results_dir", "a_file"], "a_file"),
+    ],
+)
+def test_what_cannot_be_studied_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("", encoding="utf-8")
+    run = write_patches(tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["causal_effects.py", "--run_dir", str(run), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(causal_effects.main)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("damage", [b"", b"no file of torch"])
+def test_a_damaged_file_of_patches_is_told_in_one_line(tmp_path: Path, damage: bytes):
+    run = write_patches(tmp_path / "run")
+    path = sorted((run / "swap").glob("patches_*.pt"))[0]
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=path.name) as caught:
+        causal_effects.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "results")])
+    assert "\n" not in str(caught.value)

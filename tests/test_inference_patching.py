@@ -483,12 +483,57 @@ def test_a_proof_that_fails_stops_the_run(whole, tmp_path, monkeypatch):
         (["--styles", "nope"], "has no style 'nope'"),
         (["--source", "normal"], "no counterpart for"),
         (["--batch_size", "0"], "must be at least 1"),
+        (["--max_samples", "-1"], "must be at least 1"),
+        (["--response_tokens", "0"], "must be at least 1"),
+        (["--ig_steps", "0"], "--ig_steps 0: must be at least 1"),
+        (["--top_k", "0"], "--top_k 0: must be at least 1"),
+        (["--layers", "all", "many"], "--layers many: give layer numbers"),
+        (["--layers", "-4"], "the model has layers 0 to 2"),
+        (["--styles", "split@swap"], "has no style 'split@swap'"),
+        (["--run_dir", "nowhere"], "no such run folder"),
+        (["--model_name", "nowhere"], "nowhere"),
+        (["--dtype", "float7"], "float7"),
+        (["--shard", "2/2"], "write i/n"),
+        (["--source", "normal", "--screen", "attribution"], "use split"),
+        (["--ablate", "zero"], "give --units_csv or --screen attribution"),
+        (["--screen", "attribution", "--sites", "resid_pre"], "name one of them in --sites"),
+        (["--units_csv", "nowhere.csv"], "nowhere.csv: no such file"),
     ],
 )
 def test_what_cannot_be_patched_is_told_in_one_line(whole, tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as caught:
         patch_activations.main([*command(whole, tmp_path), *flags])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("layer,unit\n0,1\n", "needs the columns layer and head or neuron"),
+        ("head\n1\n", "needs the columns layer and head or neuron"),
+        ("layer,head,neuron\n1,1,1\n", "needs the columns layer and head or neuron"),
+        ("layer,head\n", "names no head for swap"),
+        ("style,layer,head\ntwo,0,1\n", "names no head for swap"),
+        ("layer,head\n0,first\n", "its column head must hold a whole number"),
+        ("layer,head\n,1\n1,1\n", "its column layer must hold a whole number"),
+        ("layer,head\n3,1\n", "layer 3: the model has layers 0 to 2"),
+        ("layer,head\n-1,1\n", "layer -1: the model has layers 0 to 2"),
+        ("layer,head\n1,4\n", "head 4: layer 1 has heads 0 to 3"),
+        ("layer,neuron\n1,-1\n", "neuron -1: layer 1 has neurons 0 to 47"),
+    ],
+)
+def test_what_a_table_of_units_may_not_hold_is_told_in_one_line(whole, tmp_path, table, message):
+    path = tmp_path / "units.csv"
+    path.write_text(table, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        patch_activations.main([*command(whole, tmp_path / "run"), "--units_csv", str(path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_another_model_than_the_run_is_refused(whole, tmp_path):
+    other = tiny_models.save(tmp_path / "other", "gpt2")
+    with pytest.raises(UserError, match="is not the model of"):
+        patch_activations.main([*command(whole, tmp_path / "run"), "--model_name", other])
 
 
 def test_a_mixture_of_experts_has_no_neurons(patchers):

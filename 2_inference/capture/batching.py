@@ -58,7 +58,7 @@ def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, it
     sizes["F"] = _largest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
     maps = sum(layer < layers for layer in options.raw_layers)
     count: dict[str, float] = {"hidden_states": len(options.raw_layers), "attentions": maps}
-    count |= {"mlp_pooled": options.neurons, "gate_pooled": options.gates, "attention_entropy": options.entropy}
+    count |= {"mlp_pooled": options.neurons, "gate_pooled": bool(options.gates), "attention_entropy": options.entropy}
     if options.pooled_dtype:
         count["hidden_pooled"] = 2 / itemsize
     return RowCost(sizes, itemsize, count, options.topk_positions == "all")

@@ -34,14 +34,24 @@ from run_store import (
     warn_unfinished,
 )
 from stamps import note_written
-from style_names import MATCHED
+from style_names import MATCHED, is_control
 from tqdm import tqdm
 
 from capture.batching import FREE_SHARE, attention_layers, free_memory
 from capture.decode import OutOfMemory, Prompt, memory_errors
 from capture.job import EXIT_STOPPED, end_tokens, stopped_by_signals
 from capture.patch_measures import HEAD_SITES, MEASURES, WHOLE_SITES, Cell, all_cells, in_order, measures, prove
-from capture.patch_screen import SIZES, Unit, UnitSet, attribution, best_sets, csv_sets, is_choosing, ranked
+from capture.patch_screen import (
+    SIZES,
+    Unit,
+    UnitSet,
+    attribution,
+    best_sets,
+    check_units,
+    csv_sets,
+    is_choosing,
+    ranked,
+)
 from capture.patching import LIVE, Pair, Patch, Patcher, States
 from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt
 from capture.recorder import cannot_capture, chosen_layers
@@ -155,6 +165,8 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
     """The pairs of a style, and which files are not there yet. Raises UserError if its folder holds other patches."""
     # 1. Its rows, those of them that have a counterpart, and a check that the tokens are those of the run.
     clean_key = reader.file.clean_key
+    if is_control(style):
+        raise UserError(f"--styles {style}: is a control, not a typo; name the style that it belongs to")
     if clean_key is None or style == clean_key:
         raise UserError(f"--styles {style}: patching compares a style with the clean form; name another style")
     known = run.settings(style)["settings"]
@@ -165,7 +177,8 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
     pairs = {index: (place_of[index], place) for place, (index, _) in enumerate(typo.texts) if index in place_of}
     rows = {index: pair for index, pair in pairs.items() if _has_counterparts(reader, clean, typo, style, pair)}
     if not rows:
-        raise UserError(f"{run.path}: no row of {style} has a counterpart to take states from; try --source normal")
+        hint = "try --source normal" if args.source == "split" else "name another style"
+        raise UserError(f"{run.path}: no row of {style} has a counterpart to take states from; {hint}")
     content = run.load(run.files(style)[0])
     first, real = content["original_indices"][0], content["attention_mask"][0]
     if first in rows and content["input_ids"][0][real].tolist() != reader.prompt(typo, rows[first][1]).input_ids:
@@ -326,6 +339,7 @@ class Study:
         seen_at = {site: "z" if site == "pattern" else site for site in wanted - {*WHOLE_SITES}}
         states = self.patcher.record(alone, sorted({*seen_at.values()}))[0]
         units = {site: [states.values[0, at, i].shape[1] for i in layers] for site, at in seen_at.items()}
+        check_units(plan.sets, units, args.units_csv)
         what = args.sites, args.positions, args.layers, args.controls
         cells = [cell for way in args.directions for cell in all_cells(way, *what, units)]
 

@@ -128,13 +128,29 @@ def best_sets(site: str, order: Sequence[Unit]) -> list[UnitSet]:
 def csv_sets(path: Path, style: str) -> list[UnitSet]:
     """Sets of a table with the columns layer and head or neuron, and perhaps style and set (else one set, `csv`)."""
     table = read_csv(path, hint="give a table with the columns layer and head or neuron")
-    unit = next((name for name in ("head", "neuron") if name in table), None)
-    if unit is None or "layer" not in table:
+    kinds = [name for name in ("head", "neuron") if name in table]
+    if len(kinds) != 1 or "layer" not in table:
         raise UserError(f"{path}: needs the columns layer and head or neuron; add them")
     table = table[table["style"] == style] if "style" in table else table
+    if table.empty:
+        raise UserError(f"{path}: names no {kinds[0]} for {style}; add some, or leave it out")
+    for column in ("layer", kinds[0]):
+        if table[column].dtype.kind not in "iu":
+            raise UserError(f"{path}: its column {column} must hold a whole number in every line")
     names = table["set"].astype(str) if "set" in table else ["csv"] * len(table)
     found: dict[str, list[Unit]] = {}
-    for name, layer, number in zip(names, table["layer"], table[unit], strict=True):
+    for name, layer, number in zip(names, table["layer"], table[kinds[0]], strict=True):
         if (int(layer), int(number)) not in found.setdefault(name, []):
             found[name].append((int(layer), int(number)))
-    return [UnitSet(name, "z" if unit == "head" else "mlp_post", units) for name, units in found.items()]
+    return [UnitSet(name, "z" if kinds[0] == "head" else "mlp_post", units) for name, units in found.items()]
+
+
+def check_units(sets: Sequence[UnitSet], counts: dict[str, list[int]], path: Path) -> None:
+    """Raises UserError if a set of a table has a unit that the model lacks. counts: {site: units of each layer}."""
+    for one in sets:
+        kind, many = "head" if one.site == "z" else "neuron", counts[one.site]
+        for layer, unit in one.units:
+            if not 0 <= layer < len(many):
+                raise UserError(f"{path}: layer {layer}: the model has layers 0 to {len(many) - 1}; choose among these")
+            if not 0 <= unit < many[layer]:
+                raise UserError(f"{path}: {kind} {unit}: layer {layer} has {kind}s 0 to {many[layer] - 1}")

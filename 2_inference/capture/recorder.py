@@ -46,7 +46,7 @@ class CaptureOptions:
     topk_logits: int = 10
     topk_positions: str = "last"
     neurons: bool = False
-    gates: bool = False
+    gates: bool | None = None
     entropy: bool = False
     pooled_dtype: str | None = None
 

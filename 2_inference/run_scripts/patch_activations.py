@@ -71,6 +71,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("max_samples", "batch_size", "response_tokens", "ig_steps", "top_k"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.ablate and not args.units_csv and args.screen == "none":
+        raise UserError(f"--ablate {args.ablate}: there are no sets; give --units_csv or --screen attribution")
+    if args.screen != "none" and not {*args.sites} & {"z", "mlp_out", "mlp_post"}:
+        raise UserError("--screen attribution: finds units of z, mlp_out and mlp_post; name one of them in --sites")
     for name in ("directions", "sites", "positions", "styles"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.controls = [] if "none" in args.controls else sorted({*args.controls})

@@ -152,6 +152,8 @@ def open_patches(run: Run, styles: Sequence[str] | None = None) -> list[Patches]
     found = []
     for style in [style for style in run.chosen(styles) if style in (styles or run.styles)]:
         contents = [load_pt(path) for path in sorted(run.styles[style].glob("patches_*.pt"))]
+        if styles and not contents:
+            raise UserError(f"--styles {style}: has no patches_*.pt; run stage 2's patch_activations.py on it first")
         for source in dict.fromkeys(content["source"] for content in contents):
             found.append(_joined(run, style, source, [one for one in contents if one["source"] == source]))
     if not found:
