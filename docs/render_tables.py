@@ -60,6 +60,12 @@ JOBS = {
     "maths": "96 maths prompts after three shots, answers end at their line",
     "instructions": "48 instructions of 10 to 200 words, 48 new tokens",
 }
+PATCHING = {
+    "forward": "plain forward passes of the whole prompt",
+    "groups": "residual stream: 30 layers × 4 groups of tokens",
+    "heads": "270 heads, one by one",
+    "attribution": "attribution of all heads, MLPs and neurons ÷ the 270 heads",
+}
 EXAMPLE = {  # measure: (its line in the table, decimals)
     "accuracy": ("accuracy − `normal`, in points", 1),
     "heads_from_clean": ("heads of 270 whose attention to the edited words changes from `normal` (BH, 0.05)", 0),
@@ -111,6 +117,12 @@ LAYOUTS = {
         lambda record: f"{record['part']}: {record['what']}",
         lambda record: str(record["measure"]),
         lambda record: "no room" if math.isnan(record["value"]) else f"{record['value']:.3g}",
+    ),
+    "patching": Layout(
+        "seconds ÷ as many plain forward passes",
+        lambda record: PATCHING[record["way"]],
+        lambda record: f"the last {record['computed']} of 91 tokens",
+        lambda r: number(r, "share_of_heads" if r["way"] == "attribution" else "share", 3),
     ),
     "facts": Layout(
         "facts",
