@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import causal_effects
@@ -380,3 +381,13 @@ def test_a_damaged_file_of_patches_is_told_in_one_line(tmp_path: Path, damage: b
     with pytest.raises(UserError, match=path.name) as caught:
         causal_effects.main(["--run_dir", str(run), "--results_dir", str(tmp_path / "results")])
     assert "\n" not in str(caught.value)
+
+
+def test_an_estimate_of_the_screen_stands_only_where_all_tokens_are_patched(tmp_path: Path):
+    one = causes.open_patches(open_run(write_patches(tmp_path / "run", screened=True)))[0]
+    cells = one.cells.replace({"site": {"resid_pre": "mlp_out"}, "positions": {"after": "all"}})
+    table = causes.cell_table(replace(one, cells=cells, attributed={"mlp_out": np.arange(LAYERS) + 0.5}))
+    mlps = table[table["site"] == "mlp_out"]
+    of_all = mlps[mlps["positions"] == "all"]
+    assert of_all["nats_attributed"].tolist() == (of_all["layer"] + 0.5).tolist()
+    assert mlps.loc[mlps["positions"] != "all", "nats_attributed"].isna().all()

@@ -224,7 +224,8 @@ def cell_table(patches: Patches) -> pd.DataFrame:
     for own, name in ((patches.choosing, "R_first_half"), (~patches.choosing, "R_second_half")):
         table[name] = clustered_ratio((before - after)[own], before[own], clusters[own]).mean
     table["nats_attributed"] = [
-        _attributed(patches, *cell) for cell in patches.cells[["site", "direction", "layer", "head", "set"]].to_numpy()
+        _attributed(patches, *cell)
+        for cell in patches.cells[["site", "positions", "direction", "layer", "head", "set"]].to_numpy()
     ]
     table["structural"] = (table["layer"] == 0) & table["site"].isin(STRUCTURAL)
     table["structural"] = table["structural"].astype(int)
@@ -241,11 +242,13 @@ def cell_table(patches: Patches) -> pd.DataFrame:
     return table.assign(**answer_share(patches))
 
 
-def _attributed(patches: Patches, site: str, direction: str, layer: int, head: int, set_name: str) -> float:
-    """The screen's estimate for a cell that is one unit (or MLP) in the direction of the screen, else NaN."""
+def _attributed(
+    patches: Patches, site: str, positions: str, direction: str, layer: int, head: int, set_name: str
+) -> float:
+    """The screen's estimate, which is for all tokens, of one unit (or MLP) in the direction of the screen, else NaN."""
     known = patches.attributed.get(site)
     one = not set_name and (head >= 0 or site == "mlp_out")
-    if known is None or not one or direction != patches.screened:
+    if known is None or not one or positions != "all" or direction != patches.screened:
         return math.nan
     return float(known[layer] if head < 0 else known[layer, head])
 
@@ -344,7 +347,7 @@ def faithfulness(sets: pd.DataFrame) -> pd.DataFrame:
         part = part.sort_values("units")
         share, curve = (np.array([0.0, *values]) for values in (part["units"] / part["units"].max(), part["R"]))
         found = {"CPR": np.trapezoid(curve, share), "CMD": np.trapezoid(np.abs(1 - curve), share)}
-        sizes = {"n": part["n"].min(), "sizes": " ".join(map(str, part["units"]))}
+        sizes = {"n": part["n"].min(), "sizes": " ".join(map(str, part["units"].astype(int)))}
         lines.append(dict(zip(family, keys, strict=True)) | sizes | found | {"monotone": (np.diff(curve) >= 0).all()})
     return pd.DataFrame(lines)
 
