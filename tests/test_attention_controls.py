@@ -100,7 +100,7 @@ def test_heads_are_compared_with_the_matched_control(run_dir, results):
     by_t = swap.dropna(subset=["t_vs_control"]).sort_values("t_vs_control", key=abs, ascending=False)
     assert by_t["rank_vs_control"].tolist() == [1, 2, 3, 4, 5, 6]
     expected = swap["difference_vs_control"] / swap["standard_error_vs_control"]
-    np.testing.assert_allclose(swap["t_vs_control"], expected, rtol=1e-6)
+    np.testing.assert_allclose(swap["t_vs_control"], expected, rtol=1e-3)  # four digits are written
     overlap = pd.read_csv(results / "head_overlap.csv")
     assert set(overlap[overlap["reference_form"] == "control"]["style"]) == {"swap"}  # `main` has but `split`
     # Of its own, the control differs from the clean form in the rows in which it is cut.

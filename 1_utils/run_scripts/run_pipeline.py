@@ -177,6 +177,7 @@ STEPS = (
     Entry("prompts", "0_data/run_scripts/check_prompts.py", check_flags, after=()),
     Entry("capture", CAPTURE, capture_flags, after=("prompts",)),
     Entry("patches", PATCH, patch_flags),
+    Entry("layers", f"{STAGE_5}/activation_diffs.py", lens_flags),  # takes longest, so it begins first
     Entry("accuracy", MATHS, accuracy_flags),
     Entry("answers", f"{STAGE_4}/match_answers.py", answers_flags, ("capture", "accuracy")),
     Entry("similarity", f"{STAGE_4}/compare_responses.py", lambda _, a: given("--embedding_model", a.embedding_model)),
@@ -184,7 +185,6 @@ STEPS = (
     Entry("scorers", f"{STAGE_4}/compare_scorers.py", scorers_flags, (*SCORED, "similarity", "reward scores")),
     Entry("attention fractions", f"{STAGE_5}/dirs_eval.py"),
     Entry("heads", f"{STAGE_5}/head_sensitivity.py", after=SCORED),
-    Entry("layers", f"{STAGE_5}/activation_diffs.py", lens_flags),
     Entry("neurons", f"{STAGE_5}/neuron_sensitivity.py", neurons_flags),
     Entry("probes", f"{STAGE_5}/probe_layers.py", lambda _, a: given("--layers", a.probe_layers), SCORED),
     Entry("causes", f"{STAGE_5}/causal_effects.py", causes_flags, ("capture", "patches", "heads", "neurons")),

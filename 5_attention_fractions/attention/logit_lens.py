@@ -73,17 +73,22 @@ class LogitLens:
         ranks, logprobs = (np.empty((len(prompts), self.layer_count + 1)) for _ in "rl")
         with torch.no_grad():
             prefix = self._read([prompts[0][:shared]], None).past_key_values if shared else None
+            last: list[Any] = [None] * len(prompts)  # [L+1, D] each
             for places in _equally_long(prompts):
-                asked = torch.tensor([[tokens[place]] for place in places])
                 past = copy.deepcopy(prefix)
                 if past is not None:
                     past.batch_repeat_interleave(len(places))
-                states = self._read([prompts[place][shared:] for place in places], past).hidden_states
-                for layer, state in enumerate(states):
-                    logits = self.logits(state[:, -1], normed=layer == self.layer_count)
-                    of_token = logits.gather(-1, asked)
-                    ranks[places, layer] = (logits > of_token).sum(-1) + 1
-                    logprobs[places, layer] = (of_token - logits.logsumexp(-1, keepdim=True))[:, 0]
+                read = self._read([prompts[place][shared:] for place in places], past).hidden_states
+                for row, place in enumerate(places):
+                    last[place] = torch.stack([state[row, -1].cpu() for state in read])
+            states, asked = torch.stack(last), torch.tensor(tokens)[:, None]
+            for layer in range(self.layer_count + 1):
+                for start in range(0, len(prompts), ROWS_AT_ONCE):
+                    rows = slice(start, start + ROWS_AT_ONCE)
+                    logits = self.logits(states[rows, layer], normed=layer == self.layer_count)
+                    of_token = logits.gather(-1, asked[rows])
+                    ranks[rows, layer] = (logits > of_token).sum(-1) + 1
+                    logprobs[rows, layer] = (of_token - logits.logsumexp(-1, keepdim=True))[:, 0]
         return ranks, logprobs
 
     def _read(self, prompts: list[list[int]], past: Any) -> Any:
