@@ -137,18 +137,21 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "The change with polite has two parts. Of −11 [−19, −3] points, −9 [−17, −1] points come from the length "
         "alone (neutral@polite: neutral sentences of as many tokens), and −2 [−10, 6] points from the tone (n = "
         "149).",
-        "Most often at layer 7: there 15 % [9, 21] of the words mistyped by typo@2 are nearest to their own clean"
-        " state, 16 [9, 23] points fewer than with split@typo@2 (n = 149, adjusted p < 0.001).",
+        "Mostly not: at layer 7, the best one, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
+        "own clean state, 16 [9, 23] points fewer than with split@typo@2; at the last layer 12 % are (n = 149, "
+        "adjusted p < 0.001).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
-        " 48 of 149. It does so 4.7 [2.9, 6.5] layers later than with the control (n = 149, adjusted p < 0.001).",
+        " 48 of 149. If never counts as one layer beyond the last, that is 4.7 [2.9, 6.5] layers later than with "
+        "the control (n = 149, adjusted p < 0.001).",
         "The logit lens finds the clean word best at layer 14, where its median rank is 12 with typo@2 and 3 with"
         " split@typo@2. Its log probability is 1.50 [1.00, 2.00] nats lower (n = 150, adjusted p < 0.001).",
-        "Up to layer 12.4 [10.0, 14.8] the effect of typo@2 on the answer lies in the mistyped words, and after "
-        "it in later tokens. At layer 10 the control's state of these words undoes 80 % [70, 90] of it; another "
-        "prompt's words make it worse (−50 %) (n = 40).",
-        "Head 7.0 (layer.head): the last token's attention to the words mistyped by typo@2 is 2.00 [1.41, 2.83] "
-        "times that with split@typo@2. In all, 2 of 3 heads differ, next 7.1 (0.50 [0.35, 0.71] times) (n = 149)."
-        " Their ranking repeats on other prompts: rank correlation 0.78 [0.68, 0.88].",
+        "The effect of typo@2's letters on the answer moves from the mistyped words to later tokens between "
+        "layers 10 and 20 (at 12.4 [10.0, 14.8]). At layer 10 the control's state of these words undoes 80 % [70, "
+        "90] of it; another prompt's words undo none of it (n = 40).",
+        "Head 7.0 (layer.head) reacts most surely: the last token's attention to the words mistyped by typo@2 is "
+        "2.00 [1.41, 2.83] times that with split@typo@2. In all, 2 of 3 heads differ, next 7.1 (0.50 [0.35, 0.71] "
+        "times) (n = 149). Their ranking repeats on other prompts: rank correlation 0.78 [0.68, 0.88]. A head "
+        "that reacts need not change the answer.",
         "Chosen on one half of the prompts, 230 heads focus their attention more for typo@2 than for the clean "
         "word and for split@typo@2. On the other half 115 of them are confirmed (n = 74, adjusted p < 0.001).",
         "Chosen on one half of the prompts, 230 neurons are more active for typo@2 than for the clean word and "
@@ -173,18 +176,18 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "0.400). A change of 13.2 points would have been found (80 % power).",
         "Not known, because the change with polite, −11 [−19, −3] points, is not clear of 0 (n = 149, adjusted p "
         "= 0.400). A change of 13.2 points would have been found (80 % power).",
-        "Most often at layer 7: there 15 % [9, 21] of the words mistyped by typo@2 are nearest to their own clean"
-        " state. The difference to split@typo@2 is not clear of 0 (n = 149, adjusted p = 0.400). A difference of "
-        "11.6 points would have been found (80 % power).",
+        "Mostly not: at layer 7, the best one, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
+        "own clean state. The difference to split@typo@2 is not clear of 0 (n = 149, adjusted p = 0.400). A difference "
+        "of 11.6 points would have been found (80 % power).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
         " 48 of 149. No difference in depth shows: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A "
         "difference of 2.8 layers would have been found (80 % power).",
         "The logit lens finds the clean word best at layer 14, where its median rank is 12 with typo@2 and 3 with"
         " split@typo@2. Its log probability does not differ clearly (n = 150, adjusted p = 0.400). A difference "
         "of 0.8 nats would have been found (80 % power).",
-        "At layer 10 the control's state of the words mistyped by typo@2 undoes 2 % [−8, 12] of its effect on the"
-        " answer; another prompt's words make it worse (−50 %) (n = 40). At none of the patched layers does the "
-        "effect pass to later tokens.",
+        "At layer 10 the control's state of the words mistyped by typo@2 undoes 2 % [−8, 12] of the effect of "
+        "typo@2's letters on the answer; another prompt's words undo none of it (n = 40). At none of the patched "
+        "layers does the effect pass to later tokens.",
         "None can be named: no head's attention to the words mistyped by typo@2 differs from that with "
         "split@typo@2 and repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would"
         " have been found (80 % power).",
@@ -195,6 +198,18 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "None can be named: of 3 heads patched one at a time, none undoes a clear part of the effect of typo@2 (n"
         " = 40). The 95 % interval of a typical head reaches 4 points to either side.",
     ]
+
+
+def test_a_lens_that_does_not_read_the_clean_word_says_nothing_of_the_mistyped(tmp_path):
+    write_run(tmp_path, effect=True)
+    table = pd.read_csv(tmp_path / "word_recovery.csv").assign(clean_rank_median=[8000, 1234, 2000])
+    table.to_csv(tmp_path / "word_recovery.csv", index=False)
+    told = [one for one in findings(tmp_path) if "lens" in one.text]
+    assert [one.text for one in told] == [
+        "The logit lens cannot tell: it does not read the word in the clean prompt either (best median rank of a "
+        "layer: 1,234; n = 150)."
+    ]
+    assert not told[0].is_claim
 
 
 def test_heads_whose_ranking_does_not_repeat_are_not_named(tmp_path):
@@ -226,7 +241,7 @@ QUESTIONS = [
     "Do the answers get worse?",
     "How much of it is tokenisation?",
     "How much of a tone's effect is its length?",
-    "Where inside is the word repaired?",
+    "Is the word repaired inside, and where?",
     "Which head should I look at?",
     "Which neurons react?",
     "Which head changes the answer?",

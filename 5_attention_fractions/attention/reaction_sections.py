@@ -15,6 +15,7 @@ from findings import (
     factor,
     join,
     limit_text,
+    percent,
     points,
     share_text,
     table_of,
@@ -24,7 +25,8 @@ from report_section import Headline, Plots, Section, TableOf
 from style_names import MADE_IN_STAGE_2, matched_style
 
 SHOWN_HEADS = 3
-WHERE, WHICH_HEAD = "Where inside is the word repaired?", "Which head should I look at?"
+WHERE, WHICH_HEAD = "Is the word repaired inside, and where?", "Which head should I look at?"
+READ_RANK = 10  # a word whose clean twin has a worse median rank in every layer is not read by the logit lens
 HEAD_MEASURE = "edited_log2_mass_last"
 
 
@@ -105,15 +107,17 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     lines = table[(table["measure"] == "own_nearest") & (table["region"] == "edited")]
     for style, own in against_tokens(lines, "p_adjusted").groupby("style", sort=False):
         line = own.loc[own["estimate"].idxmax()]
-        fewer = line["difference_to_control"] < 0
+        fewer, last = line["difference_to_control"] < 0, own.loc[own["layer"].idxmax()]
         limit = 100 * detectable(line, "difference_ci_low", "difference_ci_high", "n_with_control", len(lines))
         yield {
             "holds": line["p_adjusted"] < ALPHA,
             "style": style,
             "control": line["control"],
             "n": line["n_with_control"],
+            "answer": "Mostly" if line["estimate"] > 0.5 else "Mostly not",
             "layer": int(line["layer"]),
             "share": share_text(line, "estimate", "ci_low", "ci_high"),
+            "last": percent(last["estimate"]),
             "points": points(line, "difference_to_control", "difference_ci_low", "difference_ci_high", fewer),
             "than": "fewer" if fewer else "more",
             "limit": limit_text(limit, "A difference of {} points", 100),
@@ -125,6 +129,8 @@ def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     """How well the logit lens reads the clean word from each style's mistyped one, at its best layer; it holds if that
     differs from the control after Benjamini-Hochberg over styles and layers."""
     for style, own in against_tokens(table, "p_adjusted").groupby("style", sort=False):
+        if _best_clean_rank(own) > READ_RANK:
+            continue
         line = own.loc[own["logprob"].idxmax()]
         less = line["difference_to_control"] < 0
         limit = detectable(line, "difference_ci_low", "difference_ci_high", "n_clusters", len(own))
@@ -141,6 +147,17 @@ def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "limit": limit_text(limit, "A difference of {} nats"),
             "p": line["p_adjusted"],
         }
+
+
+def unread_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    """Styles of whose words the logit lens reads not even the clean ones, so that it says nothing of the mistyped."""
+    for style, own in against_tokens(table, "p_adjusted").groupby("style", sort=False):
+        if (rank := _best_clean_rank(own)) > READ_RANK:
+            yield {"holds": False, "style": style, "n": own["n"].max(), "rank": f"{rank:,.0f}"}
+
+
+def _best_clean_rank(lines: pd.DataFrame) -> float:
+    return float(lines["clean_rank_median"].min()) if "clean_rank_median" in lines else 1.0
 
 
 LAYERS = Section(
@@ -164,8 +181,8 @@ LAYERS = Section(
         ),
         Plots(
             "recovery_depth.png",
-            "From which layer on a mistyped word is recovered, by style: its state is the nearest to its own clean "
-            "state. A word that never is counts as one layer beyond the last.",
+            "The first layer at which a mistyped word is recovered, by style: there, and in the two layers after it, "
+            "its state is nearest to its own clean state. A word that never is counts as one layer beyond the last.",
             folded=True,
         ),
         Plots(
@@ -188,18 +205,20 @@ LAYERS = Section(
             "recovery layer",
             ("activation_diffs.csv",),
             peak_numbers,
-            "Most often at layer {layer}: there {share} of the words mistyped by {style} are nearest to their own "
-            "clean state, {points} points {than} than with {control} (n = {n}, {adjusted_p}).",
-            "Most often at layer {layer}: there {share} of the words mistyped by {style} are nearest to their own "
-            "clean state. The difference to {control} is not clear of 0 (n = {n}, {adjusted_p}).{limit}",
+            "{answer}: at layer {layer}, the best one, {share} of the words mistyped by {style} are nearest to their "
+            "own clean state, {points} points {than} than with {control}; at the last layer {last} are (n = {n}, "
+            "{adjusted_p}).",
+            "{answer}: at layer {layer}, the best one, {share} of the words mistyped by {style} are nearest to their "
+            "own clean state. The difference to {control} is not clear of 0 (n = {n}, {adjusted_p}).{limit}",
             WHERE,
         ),
         Rule(
             "recovery",
             ("activation_diffs_summary.csv",),
             recovery_numbers,
-            "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. It "
-            "does so {layers} layers {when} than with the control (n = {n}, {adjusted_p}).",
+            "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. If "
+            "never counts as one layer beyond the last, that is {layers} layers {when} than with the control (n = {n}, "
+            "{adjusted_p}).",
             "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. No "
             "difference in depth shows: {layers} layers {when} (n = {n}, {adjusted_p}).{limit}",
             WHERE,
@@ -213,6 +232,15 @@ LAYERS = Section(
             "The logit lens finds the clean word best at layer {layer}, where its median rank is {rank} with {style} "
             "and {control_rank} with {control}. Its log probability does not differ clearly (n = {n}, {adjusted_p})."
             "{limit}",
+            WHERE,
+        ),
+        Rule(
+            "word not read out",
+            ("word_recovery.csv",),
+            unread_numbers,
+            "",
+            "The logit lens cannot tell: it does not read the word in the clean prompt either (best median rank of a "
+            "layer: {rank}; n = {n}).",
             WHERE,
         ),
     ),
@@ -354,9 +382,9 @@ HEADS = Section(
             "heads",
             ("head_sensitivity.csv",),
             head_numbers,
-            "Head {first} (layer.head): the last token's attention to the words mistyped by {style} is {times} times "
-            "that with {control}. In all, {count} heads {differ}{others} (n = {n}). Their ranking repeats on other "
-            "prompts: rank correlation {halves}.",
+            "Head {first} (layer.head) reacts most surely: the last token's attention to the words mistyped by {style} "
+            "is {times} times that with {control}. In all, {count} heads {differ}{others} (n = {n}). Their ranking "
+            "repeats on other prompts: rank correlation {halves}. A head that reacts need not change the answer.",
             "None can be named: no head's attention to the words mistyped by {style} differs from that with {control} "
             "and repeats on other prompts (n = {n}). In a typical head a change by the factor {limit} would have been "
             "found (80 % power).",
@@ -401,7 +429,7 @@ def _unit_rule(unit: str, do: str, question: str) -> Rule:
 
 UNITS = Section(
     name="neuron_sensitivity",
-    title="Which neurons react?",
+    title="Which neurons and heads react on other prompts, too?",
     order=60,
     plots=(Plots("neuron_sensitivity.png", "Typo neurons and heads found on one half and confirmed on the other."),),
     tables=(
@@ -442,9 +470,9 @@ def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         before = part[part["layer"] <= part["hand_over_layer"]]
         line = before.iloc[-1] if len(before) else part.iloc[0]
         known = line["hand_over_layer"] == line["hand_over_layer"]
-        other, worse = points(line, "R_control", "R_control", "R_control").partition(" ")[0], line["R_control"] < 0
-        other = f"; another prompt's words {'make it worse' if worse else 'undo part of it'} ({other} %)"
-        other = other if pd.notna(line["R_control"]) else ""
+        undone = "none" if line["R_control"] < 0 else percent(line["R_control"])
+        other = f"; another prompt's words undo {undone} of it" if pd.notna(line["R_control"]) else ""
+        after = part[part["layer"] > part["hand_over_layer"]]
         yield {
             "holds": bool(line["R_ci_low"] > 0 and line["hand_over_ci_low"] == line["hand_over_ci_low"]),
             "style": style,
@@ -452,7 +480,9 @@ def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "n": line["n"],
             "restored": share_text(line, "R"),
             "other": other,
+            "effect": f"{style}'s letters" if source == "split" else style,
             "at": int(line["layer"]),
+            "between": f"between layers {line['layer']:.0f} and {after['layer'].iloc[0]:.0f} " if len(after) else "",
             "layer": estimate_text(line, "hand_over_layer", 1, "hand_over_ci_low", "hand_over_ci_high"),
             "crossing": "" if known else " At none of the patched layers does the effect pass to later tokens.",
             "p": line["p"],
@@ -527,10 +557,10 @@ CAUSES = Section(
             "hand-over",
             ("patching_layers.csv",),
             hand_over_numbers,
-            "Up to layer {layer} the effect of {style} on the answer lies in the mistyped words, and after it in later "
-            "tokens. At layer {at} the {donor} state of these words undoes {restored} of it{other} (n = {n}).",
-            "At layer {at} the {donor} state of the words mistyped by {style} undoes {restored} of its effect on the "
-            "answer{other} (n = {n}).{crossing}",
+            "The effect of {effect} on the answer moves from the mistyped words to later tokens {between}(at {layer}). "
+            "At layer {at} the {donor} state of these words undoes {restored} of it{other} (n = {n}).",
+            "At layer {at} the {donor} state of the words mistyped by {style} undoes {restored} of the effect of "
+            "{effect} on the answer{other} (n = {n}).{crossing}",
             WHERE,
         ),
         Rule(
