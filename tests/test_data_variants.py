@@ -320,7 +320,6 @@ def test_every_variant_has_something_to_mark_as_edited(made):
         ("{question}", {}),
         ("«Formule de politesse»", {}),
         ("work out the form", {"task": "work out the form"}),
-        ("计算以下内容", {}),
         ("NASA ISO-9001 foo_bar", {}),
     ],
 )
@@ -328,6 +327,12 @@ def test_a_prompt_without_a_free_word_gets_framings_alone(prompt, row):
     (out,), _, summary = make_variants([{"normal": prompt, **row}])
     assert set(variants_of(out)) == set(FRAMINGS)
     assert sum(sum(c["lacking"].values()) for c in summary["styles"].values()) == len(STYLES) - 3
+
+
+def test_a_prompt_of_unknown_language_and_script_has_no_style():
+    (out,), _, summary = make_variants([{"normal": "计算以下内容"}])
+    assert not variants_of(out)
+    assert all("_language" in reason for counts in summary["styles"].values() for reason in counts["lacking"])
 
 
 def test_operator_words_units_and_labels_stay_in_arithmetic():

@@ -46,8 +46,8 @@ def test_the_steps_of_a_maths_file(tmp_path, prompt_file):
     (job,) = jobs_of(args)
     steps = steps_of(job, args)
     assert [Path(step.script).stem for step in steps] == [
-        "check_prompts", "attn_act_logi", "evaluate_predictions", "compare_responses", "score_scripts",
-        "compare_scorers", "dirs_eval", "head_sensitivity", "activation_diffs", "neuron_sensitivity", "probe_layers",
+        "check_prompts", "attn_act_logi", "activation_diffs", "evaluate_predictions", "compare_responses",
+        "score_scripts", "compare_scorers", "dirs_eval", "head_sensitivity", "neuron_sensitivity", "probe_layers",
     ]  # fmt: skip
     assert steps[1].arguments[-3:] == ("--neurons", "--seed", "1")
     assert all((ROOT / step.script).is_file() for step in [*steps, report_step([job], args)])
