@@ -141,8 +141,8 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "own clean state, 16 [9, 23] points fewer than with split@typo@2; at the last layer 12 % are (n = 149, "
         "adjusted p < 0.001).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
-        " 48 of 149. If never counts as one layer beyond the last, that is 4.7 [2.9, 6.5] layers later than with "
-        "the control (n = 149, adjusted p < 0.001).",
+        " 48 of 149. That is 4.7 [2.9, 6.5] layers later than with the control, if a word that never does counts "
+        "as one layer beyond the last (n = 149, adjusted p < 0.001).",
         "The logit lens finds the clean word best at layer 14, where its median rank is 12 with typo@2 and 3 with"
         " split@typo@2. Its log probability is 1.50 [1.00, 2.00] nats lower (n = 150, adjusted p < 0.001).",
         "The effect of typo@2's letters on the answer moves from the mistyped words to later tokens between "

@@ -468,12 +468,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
     flag("--probe_layers", type=int, nargs="+", help="layers that are probed; default: all")
     flag("--workers", type=int, default=1, help="analyses that run side by side and share the cores")
-    flag(
-        "--shards",
-        type=int,
-        default=1,
-        help="processes that share stage 2; each loads the model",
-    )
+    flag("--shards", type=int, default=1, help="processes that share stage 2; each loads the model")
     flag("--patch", nargs="+", default=[], help="typo styles whose causes are found by patching; default: none")
     own = "flags of patch_activations.py in one word: '--layers 0 6 12 --screen attribution'"
     flag("--patch_flags", default="", help=own)

@@ -571,26 +571,23 @@ def attention_windows(config: Any) -> list[int]:
 
 def down_projection(layer: torch.nn.Module) -> torch.nn.Module:
     """The MLP's last linear map, whose input are the neuron activations (after the activation function, and gated)."""
-    found = [
-        module
-        for name, module in layer.named_modules()
-        if name.rsplit(".", 1)[-1] in DOWN_PROJECTIONS and "attn" not in name and "attention" not in name
-    ]
-    if len(found) != 1 or any("expert" in name for name, _ in layer.named_modules()):
-        raise UserError(f"no single MLP in {type(layer).__name__} (a mixture of experts?); run without --neurons")
-    return found[0]
+    return _module_of_mlp(layer, DOWN_PROJECTIONS, "MLP", "--neurons")
 
 
 def activation_function(layer: torch.nn.Module) -> torch.nn.Module:
     """The MLP's activation function, whose output is the gate of a gated MLP, and else the neurons themselves."""
-    found = [
-        module
-        for name, module in layer.named_modules()
-        if name.rsplit(".", 1)[-1] in ACTIVATIONS and "attn" not in name and "attention" not in name
-    ]
-    if len(found) != 1 or any("expert" in name for name, _ in layer.named_modules()):
-        raise UserError(f"no single activation function in {type(layer).__name__}; run without --gates")
-    return found[0]
+    return _module_of_mlp(layer, ACTIVATIONS, "activation function", "--gates")
+
+
+def _module_of_mlp(layer: torch.nn.Module, names: Sequence[str], what: str, flag: str) -> torch.nn.Module:
+    """The one module of a layer outside its attention that has one of these names. Raises UserError if there is none,
+    or more than one, as in a mixture of experts."""
+    modules = dict(layer.named_modules())
+    found = [name for name in modules if name.rsplit(".", 1)[-1] in names and "attn" not in name]
+    found = [name for name in found if "attention" not in name]
+    if len(found) != 1 or any("expert" in name for name in modules):
+        raise UserError(f"no single {what} in {type(layer).__name__} (a mixture of experts?); run without {flag}")
+    return modules[found[0]]
 
 
 def attention_module(layer: torch.nn.Module) -> torch.nn.Module:

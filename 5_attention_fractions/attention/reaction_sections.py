@@ -216,9 +216,9 @@ LAYERS = Section(
             "recovery",
             ("activation_diffs_summary.csv",),
             recovery_numbers,
-            "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. If "
-            "never counts as one layer beyond the last, that is {layers} layers {when} than with the control (n = {n}, "
-            "{adjusted_p}).",
+            "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. That "
+            "is {layers} layers {when} than with the control, if a word that never does counts as one layer beyond the "
+            "last (n = {n}, {adjusted_p}).",
             "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. No "
             "difference in depth shows: {layers} layers {when} (n = {n}, {adjusted_p}).{limit}",
             WHERE,
