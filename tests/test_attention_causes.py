@@ -12,6 +12,7 @@ import pytest
 import torch
 from attention import causes
 from attention.causes_compared import agreement, neuron_reactions, rank_correlation, reaction_and_cause
+from attention.causes_plots import _label
 from command_line import UserError, run_main
 from file_output import read_csv
 from paired_stats import benjamini_hochberg, deal
@@ -26,6 +27,7 @@ RESIDUAL = {  # planted R by layer
     "after": [0.0, 0.1, 0.2, 0.3, 0.2, 0.1],
     "readout": [0.0, 0.0, 0.0, 0.1, 0.6, 0.9],
 }
+TOKENS = [("$a", True), *[("$ b", False)] * 10]  # text of token_0, token_1 …, and whether it is edited
 CAUSE = (3, 1)  # the head that carries the effect
 
 
@@ -218,6 +220,27 @@ def test_neurons_and_sources_are_kept_apart_from_heads(tmp_path: Path):
     reactions = alone[["layer", "head"]].assign(style="swap", measure="m", t_vs_control=np.arange(len(alone)), site="z")
     table = reaction_and_cause(cells, both, reactions)
     assert table[["source", "site", "units"]].to_numpy().tolist() == [[s, "z", 18] for s in ("split", "normal")]
+
+
+def test_single_tokens_are_mapped_with_their_text_and_adjusted_together(tmp_path: Path):
+    run = write_patches(tmp_path / "run")
+    names = {"edited": "token_0", "after": "token_1", "readout": "token_10"}
+    for path in sorted((run / "swap").glob("patches_*.pt")):
+        content = load_pt(path, mmap=False)
+        singly = [names.get(name, name) for name in content["positions"]]
+        told = [TOKENS for _ in content["original_indices"]]
+        short = torch.tensor([[name == "token_10" for name in singly]]) & (torch.arange(len(told)) < 12)[:, None]
+        nats = content["nats"].masked_fill(short, torch.nan)
+        save_pt(path, content | {"positions": singly, "tokens": told, "nats": nats})
+    (one,) = causes.open_patches(open_run(run))
+    assert one.tokens == dict.fromkeys(range(ROWS), TOKENS)
+    table = causes.cell_table(one).query("site == 'resid_pre' and donor == 'own'")
+    assert table.groupby("positions")["n"].max().to_dict() == {"token_0": 40, "token_1": 40, "token_10": 16}
+    assert table["p_adjusted"].tolist() == pytest.approx(benjamini_hochberg(table["p"]).tolist())
+    assert _label("token_0", TOKENS) == r"'\$a'* +0"
+    assert [_label(name, ()) for name in ("token_10", "after")] == ["+10", "tokens after them"]
+    assert causal_effects.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*_[lm]a*.png")} == {"patching_map.png"}  # no curve of a group
 
 
 def test_p_of_single_heads_is_adjusted_over_the_heads_alone(results: Path):

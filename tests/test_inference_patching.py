@@ -317,6 +317,9 @@ def test_groups_share_out_the_tokens_from_the_first_edited_one_on():
     assert groups["readout"] == [7]
     assert groups["all"] == [2, 3, 4, 5, 6, 7]
     assert groups["before"] == [0, 1]
+    assert [groups[f"token_{i}"] for i in range(6)] == [[i] for i in range(2, 8)]
+    assert "token_6" not in groups
+    assert [name for name in groups_of([True] * 40) if name.startswith("token_")][-1] == "token_31"
     assert groups_of([True, False, True])["readout"] == groups_of([True, False, True])["before"] == []
 
 
@@ -416,6 +419,30 @@ def assert_equal_files(found, expected):
                 torch.testing.assert_close(found[name][key], value, rtol=0, atol=0, equal_nan=True)
             else:
                 assert found[name][key] == value, key
+
+
+def test_every_token_from_the_first_edited_one_on_is_patched_alone(whole, tmp_path):
+    """Unedited tokens do nothing at layer 0, and a prompt with fewer tokens than another has no patch of the others."""
+    flags = ["--positions", "edited", "tokens", "--sites", "resid_pre", "--layers", "0"]
+    assert patch_activations.main(command(whole, tmp_path, *flags)) == 0
+    (path,) = (tmp_path / "swap").glob("activations_*.pt")
+    run, seen = torch.load(path, weights_only=True), set()
+    for content in files_of(tmp_path).values():
+        places = [k for k, name in enumerate(content["positions"]) if name.startswith("token_")]
+        assert [content["positions"][k] for k in places] == [f"token_{i}" for i in range(len(places))]
+        moved = content["nats"] != content["recipient_nats"]
+        for place, (row, tokens) in enumerate(zip(content["original_indices"], content["tokens"], strict=True)):
+            inside = run["region_mask"][row, :, run["regions"].index("edited")]
+            ids = run["input_ids"][row, int(inside.int().argmax()) :]
+            assert "".join(text for text, _ in tokens) == tiny_models.tokenizer().decode(ids)
+            edited = torch.tensor([inside for _, inside in tokens])
+            assert int(edited.sum()) == int(inside.sum())
+            assert content["nats"][place, places].isnan().tolist() == [i >= len(tokens) for i in range(len(places))]
+            known = moved[place, places[: len(tokens)]]
+            assert bool(known[edited].any())
+            assert not bool(known[~edited].any())
+            seen.add(len(tokens))
+    assert len(seen) > 1, "all prompts are of one length: the test misses the missing tokens"
 
 
 def test_a_stopped_run_goes_on_and_shards_share_the_files(whole, tmp_path):

@@ -64,6 +64,7 @@ WHOSE = ("", "recipient_", "donor_")  # a measure of the patched row, of the unp
 ALWAYS_0_OR_1 = ("donor_nats", "donor_nats_first", "donor_restored")
 ROW_ID = ("original_index", "element_index", "attribution")
 ROWS_FOR_MEANS = 32
+MOST_TOKENS = 32  # that --positions tokens patches one by one
 CONTENT_FLAGS = (
     *("source", "directions", "sites", "positions", "layers", "response_tokens", "controls", "seed", "dtype"),
     *("screen", "ig_steps", "top_k", "ablate"),
@@ -257,9 +258,10 @@ def groups_of(edited: list[bool]) -> dict[str, list[int]]:
 
     edited, and edited_last: the last of each run of them; after: the others behind the first edited one; readout: the
     last token of the prompt (with the forced tokens after it), if it is not edited; all: from the first edited one on;
-    before: the two before it.
+    before: the two before it; token_0, token_1 …: each of `all` alone, MOST_TOKENS of them.
     """
     places, last = [place for place, inside in enumerate(edited) if inside], len(edited) - 1
+    singly = range(places[0], last + 1)[:MOST_TOKENS]
     return {
         "edited": places,
         "edited_last": [place for place in places if place == last or not edited[place + 1]],
@@ -267,6 +269,7 @@ def groups_of(edited: list[bool]) -> dict[str, list[int]]:
         "readout": [] if edited[last] else [last],
         "all": [*range(places[0], last + 1)],
         "before": [*range(max(0, places[0] - 2), places[0])],
+        **{f"token_{number}": [place] for number, place in enumerate(singly)},
     }
 
 
@@ -340,7 +343,10 @@ class Study:
         states = self.patcher.record(alone, sorted({*seen_at.values()}))[0]
         units = {site: [states.values[0, at, i].shape[1] for i in layers] for site, at in seen_at.items()}
         check_units(plan.sets, units, args.units_csv)
-        what = args.sites, args.positions, args.layers, args.controls
+        positions = [name for name in args.positions if name != "tokens"]
+        if "tokens" in args.positions:
+            positions += [f"token_{i}" for i in range(max(len(self.tokens(plan, index)) for index in plan.rows))]
+        what = args.sites, positions, args.layers, args.controls
         cells = [cell for way in args.directions for cell in all_cells(way, *what, units)]
 
         # 2. The best units by attribution, each alone and in sets of growing size; and the sets of a table.
@@ -437,7 +443,9 @@ class Study:
             places = [
                 k
                 for k, cell in enumerate(self.cells)
-                if cell.direction == direction and (cell.donor in LIVE or cell.donor in self.patcher.stored)
+                if cell.direction == direction
+                and cell.positions in pair.groups  # a short prompt has no token_20
+                and (cell.donor in LIVE or cell.donor in self.patcher.stored)
             ]
             rows = [self.cells[k].row for k in places]
             for where, logits, answers in self.batches(pair, rows):
@@ -476,9 +484,18 @@ class Study:
         _, alone = self.pair(plan, index, direction)
         aligned = {}
         for name, own in pair.groups.items():
-            theirs = alone.groups[name]
+            theirs = alone.groups.get(name, [])
             aligned[name] = [theirs[max(0, len(theirs) - len(own) + i)] for i in range(len(own))] if theirs else []
         return self.patcher.record(replace(alone, groups=aligned, answers=[]), self.args.sites)[0]
+
+    def tokens(self, plan: StylePlan, index: int) -> list[tuple[str, bool]]:
+        """The tokens of a typo prompt that --positions tokens patches: text, and whether it lies in an edited word."""
+        prompt = self.reader.prompt(plan.typo, plan.rows[index][1])
+        edited = edited_tokens(prompt, plan.typo.names, plan.style)
+        first = edited.index(True)
+        shown = slice(first, first + MOST_TOKENS)
+        texts = [self.reader.tokenizer.decode([token]) for token in prompt.input_ids[shown]]
+        return list(zip(texts, edited[shown], strict=True))
 
     def rows_at_once(self, pair: Pair) -> int:
         """Patched rows in a batch: the number given, or what memory takes."""
@@ -509,6 +526,7 @@ class Study:
             "layers": torch.tensor([cell.layer for cell in cells]),
             "heads": torch.tensor([cell.head for cell in cells]),
             "choosing": [plan.choosing[row["original_index"]] for row in rows],
+            "tokens": [self.tokens(plan, row["original_index"]) for row in rows if "tokens" in self.args.positions],
             **{name: torch.stack([row[name] for row in rows]) for name in rows[0] if name not in ROW_ID},
             "attribution": {
                 site: torch.stack([row["attribution"][site] for row in rows]) for site in rows[0].get("attribution", ())

@@ -25,7 +25,7 @@ from attn_act_logi import shard_of
 from command_line import UserError, make_parser, run_main
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z", "pattern", "v", "mlp_post")
-POSITIONS = ("edited", "edited_last", "after", "readout", "all")
+POSITIONS = ("edited", "edited_last", "after", "readout", "all", "tokens")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--directions", nargs="+", choices=("denoising", "noising"), default=["denoising"], help=ways)
     sites = "what is patched; z, pattern and v by head, for all tokens; the others for --positions"
     flag("--sites", nargs="+", choices=SITES, default=["resid_pre", "z"], help=sites)
-    where = "edited tokens, the last of them, the others after the first edit, the last prompt token and the response"
+    where = "edited tokens, the last of them, the others after the first edit, the last prompt token and the response; "
+    where += "tokens: each token from the first edited one on alone"
     flag("--positions", nargs="+", choices=POSITIONS, default=["edited", "after", "readout"], help=where)
     flag("--layers", nargs="+", default=["all"], help="layers: numbers, ranges (0-5), -1 (the last), all")
     flag("--response_tokens", type=int, help="longest donor response that is compared; default: as in the run")

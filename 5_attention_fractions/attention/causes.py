@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Patches:
     cells: one line per patch (CELL). patched: {measure: [n, K]}; recipient, donor: {measure: [n, K]} of the unpatched
     runs in the cell's direction. counts: [n, K] what is estimated on which rows; if a screen chose units, theirs do not
     count in the rows that chose them. attributed: {site: [L, units]} mean of the screen's estimate over the other rows.
+    tokens: {row: (text, edited?) of token_0, token_1 …}, if tokens were patched one by one.
     """
 
     style: str
@@ -64,6 +65,7 @@ class Patches:
     counts: np.ndarray
     attributed: dict[str, np.ndarray]
     screened: str  # the direction of the screen
+    tokens: dict[int, list[tuple[str, bool]]] = field(default_factory=dict)
 
     def gain(self, measure: str, place: Any = slice(None)) -> np.ndarray:
         """[n, K] what each patch wins back: recipient - patched for nats, else patched - recipient. NaN: counts not."""
@@ -182,9 +184,11 @@ def _joined(run: Run, style: str, source: str, contents: list[dict[str, Any]]) -
         counts[np.ix_(chose, ((frame["head"] >= 0) | (frame["set"] != "")).to_numpy())] = False
     clusters = np.array([run.template(row) for row in rows])
     attributed = _mean_attribution(screened)
-    screened_way = contents[0]["directions"][0]
+    way = contents[0]["directions"][0]  # of the screen
+    told = [zip(one["original_indices"], one["tokens"], strict=True) for one in contents if one.get("tokens")]
+    tokens = {row: own for rows_of_file in told for row, own in rows_of_file}
     return Patches(
-        style, source, rows, clusters, chose, frame, patched, recipient, donor, counts, attributed, screened_way
+        style, source, rows, clusters, chose, frame, patched, recipient, donor, counts, attributed, way, tokens
     )
 
 
@@ -211,7 +215,8 @@ def cell_table(patches: Patches) -> pd.DataFrame:
     """One line per patch: R and its interval, nats restored and their test, and the same by other measures.
 
     p: of the nats restored against 0; p_vs_control: against the same patch with another item's donor. Both adjusted
-    (Benjamini-Hochberg) over the layers of one site, positions and direction, over its single units, and over its sets.
+    (Benjamini-Hochberg) over the layers of one site, positions (all single tokens together) and direction, over its
+    single units, and over its sets.
     """
     gain, whole, clusters = patches.gain("nats"), patches.whole("nats"), patches.clusters
     nats = clustered_mean(gain, clusters)
@@ -232,8 +237,9 @@ def cell_table(patches: Patches) -> pd.DataFrame:
     for donor, name in ((OTHER, "control"), (RANDOM, RANDOM)):
         _add_control(table, patches, donor, name)
     kind = np.where(table["set"] != "", "set", np.where(table["head"] >= 0, "unit", "site"))
+    family = [table[key].str.replace(r"^token_\d+$", "tokens", regex=True) for key in FAMILY]
     for name in ("p", "p_vs_control", "p_vs_random"):
-        families = table.groupby([*(table[key] for key in FAMILY), kind])
+        families = table.groupby([*family, kind])
         table[name.replace("p", "p_adjusted", 1)] = families[name].transform(benjamini_hochberg)
     for measure, name in (("nats_first", "R_first_token"), ("sld", "R_sld")):
         table[name] = clustered_ratio(patches.gain(measure), patches.whole(measure), clusters).mean

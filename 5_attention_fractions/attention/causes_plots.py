@@ -25,7 +25,9 @@ LINES = {  # positions → (label, colour, dash)
     "edited_last": ("last edited token", COLOURS[4], "--"),
     "after": ("tokens after them", COLOURS[5], "-"),
     "readout": ("last prompt token", COLOURS[1], "-"),
+    "all": ("all from the first edit on", COLOURS[2], "-."),
 }
+TOKEN = "token_"  # begins the name of a single token, counted from the first edited one
 CONTROL_LINE = ("edited, another item's donor", GREY, ":")
 ALPHA = 0.05
 NAMED = 3  # units of the largest effect, and of the largest reaction, that a scatter names
@@ -36,9 +38,12 @@ def save_pictures(patched: Sequence[Patches], layers: pd.DataFrame, heads: pd.Da
     names = []
     residual = layers[(layers["site"] == "resid_pre") & (layers["donor"] == OWN)]
     if residual["layer"].nunique() > 1:
-        names += ["patching_layers.png", "patching_map.png"]
-        _save_layers(layers[layers["site"] == "resid_pre"], folder / names[0])
-        _save_map(patched, residual, folder / names[1])
+        names.append("patching_map.png")
+        _save_map(patched, residual, folder / names[-1])
+        groups = layers[(layers["site"] == "resid_pre") & layers["positions"].isin(LINES)]
+        if len(groups):
+            names.append("patching_layers.png")
+            _save_layers(groups, folder / names[-1])
     shown = []
     for keys, part in heads[heads["donor"] == OWN].groupby(["style", "source", "site", "direction"], sort=False):
         shape = int(part["layer"].max()) + 1, int(part["head"].max()) + 1
@@ -88,15 +93,21 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
 
 
 def _save_map(patched: Sequence[Patches], residual: pd.DataFrame, path: Path) -> None:
-    """R by position group and layer: of all rows, and of the row whose effect is nearest to the mean effect."""
+    """R by position and layer: of all rows, and of the row whose effect is nearest to the mean effect.
+
+    Positions are groups of tokens and, if they were patched, single tokens: of all rows, those that half of them have.
+    """
     groups = list(residual.groupby(["style", "source", "direction"], sort=False))
     of = {(one.style, one.source): one for one in patched}
-    figure, grid = panels(2 * len(groups), 2, 1.9)
+    figure, grid = panels(2 * len(groups), 2, max(1.9, 0.8 + 0.17 * residual["positions"].nunique()))
     for axes, ((style, source, direction), part) in zip(zip(grid[::2], grid[1::2], strict=True), groups, strict=True):
-        positions = [name for name in LINES if name in {*part["positions"]}]
+        count = part.groupby("positions", sort=False)["n"].max()
+        singly = sorted((name for name in count.index if name.startswith(TOKEN)), key=_number)
+        positions = [name for name in LINES if name in count.index] + singly
         one, layers = of[style, source], sorted(part["layer"].unique())
-        cells = part.pivot(index="positions", columns="layer", values="R").loc[positions]
-        _draw_map(axes[0], cells, f"{style} {source} {direction}: mean, n = {part['n'].max()}")
+        usual = [name for name in positions if count[name] >= count.max() / 2]
+        cells = part.pivot(index="positions", columns="layer", values="R").loc[usual]
+        _draw_map(axes[0], cells, f"{style} {source} {direction}: mean, n = {count.max()}")
         places = {
             name: one.where(site="resid_pre", positions=name, direction=direction, donor=OWN) for name in positions
         }
@@ -107,19 +118,36 @@ def _save_map(patched: Sequence[Patches], residual: pd.DataFrame, path: Path) ->
                 name: pd.Series((one.gain("nats", place) / one.whole("nats", place))[row], one.cells["layer"][place])
                 for name, place in places.items()
             }
-        cells = pd.DataFrame(shares).T.reindex(columns=layers)
-        image = _draw_map(axes[1], cells, f"row {one.rows[row] + 1} alone ({before[row]:.2f} nats)")
+        cells = pd.DataFrame(shares).T.reindex(columns=layers).dropna(how="all")
+        title = f"row {one.rows[row] + 1} alone ({before[row]:.2f} nats)"
+        image = _draw_map(axes[1], cells, title, one.tokens.get(one.rows[row], ()))
     figure.colorbar(image, ax=grid, label="R", extend="both", shrink=0.8)
     figure.suptitle("Share of the effect restored by the residual stream before a layer", fontsize=11)
     save_figure(path, figure)
 
 
-def _draw_map(axes: plt.Axes, cells: pd.DataFrame, title: str) -> plt.cm.ScalarMappable:
+def _number(positions: str) -> int:
+    """Which token behind the first edited one `token_3` is."""
+    return int(positions.removeprefix(TOKEN))
+
+
+def _label(positions: str, tokens: Sequence[tuple[str, bool]]) -> str:
+    """A group's name; of a single token `+3`, its text in quotes if known, and * if it is edited."""
+    if positions in LINES:
+        return LINES[positions][0]
+    text, edited = tokens[_number(positions)] if tokens else ("", False)
+    quoted = repr(text).replace("$", r"\$")  # two of them would be a formula
+    return f"{quoted}{'*' * edited} +{_number(positions)}" if tokens else f"+{_number(positions)}"
+
+
+def _draw_map(
+    axes: plt.Axes, cells: pd.DataFrame, title: str, tokens: Sequence[tuple[str, bool]] = ()
+) -> plt.cm.ScalarMappable:
     """Draw R [positions, layers], as in a table."""
     image = axes.imshow(cells.to_numpy(dtype=float), cmap=AROUND_ZERO, vmin=-1, vmax=1, aspect="auto")
     step = max(1, len(cells.columns) // 10)
     axes.set_xticks(range(0, len(cells.columns), step), cells.columns[::step])
-    axes.set_yticks(range(len(cells)), [LINES[name][0] for name in cells.index], fontsize=8)
+    axes.set_yticks(range(len(cells)), [_label(name, tokens) for name in cells.index], fontsize=8)
     axes.set_xlabel("layer")
     axes.set_title(title, fontsize=9)
     return image
