@@ -6,7 +6,8 @@
 
     python tests/local_openai_server.py --model_path models/SmolLM2-135M-Instruct --port 8000
 
-`server.base_url` goes to --base_url. `server.requests` lists what came in (path, headers, body). With a json_schema
+`server.base_url` goes to --base_url. `server.requests` lists what came in (path, headers, body); as a script it prints
+each body. With a json_schema
 response format the model's own likelihoods choose among the values of an enum, so its answer always has the form.
 `faults` are used up one a request: "429" (Retry-After of 1 s), "429:0.2", "500", "malformed" (broken JSON),
 "not_completion" (JSON of another form), "html", "drop" (connection closed), "slow:2" (a late answer), "503:5".
@@ -45,9 +46,11 @@ class LocalOpenAIServer:
         answers: Callable[[dict[str, Any]], tuple[Any, ...] | None] = lambda body: None,
         port: int = 0,
         before: str = "",
+        prints: bool = False,
     ) -> None:
         self.model_path = model_path
         self.before = before
+        self.prints = prints
         self.reply = reply
         self.api_key = api_key
         self.faults = list(faults)
@@ -135,11 +138,18 @@ class _Handler(BaseHTTPRequestHandler):
     owner: LocalOpenAIServer
     protocol_version = "HTTP/1.1"
 
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_POST(self) -> None:
         owner = self.owner
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         headers = {name.title(): value for name, value in self.headers.items()}
         with owner.lock:
+            if owner.prints:
+                print(json.dumps(body), flush=True)
             owner.requests.append({"path": self.path, "headers": headers, "body": body})
             owner.times.append(time.monotonic())
             owner.in_flight += 1
@@ -309,7 +319,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", help="folder of a causal model; default: a tiny random one")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--always", help="a fault for every request, such as slow:0.1")
     options = parser.parse_args()
-    with LocalOpenAIServer(options.model_path, port=options.port) as running:
+    with LocalOpenAIServer(options.model_path, port=options.port, always=options.always, prints=True) as running:
         print(running.base_url, flush=True)
         threading.Event().wait()

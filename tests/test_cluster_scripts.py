@@ -21,7 +21,7 @@ import tiny_models
 ROOT = Path(__file__).resolve().parents[1]
 SLURM_FILES = sorted(ROOT.glob("*/hpc/*.slurm"))
 SHELL_FILES = sorted([*ROOT.glob("*/hpc/*.sh"), *ROOT.glob("tests/*.sh"), *SLURM_FILES])
-WITH_GPU = {"attn_act_logi", "patch_activations", "score_scripts", "compare_responses"}
+WITH_GPU = {"attn_act_logi", "serve_responses", "patch_activations", "score_scripts", "compare_responses"}
 
 
 def name_of(path):
@@ -217,6 +217,30 @@ def test_a_dry_run_prints_the_chain_and_does_nothing(checkout, tmp_path, stand_i
     assert all("--kill-on-invalid-dep=yes" in words for words in jobs.values())
     assert list((tmp_path / "w d").iterdir()) == []
     assert calls(tmp_path, "sbatch") == []
+
+
+def test_a_server_writes_the_text_before_the_capture_array(checkout, tmp_path, stand_ins):
+    fill_in(checkout, CAPTURE_GRES="gpu:a100:2")
+    write_prompts(tmp_path / "p.json", answer=1)
+    words = ("--prompt_file", str(tmp_path / "p.json"), "--run_name", "r", "--model_name", "m")
+    words = ("--dry-run", "--verbose", "--shards", "3", "--text_engine", "vllm", "--stages", "2,3", "--", *words)
+    code, out, err = submit(checkout, tmp_path / "w", stand_ins, *words, "--", "--max_new_tokens", "8")
+    assert (code, err) == (0, "")
+    jobs = planned(out)
+    assert list(jobs) == ["serve_responses", "attn_act_logi", "evaluate_predictions"]
+    text, capture = jobs["serve_responses"], jobs["attn_act_logi"]
+    assert "--gres=gpu:a100:2" in text
+    assert not [word for word in text if word.startswith(("--array", "--dependency"))]
+    assert f"--dependency=afterok:{text[0]}" in capture
+    assert {"--array=0-2", "--gres=gpu:a100:2"} <= set(capture)
+    cut = text.index("--")
+    assert [*text[cut + 1 :], "--stored_text"] == capture[-len(text) + cut :]
+    assert f"--dependency=afterok:{capture[0]}" in jobs["evaluate_predictions"]
+    assert table_of(out)["serve_responses"][2:6] == ["1", "08:00:00", "64G", "16.0"]
+    for flags in (("--max_new_tokens", "0"), ("--responses_file", "r.jsonl")):
+        code, _, err = submit(checkout, tmp_path / "w", stand_ins, *words, "--", *flags)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "--stored_text: goes with neither --responses_file nor" in err
 
 
 def table_of(out):

@@ -131,6 +131,7 @@ trap 'rm -rf "$STAGE_NOTES"' EXIT
 use_environment
 [ -f "$repository/$script" ] || fail "$repository/$script: no such script"
 if [ "$OFFLINE" = 1 ]; then export HF_HUB_OFFLINE=1; fi
+if [ -n "${SERVE_COMMAND:-}" ]; then export SERVE_COMMAND; fi
 processes=1
 if [ -n "$per_gpu" ] && [[ " $* " != *" --device_map"* ]]; then processes=${SLURM_GPUS_ON_NODE:-1}; fi
 threads=$((${SLURM_CPUS_PER_TASK:-1} / processes))

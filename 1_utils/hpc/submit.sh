@@ -10,6 +10,7 @@
 #   --test-only       let Slurm check every job (sbatch --test-only); submit, fetch and write nothing
 #   --verbose         with --dry-run: the commands, too
 #   --shards N        array tasks of each script of stage 2, one GPU each (default 1)
+#   --text_engine vllm   a job in which vLLM writes the responses, before stage 2 captures
 #   --stages LIST     of 0,2,3,4,5,report (default 2,3,4,5,report); 0 checks the prompt file first
 # shellcheck disable=SC2317 # the functions that the plan calls look unreachable
 set -euo pipefail

@@ -25,7 +25,7 @@ from pathlib import Path
 from command_line import UnknownFlag, UserError, make_parser, run_main
 from file_output import gigabytes
 from logger import get_logger
-from run_pipeline import CAPTURE, ROOT, Step, jobs_of, parse_step, report_step, script_module, steps_of
+from run_pipeline import CAPTURE, ROOT, TEXT_ENGINE, Step, jobs_of, parse_step, report_step, script_module, steps_of
 from run_pipeline import parse_args as parse_pipeline_args
 from run_status import read_styles, unpatched
 from stamps import MODELS, by_flag, is_done
@@ -70,7 +70,7 @@ def plan(args: argparse.Namespace, stages: Sequence[str]) -> list[Planned]:
         numbers = {step.name: len(planned) + place for place, step in enumerate(steps)}
         for step in steps:
             needs = [numbers[name] for name in step.after if name in numbers] if output else range(len(planned))
-            well = tuple(n for n in needs if planned[n].step.name == "capture" and not args.keep_going)
+            well = tuple(n for n in needs if planned[n].step.name in ("text", "capture") and not args.keep_going)
             done = is_done(step.script, step.arguments, (0, 1) if step.name in SHARED_OUT else (0,))
             if step.name == "capture" and done and output:
                 done = is_complete(output, args.keep_going)
@@ -126,7 +126,7 @@ def sbatch_words(item: Planned, ids: dict[int, str], site: Site, shards: int) ->
     words += [f"--{option}={value(option.upper())}" for option in ("account", "qos") if value(option.upper())]
     words += site.get("SBATCH_OPTIONS", [])
     if "gres" in item.settings():
-        gres = (value("CAPTURE_GRES") if capture else "") or value("GPU_GRES")
+        gres = (value("CAPTURE_GRES") if capture or item.step.name == "text" else "") or value("GPU_GRES")
         # A site's own option for GPUs replaces the job file's.
         words += ["--gres=none", gres] if gres.startswith("--") else [f"--gres={gres}"] if gres else []
         words += site.get("GPU_OPTIONS", [])
@@ -233,6 +233,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--stages", default="2,3,4,5,report", help=f"of {','.join(STAGES)}")
     parser.add_argument("--shards", type=int, default=1, help="array tasks of each script of stage 2")
+    parser.add_argument("--text_engine", choices=["vllm"], help=TEXT_ENGINE)
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print a table of the jobs")
     parser.add_argument("--test_only", "--test-only", action="store_true", help="print what lets Slurm check the jobs")
     parser.add_argument("--site", action="store_true", help="read site.env and the queue from standard input")
@@ -251,7 +252,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(
             "no arguments for the pipeline; give them after --: -- --model_name … --prompt_file … --run_name …"
         )
-    args.pipeline = parse_pipeline_args(words[cut + 1 :])
+    own = ["--text_engine", args.text_engine] if args.text_engine else []
+    args.pipeline = parse_pipeline_args([*own, *words[cut + 1 :]])
     return args
 
 

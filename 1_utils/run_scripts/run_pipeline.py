@@ -49,6 +49,7 @@ EXIT_STOPPED = 75  # stage 2 was stopped by a signal
 BAR = re.compile(r"\[\d+:\d\d[<,]")  # part of every line of a progress bar
 say = partial(print, flush=True)  # lines stay in order with those of the steps
 SECONDS_BETWEEN_BARS = 60  # in a log
+TEXT_ENGINE = "what writes the responses before stage 2 captures; default: stage 2 itself"
 REWARD_EXAMPLE = "OpenAssistant/reward-model-deberta-v3-large-v2"
 
 
@@ -102,13 +103,23 @@ def check_flags(job: Job, args: argparse.Namespace) -> list[str]:
     return files + given("--styles", styles)
 
 
-def capture_flags(job: Job, args: argparse.Namespace) -> list[str]:
+def stage_2_flags(job: Job, args: argparse.Namespace) -> list[str]:
     """Stage 2: an answer to a few-shot prompt ends with its line, unless the user says where."""
     flags = ["--model_name", args.model_name, "--prompt_file", str(job.prompts.path), "--prompt_keys", *args.styles]
     flags += ["--output_dir", str(job.output), *given("--max_samples", args.max_samples)]
     flags += given("--few_shot_file", args.few_shot_file)
     line_end = ["--stop_strings", "\\n"] if args.few_shot_file and not args.stage2.stop_strings else []
     return flags + line_end + args.stage2_flags
+
+
+def text_flags(job: Job, args: argparse.Namespace) -> list[str] | None:
+    """A server writes the responses if the user says so."""
+    return ["--", *stage_2_flags(job, args)] if args.text_engine else None
+
+
+def capture_flags(job: Job, args: argparse.Namespace) -> list[str]:
+    """What captures generates, too, unless a server has."""
+    return stage_2_flags(job, args) + ["--stored_text"] * bool(args.text_engine)
 
 
 def accuracy_flags(job: Job, args: argparse.Namespace) -> list[str] | None:
@@ -155,6 +166,7 @@ def causes_flags(_: Job, args: argparse.Namespace) -> list[str] | None:
 
 
 CAPTURE = "2_inference/run_scripts/attn_act_logi.py"
+SERVE = "2_inference/run_scripts/serve_responses.py"
 PATCH = "2_inference/run_scripts/patch_activations.py"
 STAGE_4, STAGE_5 = "4_semantics_eval/run_scripts", "5_attention_fractions/run_scripts"
 SHARED = ("capture", "patches")  # steps that several processes can share, each with its --shard
@@ -175,7 +187,8 @@ class Entry(NamedTuple):
 # hpc/<script>.slurm.
 STEPS = (
     Entry("prompts", "0_data/run_scripts/check_prompts.py", check_flags, after=()),
-    Entry("capture", CAPTURE, capture_flags, after=("prompts",)),
+    Entry("text", SERVE, text_flags, after=("prompts",)),
+    Entry("capture", CAPTURE, capture_flags, after=("prompts", "text")),
     Entry("patches", PATCH, patch_flags),
     Entry("layers", f"{STAGE_5}/activation_diffs.py", lens_flags),  # takes longest, so it begins first
     Entry("accuracy", MATHS, accuracy_flags),
@@ -463,6 +476,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("models (hub ids or local folders)").add_argument
     flag("--model_name", default="google/gemma-2-9b-it", help="the causal language model to study")
     flag("--embedding_model", help="for similarity; default: all-MiniLM-L6-v2, here or on the hub")
+    flag("--text_engine", choices=["vllm"], help=TEXT_ENGINE)
     flag("--reward_model", help=f"for reward scores, such as {REWARD_EXAMPLE}; default: none, skipped")
     flag = parser.add_argument_group("how much of the slow analyses").add_argument
     flag("--lens_rows", type=int, default=100, help="first rows that the logit lens reads; 0: no lens")
@@ -495,7 +509,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.verbose:  # what several processes print would be mixed
         args.workers = args.shards = 1
     args.stage2_flags = words[cut + 1 :]
-    args.stage2 = parse_stage_2(args.stage2_flags)
+    args.stage2 = parse_stage_2(args.stage2_flags + ["--stored_text"] * bool(args.text_engine))
     check_patch_flags(args)
     return args
 

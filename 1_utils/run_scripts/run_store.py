@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 PT_NAME = re.compile(r"activations_(\d+)_(\d+)\.pt")
 # May change while a run grows: `planned_ends` decides, and of responses from elsewhere those that are there.
 GROWING = frozenset({"max_samples", "prompt_sha256", "responses_sha256"})
+TEXT_SETTINGS = ("model_name", "revision", "prompt_sha256", "few_shot_text", "chat_template_text", "system_prompt")
 FAILURE_COLUMNS = ("style", "original_index", "element_index", "reason")
 
 
@@ -397,6 +399,7 @@ def begin_run(
         for name in ("run.json", "failures.csv", "prompts.json"):
             remove_leftovers(folder / name)
         if overwrite:
+            keep_responses(folder, settings)
             clear_run(folder)
         if not path.is_file():
             if pt_files(folder):
@@ -422,9 +425,29 @@ def begin_run(
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what an earlier run wrote into `folder`, and nothing else."""
-    for path in [*pt_files(folder), *(folder / name for name in ("run.json", "failures.csv", "responses.jsonl"))]:
+    """Remove what an earlier run wrote into `folder`, apart from a server's responses, and nothing else."""
+    for path in [*pt_files(folder), *(folder / name for name in ("run.json", "failures.csv"))]:
         path.unlink(missing_ok=True)
+
+
+def keep_responses(folder: Path, settings: dict[str, Any]) -> None:
+    """Rename the responses of a server, which may have been paid for, if they are not those that `settings` ask for."""
+    path = folder / "responses.jsonl"
+    known: dict[str, Any] = {}
+    with suppress(UserError):  # there is no run.json, or it is damaged
+        known = read_json_file(folder / "run.json").get("settings", {})
+    if not path.is_file() or text_settings(known) == text_settings(settings):
+        return
+    names = (folder / f"responses_before_{number}.jsonl" for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    get_logger().warning(f"{path} was made with other settings; it is {kept.name} now")
+
+
+def text_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of run.json's settings that decide what a server answers."""
+    generation = {key: one for key, one in settings.get("generation", {}).items() if not key.endswith("_logprobs")}
+    return {key: settings.get(key) for key in TEXT_SETTINGS} | {"generation": generation}
 
 
 def save_pt(path: Path, content: dict[str, Any]) -> None:

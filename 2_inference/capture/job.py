@@ -9,10 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -37,6 +38,7 @@ from run_store import (
     record_failures,
     save_pt,
 )
+from stamps import note_written
 from style_names import is_again, matched_style, source_style
 from token_spans import template_text
 
@@ -47,7 +49,8 @@ from capture.model_check import Batching, check_model, positions_follow_the_long
 from capture.progress import Progress
 from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt, read_few_shot
 from capture.recorder import CaptureOptions, Recorder, attention_windows, chosen_raw_layers
-from capture.server_text import ask_server
+from capture.server_text import RESPONSES, ask_server, stored_responses
+from capture.text_engine import running_server
 
 EXIT_STOPPED = 75
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed")
@@ -61,13 +64,10 @@ log = get_logger("attn_act_logi")
 def run_command(args: argparse.Namespace, model: Any = None) -> int:
     """Do what the command line asks for, with `model` if one is loaded already; returns the exit code."""
     jobs, reader = plan_jobs(args)
-    if args.base_url and any(job.files for job in jobs):
-        begin_jobs(args, jobs, {}, reader.file)  # refuses other settings before anything is asked
-        args.overwrite = False
-        with stopped_by_signals(stop := Event()):
-            reader.given = ask_server(args, jobs, reader, stop)
-        if stop.is_set():
-            return EXIT_STOPPED
+    if (args.base_url or args.stored_text) and any(job.files for job in jobs) and server_text(args, jobs, reader):
+        return EXIT_STOPPED
+    if args.stored_text and reader.given and not reader.given.texts:
+        raise UserError(f"{args.output_dir}: --stored_text: there is no {RESPONSES}; serve_responses.py writes it")
     if reader.given:
         hold_back(args, jobs, reader, reader.given)
     todo = [job for job in jobs if job.files]
@@ -100,6 +100,48 @@ def run_command(args: argparse.Namespace, model: Any = None) -> int:
         log.info(f"{args.output_dir}: {missing} prompts run, in the styles {names}")
     failed = report_failures(jobs)
     return EXIT_STOPPED if stopped else failed  # a stopped run is not over, whatever failed so far
+
+
+def store_text(args: argparse.Namespace, command: str, start_limit: float) -> int:
+    """Store a server's responses and capture nothing; returns the exit code.
+
+    Without --base_url, `command` starts the server, which must answer within `start_limit` seconds.
+    """
+    jobs, reader = plan_jobs(args)
+    values = {"model": args.model_name, "revision": args.revision or "main", "dtype": jobs[0].settings["dtype"]}
+    values["gpus"] = str(torch.cuda.device_count() or 1)
+    own = partial(running_server, command, values, args.output_dir / "server.log", start_limit)
+    if server_text(args, jobs, reader, None if args.base_url else own):
+        return EXIT_STOPPED
+    assert reader.given is not None
+    hold_back(args, jobs, reader, reader.given)
+    begin_jobs(args, jobs, {}, reader.file)  # writes failures.csv
+    for job in jobs:
+        note_written(job.folder / RESPONSES)
+    return int(any(job.held for job in jobs))
+
+
+def server_text(
+    args: argparse.Namespace,
+    jobs: list[StyleJob],
+    reader: PromptReader,
+    server: Callable[[Event], AbstractContextManager[str]] | None = None,
+) -> bool:
+    """Put a server's responses into `reader.given`: those that are stored and, if there is a server, the missing ones.
+
+    server: starts one in a context, which gives its address; used only if a response is missing. Its event says that a
+    signal has stopped the run. Returns whether one has.
+    """
+    begin_jobs(args, jobs, {}, reader.file)  # refuses other settings before anything is asked
+    args.overwrite = False
+    store = stored_responses(args, jobs, reader)
+    with stopped_by_signals(stop := Event()), ExitStack() as stack:
+        if store.missing and server:
+            args.base_url = stack.enter_context(server(stop))
+        if store.missing and args.base_url:
+            ask_server(args, reader, store, stop)
+    reader.given = store.given(args.base_url or RESPONSES)
+    return stop.is_set()
 
 
 # --- plan
@@ -175,7 +217,7 @@ def plan_jobs(args: argparse.Namespace) -> tuple[list[StyleJob], PromptReader]:
         "generation": {name: getattr(args, name) for name in (*GENERATION_FLAGS, *LOGPROB_FLAGS)},
         "capture": {name: getattr(args, name) for name in CAPTURE_FLAGS},
     }
-    if args.base_url:
+    if args.base_url or args.stored_text:
         settings["generation"] |= {"text": "server", "server_model": args.server_model}
     if reader.given:
         settings["generation"] |= dict.fromkeys(("max_new_tokens", *SAMPLING_FLAGS)) | {"text": "responses_file"}

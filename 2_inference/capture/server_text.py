@@ -32,7 +32,8 @@ class ResponseStore(ReplyCache):
     """The responses in a run's folders: {style: folder}, by (style, original index, sample).
 
     The tokens that the server counts in a prompt are compared with `lengths`, those that stage 2 reads. A difference in
-    the first prompt is a UserError before anything is kept; later ones are in `unlike`.
+    the first prompt is a UserError before anything is kept; later ones are in `unlike`. `missing`: what a run needs and
+    no folder has; `refused`: why the server gave no response, by (style, original index).
     """
 
     def __init__(self, folders: dict[str, Path], lengths: dict[tuple[str, int], int], ids: list[Any]) -> None:
@@ -40,6 +41,8 @@ class ResponseStore(ReplyCache):
         self.folders, self.lengths, self.element_ids = folders, lengths, ids
         self.unlike: dict[tuple[str, int], int] = {}
         self.uncounted = 0
+        self.missing: list[Asked] = []
+        self.refused: dict[tuple[str, int], str] = {}
         for style, folder in folders.items():
             for line in stored_lines(folder / RESPONSES):
                 try:
@@ -81,12 +84,16 @@ class ResponseStore(ReplyCache):
             )
 
     def given(self, source: str) -> GivenResponses:
-        """All that is stored."""
+        """All that is stored; what the server refused is in it as the reason."""
         found = GivenResponses(source, "")
         for key, reply in self._replies.items():
             reason = REASONS.get(reply.finish_reason or "", "given")
             style, index, sample = json.loads(key)
             found.add(style, index, sample, GivenResponse(str(reply.content), reason))
+        for style, index, _ in self.missing:  # a response counts if all of its samples are there
+            found.texts.get(style, {}).pop(index, None)
+        for (style, index), why in self.refused.items():
+            found.refuse(RowProblem("unanswered", f"row {index + 1} of {style}", why), (style, index))
         return found
 
 
@@ -95,14 +102,8 @@ def key_of(asked: Asked) -> str:
     return json.dumps(asked)
 
 
-def ask_server(
-    args: argparse.Namespace, jobs: list[Any], reader: PromptReader, stop: threading.Event
-) -> GivenResponses:
-    """Ask for every response that the rest of a run needs and no folder has; `stop`: ask no more.
-
-    jobs: `StyleJob`s. Returns all responses that are stored; what the server refused is in it as the reason. Raises
-    UserError for what would fail every request, and if the server reads the first prompt as other tokens.
-    """
+def stored_responses(args: argparse.Namespace, jobs: list[Any], reader: PromptReader) -> ResponseStore:
+    """The responses in the folders of a run, and which are missing for the rest of it. jobs: `StyleJob`s."""
     # 1. What is needed: the prompts that are left, and the clean form's where it is scored after them.
     clean = next((job for job in jobs if job.style.style == reader.file.clean_key), None)
     rows_of_clean = {index for index, _ in clean.style.texts} if clean and args.response_logprobs else set()
@@ -120,29 +121,31 @@ def ask_server(
     }
     ids = [reader.element(index) for index in range(len(reader.file.rows))]
     store = ResponseStore({job.style.style: job.folder for job in jobs}, lengths, ids)
+    store.missing = [asked for asked in needed if store.get(key_of(asked)) is None]
+    log.info(f"{args.output_dir}: {len(needed) - len(store.missing)} of {len(needed)} responses are stored")
+    return store
+
+
+def ask_server(args: argparse.Namespace, reader: PromptReader, store: ResponseStore, stop: threading.Event) -> None:
+    """Ask for every response that is missing; `stop`: ask no more.
+
+    Raises UserError for what would fail every request, and if the server reads the first prompt as other tokens.
+    """
     client = client_of(args, args.server_model or args.model_name, store)
-    missing = [asked for asked in needed if store.get(key_of(asked)) is None]
 
     def requests() -> Iterator[ChatRequest]:
-        for asked in missing:
+        for asked in store.missing:
             if stop.is_set():
                 return
             yield request_of(args, reader, asked)
 
-    failed: dict[tuple[str, int], str] = {}
-    if missing:
-        log.info(f"{client.base_url}: {len(missing)} responses to ask for, {len(needed) - len(missing)} are stored")
-    with tqdm(total=len(missing), desc="responses", unit="prompt", smoothing=0, dynamic_ncols=True) as bar:
-        for (style, index, _), reply in zip(missing, client.map(requests()), strict=False):
+    with tqdm(total=len(store.missing), desc="responses", unit="prompt", smoothing=0, dynamic_ncols=True) as bar:
+        for (style, index, _), reply in zip(store.missing, client.map(requests()), strict=False):
             bar.update()
             if reply.error is not None:
-                failed[style, index] = reply.error
+                store.refused[style, index] = reply.error
+    store.missing = [asked for asked in store.missing if store.get(key_of(asked)) is None]
     _report(store, client.base_url)
-    found = store.given(client.base_url)
-    for (style, index), why in failed.items():
-        found.refuse(RowProblem("unanswered", f"row {index + 1} of {style}", why), (style, index))
-        found.texts.get(style, {}).pop(index, None)  # some of its samples
-    return found
 
 
 def request_of(args: argparse.Namespace, reader: PromptReader, asked: Asked) -> ChatRequest:

@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / place) for place in ("", "../1_utils/run_scripts")]
 
@@ -75,6 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser, "text from this server, as the flags above say; default: from the model here"
     ).add_argument
     flag("--server_model", help="the model's name at the server; default: --model_name")
+    flag("--stored_text", action="store_true", help="the text that serve_responses.py has stored; no server is asked")
     flag("--send_token_ids", action="store_true", help="send prompts as token ids (vLLM, SGLang, llama.cpp)")
 
     flag = parser.add_argument_group("capture").add_argument
@@ -95,7 +97,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--output_dir", type=Path, required=True, help="run folder")
     flag("--batch_size", default="auto", help="rows in a batch, or auto: what memory takes")
     flag("--shard", help="i/n: this process's share, i from 0; default: SLURM array, accelerate")
-    flag("--overwrite", action="store_true", help="remove what an earlier run wrote there")
+    kept = "remove what an earlier run wrote there. A server's responses stay: they are used again if the settings of "
+    kept += "the text are the same (to ask anew, delete responses.jsonl), else the file is renamed"
+    flag("--overwrite", action="store_true", help=kept)
     flag("--force", action="store_true", help="run although the disk seems too small")
     flag("--no_prefix_reuse", action="store_true", help="read the shared prefix with every prompt again")
     args = parser.parse_args(argv)
@@ -112,8 +116,9 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not value >= least:  # nan, too
             raise UserError(f"--{name} {value}: must be at least {least}")
-    if args.base_url and (args.responses_file or not args.max_new_tokens):
-        raise UserError("--base_url: goes with neither --responses_file nor --max_new_tokens 0")
+    if (args.base_url or args.stored_text) and (args.responses_file or not args.max_new_tokens):
+        flag = "--base_url" if args.base_url else "--stored_text"
+        raise UserError(f"{flag}: goes with neither --responses_file nor --max_new_tokens 0")
     if args.num_samples > 1 and args.temperature == 0:
         raise UserError("--num_samples: greedy samples are all the same; add --temperature 0.7, say")
     if args.system_prompt and not args.apply_chat_template:
@@ -151,19 +156,23 @@ def shard_of(text: str | None, environment: Mapping[str, str]) -> tuple[int, int
     return task * ranks + number("RANK", 0), tasks * ranks
 
 
+def job_module() -> Any:
+    """`capture.job`, imported when it is needed: --help does without torch."""
+    from capture import job
+
+    return job
+
+
 def bytes_to_write(args: argparse.Namespace) -> int:
     """Bytes that this command would still write, for a plan of jobs. Raises UserError as `main` would."""
-    from capture.job import bytes_left, plan_jobs
-
-    return bytes_left(plan_jobs(args)[0])
+    job = job_module()
+    return int(job.bytes_left(job.plan_jobs(args)[0]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing of the run; returns the exit code."""
     args = parse_args(argv)
-    from capture.job import run_command
-
-    return run_command(args)
+    return int(job_module().run_command(args))
 
 
 if __name__ == "__main__":
