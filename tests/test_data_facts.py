@@ -43,6 +43,7 @@ def test_facts_are_many_of_many_relations(facts: list[Row]) -> None:
         assert not any(answer.lower() in row["normal"].lower().split() for answer in answers)
 
 
+@pytest.mark.usefixtures("tables_as_written")
 def test_make_facts_rebuilds_the_file_bit_for_bit(tmp_path: Path) -> None:
     assert make_facts.main(["--output_file", str(tmp_path / "facts.json")]) == 0
     for name in ("facts.json", "facts_edits.csv"):

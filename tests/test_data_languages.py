@@ -310,6 +310,7 @@ def test_a_tone_written_by_hand_stays_in_a_language_that_has_none() -> None:
 # --- languages.json
 
 
+@pytest.mark.usefixtures("tables_as_written")
 def test_the_file_of_four_languages_is_rebuilt_bit_for_bit_and_sound(tmp_path: Path) -> None:
     flags = ["--prompt_file", str(DATA / "languages_clean.json"), "--output_file", str(tmp_path / "languages.json")]
     styles = [*TYPOS[:-1], "punctuation", "noise_words"]

@@ -214,6 +214,7 @@ def example_sign(example: str) -> str:
     return re.search(r"\d (\S+) \d", example)[1]  # type: ignore[index]
 
 
+@pytest.mark.usefixtures("tables_as_written")
 def test_make_maths_rebuilds_the_file_bit_for_bit(tmp_path: Path) -> None:
     assert make_maths.main(["--output_file", str(tmp_path / "maths.json")]) == 0
     for name in ("maths.json", "maths_edits.csv"):
@@ -262,6 +263,7 @@ def test_instructions_are_many_of_many_kinds(instructions: list[Row]) -> None:
     assert max(lengths) > 150
 
 
+@pytest.mark.usefixtures("tables_as_written")
 def test_instructions_are_rebuilt_bit_for_bit(tmp_path: Path) -> None:
     source, output = DATA / "instructions_clean.json", tmp_path / "instructions.json"
     assert make_variants.main(["--prompt_file", str(source), "--output_file", str(output)]) == 0
