@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,15 @@ def test_a_prompt_in_form_nfd_takes_the_same_typos_and_stays_nfd(code: str) -> N
     assert {style: nfd(plain[style]) for style in MADE} == {style: made[style] for style in MADE}
     assert_sound(apart, made)
     assert all(line["osa_distance"] == 1 for line in log if line["style"] in TYPOS)
+
+
+def test_a_word_without_accents_takes_one_in_the_form_of_the_prompt() -> None:
+    taken = set()
+    for form, seed in product((nfc, nfd), range(40)):
+        (made,), _, _ = variants_of([row_of("pt", form("Não é alto"))], ["main"], seed=seed)
+        assert made["main"] == form(made["main"])
+        taken.add(nfc(made["main"]))
+    assert "Não é açto" in taken
 
 
 def test_a_word_of_mixed_forms_is_left_alone() -> None:

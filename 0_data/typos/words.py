@@ -105,10 +105,11 @@ def _core(language: Language) -> re.Pattern[str]:
 def plain_words(text: str, language: Language = ENGLISH) -> list[Word]:
     """The words of `text` that are letters of the language, lower or title case, with punctuation around at most."""
     found = []
+    of_text: Form = "NFD" if composed(text) != text and unicodedata.is_normalized("NFD", text) else "NFC"
     new_sentence, after_colon = True, False
     for index, piece in enumerate(PIECE.finditer(text)):
         core = None if _ABBREVIATION.fullmatch(piece[0]) else _core(language).fullmatch(piece[0])
-        if core and (form := _form_of(core[1], language)):
+        if core and (form := _form_of(core[1], of_text, language)):
             word = composed(core[1])
             # A single letter is a word as a, A or I alone; `A)` and `b,` name an option or a variable.
             if (word.islower() or word.istitle()) and (len(word) > 1 or piece[0] in ("a", "A", "I")):
@@ -119,11 +120,13 @@ def plain_words(text: str, language: Language = ENGLISH) -> list[Word]:
     return found
 
 
-def _form_of(raw: str, language: Language) -> Form | None:
-    """Unicode's form of a word in letters of the language, NFC or NFD; None for other letters or a mixture."""
+def _form_of(raw: str, of_text: Form, language: Language) -> Form | None:
+    """Unicode's form of a word in letters of the language, that of the text if it has both; None for other letters or a
+    mixture."""
     if not language.alphabet.issuperset(composed(raw).lower()):
         return None
-    return "NFC" if composed(raw) == raw else "NFD" if unicodedata.is_normalized("NFD", raw) else None
+    forms: tuple[Form, ...] = (of_text, "NFC", "NFD")
+    return next((form for form in forms if unicodedata.is_normalized(form, raw)), None)
 
 
 def by_importance(words: list[Word]) -> list[Word]:
