@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,18 @@ def test_a_word_becomes_the_most_frequent_word_that_is_near(word, expected):
     assert corrector("en")(word) == expected
 
 
-def test_another_language_has_its_own_words():
-    assert correct_words("Das Haus ist gorß.", [], corrector("de")) == "Das Haus ist groß."
+@pytest.mark.parametrize(
+    ("code", "text", "expected"),
+    [
+        ("de", "Das Haus ist gorß.", "Das Haus ist groß."),
+        ("fr", "L’écoel de l'Espangne s'appelle", "L’école de l'Espagne s'appelle"),  # elisions are in no list
+        ("it", "La capitale dell'Itlaia", "La capitale dell'Italia"),
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_another_language_has_its_own_words(code, text, expected, form):
+    text, expected = (unicodedata.normalize(form, one) for one in (text, expected))
+    assert correct_words(text, [], corrector(code)) == expected
 
 
 def test_each_row_is_corrected_in_its_own_language(tmp_path, caplog):

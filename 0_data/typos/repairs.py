@@ -5,6 +5,7 @@ A repair sees the style's text alone, never the clean text. Only the count compa
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -21,12 +22,12 @@ from spellchecker import SpellChecker
 from style_names import REPAIRED, dose_of, repaired_style
 from token_spans import Span, aligned_words
 
-from typos.languages import language_of
+from typos.languages import LANGUAGES, language_of
 from typos.protection import touches
 from typos.rephrasing import Job, answer_jobs, messages_for
 from typos.style_rules import spans_to_keep, verify_repair
 from typos.variants import bad_row, clean_text
-from typos.words import in_case_of
+from typos.words import composed, form_of, in_case_of
 
 WORD_LISTS = frozenset(SpellChecker.languages())  # codes of languages
 LOG_COLUMNS = ["style", "original_index", "element_index", "clean_word", "typo", "repaired", "outcome"]
@@ -35,7 +36,7 @@ REQUEST = (
     "prompt unchanged."
 )
 # Words of letters, with apostrophes inside, between white space, punctuation or symbols: the words of `words_of`.
-_WORD = regex.compile(r"(?<![^\s\p{P}\p{S}])\p{L}+(?:['’]\p{L}+)*(?![^\s\p{P}\p{S}])")
+_WORD = regex.compile(r"(?<![^\s\p{P}\p{S}])\p{L}[\p{L}\p{M}]*(?:['’]\p{L}[\p{L}\p{M}]*)*(?![^\s\p{P}\p{S}])")
 
 
 def styles_to_repair(prompts: PromptFile, styles: Sequence[str] | None) -> list[str]:
@@ -86,15 +87,13 @@ def without_word_list(rows: Sequence[Any], styles: Sequence[str]) -> Counter[str
 
 
 def correct_words(text: str, kept: list[Span], correct: Callable[[str], str]) -> str:
-    """`text` with `correct(word)` in the place of each word outside the spans `kept`.
-
-    Single letters and words with a capital after the first letter (NASA, iPhone) stay, as most spell checkers do.
-    """
+    """`text` with `correct(word)` in the place of each word outside the spans `kept`, in Unicode's form of the text."""
+    form = form_of(text)
 
     def replaced(match: regex.Match[str]) -> str:
-        word = match[0]
-        plain = len(word) > 1 and word[1:] == word[1:].lower() and not touches(kept, *match.span())
-        return correct(word) if plain else word
+        word = composed(match[0])
+        corrected = word if touches(kept, *match.span()) else correct(word)
+        return match[0] if corrected == word else unicodedata.normalize(form, corrected)
 
     return _WORD.sub(replaced, text)
 
@@ -106,14 +105,19 @@ def corrector(code: str) -> Callable[[str], str]:
     A word stays if the list of the language has it, or lacks one of its letters. Another becomes the most frequent word
     of the list at distance 1, or else at distance 2 (pyspellchecker's rule, after Norvig: insertions, deletions,
     replacements, transpositions). One that differs in accents alone comes first. Without a candidate the word stays.
-    If the list lacks a word in ’s, the rest of it is corrected.
+    Single letters and words with a capital after the first letter (NASA, iPhone) stay, as most spell checkers do.
+    If the list lacks a word in ’s, or one that begins with an elision (l’eau), the rest of it is corrected.
     """
-    spelling = _Spelling(code)
+    spelling, elision = _Spelling(code), regex.compile(LANGUAGES[code].before_word or "(?!)")
 
     @cache
     def correct(word: str) -> str:
         known = word.lower().replace("’", "'")
         if known in spelling or not spelling.word_frequency.letters.issuperset(known):
+            return word
+        if elided := elision.match(word):
+            return elided[0] + correct(word[elided.end() :])
+        if len(word) == 1 or word[1:] != word[1:].lower():
             return word
         if known.endswith("'s") and len(known) > len("a's"):
             return correct(word[:-2]) + word[-2:]

@@ -47,10 +47,15 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-# --- words of a prompt
-
-
 Form = Literal["NFC", "NFD"]
+
+
+def form_of(text: str) -> Form:
+    """Unicode's form of a text: NFD if it is in it and not in NFC."""
+    return "NFD" if composed(text) != text and unicodedata.is_normalized("NFD", text) else "NFC"
+
+
+# --- words of a prompt
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def _core(language: Language) -> re.Pattern[str]:
 def plain_words(text: str, language: Language = ENGLISH) -> list[Word]:
     """The words of `text` that are letters of the language, lower or title case, with punctuation around at most."""
     found = []
-    of_text: Form = "NFD" if composed(text) != text and unicodedata.is_normalized("NFD", text) else "NFC"
+    of_text = form_of(text)
     new_sentence, after_colon = True, False
     for index, piece in enumerate(PIECE.finditer(text)):
         core = None if _ABBREVIATION.fullmatch(piece[0]) else _core(language).fullmatch(piece[0])
