@@ -163,6 +163,10 @@ def test_words_added_or_left_out_are_counted_too():
     assert [line[-1] for line in counted("Yes, we do", "Yes , we do", "Yes, we do")] == ["put_right"]
 
 
+def test_many_added_words_are_counted_quickly():
+    assert counted("See", "See" + " x" * 30_000, "See") == [("", " ".join("x" * 30_000), "", "put_right")]
+
+
 # --- the script
 
 

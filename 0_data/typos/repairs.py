@@ -204,6 +204,7 @@ def count_repairs(rows: Sequence[Any], styles: Sequence[str]) -> pd.DataFrame:
 def _slots(clean: str, text: str) -> dict[tuple[int, bool], tuple[str, str, bool]]:
     """{place: (clean word, word of `text`, do they differ?)}; (n, False) is clean word n, (n, True) what follows it."""
     slots: dict[tuple[int, bool], tuple[str, str, bool]] = {}
+    added: dict[int, list[str]] = {}
     number = -1
     for own, twin, edited in aligned_words(clean, text):
         word = text[slice(*twin)] if twin else ""
@@ -211,9 +212,8 @@ def _slots(clean: str, text: str) -> dict[tuple[int, bool], tuple[str, str, bool
             number += 1
             slots[number, False] = (clean[slice(*own)], word, edited)
         else:
-            words = slots.get((number, True), ("", "", True))[1].split()
-            slots[number, True] = ("", " ".join([*words, word]), True)
-    return slots
+            added.setdefault(number, []).append(word)
+    return slots | {(place, True): ("", " ".join(words), True) for place, words in added.items()}
 
 
 def summary_lines(rows: Sequence[Any], styles: Sequence[str], log: pd.DataFrame) -> list[str]:
