@@ -571,7 +571,8 @@ def test_a_mixture_of_experts_has_no_neurons(patchers):
 def test_a_screen_patches_the_best_units_alone_and_in_sets_beside_random_ones(whole, tmp_path):
     table = tmp_path / "units.csv"
     table.write_text("style,layer,neuron,set\nswap,0,3,mine\nswap,2,7,mine\ntwo,1,1,mine\n", encoding="utf-8")
-    flags = ["--screen", "attribution", "--top_k", "2", "--sites", "z", "mlp_out", "mlp_post", "--positions", "edited"]
+    sites = ["z", "pattern", "v", "mlp_out", "mlp_post"]
+    flags = ["--screen", "attribution", "--top_k", "2", "--sites", *sites, "--positions", "edited"]
     words = command(whole, tmp_path / "run", *flags, "--units_csv", str(table))
     assert patch_activations.main(words) == 0
     content = files_of(tmp_path / "run")["patches_00000_00004.pt"]
@@ -580,7 +581,9 @@ def test_a_screen_patches_the_best_units_alone_and_in_sets_beside_random_ones(wh
     cells = list(
         zip(content["sites"], content["sets"], content["layers"].tolist(), content["heads"].tolist(), strict=True)
     )
-    assert sum(site == "z" and head >= 0 for site, _, _, head in cells) == 2
+    for query_heads in ("z", "pattern"):
+        assert sum(site == query_heads and head >= 0 for site, _, _, head in cells) == 2
+    assert [name for site, name, _, _ in cells if site == "v"] == ["all v"]
     assert sum(site == "mlp_post" and head >= 0 for site, _, _, head in cells) == 2
     names = {(site, name) for site, name, _, _ in cells}
     assert names >= {("z", f"attribution_top_{k}") for k in (1, 2, 5, 10, 12)} | {("mlp_post", "mine")}

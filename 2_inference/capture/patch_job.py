@@ -354,7 +354,8 @@ class Study:
         if args.screen == "attribution":
             order = self.screen(plan)
             best = {site: {*order[site][: args.top_k]} for site in order}
-            cells = [c for c in cells if c.site != "z" or c.head < 0 or (c.layer, c.head) in best["z"]]
+            queries = ("z", "pattern")  # `v` counts other heads, which are not screened: only all of them at once
+            cells = [c for c in cells if c.head < 0 or (c.site in queries and (c.layer, c.head) in best["z"])]
             singles = [(site, *unit) for site in ("mlp_post",) if site in args.sites for unit in sorted(best[site])]
             whole = [("mlp_out", layer, -1) for layer in args.layers if "mlp_out" in args.sites]
             cells += [Cell(way, site, "all", i, unit) for way in args.directions for site, i, unit in singles + whole]

@@ -40,6 +40,7 @@ FAMILY = ["site", "positions", "direction", "donor"]
 STRUCTURAL = ("resid_pre", "mlp_out", "mlp_post")  # at layer 0 these are the token's embedding, and what extends it
 MEASURES = ("nats", "nats_first", "sld", "restored", "answer_logprob")
 LATER = ("after", "readout")  # positions after the edited tokens
+SCREENED_SET = "attribution_top_"  # begins the name of a set that the screen chose, and of its random twins
 RANDOM_SET = r"_random_\d+$"  # ends the name of a set of random units
 
 
@@ -181,7 +182,8 @@ def _joined(run: Run, style: str, source: str, contents: list[dict[str, Any]]) -
     frame = pd.DataFrame(cells, columns=CELL)
     counts = np.ones((len(rows), len(cells)), dtype=bool)
     if screened := [content for content in contents if content["attribution"]]:
-        counts[np.ix_(chose, ((frame["head"] >= 0) | (frame["set"] != "")).to_numpy())] = False
+        chosen = (frame["head"] >= 0) | frame["set"].str.startswith(SCREENED_SET)
+        counts[np.ix_(chose, chosen.to_numpy())] = False
     clusters = np.array([run.template(row) for row in rows])
     attributed = _mean_attribution(screened)
     way = contents[0]["directions"][0]  # of the screen
