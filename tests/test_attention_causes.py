@@ -241,8 +241,9 @@ def test_single_tokens_are_mapped_with_their_text_and_adjusted_together(tmp_path
     assert table["p_adjusted"].tolist() == pytest.approx(benjamini_hochberg(table["p"]).tolist())
     assert _label("token_0", TOKENS) == r"'\$a'* +0"
     assert [_label(name, ()) for name in ("token_10", "after")] == ["+10", "tokens after them"]
+    (tmp_path / "patching_layers.png").touch()  # of groups that were patched before
     assert causal_effects.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.glob("*_[lm]a*.png")} == {"patching_map.png"}  # no curve of a group
+    assert {path.name for path in tmp_path.glob("*_[lm]a*.png")} == {"patching_map.png"}
 
 
 def test_p_of_single_heads_is_adjusted_over_the_heads_alone(results: Path):

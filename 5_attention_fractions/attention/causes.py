@@ -24,6 +24,7 @@ from command_line import UserError
 from file_output import write_or_remove
 from logger import get_logger
 from paired_stats import benjamini_hochberg, clustered_mean, clustered_ratio, holm
+from plot_style import remove_pictures
 from run_store import Run, load_pt
 from scipy import stats
 
@@ -116,6 +117,7 @@ def write_causes(run: Run, styles: Sequence[str] | None, folder: Path) -> list[s
     tables["patching_agreement"] = agreement(units)
     tables["patching_reactions"] = reaction_and_cause(units, patched, reactions)
     written = [name for name, table in tables.items() if write_or_remove(folder / f"{name}.csv", table)]
+    remove_pictures(folder, "patching_*.png")
     pictures = save_pictures(patched, layers, heads, folder)
     pictures += save_units(units, patched, sets, reactions, folder)
     _report(layers, heads, handed)
