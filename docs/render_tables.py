@@ -3,8 +3,9 @@
 Reads   docs/measured/*.json, the first sentence of every module; with --example the CSVs of the run that
         docs/EXAMPLE.md describes; with --facts those of the demo's facts
 Writes  what is between `<!-- table: NAME -->` and `<!-- /table -->` in README.md and docs/*.md, and between
-        `<!-- files -->` and `<!-- /files -->` in a stage's README.md, the `<!-- fields -->` of a .pt file; with
-        --example docs/measured/example.json; with --facts docs/measured/facts.json
+        `<!-- files -->` and `<!-- /files -->` in a stage's README.md, the `<!-- fields -->` of a .pt file, the
+        `<!-- styles -->` of make_variants.py; with --example docs/measured/example.json; with --facts
+        docs/measured/facts.json
 
     python docs/render_tables.py
     python docs/render_tables.py --example results/example/maths
@@ -28,11 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "1_utils" / "run_sc
 
 from file_output import read_csv
 from pt_fields import fields_table
+from style_names import MEANINGS
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 FIELDS = re.compile(r"(<!-- fields -->\n).*?(<!-- /fields -->)", re.DOTALL)
+STYLES = re.compile(r"(<!-- styles -->\n).*?(<!-- /styles -->)", re.DOTALL)
 FILES = re.compile(r"(<!-- files -->\n).*?(<!-- /files -->)", re.DOTALL)
 Record = dict[str, Any]
 
@@ -172,6 +175,8 @@ def filled(page: Path) -> str:
     """The text of a page with its generated parts as they should be."""
     text = PLACE.sub(lambda found: found[1] + table(found[2]) + found[3], page.read_text(encoding="utf-8"))
     text = FIELDS.sub(lambda found: found[1] + fields_table() + found[2], text)
+    styles = "".join(f"| `{style}` | {meaning} |\n" for style, meaning in MEANINGS.items())
+    text = STYLES.sub(lambda found: f"{found[1]}| style | what is changed |\n| --- | --- |\n{styles}{found[2]}", text)
     return FILES.sub(lambda found: found[1] + files(page.parent) + found[2], text)
 
 

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import urllib.request
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
 from build_report import build_report
+from report_section import Finding
 from run_store import open_run
 from synthetic_run import VOCABULARY, prompt_rows, with_controls, write_run
 from tokenizers import Tokenizer, models
@@ -132,6 +134,9 @@ def make_report(folder, hostile):
     results.mkdir()
     marks = [(style, row, int((row + len(style)) % 3 > 0)) for style in ("normal", "swap") for row in range(10)]
     pd.DataFrame(marks, columns=["style", "original_index", "correct"]).to_csv(results / "maths_items.csv", index=False)
+    finding = Finding("heads", "Head 2.1 reacts.", "heads.csv", 10, True, "polite", 0.01, "Which head?", "2.1")
+    section = {"title": "Heads", "order": 50, "plots": [], "tables": [], "headlines": [], "findings": [asdict(finding)]}
+    (results / "heads.section.json").write_text(json.dumps(section), encoding="utf-8")
     run = open_run(run)
     return run, build_report([(run, results)], results / "report.html")
 
@@ -203,6 +208,15 @@ def test_the_map_shows_a_difference_and_each_token_its_own_attention(browser, pl
     shown = browser.run(f"return {row}.map((token) => Number(token.title))")
     np.testing.assert_allclose(shown, stored[-len(shown) :], atol=0.0045)
     assert len(shown) > 10
+
+
+def test_a_head_that_the_findings_name_opens_in_the_viewer(browser, plain):
+    _, report = plain
+    browser.open(report)
+    browser.click(".findings a[data-head]")
+    assert browser.text("#viewer-said").startswith("Layer 2, head 1: normal ")
+    assert browser.run("return document.querySelector('#viewer-style').selectedOptions[0].text") == "polite"
+    assert browser.run("return location.hash") == "#viewer"
 
 
 def test_filters_show_the_rows_that_turned(browser, plain):

@@ -456,7 +456,7 @@ def test_the_interval_of_a_ratio_holds_in_19_of_20_runs():
     assert 0.92 < inside / 1000 < 0.97
 
 
-def test_a_difference_of_shares_has_no_interval_beyond_one():
+def test_no_interval_leaves_the_range_of_what_is_measured():
     items = pd.DataFrame(
         [
             {"style": style, "original_index": row, "prompt": style, "correct": float(style == "normal" and row != 1)}
@@ -465,9 +465,14 @@ def test_a_difference_of_shares_has_no_interval_beyond_one():
         ]
     )
     items.loc[items["style"] == "same", "correct"] = [1.0, 0.0, 1.0]
-    table = paired_summary(items, "correct", interval="wilson").set_index("style")
+    table = paired_summary(items, "correct", ranges={"correct": (0, 1)}).set_index("style")
     assert table.loc["swap", "difference_ci_low"] == -1
+    assert table.loc["same", ["ci_low", "ci_high"]].tolist() == [0, 1]
     assert table.loc["swap", "difference_ci_high"] == pytest.approx(-2 / 3 + 4.3027 / 3, abs=1e-3)
     assert table.loc["same", "difference"] == 0
     assert np.isnan(table.loc["same", "difference_ci_low"])
-    assert paired_summary(items, "correct").set_index("style").loc["swap", "difference_ci_low"] < -2
+    free = paired_summary(items, "correct").set_index("style")
+    assert free.loc["swap", "difference_ci_low"] < -2
+    assert free.loc["same", "ci_high"] > 2
+    columns = ["estimate", "difference", "p"]
+    pd.testing.assert_frame_equal(free[columns], table[columns])

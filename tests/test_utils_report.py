@@ -430,4 +430,6 @@ def test_one_prompt_in_its_forms_is_at_the_top(tmp_path):
     assert forms_of_one_prompt(run, {"normal": indices["normal"]}, [], {}) == []
     (tmp_path / "results").mkdir()
     text = build_report([(run, tmp_path / "results")], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<dt>swap</dt><dd>two adjacent letters exchanged</dd>" in text
+    assert "<dt>missing</dt>" not in text
     assert text.count('<table class="forms">') == 1

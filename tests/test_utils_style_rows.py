@@ -8,7 +8,7 @@ import torch
 from command_line import UserError
 from pt_fields import unpack_rows
 from run_store import Run, load_pt, open_run, pt_files, save_pt
-from style_names import is_control
+from style_names import is_control, meaning_of
 from style_rows import StyleRows, clean_and_styles, clean_prompt, control_of, paired_rows, twin_region
 from synthetic_run import prompt_rows, write_run
 
@@ -215,3 +215,12 @@ def test_tables_of_results_are_found_beside_the_outputs(tmp_path):
     assert opened.frame("head_sensitivity", results).shape == (1, 3)
     with pytest.raises(UserError, match=r"head_sensitvity\.csv: no such file.*did you mean head_sensitivity"):
         opened.frame("head_sensitvity")
+
+
+def test_a_name_is_told_in_words():
+    assert meaning_of("typo@1") == "1 one-letter edit"
+    assert "as many tokens" in meaning_of("split@swap")
+    assert "polite" in meaning_of("neutral@polite")
+    assert meaning_of("repaired@swap").startswith("swap after")
+    assert "noise" in meaning_of("normal@again")
+    assert meaning_of("mine") == ""

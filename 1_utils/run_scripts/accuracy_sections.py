@@ -12,13 +12,11 @@ from findings import (
     ALPHA,
     Numbers,
     Rule,
-    detectable,
     join,
     limit_text,
     percent,
     points,
     share_text,
-    span,
 )
 from report_section import Headline, Plots, Section, TableOf
 from report_tables import compared
@@ -43,7 +41,7 @@ def accuracy_section(kind: str, whole: bool) -> Section:
             TableOf(
                 f"{kind}_summary.csv",
                 f"Accuracy of answers{words} by style, its difference to the clean form, and the smallest difference "
-                "that this n could detect (80 % power)",
+                "that this n could detect (80 % power, by the adjusted p)",
                 SUMMARY,
             ),
             *(WHOLE_TABLES if whole else ()),
@@ -55,7 +53,7 @@ def accuracy_section(kind: str, whole: bool) -> Section:
 
 SUMMARY = (
     *("style", "n", "n_paired", "n_identical", "n_clusters", "estimate", "difference"),
-    *("minimum_detectable_difference", "p", "p_mcnemar", "p_adjusted"),
+    *("minimum_detectable_difference_adjusted", "p", "p_mcnemar", "p_adjusted"),
 )
 PARTS = ("total", "fragmentation", "spelling", "spelling_p_adjusted", "fragmentation_share")
 WHOLE_TABLES = (
@@ -114,7 +112,7 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     holds = worst["style"] in names["falls"]
     others = {"falls": [style for style in names["falls"] if style != worst["style"]], "rises": names["rises"]}
     also = [f"{verb} with {join(several)}" for verb, several in others.items() if several]
-    limits = styles["minimum_detectable_difference_adjusted"].dropna()
+    limit = 100 * worst["minimum_detectable_difference_adjusted"]
     yield {
         "holds": holds,
         "worst": worst["style"],
@@ -123,19 +121,12 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         "clean": percent(clean["estimate"].iloc[0]) if len(clean) else "?",
         "points": points(worst, "difference"),
         "p": worst["p_adjusted"],
-        "among": f", the worst of {len(styles)} styles" if len(styles) > 1 else "",
+        "among": f", the worst of {len(styles)} styles (controls not counted)" if len(styles) > 1 else "",
         "others": f" Accuracy {'also ' if holds else ''}{join(also)}." if also else "",
-        "limits": limits_text(100 * limits),
+        "limit": limit_text(
+            limit, "A change of {} points", 100, " With so few prompts no change would have been found."
+        ),
     }
-
-
-def limits_text(limits: pd.Series) -> str:
-    """The smallest changes in points that could be detected; accuracy cannot change by more than 100."""
-    if limits.empty:
-        return ""
-    if limits.min() > 100:
-        return " With so few prompts no change would have been found."
-    return f" A change of {span(limits[limits <= 100])} points would have been found (80 % power)."
 
 
 def uncontrolled_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
@@ -153,7 +144,6 @@ def part_numbers(is_control: Callable[[str], str | None]) -> Callable[[pd.DataFr
     def numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         of_accuracy = table[table["measure"] == "accuracy"]
         for _, line in of_accuracy[of_accuracy["control"].map(is_control, na_action="ignore").notna()].iterrows():
-            limit = 100 * detectable(line, "total_ci_low", "total_ci_high", "n_clusters", len(of_accuracy))
             texts = {"share": f"The change with {line['style']} has two parts"}
             for part in ("fragmentation", "spelling"):
                 sure = line[f"{part}_p_adjusted"] < ALPHA
@@ -167,7 +157,6 @@ def part_numbers(is_control: Callable[[str], str | None]) -> Callable[[pd.DataFr
                 "n": int(line["n"]),
                 "p": line["total_p_adjusted"],
                 "total": points(line, "total"),
-                "limit": limit_text(limit, "A change of {} points", 100),
                 **texts,
             }
 
@@ -200,9 +189,7 @@ def noise_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
 
 
 TWO_PARTS = "{{share}}. Of {{total}} points, {{fragmentation}} come {first}, and {{spelling}} {second} (n = {{n}})."
-NO_PARTS = (
-    "Not known, because the change with {style}, {total} points, is not clear of 0 (n = {n}, {adjusted_p}).{limit}"
-)
+NO_PARTS = "Not known, because the change with {style}, {total} points, is not clear of 0 (n = {n}, {adjusted_p})."
 HARM, TOKENS = "Do the answers get worse?", "How much of it is tokenisation?"
 RULES = (
     Rule(
@@ -212,7 +199,7 @@ RULES = (
         "Yes: with {worst}{among}, {right} of the answers are right instead of {clean}. That is a change of {points} "
         "points (n = {n}, {adjusted_p}).{others}",
         "Not detectably: with {worst}{among}, the accuracy changes by {points} points (n = {n}, {adjusted_p})."
-        "{others}{limits}",
+        "{others}{limit}",
         HARM,
     ),
     Rule(
@@ -259,5 +246,6 @@ RULES = (
         ),
         NO_PARTS,
         "How much of a tone's effect is its length?",
+        aside=True,
     ),
 )

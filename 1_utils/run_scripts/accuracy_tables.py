@@ -100,7 +100,7 @@ def summarise(items: pd.DataFrame, baseline: str, detectable: pd.DataFrame | Non
 
 
 def _summary(items: pd.DataFrame, baseline: str, adjust: bool = True) -> pd.DataFrame:
-    return paired_summary(items, "correct", cluster="template", baseline=baseline, interval="wilson", adjust=adjust)
+    return paired_summary(items, "correct", "template", baseline, "wilson", adjust, {"correct": (0, 1)})
 
 
 def _style_extras(items: pd.DataFrame, scores: pd.DataFrame, style: str, baseline: str) -> dict[str, Any]:
@@ -203,6 +203,6 @@ def accuracy_by_edits(items: pd.DataFrame, baseline: str) -> pd.DataFrame:
     for level in sorted(both["edits"].unique(), key=_level_order) if len(edited) else ():
         part = both[both["edits"] == level]
         clusters = part["template"].where(part["template"].notna(), "row " + part["original_index"].astype(str))
-        estimate = clustered_mean(part["correct"].astype(float), clusters)
+        estimate = clustered_mean(part["correct"].astype(float), clusters).within(0, 1)
         lines.append((level, estimate.n, estimate.mean, estimate.ci_low, estimate.ci_high))
     return pd.DataFrame(lines, columns=["edits", "n", "estimate", "ci_low", "ci_high"])

@@ -41,7 +41,7 @@ from run_store import (
     warn_unfinished,
 )
 from stamps import note_read
-from style_names import MATCHED, NEUTRAL, is_again, is_variant
+from style_names import MATCHED, NEUTRAL, is_again, is_variant, meaning_of
 
 TEMPLATE = "report_template.html"
 COLOURS = 256  # of a picture
@@ -242,7 +242,8 @@ def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, 
     clean = run.clean_style
     verdicts = verdicts_in(results)
     chosen = pick_examples(indices, clean, verdicts, examples, seed) if clean else []
-    headings = headings_of(sections, results, order)
+    headings = headings_of(sections, results, list(dict.fromkeys([*order, *indices])))
+    findings = findings_of(sections, order)
     return {
         "name": run.name,
         "styles": len(indices),
@@ -255,7 +256,10 @@ def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, 
         "made_with": made_with(run),
         "captured": captured_on(run),
         "forms": forms_of_one_prompt(run, indices, order, verdicts),
-        "findings": findings_of(sections, order),
+        "meanings": [(style, meaning) for style in indices if (meaning := meaning_of(style))],
+        "findings": [found for found in findings if not found[0].aside],
+        "asides": [found for found in findings if found[0].aside],
+        "numbered": any("layer" in one.text for one, _ in findings),
         "overview": table,
         "drawn": drawn,
         "reach": f"{100 * reach:.0f}",
@@ -343,6 +347,7 @@ def build_report(runs: Sequence[tuple[Run, Path]], report: Path, examples: int =
     loader = FileSystemLoader(Path(__file__).resolve().parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["slug"] = lambda text: re.sub(r"\W+", "-", text.lower()).strip("-")
+    environment.filters["tight"] = lambda text: re.sub(r" (?=%)|(?<=\b[np]) (?=[=<])|(?<=[=<]) (?=\d)", "\u00a0", text)
     page = environment.get_template(TEMPLATE).render(
         title=report.resolve().parent.name,
         runs=[

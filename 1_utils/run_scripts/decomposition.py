@@ -86,11 +86,8 @@ def _answer_line(
 ) -> dict[str, Any] | None:
     if (found := scores_of_forms(scores, (clean_style, control, style))) is None:
         return None
-    line = decomposition_line(measure, style, control, *found)
-    if measure == "accuracy":  # a difference of two shares
-        for end in (f"{part}_ci_{side}" for part in PARTS for side in ("low", "high")):
-            line[end] = float(np.clip(line[end], -1, 1))
-    return line
+    most = 1 if measure == "accuracy" else math.inf  # a difference of two shares
+    return decomposition_line(measure, style, control, *found, most)
 
 
 def scores_of_forms(scores: pd.DataFrame, forms: tuple[str, str, str]) -> tuple[np.ndarray, pd.Series, int] | None:
@@ -130,10 +127,11 @@ def decomposition_line(
     values: np.ndarray,
     clusters: Sequence[Hashable] | pd.Series,
     n_of_style: int,
+    most: float = math.inf,
 ) -> dict[str, Any]:
-    """One line of the table from values [n, 3] of clean form, control and style."""
+    """One line of the table from values [n, 3] of clean form, control and style. most: their largest difference."""
     differences = values[:, [2, 1, 2]] - values[:, [0, 0, 1]]  # total, fragmentation, spelling
-    found = clustered_mean(differences, clusters)
+    found = clustered_mean(differences, clusters).within(-most, most)
     means = values.mean(axis=0) if len(values) else np.full(3, math.nan)
     line: dict[str, Any] = {
         "style": style,

@@ -25,8 +25,8 @@ Numbers = dict[str, Any]
 
 class Rule(NamedTuple):
     """A rule: the files whose first present one is its table; `numbers` of its sentences, one for each style that has
-    some, each with `holds`, `n` and if of one style `style` and `p`; the wording if it holds and if not; the question
-    of a reader that it answers."""
+    some, each with `holds`, `n`, if of one style `style` and `p`, and `head` if it names one; the wording if it holds
+    and if not; the question of a reader that it answers; `aside` if only a reader who asks for more sees it."""
 
     name: str
     sources: Sequence[str]
@@ -34,6 +34,7 @@ class Rule(NamedTuple):
     claim: str
     otherwise: str = ""
     question: str = ""
+    aside: bool = False
 
 
 def sentences(rules: Sequence[Rule], folder: Path) -> list[Finding]:
@@ -56,6 +57,8 @@ def sentences(rules: Sequence[Rule], folder: Path) -> list[Finding]:
                         str(numbers.get("style", "")),
                         None if math.isnan(p) else p,
                         rule.question,
+                        str(numbers.get("head", "")) if numbers["holds"] else "",
+                        rule.aside,
                     )
                 )
     return found
@@ -67,23 +70,28 @@ def table_of(path: Path) -> pd.DataFrame | None:
     return None if table is None or table.empty else table
 
 
-def detectable(line: pd.Series, low: str, high: str, n: str, comparisons: int = 1) -> float:
-    """The smallest true difference found with 80 % power, from a 95 % t interval and its number of rows or clusters."""
+def detectable(line: pd.Series, n: str, comparisons: int = 1) -> float:
+    """The smallest true difference to the control found with 80 % power, from its 95 % t interval and its number of
+    rows or clusters."""
     df = float(line[n]) - 1
-    if df < 1 or math.isnan(line[low]):
+    if df < 1 or math.isnan(line["difference_ci_low"]):
         return math.nan
-    return minimum_detectable_effect((line[high] - line[low]) / 2 / float(stats.t.ppf(0.975, df)), df, comparisons)
+    middle = line["difference_to_control"]
+    half = max(line["difference_ci_high"] - middle, middle - line["difference_ci_low"])  # one end may be cut to a range
+    return minimum_detectable_effect(half / float(stats.t.ppf(0.975, df)), df, comparisons)
 
 
 # --- numbers as text
 
 
-def limit_text(value: float, text: str, most: float = math.inf) -> str:
+def limit_text(value: float, text: str, most: float = math.inf, beyond: str = "") -> str:
     """` A change of 3.1 points would have been found (80 % power).` from `A change of {} points`.
 
-    Empty if the value is unknown, or more than there can be.
+    Empty if the value is unknown, `beyond` if it is more than there can be.
     """
-    return f" {text.format(f'{value:.1f}')} would have been found (80 % power)." if value <= most else ""
+    if value <= most:
+        return f" {text.format(f'{value:.1f}')} would have been found (80 % power)."
+    return beyond if value > most else ""
 
 
 def share_text(line: pd.Series, name: str, low: str = "", high: str = "") -> str:
@@ -109,20 +117,9 @@ def factor(log2: float) -> str:
     return f"{2**log2:.2f}"
 
 
-def span(values: pd.Series) -> str:
-    """`9.5 to 11.2`, or one number if they are the same."""
-    low, high = (f"{value:.1f}" for value in (values.min(), values.max()))
-    return low if low == high else f"{low} to {high}"
-
-
 def join(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + words[-1] if words else ""
-
-
-def counted(number: int, word: str) -> str:
-    """`1 style`, `2 styles`."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def estimate_text(

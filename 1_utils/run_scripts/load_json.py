@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError, did_you_mean, one_line
-from style_names import REPAIRED, controlled_style, is_again, repaired_style, reserved_name, source_style
+from style_names import MEANINGS, REPAIRED, controlled_style, is_again, repaired_style, reserved_name, source_style
 
 CLEAN_KEYS = ("normal", "instruction")
 TYPO_STYLES = ("main", "swap", "missing", "repeated", "two", "three", "grammar", "punctuation", "homonym")
-STYLES = (*TYPO_STYLES, "polite", "urgent", "rude", "noise_words", "split", "real_word")  # what make_variants.py makes
+STYLES = tuple(MEANINGS)  # what make_variants.py makes
 RESERVED_KEYS = frozenset({"element_index", "answer", "task"})
 RUN_NAMES = frozenset({"all", "prompts.json", "run.json", "failures.csv"})  # taken in a run folder and its flags
 LONGEST_STYLE = 200  # bytes: a folder's name has at most 255

@@ -45,6 +45,10 @@ class Estimate(NamedTuple):
         """The mean and its interval as columns of a table: `name`, `<ends>_low`, `<ends>_high`."""
         return {name: self.mean, f"{ends}_low": self.ci_low, f"{ends}_high": self.ci_high}
 
+    def within(self, low: Any, high: Any) -> Estimate:
+        """The same with its interval cut to the range of what is measured."""
+        return self._replace(ci_low=np.clip(self.ci_low, low, high), ci_high=np.clip(self.ci_high, low, high))
+
 
 class McNemar(NamedTuple):
     """Discordant pairs and the exact two-sided p value."""
@@ -312,13 +316,15 @@ def paired_summary(
     baseline: str = "normal",
     interval: Literal["t", "wilson"] = "t",
     adjust: bool = True,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
     """One row per style (and per value column): estimate, paired difference to `baseline`, test, power.
 
     items: long table with `style` and `original_index`, one line per style x row (x sample: samples are averaged
     within a row first). A NaN value is missing. cluster: a column of items, or a mapping row -> cluster.
-    interval: of the estimate, `t` (clustered mean) or `wilson` (proportions, rows taken as independent). A difference
-    of proportions lies between -1 and 1, and so do the ends of its interval.
+    interval: of the estimate, `t` (clustered mean) or `wilson` (proportions, rows taken as independent).
+    ranges: (least, most) of a value column, if it has a range: intervals are cut to it, those of differences to what a
+    difference of two such numbers can be.
 
     A row whose `prompt` equals the baseline's prompt of that row is counted in n_identical and left out of the
     paired difference (a boolean column `identical` overrides the comparison). The baseline comes first; its
@@ -333,7 +339,8 @@ def paired_summary(
     tables = []
     for name in names:
         rows = _row_means(items, name, cluster)
-        lines = [_style_line(rows, style, baseline, interval) for style in styles]
+        limits = (ranges or {}).get(name, (-math.inf, math.inf))
+        lines = [_style_line(rows, style, baseline, interval, limits) for style in styles]
         table = pd.DataFrame(lines, columns=["style", *_SUMMARY_COLUMNS])
         table["p_adjusted"] = holm_over_styles(table) if adjust else math.nan
         if not isinstance(value_columns, str):
@@ -378,14 +385,16 @@ def _row_means(items: pd.DataFrame, value: str, cluster: str | Mapping[Any, Hash
     )
 
 
-def _style_line(rows: pd.DataFrame, style: str, baseline: str, interval: str) -> dict[str, Any]:
+def _style_line(
+    rows: pd.DataFrame, style: str, baseline: str, interval: str, limits: tuple[float, float]
+) -> dict[str, Any]:
     own = rows.xs(style, level="style")
     known = own[own["value"].notna()]
-    mean = clustered_mean(known["value"], known["cluster"])
+    mean = clustered_mean(known["value"], known["cluster"]).within(*limits)
     if interval == "wilson":
         low, high = wilson_interval(known["value"].sum(), len(known))
         mean = mean._replace(ci_low=low, ci_high=high)
-    line = {
+    return {
         "style": style,
         "n": len(known),
         "n_missing": len(own) - len(known),
@@ -393,19 +402,18 @@ def _style_line(rows: pd.DataFrame, style: str, baseline: str, interval: str) ->
         "n_identical": int(own["identical"].sum()),
         "n_clusters": mean.n_clusters,
         **mean.columns("estimate", "ci"),
+        **_difference_fields(rows, known, style, baseline, limits[1] - limits[0]),
     }
-    fields = _difference_fields(rows, known, style, baseline)
-    if interval == "wilson":
-        fields |= {end: float(np.clip(fields[end], -1, 1)) for end in ("difference_ci_low", "difference_ci_high")}
-    return line | fields
 
 
-def _difference_fields(rows: pd.DataFrame, known: pd.DataFrame, style: str, baseline: str) -> dict[str, Any]:
+def _difference_fields(
+    rows: pd.DataFrame, known: pd.DataFrame, style: str, baseline: str, most: float
+) -> dict[str, Any]:
     if style == baseline or baseline not in rows.index.get_level_values("style"):
         return dict.fromkeys(_DIFFERENCE_COLUMNS, math.nan)
     clean = rows.xs(baseline, level="style")["value"].dropna().rename("clean")
     pairs = known[~known["identical"]].join(clean, how="inner")
-    change = paired_difference(pairs["value"], pairs["clean"], pairs["cluster"])
+    change = paired_difference(pairs["value"], pairs["clean"], pairs["cluster"]).within(-most, most)
     return {
         "n_paired": change.n,
         "n_clusters": change.n_clusters,

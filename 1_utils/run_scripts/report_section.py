@@ -26,7 +26,8 @@ class Finding:
     """A sentence, its rule and table, the number of prompts, and whether it claims an effect.
 
     style, p: of a sentence about one style, so that a reader of several can choose; p None: unknown. question: that it
-    answers; sentences of one question are shown together.
+    answers; sentences of one question are shown together. head: `layer.head` that it names first, for the pair viewer.
+    aside: shown if the reader opens it.
     """
 
     rule: str
@@ -37,6 +38,8 @@ class Finding:
     style: str = ""
     p: float | None = None
     question: str = ""
+    head: str = ""
+    aside: bool = False
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,7 @@
 
   function formTitle(tag, attributes, name, form) {
     const role = make("span", { class: "role" }, ["\n(clean)", "", "\n(control)"][form]);
-    const element = make(tag, attributes, name, role);
-    element.style.color = COLOURS[form];
-    return element;
+    return make(tag, { ...attributes, style: `color: ${COLOURS[form]}` }, name, role);
   }
 
   // --- the choice of run, style and row
@@ -207,8 +205,7 @@
 
   function chooseHead(layer, head, focus = false) {
     const before = byId("grid").querySelector("[aria-selected]");
-    before?.removeAttribute("aria-selected");
-    before?.removeAttribute("tabindex");
+    for (const name of ["aria-selected", "tabindex"]) before?.removeAttribute(name);
     Object.assign(chosen, { layer, head });
     const cell = byId("grid").rows[head].cells[layer + 1];
     cell.setAttribute("aria-selected", "true");
@@ -296,9 +293,8 @@
       const verdict = found.verdict ? make("span", { class: `verdict ${found.verdict}` }, found.verdict) : "";
       const answer = make("p", { class: "answer" }, make("bdi", {}, found.answer || "(empty)"), " ", verdict);
       const lines = (found.next ?? []).map(([token, probability]) => {
-        const bar = make("span", { class: "bar" });
-        bar.style.cssText = `width: ${100 * probability}%; background: ${COLOURS[form]}`;
-        return [tokenBox(token), bar, shown(probability)];
+        const style = `width: ${100 * probability}%; background: ${COLOURS[form]}`;
+        return [tokenBox(token), make("span", { class: "bar", style }), shown(probability)];
       });
       return make("div", {}, title, answer, tableOf(null, lines));
     });
@@ -362,9 +358,17 @@
   function openViewer(data) {
     runs = JSON.parse(data.textContent);
     const actions = { run: chooseRun, style: chooseStyle, filter: chooseFilter, row: chooseRow };
-    for (const [name, action] of Object.entries(actions)) {
-      byId(name).addEventListener("change", () => action(byId(name).value));
-    }
+    const act = (name) => actions[name](byId(name).value);
+    for (const name of Object.keys(actions)) byId(name).addEventListener("change", () => act(name));
+    // A link in the findings opens its style and the head that it names.
+    const openAt = ({ dataset }) => {
+      for (const name of ["run", "style"]) {
+        byId(name).value = [...byId(name).options].find(({ text }) => text === dataset[name])?.value ?? 0;
+        act(name);
+      }
+      chooseHead(...dataset.head.split(".").map(Number));
+    };
+    document.querySelectorAll("a[data-head]").forEach((link) => link.addEventListener("click", () => openAt(link)));
     byId("map").addEventListener("change", () => {
       const [form, minus = null] = byId("map").value.split(",").map(Number);
       chosen.map = { form, minus };

@@ -444,6 +444,8 @@ def print_headline(args: argparse.Namespace) -> None:
         say("\n".join([f"\n{output.name}", *aligned([table.columns, *table.lines])]))
         question = ""
         for finding, _ in findings_of(sections, worst_first(results / output.name)):
+            if finding.aside:
+                continue
             if finding.question not in ("", question):
                 say(finding.question)
             question = finding.question

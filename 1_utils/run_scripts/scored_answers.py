@@ -218,14 +218,13 @@ def _report_power(detectable: pd.DataFrame, clean: str) -> None:
     for line in detectable[detectable["n_paired"] > 0].itertuples():
         get_logger().debug(
             f"{line.style}: {line.n_paired} pairs in {line.n_clusters} clusters; smallest difference to {clean} "
-            f"that could be detected (80 % power): {line.minimum_detectable_difference:.3f} alone, "
-            f"{line.minimum_detectable_difference_adjusted:.3f} among all styles"
+            f"that could be detected: {line.minimum_detectable_difference_adjusted:.3f}"
         )
     known = detectable["minimum_detectable_difference_adjusted"].dropna()
     if len(known):
         limits = " to ".join(dict.fromkeys(f"{value:.3f}" for value in (known.min(), known.max())))
         get_logger().info(
-            f"smallest difference to {clean} that could be detected (80 % power, all styles tested): {limits}"
+            f"smallest difference to {clean} that could be detected (80 % power, by the adjusted p): {limits}"
         )
 
 

@@ -1,10 +1,7 @@
-"""Names of styles that are made from another style. All rules about such names are here.
+"""Names of styles: what each means, and which are made from another style. All rules about such names are here.
 
-typo@2          two one-letter edits (make_variants.py --dose)
-split@swap      control: the clean prompt, its edited words in as many tokens as those of `swap` (stage 2)
-neutral@polite  control: the clean prompt with a neutral sentence of as many tokens as `polite` adds (stage 2)
-normal@again    the clean prompts again, in other batches: what differs is numerical noise (stage 2)
-repaired@swap   `swap` after a spell checker or a model corrected it (repair_prompts.py)
+make_variants.py makes the styles of MEANINGS and `typo@2`, stage 2 makes `split@swap`, `neutral@polite` and
+`normal@again`, repair_prompts.py makes `repaired@swap`.
 """
 
 from __future__ import annotations
@@ -17,6 +14,39 @@ REPAIRED = "repaired@"
 AGAIN = "@again"
 SPLIT_STYLE = "split"  # a control in a prompt file: the clean word, cut by an invisible character
 MADE_IN_STAGE_2 = (MATCHED, NEUTRAL)  # a prompt file has no such keys
+MEANINGS = {
+    "main": "a letter replaced by a neighbour on the keyboard, in an important word",
+    "swap": "two adjacent letters exchanged",
+    "missing": "a letter left out",
+    "repeated": "a letter doubled",
+    "two": "a typo in each of two words",
+    "three": "a typo in each of three words",
+    "grammar": "a slip of grammar: agreement, tense, article, or a doubled word",
+    "punctuation": "a stray mark, or a stray or missing space",
+    "homonym": "a word replaced by one that sounds the same",
+    "polite": "a polite sentence before the request",
+    "urgent": "an urgent sentence before the request",
+    "rude": "a rude sentence before the request",
+    "noise_words": "control: a typo in a function word",
+    SPLIT_STYLE: "control: no letter changed, but an invisible character (soft hyphen) in a word",
+    "real_word": "control: a letter changed so that another real word results",
+}
+
+
+def meaning_of(style: str) -> str:
+    """What a style does to the clean prompt, in a few words; empty if it is not known."""
+    own = controlled_style(style) or repaired_style(style)
+    if dose := dose_of(style):
+        return f"{dose} one-letter edit{'s' if dose > 1 else ''}"
+    if matched_style(style):
+        return f"control: the clean prompt, the words that {own} changes cut into as many tokens as there"
+    if neutral_style(style):
+        return f"control: the clean prompt, with neutral sentences of as many tokens as {own} adds"
+    if repaired_style(style):
+        return f"{own} after a spell checker or a model has corrected it"
+    if is_again(style):
+        return "the clean prompt once more, in other batches: what differs is numerical noise"
+    return MEANINGS.get(style, "")
 
 
 def dose_of(style: str) -> int | None:

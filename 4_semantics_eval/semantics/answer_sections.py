@@ -6,10 +6,8 @@ from report_section import Headline, Plots, Section, TableOf
 
 TITLE = "Do the answers mean the same?"
 ANSWERS = ("style", "n", "estimate", "difference", "p", "p_adjusted")  # no difference if there is only one sample
-SUMMARY = (
-    *("style", "n", "n_paired", "n_identical", "n_clusters", "estimate", "difference"),
-    *("minimum_detectable_difference", "p", "p_adjusted"),
-)
+SUMMARY = ("style", "n", "n_paired", "n_identical", "n_clusters", "estimate", "difference", "p", "p_adjusted")
+PREFERENCES = ("wins", "ties", "losses", "same_text", "order_agreement", "first_preferred")
 ONLY_SIMILARITY = (("measure", "similarity"),)
 
 SIMILARITY = Section(
@@ -69,5 +67,5 @@ def judge_section(name: str) -> Section:
         title=TITLE,
         order=22,
         plots=(Plots(f"{name}.png", "A judge's verdict on the answers, by style."),),
-        tables=(TableOf(f"{name}_summary.csv", "A judge's verdict by style"),),
+        tables=(TableOf(f"{name}_summary.csv", "A judge's verdict by style", (*SUMMARY, *PREFERENCES)),),
     )

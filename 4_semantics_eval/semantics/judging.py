@@ -306,13 +306,14 @@ def summarise(items: pd.DataFrame, run: Run, mode: Mode) -> pd.DataFrame:
     clean = run.clean_style or "normal"
     clusters = templates_of_rows(run, items)
     if mode.value == "rating":
-        return paired_summary(items, "rating", cluster=clusters, baseline=clean)
+        return paired_summary(items, "rating", clusters, clean, ranges={"rating": (1, 10)})
     counted = items[items["identical"]].groupby("style").size()
     kept = items[~items["identical"]]
     rows = kept.drop_duplicates("original_index")
     # An answer compared with itself would be a tie: that is what the preferences are compared with.
     even = rows[["original_index", "identical"]].assign(style=clean, preference=0.5)
-    table = paired_summary(pd.concat([even, kept], ignore_index=True), "preference", cluster=clusters, baseline=clean)
+    both = pd.concat([even, kept], ignore_index=True)
+    table = paired_summary(both, "preference", clusters, clean, ranges={"preference": (0, 1)})
     table = table[table["style"] != clean].reset_index(drop=True)
     table["n_identical"] = table["style"].map(counted).fillna(0).astype(int)
     return table.merge(_pair_counts(kept), on="style", how="left")

@@ -33,6 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 EMBEDDING_MODEL = "all-MiniLM-L6-v2"
 ROWS_AT_ONCE = 256
 TEXT_MEASURES = ("exact_match", "edit_distance", "edit_distance_normalized", "length_ratio")
+RANGES = {
+    "similarity": (-1.0, 1.0),
+    **dict.fromkeys(("exact_match", "edit_distance_normalized", "refusal", "empty"), (0.0, 1.0)),
+    **dict.fromkeys(("edit_distance", "length_ratio"), (0.0, math.inf)),
+}
 MEASURES = ("similarity", *TEXT_MEASURES, "refusal", "empty")
 
 
@@ -209,6 +214,6 @@ def summarise(items: pd.DataFrame, run: Run) -> pd.DataFrame:
     clean = run.clean_style or "normal"
     same = items[items["identical"]].groupby("style")["original_index"].nunique()
     kept = items[~items["identical"]]
-    table = paired_summary(kept, list(MEASURES), cluster=templates_of_rows(run, kept), baseline=clean)
+    table = paired_summary(kept, list(MEASURES), templates_of_rows(run, kept), clean, ranges=RANGES)
     table["n_identical"] = table["style"].map(same).fillna(0).astype(int)
     return table

@@ -46,8 +46,12 @@ from attention.state_measures import (
 
 MASSIVE = 4  # longer than so many median norms: a massive activation; nothing else came near it on real text
 REGIONS = ("edited", "task", "last")
-SHARES = {"own_nearest", "own_nearer_share", "top1_kept", "kl_mass_clean", "kl_mass_style"}  # between 0 and 1
-DISTANCES = {"relative_l2", "lens_kl", "next_token_kl"}  # never below 0
+RANGES = {  # of the measures that have one
+    **dict.fromkeys(("own_nearest", "own_nearer_share", "top1_kept", "kl_mass_clean", "kl_mass_style"), (0, 1)),
+    **dict.fromkeys(("cosine", "cosine_centred", "lens_top1_probability_change"), (-1, 1)),
+    **dict.fromkeys(("relative_l2", "lens_kl", "next_token_kl"), (0, np.inf)),
+    "lens_top1_probability": (0, 1),
+}
 LENS_MEASURES = ("lens_kl", "lens_top1_probability", "lens_top1_probability_change")
 REACHED = {  # a number per row that may be beyond what can be seen, and the column that says whether it is not
     "recovery_depth": "recovered",
@@ -347,10 +351,9 @@ def _estimates(study: Comparison, measured: dict[str, StyleValues], style: str) 
             base = other.values[region, measure][theirs]
             change = clustered_mean(values[mine] - base, table.clusters(alike))
             base = clustered_mean(np.where(np.isnan(values[mine]), np.nan, base)).mean
-        estimate = clustered_mean(values, table.clusters(own.rows))
-        limits = 0 if measure in SHARES | DISTANCES else -np.inf, 1 if measure in SHARES else np.inf
-        low, high = (np.clip(end, *limits) for end in (estimate.ci_low, estimate.ci_high))
-        estimate = estimate._replace(ci_low=low, ci_high=high)
+        least, most = RANGES.get(measure, (-np.inf, np.inf))
+        change = change.within(least - most, most - least)
+        estimate = clustered_mean(values, table.clusters(own.rows)).within(least, most)
         columns = {
             "style": style,
             "region": region,

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from file_output import save_figure
-from plot_style import AROUND_ZERO, COLOURS, GREY, panels
+from plot_style import AROUND_ZERO, COLOURS, GREY, label_ends, panels
 
 from attention.causes_compared import NEURON_MEASURES, OWN, causes_of, rank_correlation
 from attention.head_plots import save_layer_head_grid
@@ -67,28 +67,26 @@ def save_pictures(patched: Sequence[Patches], layers: pd.DataFrame, heads: pd.Da
 def _save_layers(table: pd.DataFrame, path: Path) -> None:
     """One panel per style, source and direction: R by layer with its 95 % interval."""
     groups = list(table.groupby(["style", "source", "direction"], sort=False))
-    figure, grid = plt.subplots(
-        len(groups), 1, figsize=(9.5, 3.6 * len(groups)), squeeze=False, sharex=True, layout="constrained"
-    )
-    for axes, (keys, part) in zip(grid[:, 0], groups, strict=True):
+    figure, grid = panels(len(groups), 1, 3.6, sharex=True)
+    for axes, ((style, source, direction), part) in zip(grid, groups, strict=True):
+        ends = []
         own, other = part[part["donor"] == OWN], part[part["donor"] == "other"]
         curves = [(own[own["positions"] == name], *look) for name, look in LINES.items()]
         for curve, label, colour, dash in [*curves, (other[other["positions"] == "edited"], *CONTROL_LINE)]:
             if curve.empty:
                 continue
             curve = curve.sort_values("layer")
-            axes.plot(curve["layer"], curve["R"], dash, color=colour, label=label)
+            axes.plot(curve["layer"], curve["R"], dash, color=colour)
+            ends.append((curve["R"].iloc[-1], label, colour))
             axes.fill_between(curve["layer"], curve["R_ci_low"], curve["R_ci_high"], color=colour, alpha=0.12, lw=0)
         if (layer := own["hand_over_layer"].dropna()).size:
             axes.axvline(layer.iloc[0], color="black", linewidth=0.8, linestyle=":")
             axes.annotate(f" hand-over {layer.iloc[0]:.1f}", (layer.iloc[0], 1.0), fontsize=8, va="bottom")
         axes.set(ylim=(-1.05, 1.1), ylabel="R: share of the effect restored")
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_title(
-            f"{' '.join(map(str, keys))}: residual stream before the layer, n = {own['n'].max()}", fontsize=10
-        )
+        axes.set_title(f"{style}, donor {source}, {direction}; state before the layer; n = {own['n'].max()}")
         layer_axis(axes, "layer")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+        label_ends(axes, ends)
     save_figure(path, figure)
 
 

@@ -85,6 +85,11 @@ class Measure:
     caption: str
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest value that a prompt can have."""
+        return RANGES[self.unit]
+
+    @property
     def scale(self) -> str:
         """What the colours of a picture of the change say."""
         return f"change in {self.label} ({self.unit})"
@@ -99,6 +104,7 @@ def _log2_mass(mass: np.ndarray, even: np.ndarray) -> np.ndarray:
 
 
 _SHARE, _LOG2, _EVEN, _EDITED = "0 to 1", "1\u00a0=\u00a0doubled", "1 = even attention", "on the edited words"
+RANGES = {_SHARE: (0, 1), _LOG2: (np.log2(LEAST_MASS), 0), _EVEN: (0, np.inf), "bits": (0, 1)}
 _MASS, _LOG2_MASS = "attention mass", "log2 of attention mass"
 MEASURES = {
     "task_fraction_last": Measure(mass_on("last", "task"), _SHARE, "attention fraction", "last token on the task"),
@@ -308,7 +314,9 @@ def sensitivity_columns(
     values: np.ndarray, change: np.ndarray, clusters: Sequence[str], counts: dict[str, int], untested: np.ndarray
 ) -> dict[str, Any]:
     """{column: [K,M]} of values and changes [n,K,M]; effect_size is Cohen's d_z. untested [M]: see `Measure`."""
-    estimate, difference = clustered_mean(values, clusters), clustered_mean(change, clusters)
+    low, most = np.transpose([measure.range for measure in MEASURES.values()])
+    estimate = clustered_mean(values, clusters).within(low, most)
+    difference = clustered_mean(change, clusters).within(low - most, most - low)
     with np.errstate(invalid="ignore", divide="ignore"):
         squares = np.nansum(np.square(change, dtype=np.float64), axis=0)
         spread = np.sqrt(np.maximum(squares - difference.n * difference.mean**2, 0) / (difference.n - 1))

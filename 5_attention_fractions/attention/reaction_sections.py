@@ -22,7 +22,10 @@ from findings import (
 )
 from paired_stats import minimum_detectable_effect
 from report_section import Headline, Plots, Section, TableOf
+from report_tables import Interval
 from style_names import MADE_IN_STAGE_2, matched_style
+
+from attention.neurons import FILES, HEAD
 
 SHOWN_HEADS = 3
 WHERE, WHICH_HEAD = "Is the word repaired inside, and where?", "Which head should I look at?"
@@ -82,7 +85,7 @@ def recovery_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     for _, line in lines.iterrows():
         control = counts.loc[line["control"]] if line["control"] in counts.index else None
         later = line["difference_to_control"] > 0
-        limit = detectable(line, "difference_ci_low", "difference_ci_high", "n_with_control", len(lines))
+        limit = detectable(line, "n_with_control", len(lines))
         yield {
             "holds": line["p_adjusted"] < ALPHA,
             "style": line["style"],
@@ -108,13 +111,13 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     for style, own in against_tokens(lines, "p_adjusted").groupby("style", sort=False):
         line = own.loc[own["estimate"].idxmax()]
         fewer, last = line["difference_to_control"] < 0, own.loc[own["layer"].idxmax()]
-        limit = 100 * detectable(line, "difference_ci_low", "difference_ci_high", "n_with_control", len(lines))
+        limit = 100 * detectable(line, "n_with_control", len(lines))
         yield {
             "holds": line["p_adjusted"] < ALPHA,
             "style": style,
             "control": line["control"],
             "n": line["n_with_control"],
-            "answer": "Mostly" if line["estimate"] > 0.5 else "Mostly not",
+            "answer": "Mostly" if line["ci_low"] > 0.5 else "Mostly not" if line["ci_high"] < 0.5 else "About half",
             "layer": int(line["layer"]),
             "share": share_text(line, "estimate", "ci_low", "ci_high"),
             "last": percent(last["estimate"]),
@@ -133,7 +136,7 @@ def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             continue
         line = own.loc[own["logprob"].idxmax()]
         less = line["difference_to_control"] < 0
-        limit = detectable(line, "difference_ci_low", "difference_ci_high", "n_clusters", len(own))
+        limit = detectable(line, "n_clusters", len(own))
         yield {
             "holds": line["p_adjusted"] < ALPHA,
             "style": style,
@@ -142,6 +145,7 @@ def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "layer": int(line["layer"]),
             "rank": f"{line['rank_median']:.0f}",
             "control_rank": f"{line['control_rank_median']:.0f}",
+            "clean_rank": f"{line['clean_rank_median']:.0f}",
             "nats": estimate_text(line, "difference_to_control", 2, "difference_ci_low", "difference_ci_high", less),
             "than": "lower" if less else "higher",
             "limit": limit_text(limit, "A difference of {} nats"),
@@ -157,9 +161,13 @@ def unread_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
 
 
 def _best_clean_rank(lines: pd.DataFrame) -> float:
-    return float(lines["clean_rank_median"].min()) if "clean_rank_median" in lines else 1.0
+    return float(lines["clean_rank_median"].min())
 
 
+READ_OUT = (
+    "Read by the logit lens, the clean word is likeliest at layer {layer}: its median rank is {rank} with {style}, "
+    "{control_rank} with {control}, {clean_rank} in the clean prompt. "
+)
 LAYERS = Section(
     name="activation_diffs",
     title="Which layers react, and where is the word recovered?",
@@ -222,17 +230,17 @@ LAYERS = Section(
             "The word mistyped by {style} comes back to its own clean state in {recovered} prompts{of_control}. No "
             "difference in depth shows: {layers} layers {when} (n = {n}, {adjusted_p}).{limit}",
             WHERE,
+            aside=True,
         ),
         Rule(
             "word read out",
             ("word_recovery.csv",),
             readout_numbers,
-            "The logit lens finds the clean word best at layer {layer}, where its median rank is {rank} with {style} "
-            "and {control_rank} with {control}. Its log probability is {nats} nats {than} (n = {n}, {adjusted_p}).",
-            "The logit lens finds the clean word best at layer {layer}, where its median rank is {rank} with {style} "
-            "and {control_rank} with {control}. Its log probability does not differ clearly (n = {n}, {adjusted_p})."
-            "{limit}",
+            READ_OUT + "Its log probability is {nats} nats {than} than with the control (n = {n}, {adjusted_p}).",
+            READ_OUT + "Its log probability does not clearly differ from that with the control (n = {n}, "
+            "{adjusted_p}).{limit}",
             WHERE,
+            aside=True,
         ),
         Rule(
             "word not read out",
@@ -242,6 +250,7 @@ LAYERS = Section(
             "The logit lens cannot tell: it does not read the word in the clean prompt either (best median rank of a "
             "layer: {rank}; n = {n}).",
             WHERE,
+            aside=True,
         ),
     ),
 )
@@ -308,7 +317,7 @@ def head_numbers(table: pd.DataFrame, folder: Path) -> Iterator[Numbers]:
             "control": own["control"].iloc[0],
             "n": n,
             "count": f"{len(sure)} of {len(own)}",
-            "first": named[0][0] if named else "",
+            "head": named[0][0] if named else "",
             "times": named[0][1] if named else "",
             "others": f", next {others}" if others else "",
             "differ": "differs" if len(sure) == 1 else "differ",
@@ -382,7 +391,7 @@ HEADS = Section(
             "heads",
             ("head_sensitivity.csv",),
             head_numbers,
-            "Head {first} (layer.head) reacts most surely: the last token's attention to the words mistyped by {style} "
+            "Head {head} (layer.head) reacts most surely: the last token's attention to the words mistyped by {style} "
             "is {times} times that with {control}. In all, {count} heads {differ}{others} (n = {n}). Their ranking "
             "repeats on other prompts: rank correlation {halves}. A head that reacts need not change the answer.",
             "None can be named: no head's attention to the words mistyped by {style} differs from that with {control} "
@@ -401,29 +410,42 @@ def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]
     """Units found on one half of the prompts that work harder on a style than on the clean word and the control; it
     holds if the set does on the other half after Holm, and some unit is confirmed there."""
 
-    def numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+    def numbers(table: pd.DataFrame, folder: Path) -> Iterator[Numbers]:
+        units = table_of(folder / FILES[unit])
         for _, line in against_tokens(table[table["unit"] == unit], "p_adjusted").iterrows():
+            best: Numbers = {}
+            if units is not None:
+                own = units[(units["style"] == line["style"]) & (units["confirmed"] == 1)].sort_values("rank")
+                best = _unit_named(own.iloc[0], unit) if len(own) else {}
             yield {
-                "holds": line["p_adjusted"] < ALPHA and line["n_confirmed"] > 0,
+                "holds": line["p_adjusted"] < ALPHA and bool(best),
+                **best,
                 **{name: line[name] for name in ("style", "control", "n")},
-                "found": f"{line['n_found']:.0f}",
-                "confirmed": f"{line['n_confirmed']:.0f}",
+                "count": f"{line['n_confirmed']:.0f} of {line['n_found']:.0f}",
                 "p": line["p_adjusted"],
             }
 
     return numbers
 
 
-def _unit_rule(unit: str, do: str, question: str) -> Rule:
+def _unit_named(line: pd.Series, unit: str) -> Numbers:
+    """A unit's name, and how far it is above the control on the half that confirms it."""
+    name = f"{line['layer']}.{line['head' if unit == HEAD else 'neuron']}"
+    more = Interval(*(float(line[f"difference_to_control{end}"]) for end in ("", "_ci_low", "_ci_high")))
+    return {"name": name, "more": more.text(), "head": name if unit == HEAD else ""}
+
+
+def _unit_rule(unit: str, measure: str, question: str, aside: bool = False) -> Rule:
+    again = f"Chosen on one half of the prompts and confirmed on the other: {{count}} {unit}s (n = {{n}}, "
     return Rule(
         f"{unit}s found again",
         ("neuron_sensitivity_summary.csv",),
         unit_numbers(unit),
-        f"Chosen on one half of the prompts, {{found}} {do} for {{style}} than for the clean word and for {{control}}. "
-        "On the other half {confirmed} of them are confirmed (n = {n}, {adjusted_p}).",
-        f"Of {{found}} {unit}s chosen on one half of the prompts for {{style}}, {{confirmed}} are confirmed on the "
-        "other half (n = {n}; the set as a whole: {adjusted_p}). That is not enough to name one.",
+        f"By {measure}, {unit} {{name}} (layer.{unit}): {{more}} more with {{style}} than with {{control}}. {again}"
+        "{adjusted_p}).",
+        f"By {measure}, none can be named for {{style}}. {again}the set as a whole: {{adjusted_p}}).",
         question,
+        aside,
     )
 
 
@@ -443,9 +465,9 @@ UNITS = Section(
         ),
     ),
     rules=(
-        _unit_rule("head", "heads focus their attention more", WHICH_HEAD),
-        _unit_rule("neuron", "neurons are more active", "Which neurons react?"),
-        _unit_rule("gate", "neurons are more active by their gate (`act_fn`)", "Which neurons react?"),
+        _unit_rule("head", "how focused the attention is (1 − entropy, from 0 to 1)", WHICH_HEAD),
+        _unit_rule("neuron", "activation (the input of down_proj)", "Which neurons react?"),
+        _unit_rule("gate", "activation of the gate (the output of act_fn)", "Which neurons react?", aside=True),
     ),
 )
 
@@ -510,7 +532,7 @@ def cause_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "count": f"{len(sure)} of {len(part)}",
             "undo": "undoes" if len(sure) == 1 else "undo",
             "total": len(part),
-            "first": named[0][0] if named else "",
+            "head": named[0][0] if named else "",
             "share": named[0][1] if named else "",
             "others": f", next {others}" if others else "",
             "limit": f"{100 * ((part['R_ci_high'] - part['R_ci_low']) / 2).median():.0f}",
@@ -567,7 +589,7 @@ CAUSES = Section(
             "heads that cause",
             ("patching_heads.csv",),
             cause_numbers,
-            "Head {first} (layer.head): patched alone, it undoes {share} of the effect of {style} on the answer. In "
+            "Head {head} (layer.head): patched alone, it undoes {share} of the effect of {style} on the answer. In "
             "all, {count} heads {undo} a part{others} (n = {n}).",
             "None can be named: of {total} heads patched one at a time, none undoes a clear part of the effect of "
             "{style} (n = {n}). The 95 % interval of a typical head reaches {limit} points to either side.",

@@ -103,7 +103,8 @@ def style_fractions(run: Run, style: str, args: argparse.Namespace) -> StyleFrac
     found = own.extract(_reader(own, layers, None, args))
     cells, clusters = found["cells"], own.clusters(own.indices)
     levels = all_levels(cells)
-    estimates = [clustered_mean(level, clusters) for level in levels]
+    most = [1 if cell[3] == "fraction" else np.inf for cell in CELLS]
+    estimates = [clustered_mean(level, clusters).within(0, most) for level in levels]
     by_layer = np.concatenate(levels[1:], axis=1, dtype=np.float32)
     del levels
     change, clusters, counts = cells[:0], [], {"n_identical": 0, "n_unpaired": 0}
