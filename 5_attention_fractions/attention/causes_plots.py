@@ -81,7 +81,7 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
             axes.fill_between(curve["layer"], curve["R_ci_low"], curve["R_ci_high"], color=colour, alpha=0.12, lw=0)
         if (layer := own["hand_over_layer"].dropna()).size:
             axes.axvline(layer.iloc[0], color="black", linewidth=0.8, linestyle=":")
-            axes.annotate(f" hand-over {layer.iloc[0]:.1f}", (layer.iloc[0], 1.0), fontsize=8, va="bottom")
+            axes.annotate(f" hand-over {layer.iloc[0]:.1f}", (layer.iloc[0], -1.0), va="bottom")
         axes.set(ylim=(-1.05, 1.1), ylabel="R: share of the effect restored")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(f"{style}, donor {source}, {direction}; state before the layer; n = {own['n'].max()}")
