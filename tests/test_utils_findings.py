@@ -165,8 +165,8 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "more with typo@2 than with split@typo@2. Chosen on one half of the prompts and confirmed on the other: 115 of "
         "230 heads (n = 74, adjusted p < 0.001).",
         "By activation (the input of down_proj), neuron 9.3 (layer.neuron): 0.0200 [0.0160, 0.0240] more with typo@2 "
-        "than with split@typo@2. Chosen on one half of the prompts and confirmed on the other: 115 of 230 neurons (n = 74, "
-        "adjusted p < 0.001).",
+        "than with split@typo@2. Chosen on one half of the prompts and confirmed on the other: 115 of 230 neurons "
+        "(n = 74, adjusted p < 0.001).",
         "Head 9.0 (layer.head): patched alone, it undoes 12 % [8, 16] of the effect of typo@2 on the answer. In "
         "all, 1 of 3 heads undoes a part (n = 40).",
     ]
