@@ -224,6 +224,16 @@ def test_a_lens_that_does_not_read_the_clean_word_says_nothing_of_the_mistyped(t
     assert not told[0].is_claim
 
 
+@pytest.mark.parametrize(
+    ("share", "told"), [(0.57, "Mostly: "), (0.55, "Not clear whether most are: "), (0.43, "Mostly not: ")]
+)
+def test_most_words_are_told_only_if_the_interval_says_so(tmp_path, share, told):
+    line = against_control("swap", 0.1, 0.2, 0.3, measure="own_nearest", region="edited", layer=3)
+    line |= with_interval("estimate", share, 0.06, low="ci_low", high="ci_high")
+    pd.DataFrame([line]).to_csv(tmp_path / "activation_diffs.csv", index=False)
+    assert [one.text[: len(told)] for one in findings(tmp_path)] == [told]
+
+
 def test_heads_whose_ranking_does_not_repeat_are_not_named(tmp_path):
     texts = [one.text for one in findings(write_run(tmp_path, effect=True, repeats=False))]
     assert any(text.startswith("None can be named: no head's attention") for text in texts)

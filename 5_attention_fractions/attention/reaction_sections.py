@@ -110,6 +110,7 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     lines = table[(table["measure"] == "own_nearest") & (table["region"] == "edited")]
     for style, own in against_tokens(lines, "p_adjusted").groupby("style", sort=False):
         line = own.loc[own["estimate"].idxmax()]
+        unclear = line["ci_low"] <= 0.5 <= line["ci_high"]
         fewer, last = line["difference_to_control"] < 0, own.loc[own["layer"].idxmax()]
         limit = 100 * detectable(line, "n_with_control", len(lines))
         yield {
@@ -117,7 +118,7 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "style": style,
             "control": line["control"],
             "n": line["n_with_control"],
-            "answer": "Mostly" if line["ci_low"] > 0.5 else "Mostly not" if line["ci_high"] < 0.5 else "About half",
+            "answer": "Not clear whether most are" if unclear else "Mostly" if line["estimate"] > 0.5 else "Mostly not",
             "layer": int(line["layer"]),
             "share": share_text(line, "estimate", "ci_low", "ci_high"),
             "last": percent(last["estimate"]),
