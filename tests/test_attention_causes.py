@@ -45,7 +45,7 @@ def planted_cells(with_sets: bool) -> list[tuple[str, str, str, int, int, str, f
         for head in range(HEADS)
     ]
     if with_sets:
-        cells += [("z", "all", "own", -1, -1, f"attribution_top_{k}", r) for k, r in ((1, 0.5), (2, 0.8), (4, 0.9))]
+        cells += [("z", "all", "own", -1, -1, f"attribution_top_{k}", r) for k, r in ((4, 0.9), (1, 0.5), (2, 0.8))]
         cells += [("z", "all", "own", -1, -1, f"attribution_top_2_random_{i}", 0.02 * i) for i in range(9)]
         cells.append(("z", "all", "own", -1, -1, "all z", 0.9))
     return cells
@@ -171,6 +171,7 @@ def test_screened_units_are_estimated_on_the_half_that_did_not_choose_them(tmp_p
     assert heads["R"].tolist() == pytest.approx(heads["R_second_half"].tolist())
     sets = read_csv(tmp_path / "patching_sets.csv").set_index("set")
     assert sets.loc["all z", "n"] == ROWS
+    assert sets["units"].dropna().is_monotonic_increasing
     line = sets.loc["attribution_top_2"]
     assert line["n"] == ROWS / 2
     assert line["R"] == pytest.approx(0.8, abs=0.05)

@@ -101,10 +101,10 @@ def write_causes(run: Run, styles: Sequence[str] | None, folder: Path) -> list[s
     handed = pd.DataFrame(_hand_over_lines(patched))
     layers = layers.merge(handed, how="left", on=["style", "source", "direction"])
     sets = pd.concat([set_table(one, table) for one, table in zip(patched, cells, strict=True)], ignore_index=True)
-    if len(sets):  # over the styles
-        sets["p_vs_random_adjusted"] = sets.groupby(["source", *FAMILY, "set"])["p_vs_random"].transform(
-            holm
-        )  # over the styles
+    if len(sets):
+        family = ["source", *FAMILY]
+        sets["p_vs_random_adjusted"] = sets.groupby([*family, "set"])["p_vs_random"].transform(holm)  # over the styles
+        sets = sets.sort_values(["style", *family, "units"], ignore_index=True)
     tables = {
         "patching_layers": layers.drop(columns=["head", "set"]),
         "patching_heads": heads,
