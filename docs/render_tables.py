@@ -1,15 +1,14 @@
 """Write the generated parts of the documentation: tables of measured figures, and the stages' lists of files.
 
-Reads   docs/measured/*.json, the first sentence of every module; with --example the CSVs of the run that
+Reads   docs/measured/*.json, the first sentence of every module; with --example or --causes the CSVs of the runs that
         docs/EXAMPLE.md describes; with --facts those of the demo's facts
 Writes  what is between `<!-- table: NAME -->` and `<!-- /table -->` in README.md and docs/*.md, and between
         `<!-- files -->` and `<!-- /files -->` in a stage's README.md, the `<!-- fields -->` of a .pt file, the
-        `<!-- styles -->` of make_variants.py; with --example docs/measured/example.json; with --facts
-        docs/measured/facts.json
+        `<!-- styles -->` of make_variants.py; with --example docs/measured/example.json; with --causes causes.json;
+        with --facts facts.json
 
     python docs/render_tables.py
     python docs/render_tables.py --example results/example/maths
-    python docs/render_tables.py --facts results/demo/facts
 """
 
 from __future__ import annotations
@@ -86,6 +85,13 @@ FACTS = {  # part of the change in accuracy: its line in the table
     "fragmentation": "of it by more tokens: control − clean",
     "spelling": "of it by the letters: typo − control",
 }
+CAUSES = {  # positions, donor: the column of the table
+    ("edited", "own"): "edited tokens",
+    ("edited_last", "own"): "the last of them",
+    ("after", "own"): "other tokens after the first edit",
+    ("readout", "own"): "last prompt token and response",
+    ("edited", "other"): "edited tokens, from another prompt",
+}
 
 
 def number(record: Record, key: str = "value", decimals: int = 2) -> str:
@@ -132,6 +138,12 @@ LAYOUTS = {
         lambda record: FACTS[record["part"]],
         lambda record: f"`{record['style']}`",
         lambda record: number(record, decimals=0),
+    ),
+    "causes": Layout(
+        "before layer",
+        lambda record: str(record["layer"]),
+        lambda record: CAUSES[record["positions"], record["donor"]],
+        number,
     ),
     "example": Layout(
         "",
@@ -235,14 +247,28 @@ def facts_rows(results: Path, styles: Sequence[str] = ("swap", "typo@1", "typo@2
     ]
 
 
+def causes_rows(results: Path) -> list[Record]:
+    """R of the residual stream by layer, positions and donor."""
+    lines = read_csv(results / "patching_layers.csv", hint="run the commands of docs/EXAMPLE.md")
+    lines = lines.query("site == 'resid_pre' and direction == 'denoising'").set_index(["layer", "positions", "donor"])
+    found = lines[["R", "R_ci_low", "R_ci_high"]].set_axis(["value", "low", "high"], axis=1)
+    return [
+        {"layer": layer, "positions": positions, "donor": donor}
+        | found.loc[(layer, positions, donor)].dropna().round(4).to_dict()  # no interval if it cannot be another number
+        for layer in sorted({*found.index.get_level_values("layer")})
+        for positions, donor in CAUSES
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Take in the example's figures if asked to, then write every generated part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--example", type=Path, help="results folder of the example's run")
     parser.add_argument("--facts", type=Path, help="results folder of the demo's facts")
+    parser.add_argument("--causes", type=Path, help="results folder of the example's patches")
     args = parser.parse_args(argv)
-    for name, results, rows in (("example", args.example, example_rows), ("facts", args.facts, facts_rows)):
-        if results:
+    for name, rows in (("example", example_rows), ("facts", facts_rows), ("causes", causes_rows)):
+        if results := getattr(args, name):
             path = DOCS / "measured" / f"{name}.json"
             content = json.loads(path.read_text(encoding="utf-8")) | {"rows": rows(results)}
             path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
