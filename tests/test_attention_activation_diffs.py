@@ -395,6 +395,34 @@ def test_next_token_kl_is_exact_with_the_whole_vocabulary_and_a_lower_bound_with
     assert bounds[2]["next_token_kl"].mean() > 0.9 * exact.mean()
 
 
+def test_next_token_kl_is_the_least_that_the_logits_leave_possible():
+    probabilities = np.random.default_rng(2).dirichlet(np.full(12, 0.3), size=(2, 30))
+    clean, style = (
+        logits_of(*torch.tensor(np.log(side)).topk(3), torch.zeros(30, dtype=torch.float64)) for side in probabilities
+    )
+    found = next_token_change(clean, style)["next_token_kl"]
+    for row, (p, q) in enumerate(zip(*probabilities, strict=True)):
+        known, likeliest = (list(side["topk_indices"][row]) for side in (style, clean))
+        shared, own = [i for i in likeliest if i in known], [i for i in likeliest if i not in known]
+        cap, rest = q[known].min(), 1 - q[shared].sum()
+        grids = np.meshgrid(*[np.linspace(1e-4, 1, 60) * cap] * len(own))  # style's probabilities of the clean ones
+        left = rest - sum(grids, np.zeros(()))
+        terms = [p[i] * np.log(p[i] / grid) for i, grid in zip(own, grids, strict=True)]
+        other = 1 - p[likeliest].sum()
+        parts = np.where(left > 0, other * np.log(other / np.maximum(left, 1e-9)), np.inf) + sum(terms, np.zeros(()))
+        expected = parts.min() + (p[shared] * np.log(p[shared] / q[shared])).sum()
+        assert found[row] == pytest.approx(max(0, expected), abs=0.02)
+        assert found[row] <= max(0, expected) + 1e-5
+
+
+def test_next_token_kl_of_other_tokens_is_far_from_0():
+    """A clean first token that the style's top-k lacks is as likely as its last one at most."""
+    clean = logits_of(torch.log(torch.tensor([[0.9, 0.05]])), torch.tensor([[1, 2]]), torch.zeros(1))
+    style = logits_of(torch.log(torch.tensor([[0.9, 0.01]])), torch.tensor([[3, 4]]), torch.zeros(1))
+    expected = 0.9 * np.log(0.9 / 0.01) + 0.05 * np.log(0.05 / 0.01) + 0.05 * np.log(0.05 / 0.98)
+    assert next_token_change(clean, style)["next_token_kl"] == pytest.approx([expected], rel=1e-5)
+
+
 def test_rank_of_the_clean_first_token_and_its_censoring():
     values = torch.tensor([[3.0, 2.0, 1.0]]).expand(3, -1)
     sums = torch.full((3,), 3.5)

@@ -23,10 +23,10 @@ def last_logits(content: dict[str, Any], path: Path) -> dict[str, np.ndarray]:
 def next_token_change(clean: dict[str, np.ndarray], style: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Change at the last prompt token of n rows; each side is `last_logits` of them. Every value is [n]:
 
-    next_token_kl     KL(clean || style) in nats with all tokens that are not in both top-k lumped into one: an exact
-                      lower bound of the full KL, and equal to it if k is the vocabulary
+    next_token_kl     the least KL(clean || style) in nats that the logits leave possible (`_least_rest`): a lower bound
+                      of the full KL, and equal to it if k is the vocabulary
     log10_next_token_kl   its logarithm, a KL below LEAST_KL taken as that
-    kl_mass_clean, kl_mass_style   probability of the tokens that are not lumped
+    kl_mass_clean, kl_mass_style   probability of the tokens that are in both top-k
     clean_top1_rank   rank of the clean run's first token under the style, from 1; k + 1: beyond the top-k (censored)
     top1_kept         1 if that rank is 1
     """
@@ -37,10 +37,8 @@ def next_token_change(clean: dict[str, np.ndarray], style: dict[str, np.ndarray]
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(shared & (p > 0), p * np.log(p / q_of_p), 0.0).sum(-1)
     mass_p, mass_q = np.where(shared, p, 0).sum(-1), np.where(shared, q_of_p, 0).sum(-1)
-    rest_p, rest_q = np.clip(1 - mass_p, 0, 1), np.clip(1 - mass_q, ROUNDING, 1)
-    lumped = np.where(rest_p > ROUNDING, rest_p * np.log(np.maximum(rest_p, ROUNDING) / rest_q), 0.0)
     rank = np.where(shared[:, 0], place[:, 0] + 1, q.shape[1] + 1).astype(float)
-    kl = np.maximum(terms + lumped, 0)
+    kl = np.maximum(terms + _least_rest(np.where(shared, 0, p), 1 - mass_p, 1 - mass_q, q.min(axis=1)), 0)
     return {
         "next_token_kl": kl,
         "log10_next_token_kl": np.log10(np.maximum(kl, LEAST_KL)),
@@ -49,6 +47,24 @@ def next_token_change(clean: dict[str, np.ndarray], style: dict[str, np.ndarray]
         "clean_top1_rank": rank,
         "top1_kept": (rank == 1).astype(float),
     }
+
+
+def _least_rest(own: np.ndarray, rest_p: np.ndarray, rest_q: np.ndarray, cap: np.ndarray) -> np.ndarray:
+    """[n] the least part of the KL of the tokens that are not in both top-k, whose probabilities are rest_p, rest_q [n].
+
+    own [n, k]: clean probabilities of those in the clean top-k alone (0: none). Under the style each has at most `cap`
+    [n], the least of its top-k. The least divergence gives all tokens t times their clean probability, or else the cap.
+    """
+    p = -np.sort(-own, axis=1)
+    above = np.cumsum(np.pad(p, ((0, 0), (1, 0))), axis=1)  # probability of the j likeliest, j from 0 to k
+    count = np.arange(above.shape[1])
+    rest_p, rest_q = np.clip(rest_p, 0, 1)[:, None], np.clip(rest_q, ROUNDING, 1)[:, None]
+    t = np.maximum(rest_q - count * cap[:, None], ROUNDING) / np.maximum(rest_p - above, ROUNDING)
+    capped = (t * np.pad(p, ((0, 0), (0, 1))) <= cap[:, None]).argmax(axis=1)[:, None]  # how many have the cap
+    t, above = np.take_along_axis(t, capped, axis=1), np.take_along_axis(above, capped, axis=1)
+    of_capped = np.where(count[:-1] < capped, p * np.log(np.maximum(p, ROUNDING) / cap[:, None]), 0).sum(axis=1)
+    left = (rest_p - above)[:, 0]
+    return of_capped - np.where(left > ROUNDING, left * np.log(t[:, 0]), 0)
 
 
 def _places(wanted: np.ndarray, ids: np.ndarray) -> np.ndarray:
