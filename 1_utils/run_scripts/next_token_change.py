@@ -50,7 +50,7 @@ def next_token_change(clean: dict[str, np.ndarray], style: dict[str, np.ndarray]
 
 
 def _least_rest(own: np.ndarray, rest_p: np.ndarray, rest_q: np.ndarray, cap: np.ndarray) -> np.ndarray:
-    """[n] the least part of the KL of the tokens that are not in both top-k, whose probabilities are rest_p, rest_q [n].
+    """[n] the least part of the KL of the tokens that are not in both top-k, of probabilities rest_p, rest_q [n].
 
     own [n, k]: clean probabilities of those in the clean top-k alone (0: none). Under the style each has at most `cap`
     [n], the least of its top-k. The least divergence gives all tokens t times their clean probability, or else the cap.
