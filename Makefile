@@ -80,6 +80,8 @@ $(VENV)/.installed: requirements.txt | $(PY)
 	@$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+# pyarrow lies apart, for the one test that needs it: beside pandas it would change the type of texts for all tests.
+$(VENV)/.installed-dev: requirements-dev.txt requirements-optional.txt $(VENV)/.installed
 	@$(PIP_INSTALL) --quiet -r requirements-dev.txt
+	@$(PIP_INSTALL) --quiet --upgrade --no-deps --target $(VENV)/optional -r requirements-optional.txt
 	@touch $@

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import export_formats
 import export_run
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from capture import batching
 from command_line import UserError
 from export_formats import fingerprint, read_file
 from run_store import load_pt, open_run, save_pt
@@ -19,6 +24,10 @@ from test_inference_runs import run, write_prompts
 
 HAS_ARROW = importlib.util.find_spec("pyarrow") is not None
 needs_arrow = pytest.mark.skipif(not HAS_ARROW, reason="pyarrow is not installed")
+HAS_DATASETS = importlib.util.find_spec("datasets") is not None
+needs_datasets = pytest.mark.skipif(not HAS_DATASETS, reason="datasets is not installed")
+FORMS = ["safetensors", pytest.param("parquet", marks=needs_arrow), pytest.param("datasets", marks=needs_datasets)]
+OPTIONAL = Path(sys.prefix) / "optional"
 FLAGS = ["--neurons", "--entropy", "--cross_logprobs", "--answer_logprobs", "--topk_positions", "all"]
 
 
@@ -29,7 +38,9 @@ def run_folder(tmp_path_factory) -> Path:
     rows = json.loads(prompts.read_text())
     rows[3] |= {"element_index": "a text", "answer": ["one", "two words"]}
     prompts.write_text(json.dumps(rows))
-    assert run(tiny_models.save(place / "model"), prompts, place / "run", *FLAGS, "--dtype", "bfloat16") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "ROWS_PER_FILE", 6)
+        assert run(tiny_models.save(place / "model"), prompts, place / "run", *FLAGS, "--dtype", "bfloat16") == 0
     return place / "run"
 
 
@@ -53,7 +64,7 @@ def assert_equal(one, other, where=()) -> None:
         assert str(one) == str(other), where
 
 
-@pytest.mark.parametrize("form", ["safetensors", pytest.param("parquet", marks=needs_arrow)])
+@pytest.mark.parametrize("form", FORMS)
 def test_what_is_read_back_equals_the_pt_files(run_folder, tmp_path, form):
     manifest = export(run_folder, tmp_path, form)
     opened = open_run(run_folder)
@@ -83,10 +94,37 @@ def test_pandas_opens_parquet(run_folder, tmp_path):
 
     export(run_folder, tmp_path, "parquet")
     table = pd.read_parquet(tmp_path / "swap")
-    content = load_pt(open_run(run_folder).files("swap")[0])
-    assert table["response"].tolist() == content["responses"]
+    content, other = (load_pt(path) for path in open_run(run_folder).files("swap"))
+    assert table["response"].tolist() == content["responses"] + other["responses"]
     first = torch.tensor(table["logsumexp"][0])
     assert torch.equal(first, content["logsumexp"][0][content["attention_mask"][0]])
+
+
+@pytest.mark.skipif(not OPTIONAL.is_dir(), reason=f"pyarrow is not in {OPTIONAL}, where `make test` puts it")
+def test_parquet_in_a_python_that_has_pyarrow(run_folder, tmp_path):
+    """The script reads back what it writes; pandas opens a style's folder."""
+    words = [export_run.__file__, "--run_dir", str(run_folder), "--output_dir", str(tmp_path), "--format", "parquet"]
+    code = f"import pandas; print(*pandas.read_parquet({str(tmp_path / 'swap')!r})['original_index'])"
+    for command, told in ((words, ""), (["-c", code], "1 2 3 4 6 7 8 9\n")):
+        environment = os.environ | {"PYTHONPATH": str(OPTIONAL)}
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (0, told), done.stderr
+
+
+@needs_datasets
+def test_datasets_opens_all_styles(run_folder, tmp_path):
+    import datasets
+
+    export(run_folder, tmp_path, "datasets")
+    styles = datasets.load_from_disk(str(tmp_path))
+    assert list(styles) == ["normal", "swap"]
+    several = [load_pt(path) for path in open_run(run_folder).files("normal")]
+    assert styles["normal"]["response"] == [text for content in several for text in content["responses"]]
+    row = styles["normal"].with_format("numpy")[0]
+    first = several[0]["span_mass"][:, 0]
+    np.testing.assert_array_equal(row["span_mass"].reshape(row["span_mass_shape"]), first.float().numpy())
+    assert styles["normal"]["element_index"][3] == '"a text"'  # one column has one type, in all files
+    assert len(several) == 2
 
 
 def test_a_value_that_is_not_the_same_is_an_error(run_folder, tmp_path, monkeypatch):
@@ -114,6 +152,6 @@ def test_a_file_of_the_reference_format(tmp_path):
     export(tmp_path / "run", tmp_path / "out", "safetensors")
     (path,) = (tmp_path / "out").rglob("*.safetensors")
     assert_equal(read_file(path, "safetensors"), content)
-    missing = "no rows to write as Parquet; use --format safetensors" if HAS_ARROW else "pip install pyarrow"
+    missing = "no rows to write as parquet; use --format safetensors" if HAS_ARROW else "pip install pyarrow"
     with pytest.raises(UserError, match=missing):
         export(tmp_path / "run", tmp_path / "other", "parquet")

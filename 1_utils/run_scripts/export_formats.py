@@ -1,8 +1,9 @@
-"""Write the content of a .pt file as safetensors or Parquet, and read it back: lossless, one file for one file.
+"""Write the content of a .pt file as safetensors, Parquet or Arrow, and read it back: lossless, one file for one file.
 
 safetensors: the tensors, padded as they are, a raw layer as `hidden_states.layer_5`; everything that is no tensor is
-JSON in the file's metadata. Parquet: one line a prompt without padding; a tensor is a flat list beside `<field>_shape`,
-bfloat16 as float32 (exact); what belongs to the whole file is JSON in the schema's metadata under `error_interp`.
+JSON in the file's metadata. Parquet and Arrow (of the package datasets): one line a prompt without padding; a tensor is
+a flat list beside `<field>_shape`, bfloat16 as float32 (exact); a field whose values have several types is JSON; what
+belongs to the whole file is JSON in the schema's metadata under `error_interp`.
 """
 
 from __future__ import annotations
@@ -10,29 +11,39 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from command_line import UserError
+from file_output import write_json
 from pt_fields import FIELDS, LAYER_NAME, pack_rows, unpack_rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-ROWS_AT_ONCE = 8  # of a Parquet row group
+ROWS_AT_ONCE = 8  # of a Parquet row group, or an Arrow batch
+NEEDS = {"parquet": "pyarrow", "datasets": "datasets"}
+SUFFIXES = {"safetensors": "safetensors", "parquet": "parquet", "datasets": "arrow"}
 META = b"error_interp"
 Content = dict[str, Any]
 
 
-def write_file(content: Content, path: Path, form: str) -> None:
-    """Write the content of a .pt file to `path` in a format. Raises UserError for what the format cannot hold."""
-    (write_safetensors if form == "safetensors" else write_parquet)(content, path)
+def write_file(content: Content, path: Path, form: str, mixed: Sequence[str] = ()) -> None:
+    """Write the content of a .pt file to `path` in a format. Raises UserError for what the format cannot hold.
+
+    mixed: see `mixed_fields`.
+    """
+    if form == "safetensors":
+        write_safetensors(content, path)
+    else:
+        write_rows(content, path, form, mixed)
 
 
 def read_file(path: Path, form: str) -> Content:
     """The content of the .pt file that was written to `path`."""
-    return (read_safetensors if form == "safetensors" else read_parquet)(path)
+    return read_safetensors(path) if form == "safetensors" else read_rows(path, form)
 
 
 def fingerprint(content: Content) -> dict[str, str]:
@@ -91,63 +102,85 @@ def _json(key: str, value: Any) -> str:
         raise UserError(f"{key} holds what is neither tensor nor text nor number; it cannot be exported") from None
 
 
-# --- Parquet
+# --- Parquet and Arrow: a line a prompt
 
 
-def write_parquet(content: Content, path: Path) -> None:
-    """One line a prompt; needs pyarrow."""
-    arrow, parquet = _arrow()
+def mixed_fields(contents: Iterable[Content]) -> list[str]:
+    """Names, in a row, of the fields whose values are of several types in a style's files: one column has one type."""
+    kinds: dict[str, set[type]] = {}
+    for content in contents:
+        for key, value in content.items():
+            if isinstance(value, list) and key in FIELDS:
+                kinds.setdefault(FIELDS[key].row_name or key, set()).update(map(type, value))
+    return [name for name, found in kinds.items() if len(found) > 1]
+
+
+def write_rows(content: Content, path: Path, form: str, mixed: Sequence[str]) -> None:
+    """One line a prompt."""
+    arrow, parquet = _packages(form)
     if "attention_mask" not in content:
-        raise UserError("a file of the reference format has no rows to write as Parquet; use --format safetensors")
+        raise UserError(f"a file of the reference format has no rows to write as {form}; use --format safetensors")
     real, ids = content["attention_mask"], content["input_ids"]
     shared = {key: value for key, value in content.items() if "B" not in FIELDS[key].axes} if _known(content) else {}
     meta: dict[str, Any] = {"shared": shared, "pad_token_id": int(ids[~real][0]) if not bool(real.all()) else 0}
-    rows = unpack_rows(content)
-    first = rows[0]
+    count, first = len(real), unpack_rows(content, slice(1))[0]
     meta["dtypes"] = {name: str(one.dtype).removeprefix("torch.") for name, one in _tensors(first).items()}
-    meta["json"] = [
-        name
-        for name, value in first.items()
-        if not isinstance(value, torch.Tensor | dict) and len({type(row[name]) for row in rows}) > 1
-    ]
+    meta["json"] = [name for name in mixed if name in first]
     writer = None
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        columns = _columns(arrow, rows[start : start + ROWS_AT_ONCE], meta)
+    for start in range(0, count, ROWS_AT_ONCE):
+        columns = _columns(arrow, unpack_rows(content, slice(start, start + ROWS_AT_ONCE)), meta)
         table = arrow.table(columns).replace_schema_metadata({META: json.dumps(meta).encode()})
-        writer = writer or parquet.ParquetWriter(path, table.schema, compression="zstd")
+        if writer is None and form == "parquet":
+            writer = parquet.ParquetWriter(path, table.schema, compression="zstd", use_dictionary=False)
+        writer = writer or arrow.ipc.new_stream(str(path), table.schema)
         writer.write_table(table)
     if writer:
         writer.close()
 
 
-def read_parquet(path: Path) -> Content:
-    """The content of the .pt file, padded again; needs pyarrow."""
-    _, parquet = _arrow()
-    rows: list[dict[str, Any]] = []
-    with parquet.ParquetFile(path) as file:
-        meta = json.loads(file.schema_arrow.metadata[META])
-        for batch in file.iter_batches(ROWS_AT_ONCE):
-            rows += [_row(batch, place, meta) for place in range(batch.num_rows)]
-    return pack_rows(rows, meta["shared"], meta["pad_token_id"])
-
-
-def _row(batch: Any, place: int, meta: dict[str, Any]) -> dict[str, Any]:
-    """A row as `unpack_rows` has it."""
-    row: dict[str, Any] = {}
-    shapes = {f"{name}_shape" for name in meta["dtypes"]}
-    for name in batch.schema.names:
-        value = batch[name][place]
-        if name in meta["dtypes"]:
-            array = value.values.to_numpy(zero_copy_only=False).copy().reshape(batch[f"{name}_shape"][place].as_py())
-            tensor = torch.from_numpy(array).to(getattr(torch, meta["dtypes"][name]))
+def read_rows(path: Path, form: str) -> Content:
+    """The content of the .pt file, padded again. Read column by column, so that no number is in memory twice."""
+    arrow, parquet = _packages(form)
+    with parquet.ParquetFile(path) if form == "parquet" else arrow.memory_map(str(path)) as file:
+        table = file if form == "parquet" else arrow.ipc.open_stream(file).read_all()  # is mapped, not copied
+        schema = file.schema_arrow if form == "parquet" else table.schema
+        meta = json.loads(schema.metadata[META])
+        content: Content = dict(meta["shared"])
+        shapes = {f"{name}_shape": name for name in meta["dtypes"]}
+        for name in (name for name in schema.names if name not in shapes):
+            wanted = [name, f"{name}_shape"] if name in meta["dtypes"] else [name]
+            column = table.read(columns=wanted) if form == "parquet" else table.select(wanted)
             key, _, layer = name.partition(".")
-            if layer:
-                row.setdefault(key, {})[layer] = tensor
+            rows = [{key: {layer: value} if layer else value} for value in _values(column, name, meta)]
+            for packed, value in pack_rows(rows, {}, meta["pad_token_id"]).items():
+                content[packed] = content.get(packed, {}) | value if layer else value
+            del column
+            arrow.default_memory_pool().release_unused()
+    return content
+
+
+def write_dataset(folder: Path, names: Sequence[str]) -> None:
+    """What `datasets.load_from_disk` wants beside the Arrow files `names`: the columns' types and the files' order."""
+    datasets = importlib.import_module("datasets")
+    features = datasets.Dataset.from_file(str(folder / names[0])).features
+    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
+    size = [[name, (folder / name).stat().st_size] for name in names]
+    state: dict[str, Any] = {"_data_files": [{"filename": name} for name in names], "_format_kwargs": {}}
+    state |= dict.fromkeys(("_format_type", "_format_columns", "_split")) | {"_output_all_columns": False}
+    state["_fingerprint"] = hashlib.sha256(json.dumps(size).encode()).hexdigest()[:16]
+    write_json(folder / "state.json", state)
+
+
+def _values(table: Any, name: str, meta: dict[str, Any]) -> Iterator[Any]:
+    """The values of a column, a row each, as `unpack_rows` has them."""
+    for batch in table.to_batches():
+        for place, value in enumerate(batch[name]):
+            if name in meta["dtypes"]:
+                shape = batch[f"{name}_shape"][place].as_py()
+                array = value.values.to_numpy(zero_copy_only=False).copy().reshape(shape)
+                yield torch.from_numpy(array).to(getattr(torch, meta["dtypes"][name]))
             else:
-                row[name] = tensor
-        elif name not in shapes:
-            row[name] = json.loads(value.as_py()) if name in meta["json"] else value.as_py()
-    return row
+                yield json.loads(value.as_py()) if name in meta["json"] else value.as_py()
 
 
 def _known(content: Content) -> bool:
@@ -180,8 +213,10 @@ def _columns(arrow: Any, rows: list[dict[str, Any]], meta: dict[str, Any]) -> di
     return columns
 
 
-def _arrow() -> tuple[Any, Any]:
+def _packages(form: str) -> tuple[Any, Any]:
+    """pyarrow, and its part for Parquet."""
     try:
+        importlib.import_module(NEEDS[form])
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise UserError("--format parquet needs the package pyarrow: pip install pyarrow") from None
+        raise UserError(f"--format {form} needs the package {NEEDS[form]}: pip install {NEEDS[form]}") from None

@@ -1,8 +1,9 @@
-"""Write a run of stage 2 in a format that other tools open: every .pt file as one safetensors or Parquet file.
+"""Write a run of stage 2 in a format that other tools open: every .pt file as one safetensors, Parquet or Arrow file.
 
 Reads   outputs/<run>/<style>/activations_*.pt, run.json, prompts.json
-Writes  <output_dir>/<style>/activations_*.safetensors (or .parquet), <output_dir>/manifest.json: the files, what is in
-        them, and the run's settings. Each file is read back and compared with the .pt file, one at a time.
+Writes  <output_dir>/<style>/activations_*.safetensors (.parquet, .arrow), <output_dir>/manifest.json: the files, what
+        is in them, and the run's settings. Each file is read back and compared with the .pt file, one at a time. With
+        --format datasets, `datasets.load_from_disk` opens <output_dir> as a DatasetDict of the styles.
 
     python 1_utils/run_scripts/export_run.py --run_dir outputs/demo/facts --format safetensors \\
         --output_dir outputs/export
@@ -21,7 +22,7 @@ from logger import get_logger
 from pt_fields import FIELDS, SCHEMA_VERSION
 from run_store import open_run
 
-FORMATS = ("safetensors", "parquet")  # as in export_formats.py, which imports torch
+FORMATS = ("safetensors", "parquet", "datasets")  # as in export_formats.py, which imports torch
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,7 +30,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--run_dir", type=Path, required=True, help="run folder, style folder or .pt file")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="parquet needs the package pyarrow")
+    needs = "parquet needs the package pyarrow, datasets that of its name"
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=needs)
     parser.add_argument("--styles", nargs="+", help="styles to export beside the clean form; default: all")
     return parser.parse_args(argv)
 
@@ -37,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files one by one, each read back, and the manifest."""
     args = parse_args(argv)
-    from export_formats import fingerprint, read_file, write_file
+    from export_formats import SUFFIXES, fingerprint, mixed_fields, read_file, write_dataset, write_file
 
     run = open_run(args.run_dir)
     log = get_logger()
@@ -46,20 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = 0
     for style in run.chosen(args.styles):
         files = []
+        mixed = mixed_fields(run.load(source) for source in run.files(style))
         for source in run.files(style):
             content = run.load(source)
-            path = args.output_dir / style / f"{source.stem}.{args.format}"
+            path = args.output_dir / style / f"{source.stem}.{SUFFIXES[args.format]}"
             with atomic_path(path) as temporary:
                 rows, marks = len(content["original_indices"]), fingerprint(content)
-                write_file(content, temporary, args.format)
+                write_file(content, temporary, args.format, mixed)
                 del content  # one of the two is in memory
                 if fingerprint(read_file(temporary, args.format)) != marks:
                     raise UserError(f"{path}: reads back as other values than {source}; please report this")
             size += path.stat().st_size
             files.append({"name": path.name, "source": source.name, "rows": rows, "bytes": path.stat().st_size})
+        if args.format == "datasets":
+            write_dataset(args.output_dir / style, [file["name"] for file in files])
         record = {"rows": sum(file["rows"] for file in files), "files": files, "run.json": run.settings(style)}
         manifest["styles"][style] = record
     write_json(args.output_dir / "manifest.json", manifest)
+    if args.format == "datasets":
+        write_json(args.output_dir / "dataset_dict.json", {"splits": [*manifest["styles"]]})
     if run.prompt_rows:
         write_json(args.output_dir / "prompts.json", run.prompt_rows)
     log.info(f"{args.output_dir}: {gigabytes(size)} in {args.format}, read back and equal to the .pt files")

@@ -219,10 +219,11 @@ def pack_rows(rows: list[dict[str, Any]], shared: dict[str, Any], pad_token_id: 
     return content
 
 
-def unpack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The per-row results that `pack_rows` packed: its inverse, so that a file can be completed later."""
+def unpack_rows(content: dict[str, Any], part: slice = slice(None)) -> list[dict[str, Any]]:
+    """The per-row results (or a `part` of them) that `pack_rows` packed: its inverse, to complete a file later."""
     rows: list[dict[str, Any]] = []
-    for position, real in enumerate(content["attention_mask"]):
+    for position in range(len(content["attention_mask"]))[part]:
+        real = content["attention_mask"][position]
         row: dict[str, Any] = {}
         for key, value in content.items():
             field = FIELDS.get(key, Field("B", "", ""))
