@@ -1,8 +1,10 @@
 """The documentation: commands and Python blocks run, links lead somewhere, tables are those of their JSON files."""
 
 import csv
+import importlib.util
 import json
 import re
+import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -132,6 +134,9 @@ def test_every_documented_csv_is_written_by_some_script(demo):
         assert "".join(parts) in code or (f'"{parts[0]}"' in code and f"{parts[1]}{parts[2]}" in code), name
 
 
+OTHER_TOOLS = ("transformer_lens", "nnsight")
+
+
 @every_page
 def test_python_blocks_run(page, request, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
@@ -142,8 +147,27 @@ def test_python_blocks_run(page, request, monkeypatch):
     monkeypatch.setattr("sys.path", [*sys.path])
     names = {"pt_dir": "outputs/demo/maths/swap", "raw_csv_path": "raw.csv", "agg_base_path": "aggregates"}
     for block in blocks:
+        if any(f"from {name}" in block for name in OTHER_TOOLS):
+            continue
         model = DEFAULT_REWARD_MODEL
         if model in block:
             block = block.replace(model, request.getfixturevalue("deberta"))
         exec(compile(block, str(page), "exec"), names)
     pyplot.close("all")
+
+
+@pytest.mark.parametrize("tool", OTHER_TOOLS)
+def test_another_tool_has_the_states_of_a_run(tool, demo):
+    """The guide's block as a script, behind those that open the run; its last line prints the largest difference."""
+    if importlib.util.find_spec(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    section = (
+        (ROOT / "docs/GUIDE.md").read_text(encoding="utf-8").partition("## In other tools")[2].partition("\n## ")[0]
+    )
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    code = "".join([*blocks[:2], next(block for block in blocks if f"from {tool}" in block)])
+    code = code.replace("1_utils", str(ROOT / "1_utils")).replace("models/SmolLM2-135M-Instruct", str(demo / "model"))
+    (demo / "block.py").write_text(code)  # nnsight reads the source of its `with`
+    done = subprocess.run([sys.executable, "block.py"], capture_output=True, text=True, cwd=demo)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1e-5
