@@ -105,6 +105,11 @@ def test_rows_need_all_forms():
     assert found.loc["accuracy_slope", "n"] == 6  # needs no swap
 
 
+def test_no_row_with_all_forms_gives_no_line():
+    items = items_of({"normal": [1, 1], "typo@1": [0, 1]})
+    assert robustness_summary(items.assign(identical=items["style"] != "normal"), "normal").empty
+
+
 def test_answers_agree_that_are_both_right_or_the_same_unread_text():
     values = {"normal": ["it is paris", None, None], "swap": ["Paris", None, None]}
     items = items_of({"normal": [1, 0, 0], "swap": [1, 0, 0]}, values)

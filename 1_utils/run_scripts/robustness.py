@@ -91,7 +91,8 @@ def _matrix(scores: pd.DataFrame, forms: Sequence[str]) -> pd.DataFrame:
     """[rows, forms] of the scores, and `cluster`: rows with all forms, none of which is the clean prompt again."""
     own = scores[scores["style"].isin(forms) & ~scores["identical"].astype(bool)]
     wide = own.pivot(index="original_index", columns="style", values="correct").reindex(columns=list(forms)).dropna()
-    return wide.assign(cluster=own.groupby("original_index")["template"].first())
+    clusters = own.groupby("original_index")["template"].first()
+    return wide.assign(cluster=clusters.reindex(wide.index))  # an empty table would take the rows of the column
 
 
 # --- measures of the matrix rows x forms, with bootstrap intervals
