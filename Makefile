@@ -45,7 +45,7 @@ run: $(VENV)/.installed
 # One thread a worker, because the workers share the cores.
 test: $(VENV)/.installed-dev check
 	@$(PY) 1_utils/run_scripts/fetch_models.py
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not stress"
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not stress"
 
 check: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -127,7 +127,7 @@ def test_a_file_holds_the_fields_of_the_contract(undisturbed, prompt_file):
     rows, tokens = len(content["original_indices"]), content["input_ids"].shape[1]
     layers, heads, width, regions, pooled = 3, 4, 32, 7, 4
     shapes = dict.fromkeys(("input_ids", "attention_mask"), (rows, tokens))
-    shapes |= dict.fromkeys(("topk_vals", "topk_indices"), (rows, 1, 10))
+    shapes |= dict.fromkeys(("topk_vals", "topk_indices"), (rows, 1, 400))  # of the whole vocabulary
     shapes |= {"region_mask": (rows, tokens, regions), "logsumexp": (rows, 1)}
     shapes |= {"span_mass": (layers, rows, heads, regions, regions), "hidden_pooled": (layers + 1, rows, pooled, width)}
     assert {key: tuple(content[key].shape) for key in shapes} == shapes

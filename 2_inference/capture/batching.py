@@ -54,7 +54,7 @@ def row_cost(config: Any, options: CaptureOptions, regions: int, pooled: int, it
     layers = attention_layers(config)
     config = config.get_text_config(decoder=True)
     sizes = {"R": regions, "L": layers, "H": _largest(config, "num_attention_heads"), "P": pooled}
-    sizes |= {"D": config.hidden_size, "k": options.topk_logits}
+    sizes |= {"D": config.hidden_size, "k": min(options.topk_logits, config.vocab_size)}
     sizes["F"] = _largest(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * config.hidden_size
     maps = sum(layer < layers for layer in options.raw_layers)
     count: dict[str, float] = {"hidden_states": len(options.raw_layers), "attentions": maps}

@@ -28,6 +28,7 @@ from stamps import by_flag
 
 # What says how text is made; given responses are there already.
 TEXT_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "num_samples", "seed")
+TOPK_LOGITS = {"last": 1000, "all": 10}  # by --topk_positions
 AT_LEAST = {"max_new_tokens": 0, "top_k": 0, "num_samples": 1, "topk_logits": 1, "temperature": 0.0, "max_samples": 1}
 
 
@@ -82,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument_group("capture").add_argument
     raw = "layers kept raw, counted as in hidden_states (0: embeddings): numbers, ranges (0-5), -1 (the last), all, or "
     flag("--raw_layers", nargs="+", help=raw + "none; default: 0 5 10 15, as far as the model has them")
-    flag("--topk_logits", type=int, default=10, help="next-token logits kept")
+    flag("--topk_logits", type=int, help="next-token logits kept; default 1000, with --topk_positions all 10")
     flag("--topk_positions", choices=("last", "all"), default="last", help="of the prompt")
     flag("--neurons", action="store_true", help="MLP activations (down_proj input) averaged over regions")
     gates = "outputs of the MLP's activation function (act_fn), averaged over regions: the neurons of Tsuji et al."
@@ -127,6 +128,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--batch_size {args.batch_size}: give a number or auto")
     if not 0 < args.top_p <= 1 or args.repetition_penalty <= 0:
         raise UserError("--top_p must lie in (0, 1], --repetition_penalty above 0")
+    args.topk_logits = args.topk_logits or TOPK_LOGITS[args.topk_positions]
     args.response_logprobs = args.response_logprobs or args.cross_logprobs
     args.stop_strings = [text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop_strings]
     if "" in args.stop_strings:
