@@ -9,15 +9,19 @@ import time
 from pathlib import Path
 
 import attn_act_logi
+import match_answers
 import pytest
 import tiny_models
+import torch
 from capture import job
 from command_line import UserError
+from file_output import read_csv
 from local_openai_server import LocalOpenAIServer
 from run_store import read_failures
 from test_inference_given import MAKING, assert_same_captures
 from test_inference_runs import FEW_SHOT, SCRIPT, arguments, rows_by_key, run, write_prompts
 
+ROOT = Path(__file__).resolve().parents[1]
 KEYS = {"style", "original_index", "element_index", "sample", "response", "finish_reason", "prompt_tokens",
         "completion_tokens", "served_model", "changed"}  # fmt: skip
 
@@ -215,3 +219,53 @@ def test_a_signal_stops_the_asking_and_the_rest_is_asked_later(model_dir, prompt
         assert 4 <= len(stored(tmp_path / "run")) == count["asked"] < 10
         assert run(model_dir, prompt_file, tmp_path / "run", *flags) == 0
     assert count["asked"] == len(rows_by_key(tmp_path / "run"))
+
+
+@pytest.mark.stress
+def test_the_demos_facts_by_a_server_and_killed_on_the_way_equal_those_of_stage_2(tmp_path, capsys):
+    """150 facts in two styles by transformers' own greedy generation. Minutes: the server answers one by one."""
+    model = str(ROOT / "models/SmolLM2-135M-Instruct")
+    words = ["--model_name", model, "--prompt_file", str(ROOT / "0_data/facts.json"), "--prompt_keys", "normal", "swap"]
+    words += [
+        "--few_shot_file",
+        str(ROOT / "0_data/few_shot_facts.txt"),
+        "--max_new_tokens",
+        "8",
+        "--max_samples",
+        "150",
+    ]
+    words += ["--stop_strings", "\\n", "--raw_layers", "none", "--output_dir"]
+    assert attn_act_logi.main([*words, str(tmp_path / "own")]) == 0
+    with LocalOpenAIServer(model) as server:
+        command = [*words, str(tmp_path / "run"), "--base_url", server.base_url]
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *command])
+        while process.poll() is None and len(stored(tmp_path / "run")) < 100:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        kept = stored(tmp_path / "run")
+        while server.in_flight:  # what was asked by the killed one
+            time.sleep(0.05)
+        asked = len(server.requests)
+        assert 100 <= len(kept) <= asked < 300
+        assert attn_act_logi.main(command) == 0
+        assert len(server.requests) - asked == 300 - len(kept)
+    assert len(stored(tmp_path / "run")) == 300
+    found, expected = rows_by_key(tmp_path / "run"), rows_by_key(tmp_path / "own")
+    unlike = [key for key, row in found.items() if row["response"] != expected[key]["response"]]
+    scores = []
+    for name in ("run", "own"):
+        match_answers.main(["--run_dir", str(tmp_path / name), "--results_dir", str(tmp_path / name / "results")])
+        items = read_csv(tmp_path / name / "results" / "answers_items.csv")
+        scores.append(items.groupby("style")["correct"].mean().to_dict())
+    farthest = {}
+    for key, row in found.items():
+        for name, value in row.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                apart = float((value.float() - expected[key][name].float()).abs().nan_to_num(0).max())
+                farthest[name] = max(farthest.get(name, 0.0), apart)
+    with capsys.disabled():
+        print(f"\nkept {len(kept)} when killed; other responses: {unlike}; accuracy {scores[0]}; farthest {farthest}")
+    assert unlike == []
+    assert scores[0] == scores[1]
+    assert max(farthest.values()) < 1e-5
