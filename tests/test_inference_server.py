@@ -226,15 +226,8 @@ def test_the_demos_facts_by_a_server_and_killed_on_the_way_equal_those_of_stage_
     """150 facts in two styles by transformers' own greedy generation. Minutes: the server answers one by one."""
     model = str(ROOT / "models/SmolLM2-135M-Instruct")
     words = ["--model_name", model, "--prompt_file", str(ROOT / "0_data/facts.json"), "--prompt_keys", "normal", "swap"]
-    words += [
-        "--few_shot_file",
-        str(ROOT / "0_data/few_shot_facts.txt"),
-        "--max_new_tokens",
-        "8",
-        "--max_samples",
-        "150",
-    ]
-    words += ["--stop_strings", "\\n", "--raw_layers", "none", "--output_dir"]
+    words += ["--few_shot_file", str(ROOT / "0_data/few_shot_facts.txt"), "--max_new_tokens", "8"]
+    words += ["--max_samples", "150", "--stop_strings", "\\n", "--raw_layers", "none", "--output_dir"]
     assert attn_act_logi.main([*words, str(tmp_path / "own")]) == 0
     with LocalOpenAIServer(model) as server:
         command = [*words, str(tmp_path / "run"), "--base_url", server.base_url]
@@ -262,10 +255,12 @@ def test_the_demos_facts_by_a_server_and_killed_on_the_way_equal_those_of_stage_
     for key, row in found.items():
         for name, value in row.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                apart = float((value.float() - expected[key][name].float()).abs().nan_to_num(0).max())
-                farthest[name] = max(farthest.get(name, 0.0), apart)
+                own = expected[key][name].float()
+                apart = float((value.float() - own).abs().nan_to_num(0).max() / own.abs().nan_to_num(0).max())
+                rounding = 2 * torch.finfo(torch.float16).eps if value.dtype == torch.float16 else 1e-5
+                farthest[name] = max(farthest.get(name, 0.0), apart / rounding)
     with capsys.disabled():
-        print(f"\nkept {len(kept)} when killed; other responses: {unlike}; accuracy {scores[0]}; farthest {farthest}")
+        print(f"\nkept {len(kept)} when killed; unlike: {unlike}; {scores[0]}; of what is allowed: {farthest}")
     assert unlike == []
     assert scores[0] == scores[1]
-    assert max(farthest.values()) < 1e-5
+    assert max(farthest.values()) < 1  # batches differ: 1e-5 of a prompt's largest state, or one rounding of float16
