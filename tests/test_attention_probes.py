@@ -286,6 +286,14 @@ def test_clustered_error_equals_the_cluster_bootstrap():
     assert half > 1.2 * (fold_auc(labels, scores, folds, np.arange(480)).ci_high - found.auc)  # clusters matter here
 
 
+def test_p_and_interval_agree_with_few_groups():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        labels, clusters = np.tile([0, 1], 12), np.repeat(np.arange(12), 2)
+        found = fold_auc(labels, draw.normal(size=24) + 2 * labels, clusters % 4, clusters)
+        assert (found.p < 0.025) == (found.ci_low > 0.5)
+
+
 def test_auc_at_its_ends():
     labels, folds, clusters = np.tile([0, 1], 20), np.repeat([0, 1], 20), np.repeat(np.arange(10), 4)
     best = fold_auc(labels, labels.astype(float), folds, clusters)

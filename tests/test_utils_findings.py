@@ -8,6 +8,7 @@ import pytest
 from accuracy_sections import accuracy_section
 from attention.reaction_sections import CAUSES, HEADS, LAYERS, UNITS
 from command_line import UserError
+from findings import share_limit
 from report_section import findings_of, read_sections, write_section
 from report_tables import worst_first
 
@@ -84,14 +85,16 @@ def write_run(folder, effect, repeats=True):
             {"style": "split@typo@2", "measure": "recovery_depth", "n": 149, "n_censored": 101},
         ],
         "activation_diffs": [
-            against_control("typo@2", change, 0.07, p, measure="own_nearest", region="edited", layer=layer)
+            against_control("typo@2", change, 0.07, p, measure="own_nearest", region="edited", layer=layer,
+                            control_estimate=0.3, n_other_words=99)
             | with_interval("estimate", estimate, 0.06, low="ci_low", high="ci_high")
             for layer, estimate, change in ((6, 0.1, -0.2), (7, 0.15, -0.16), (8, 0.12, -0.1))
         ],
         "word_recovery": [
             against_control("typo@2", change, 0.5, p, layer=layer, n_clusters=60)
-            | {"logprob": -rank, "rank_median": rank, "control_rank_median": 3, "clean_rank_median": 2}
-            for layer, rank, change in ((10, 40, -2.0), (14, 12, -1.5), (20, 900, -3.0))
+            | {"logprob": -rank, "rank_median": rank, "control_rank_median": 3, "clean_rank_median": clean}
+            for layer, rank, change, clean in ((0, 9, -4.0, 1), (10, 10, -2.0, 5), (14, 12, -1.5, 2),
+                                               (20, 900, -3.0, 9))
         ],
         "head_sensitivity": head_lines("swap", (2.0, 1.5), p) + head_lines("typo@2", (1.0, -1.0, 0.0), p),
         "head_overlap": [
@@ -114,11 +117,13 @@ def write_run(folder, effect, repeats=True):
         },
         "patching_layers": [
             {"style": "typo@2", "source": "split", "site": "resid_pre", "positions": positions, "donor": donor,
-             "direction": "denoising", "layer": layer, "n": 40, "p": p, "R_control": -0.5,
+             "direction": "denoising", "layer": layer, "n": 40, "p": p,
              "hand_over_layer": 12.4 if effect else np.nan, "hand_over_ci_low": 10.0 if effect else np.nan,
              "hand_over_ci_high": 14.8 if effect else np.nan}
-            | with_interval("R", 0.8 if effect else 0.02, 0.1)
-            for positions in ("edited", "after") for donor in ("own", "other") for layer in (0, 10, 20)
+            | with_interval("R", (0.8 if effect else 0.02) if donor == "own" else other, 0.1)
+            for positions in ("edited", "after", "readout")
+            for donor, other in (("own", 0), ("other", -0.5 if effect else -0.02))
+            for layer in (0, 10, 20)
         ],
         "patching_heads": [
             {"style": "typo@2", "source": "control", "site": "z", "donor": "own", "direction": "denoising", "layer": 9,
@@ -137,36 +142,38 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
     assert [one.text for one in found] == [
         "Yes: with typo@2, the worst of 3 styles (controls not counted), 5 % of the answers are right instead of 55 %. "
         "That is a change of −50 [−56, −44] points (n = 150, adjusted p < 0.001). Accuracy also falls with swap.",
-        "Each one-letter edit changes the accuracy by −25 [−29, −21] points on average (normal, typo@1, typo@2; n"
-        " = 148, p < 0.001).",
+        "Each one-letter edit changes the accuracy by −25 [−29, −21] points on average (right: normal 55 %, typo@1, "
+        "typo@2 5 %; n = 148, p < 0.001).",
         "60 % [48, 72] of the change with typo@2. Of −50 [−58, −42] points, −30 [−38, −22] points come from more "
         "tokens alone (split@typo@2: the clean words in as many tokens), and −20 [−28, −12] points from the "
-        "letters (n = 149).",
+        "letters (n = 149, the rows that have the control).",
         "The change with polite has two parts. Of −11 [−19, −3] points, −9 [−17, −1] points come from the length "
         "alone (neutral@polite: neutral sentences of as many tokens), and −2 [−10, 6] points from the tone (n = "
-        "149).",
-        "Mostly not: at layer 7, the best one, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
-        "own clean state, 16 [9, 23] points fewer than with split@typo@2; at the last layer 12 % are (n = 149, "
-        "adjusted p < 0.001).",
+        "149, the rows that have the control).",
+        "Mostly not: at layer 7, the best of 3, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
+        "own clean state among 100 words (by chance 1 %), 16 [9, 23] points fewer than with split@typo@2; at the last "
+        "layer 12 % are (n = 149, adjusted p < 0.001).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
         " 48 of 149. That is 4.7 [2.9, 6.5] layers later than with the control, if a word that never does counts "
         "as one layer beyond the last (n = 149, adjusted p < 0.001).",
-        "Read by the logit lens, the clean word is likeliest at layer 14: its median rank is 12 with typo@2, 3 with "
-        "split@typo@2, 2 in the clean prompt. Its log probability is 1.50 [1.00, 2.00] nats lower than with the control"
+        "The logit lens reads the clean word best at layer 14: there its median rank is 2 in the clean prompt, 3 with "
+        "split@typo@2 and 12 with typo@2. Its log probability is 1.50 [1.00, 2.00] nats lower than with the control"
         " (n = 150, adjusted p < 0.001).",
-        "The effect of typo@2's letters on the answer moves from the mistyped words to later tokens between "
-        "layers 10 and 20 (at 12.4 [10.0, 14.8]). At layer 10 the control's state of these words undoes 80 % [70, "
-        "90] of it; another prompt's words undo none of it (n = 40).",
+        "The effect of typo@2's letters on the answer moves from the mistyped words to the last prompt token between "
+        "layers 10 and 20 (12.4 [10.0, 14.8] by interpolation between the patched layers). At layer 10 the control's "
+        "state of these words undoes 80 % [70, 90] of it; that of another prompt's words makes it worse (−50 % "
+        "[−60, −40]) (n = 40).",
         "Head 7.0 (layer.head) reacts most surely: the last token's attention to the words mistyped by typo@2 is "
-        "2.00 [1.41, 2.83] times that with split@typo@2. In all, 2 of 3 heads differ, next 7.1 (0.50 [0.35, 0.71] "
+        "2.00 [1.41, 2.83] times that with split@typo@2 (picked among all heads on the same prompts, so likely "
+        "overstated). In all, 2 of 3 heads that can be tested differ, next 7.1 (0.50 [0.35, 0.71] "
         "times) (n = 149). Their ranking repeats on other prompts: rank correlation 0.78 [0.68, 0.88]. A head "
         "that reacts need not change the answer.",
         "By how focused the attention is (1 − entropy, from 0 to 1), head 9.3 (layer.head): 0.0200 [0.0160, 0.0240] "
         "more with typo@2 than with split@typo@2. Chosen on one half of the prompts and confirmed on the other: 115 of "
-        "230 heads (n = 74, adjusted p < 0.001).",
+        "230 heads (of those chosen for other styles: swap 115 of 230) (n = 74, adjusted p < 0.001).",
         "By activation (the input of down_proj), neuron 9.3 (layer.neuron): 0.0200 [0.0160, 0.0240] more with typo@2 "
         "than with split@typo@2. Chosen on one half of the prompts and confirmed on the other: 115 of 230 neurons "
-        "(n = 74, adjusted p < 0.001).",
+        "(of those chosen for other styles: swap 115 of 230) (n = 74, adjusted p < 0.001).",
         "Head 9.0 (layer.head): patched alone, it undoes 12 % [8, 16] of the effect of typo@2 on the answer. In "
         "all, 1 of 3 heads undoes a part (n = 40).",
     ]
@@ -182,31 +189,33 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
     assert [one.text for one in found] == [
         "Not detectably: with typo@2, the worst of 3 styles (controls not counted), the accuracy changes by −3 [−9, 3] "
         "points (n = 150, adjusted p = 0.400). A change of 10.0 points would have been found (80 % power).",
-        "The accuracy shows no slope over the number of edits (normal, typo@1, typo@2; n = 148, p = 0.400). A "
-        "change of 3.1 points per edit would have been found (80 % power).",
-        "Not known, because the change with typo@2, −3 [−11, 5] points, is not clear of 0 (n = 149, adjusted p = "
-        "0.400).",
-        "Not known, because the change with polite, −11 [−19, −3] points, is not clear of 0 (n = 149, adjusted p "
-        "= 0.400).",
-        "Mostly not: at layer 7, the best one, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
-        "own clean state. The difference to split@typo@2 is not clear of 0 (n = 149, adjusted p = 0.400). A difference "
-        "of 11.6 points would have been found (80 % power).",
+        "The accuracy shows no slope over the number of edits (right: normal 55 %, typo@1, typo@2 52 %; n = 148, p = "
+        "0.400). A change of 3.1 points per edit would have been found (80 % power).",
+        "Not known, because the change with typo@2, −3 [−11, 5] points on the rows that have the control, is not "
+        "clear of 0 (n = 149, adjusted p = 0.400).",
+        "Not known, because the change with polite, −11 [−19, −3] points on the rows that have the control, is not "
+        "clear of 0 (n = 149, adjusted p = 0.400).",
+        "Mostly not: at layer 7, the best of 3, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
+        "own clean state among 100 words (by chance 1 %). The difference to split@typo@2 is not clear of 0 (n = 149, "
+        "adjusted p = 0.400). A difference of 11.6 points would have been found (80 % power).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
         " 48 of 149. No difference in depth shows: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A "
         "difference of 2.8 layers would have been found (80 % power).",
-        "Read by the logit lens, the clean word is likeliest at layer 14: its median rank is 12 with typo@2, 3 with "
-        "split@typo@2, 2 in the clean prompt. Its log probability does not clearly differ from that with the control "
-        "(n = 150, adjusted p = 0.400). A difference of 0.8 nats would have been found (80 % power).",
+        "The logit lens reads the clean word best at layer 14: there its median rank is 2 in the clean prompt, 3 with "
+        "split@typo@2 and 12 with typo@2. Its log probability does not clearly differ from that with the control "
+        "(n = 150, adjusted p = 0.400). A difference of 0.9 nats would have been found (80 % power).",
         "At layer 10 the control's state of the words mistyped by typo@2 undoes 2 % [−8, 12] of the effect of "
-        "typo@2's letters on the answer; another prompt's words undo none of it (n = 40). At none of the patched "
-        "layers does the effect pass to later tokens.",
+        "typo@2's letters on the answer; that of another prompt's words undoes none of it (n = 40). At none of the "
+        "patched layers does the effect pass to later tokens.",
         "None can be named: no head's attention to the words mistyped by typo@2 differs from that with "
         "split@typo@2 and repeats on other prompts (n = 149). In a typical head a change by the factor 1.25 would"
         " have been found (80 % power).",
         "By how focused the attention is (1 − entropy, from 0 to 1), none can be named for typo@2. Chosen on one half "
-        "of the prompts and confirmed on the other: 115 of 230 heads (n = 74, the set as a whole: adjusted p = 0.400).",
+        "of the prompts and confirmed on the other: 115 of 230 heads (of those chosen for other styles: swap 115 of "
+        "230) (n = 74, the set as a whole: adjusted p = 0.400).",
         "By activation (the input of down_proj), none can be named for typo@2. Chosen on one half of the prompts and "
-        "confirmed on the other: 115 of 230 neurons (n = 74, the set as a whole: adjusted p = 0.400).",
+        "confirmed on the other: 115 of 230 neurons (of those chosen for other styles: swap 115 of 230) (n = 74, the "
+        "set as a whole: adjusted p = 0.400).",
         "None can be named: of 3 heads patched one at a time, none undoes a clear part of the effect of typo@2 (n"
         " = 40). The 95 % interval of a typical head reaches 4 points to either side.",
     ]
@@ -214,12 +223,12 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
 
 def test_a_lens_that_does_not_read_the_clean_word_says_nothing_of_the_mistyped(tmp_path):
     write_run(tmp_path, effect=True)
-    table = pd.read_csv(tmp_path / "word_recovery.csv").assign(clean_rank_median=[8000, 1234, 2000])
+    table = pd.read_csv(tmp_path / "word_recovery.csv").assign(clean_rank_median=[1, 8000, 1234, 2000])
     table.to_csv(tmp_path / "word_recovery.csv", index=False)
     told = [one for one in findings(tmp_path) if "lens" in one.text]
     assert [one.text for one in told] == [
-        "The logit lens cannot tell: it does not read the word in the clean prompt either (best median rank of a "
-        "layer: 1,234; n = 150)."
+        "The logit lens cannot tell: it does not read the words that typo@2 mistypes in the clean prompt either "
+        "(median rank at the best layer: 1,234; n = 150, the prompts of `--lens_rows` that allow the comparison)."
     ]
     assert not told[0].is_claim
 
@@ -228,10 +237,39 @@ def test_a_lens_that_does_not_read_the_clean_word_says_nothing_of_the_mistyped(t
     ("share", "told"), [(0.57, "Mostly: "), (0.55, "Not clear whether most are: "), (0.43, "Mostly not: ")]
 )
 def test_most_words_are_told_only_if_the_interval_says_so(tmp_path, share, told):
-    line = against_control("swap", 0.1, 0.2, 0.3, measure="own_nearest", region="edited", layer=3)
+    line = against_control("swap", 0.1, 0.2, 0.3, measure="own_nearest", region="edited", layer=3, control_estimate=0.5)
     line |= with_interval("estimate", share, 0.06, low="ci_low", high="ci_high")
     pd.DataFrame([line]).to_csv(tmp_path / "activation_diffs.csv", index=False)
     assert [one.text[: len(told)] for one in findings(tmp_path)] == [told]
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        (0.05, " A difference of 5.0 points would have been found (80 % power)."),
+        (0.522, " So few rows show only a difference of 52.2 points or more (80 % power)."),
+        (0.95, " With so few rows no difference would have been found."),
+    ],
+)
+def test_a_difference_that_cannot_be_is_not_said_to_be_found(limit, told):
+    assert share_limit(limit, 0.92) == told
+
+
+def test_a_ranking_that_repeats_weakly_repeats_in_part(tmp_path):
+    write_run(tmp_path, effect=True)
+    table = pd.read_csv(tmp_path / "head_overlap.csv").assign(cross_half_spearman=0.31, ci_low=0.07, ci_high=0.51)
+    table.to_csv(tmp_path / "head_overlap.csv", index=False)
+    (text,) = [one.text for one in findings(tmp_path) if one.rule == "heads"]
+    assert "Their ranking repeats in part on other prompts: rank correlation 0.31 [0.07, 0.51]." in text
+
+
+def test_a_unit_whose_change_is_small_beside_its_level_goes_into_the_fold(tmp_path):
+    write_run(tmp_path, effect=True)
+    table = pd.read_csv(tmp_path / "typo_heads.csv").assign(mean_control=5.0)
+    table.to_csv(tmp_path / "typo_heads.csv", index=False)
+    small, usual = [one for one in findings(tmp_path) if one.rule in ("heads found again", "neurons found again")]
+    assert "0.0200 [0.0160, 0.0240] more with typo@2 than with split@typo@2, 0.4 % of its level there." in small.text
+    assert (small.aside, usual.aside) == (True, False)
 
 
 def test_heads_whose_ranking_does_not_repeat_are_not_named(tmp_path):
@@ -280,11 +318,12 @@ def test_every_question_of_a_reader_is_answered_once_in_order(tmp_path, effect):
     ("limits", "told"),
     [
         ((0.2, 0.2), " A change of 20.0 points would have been found (80 % power)."),
-        ((1.5, 1.8), " With so few prompts no change would have been found."),
+        ((0.56, 0.56), " With so few prompts no change would have been found."),
     ],
 )
 def test_no_change_beyond_all_answers_is_said_to_be_found(tmp_path, limits, told):
     lines = [accuracy("normal", np.nan, np.nan), accuracy("swap", -0.1, 0.4), accuracy("polite", 0.0, 0.5)]
+    lines[0]["estimate"] = 0.55
     for line, limit in zip(lines[1:], limits, strict=True):
         line["minimum_detectable_difference_adjusted"] = limit
     pd.DataFrame(lines).to_csv(tmp_path / "maths_summary.csv", index=False)

@@ -22,13 +22,24 @@ from build_report import (
     headings_of,
     main,
     pick_examples,
+    with_cuts,
     word_difference,
 )
 from command_line import UserError
 from paired_stats import paired_summary
 from PIL import Image
 from report_section import Headline, Plots, Section, TableOf, read_sections, write_section
-from report_tables import MAX_ROWS, Interval, format_cell, merge_intervals, overview, rows_of, to_table, whiskers
+from report_tables import (
+    MAX_ROWS,
+    Interval,
+    format_cell,
+    merge_intervals,
+    overview,
+    rows_of,
+    to_table,
+    visible,
+    whiskers,
+)
 from run_store import open_run
 from synthetic_run import prompt_rows, write_run
 
@@ -411,6 +422,18 @@ def test_the_first_rows_of_each_style_by_a_column_and_of_the_preferred_kind(tmp_
     assert len(rows_of(tmp_path, wanted).rows) == 1
     pd.DataFrame({"style": ["c"]}).to_csv(tmp_path / "heads.csv")
     assert rows_of(tmp_path, wanted) is None
+
+
+def test_a_control_is_shown_with_bars_where_it_is_cut_and_an_invisible_character_as_a_dot():
+    assert with_cuts("La\u00adho", "split@swap") == "La|ho"
+    assert visible(with_cuts("La\u00adho", "split")) == "La\u2027ho"
+
+
+def test_columns_and_measures_have_plain_names_and_keep_that_of_the_file():
+    frame = pd.DataFrame({"measure": ["pss"], "n_clusters": [3]})
+    table = to_table(frame, TableOf("x.csv", ""))
+    assert table.names == ["measure", "n_clusters"]
+    assert (table.columns, table.rows) == (["measure", "groups"], [["sensitivity, pss (ProSA)", "3"]])
 
 
 def test_one_prompt_in_its_forms_is_at_the_top(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
-from answer_files import SUMMARY_FILES
+from answer_files import SUMMARY_FILES, first_there
 from findings import (
     ALPHA,
     Numbers,
@@ -17,6 +17,7 @@ from findings import (
     percent,
     points,
     share_text,
+    table_of,
 )
 from report_section import Headline, Plots, Section, TableOf
 from report_tables import compared
@@ -65,8 +66,7 @@ WHOLE_TABLES = (
     ),
     TableOf(
         "robustness_summary.csv",
-        "How robust the answers are to the form of the prompt: spread (FormatSpread), pss (ProSA), consistency rate "
-        "(SCORE), pdr (PromptBench), posix, shares of the variance, change per edit",
+        "How robust the answers are to the form of the prompt",
         ("style", "measure", "n", "n_clusters", "estimate", "p", "minimum_detectable_difference"),
     ),
     TableOf(
@@ -76,7 +76,11 @@ WHOLE_TABLES = (
         ("style", "n", "n_clusters", "harm", "regained", "regained_p_adjusted", "remaining", "regained_share"),
     ),
 )
-DIFFERENCE = "difference: to the clean form, on the rows that both have, clustered by template"
+DIFFERENCE = (
+    "n compared: rows that have both forms, and not the same text in both; difference: to the clean form, on these "
+    "rows; rows of one group (`_template` of the prompt file; for facts the subject) count as one observation in its "
+    "interval"
+)
 HEADLINES = (
     Headline(
         "accuracy, %",
@@ -84,6 +88,7 @@ HEADLINES = (
         SUMMARY_FILES,
         *("estimate", "ci_low", "ci_high", "percent"),
     ),
+    Headline("n compared", "", SUMMARY_FILES, "n_paired", look="n"),
     Headline(
         "difference, points",
         DIFFERENCE,
@@ -113,6 +118,7 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     others = {"falls": [style for style in names["falls"] if style != worst["style"]], "rises": names["rises"]}
     also = [f"{verb} with {join(several)}" for verb, several in others.items() if several]
     limit = 100 * worst["minimum_detectable_difference_adjusted"]
+    most = 100 * max(clean["estimate"].iloc[0], 1 - clean["estimate"].iloc[0]) if len(clean) else 100
     yield {
         "holds": holds,
         "worst": worst["style"],
@@ -124,7 +130,7 @@ def accuracy_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         "among": f", the worst of {len(styles)} styles (controls not counted)" if len(styles) > 1 else "",
         "others": f" Accuracy {'also ' if holds else ''}{join(also)}." if also else "",
         "limit": limit_text(
-            limit, "A change of {} points", 100, " With so few prompts no change would have been found."
+            limit, "A change of {} points", most, " With so few prompts no change would have been found."
         ),
     }
 
@@ -163,14 +169,17 @@ def part_numbers(is_control: Callable[[str], str | None]) -> Callable[[pd.DataFr
     return numbers
 
 
-def slope_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
+def slope_numbers(table: pd.DataFrame, folder: Path) -> Iterator[Numbers]:
     """The change of accuracy per edit over at least two doses; it holds if that is clear of 0."""
     lines = table[(table["measure"] == "accuracy_slope") & (table["forms"].str.count(",") > 1)]
+    summary = table_of(first_there(folder, SUMMARY_FILES))
+    right = {} if summary is None else summary.set_index("style")["estimate"]
     for _, line in lines.head(1).iterrows():
+        forms = [f"{form} {percent(right[form])}" if form in right else form for form in line["forms"].split(", ")]
         yield {
             "holds": line["p"] < ALPHA,
             "n": int(line["n"]),
-            "forms": line["forms"],
+            "forms": ", ".join(forms),
             "points": points(line, "estimate", "ci_low", "ci_high"),
             "p": line["p"],
             "limit": limit_text(100 * line["minimum_detectable_difference"], "A change of {} points per edit", 100),
@@ -188,8 +197,14 @@ def noise_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         }
 
 
-TWO_PARTS = "{{share}}. Of {{total}} points, {{fragmentation}} come {first}, and {{spelling}} {second} (n = {{n}})."
-NO_PARTS = "Not known, because the change with {style}, {total} points, is not clear of 0 (n = {n}, {adjusted_p})."
+TWO_PARTS = (
+    "{{share}}. Of {{total}} points, {{fragmentation}} come {first}, and {{spelling}} {second} (n = {{n}}, "
+    "the rows that have the control)."
+)
+NO_PARTS = (
+    "Not known, because the change with {style}, {total} points on the rows that have the control, is not clear of 0 "
+    "(n = {n}, {adjusted_p})."
+)
 HARM, TOKENS = "Do the answers get worse?", "How much of it is tokenisation?"
 RULES = (
     Rule(
@@ -206,8 +221,8 @@ RULES = (
         "dose",
         ("robustness_summary.csv",),
         slope_numbers,
-        "Each one-letter edit changes the accuracy by {points} points on average ({forms}; n = {n}, {p}).",
-        "The accuracy shows no slope over the number of edits ({forms}; n = {n}, {p}).{limit}",
+        "Each one-letter edit changes the accuracy by {points} points on average (right: {forms}; n = {n}, {p}).",
+        "The accuracy shows no slope over the number of edits (right: {forms}; n = {n}, {p}).{limit}",
         HARM,
     ),
     Rule(

@@ -41,7 +41,7 @@ from run_store import (
     warn_unfinished,
 )
 from stamps import note_read
-from style_names import MATCHED, NEUTRAL, is_again, is_variant, meaning_of
+from style_names import MATCHED, NEUTRAL, is_again, is_variant, matched_style, meaning_of
 
 TEMPLATE = "report_template.html"
 COLOURS = 256  # of a picture
@@ -123,11 +123,16 @@ def read_examples(
     examples = []
     for style, row, why in chosen:
         before, after = found[clean, row], found[style, row]
-        prompts = word_difference(before.prompt or "", after.prompt or "")
+        prompts = word_difference(before.prompt or "", with_cuts(after.prompt or "", style))
         answers = word_difference(*(answer_of(x) for x in (before, after)))
         judged = [verdicts.get(key, "") for key in ((clean, row), (style, row))]
         examples.append(Example(style, after.element_index, why, *prompts, *answers, *judged))
     return examples
+
+
+def with_cuts(prompt: str, style: str) -> str:
+    """The prompt with a bar where a control cuts words: a soft hyphen in the file, which the model did not see."""
+    return prompt.replace("\u00ad", "|") if matched_style(style) else prompt
 
 
 def forms_of_one_prompt(
@@ -268,6 +273,7 @@ def run_context(run: Run, results: Path, examples: int, seed: int) -> dict[str, 
         "drawn_changed": sum(why == CHANGED for *_, why in chosen),
         "settings": settings_of(run),
         "environments": environments_of(run),
+        "few_shot": few_shot_paragraphs(run),
     }
 
 
@@ -331,6 +337,12 @@ def environments_of(run: Run) -> list[str]:
         for one in run.settings(style).get("environments", []):
             seen[", ".join(f"{name} {value}" for name, value in one.items())] = None
     return list(seen)
+
+
+def few_shot_paragraphs(run: Run) -> int:
+    """How many paragraphs of few-shot text every prompt follows."""
+    text = run.settings(str(run.clean_style)).get("settings", {}).get("few_shot_text") or ""
+    return len([part for part in text.split("\n\n") if part.strip()])
 
 
 def captured_on(run: Run) -> str:

@@ -25,8 +25,9 @@ Numbers = dict[str, Any]
 
 class Rule(NamedTuple):
     """A rule: the files whose first present one is its table; `numbers` of its sentences, one for each style that has
-    some, each with `holds`, `n`, if of one style `style` and `p`, and `head` if it names one; the wording if it holds
-    and if not; the question of a reader that it answers; `aside` if only a reader who asks for more sees it."""
+    some, each with `holds`, `n`, if of one style `style` and `p`, `head` if it names one, `aside` if it belongs into
+    the fold; the wording if it holds and if not; the question of a reader that it answers; `aside` if only a reader
+    who asks for more sees it."""
 
     name: str
     sources: Sequence[str]
@@ -58,7 +59,7 @@ def sentences(rules: Sequence[Rule], folder: Path) -> list[Finding]:
                         None if math.isnan(p) else p,
                         rule.question,
                         str(numbers.get("head", "")) if numbers["holds"] else "",
-                        rule.aside,
+                        rule.aside or bool(numbers.get("aside", False)),
                     )
                 )
     return found
@@ -92,6 +93,16 @@ def limit_text(value: float, text: str, most: float = math.inf, beyond: str = ""
     if value <= most:
         return f" {text.format(f'{value:.1f}')} would have been found (80 % power)."
     return beyond if value > most else ""
+
+
+def share_limit(limit: float, control: float) -> str:
+    """What difference of two shares would have been found, beside what there can be: from the control's share."""
+    down, up = sorted((control, 1 - control))
+    if limit > up:
+        return " With so few rows no difference would have been found."
+    if limit > down:
+        return f" So few rows show only a difference of {100 * limit:.1f} points or more (80 % power)."
+    return limit_text(100 * limit, "A difference of {} points")
 
 
 def share_text(line: pd.Series, name: str, low: str = "", high: str = "") -> str:

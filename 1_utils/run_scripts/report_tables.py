@@ -21,6 +21,32 @@ MAX_TEXT = 700  # characters of a prompt or answer that are shown
 INVISIBLE = {"\u00ad": "\u2027", "\u200b": "\u2027", "\u200c": "\u2027", "\u200d": "\u2027", "\ufeff": "\u2027"}
 MAX_ROWS = 120  # of a table
 DASH = "–"
+PLAIN = {  # name in a file → in the tables
+    "n_clusters": "groups",
+    "n_paired": "n compared",
+    "n_identical": "n same text",
+    "n_censored": "n never reached",
+    "n_other_words": "n other words",
+    "minimum_detectable_difference": "could be detected",
+    "minimum_detectable_difference_adjusted": "could be detected",
+    "p_mcnemar": "p (McNemar)",
+    "p_adjusted": "p (adjusted)",
+    "auc": "AUC",
+    "spread": "spread (FormatSpread)",
+    "pss": "sensitivity, pss (ProSA)",
+    "consistency_rate": "consistency rate (SCORE)",
+    "pdr": "performance drop, pdr (PromptBench)",
+    "posix": "sensitivity (POSIX)",
+    "next_token_kl": "KL of the next token",
+    "log10_next_token_kl": "log10 of the KL of the next token",
+    "kl_mass_clean": "probability in the top-k, clean",
+    "kl_mass_style": "probability in the top-k, style",
+    "clean_top1_rank": "rank of the clean run's first token",
+    "top1_kept": "first token is the clean run's",
+    "recovery_depth": "layer of recovery",
+    "half_recovery_depth": "layer of half recovery",
+    "answer_logprob": "log probability of the answer",
+}
 
 
 # --- numbers with their uncertainty
@@ -83,9 +109,13 @@ def format_cell(column: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table ready to print: `columns` and rows of text; `total` rows are in the file that it is `of`."""
+    """A table ready to print: `columns` and rows of text; `total` rows are in the file that it is `of`.
+
+    names: of the columns in that file.
+    """
 
     of: TableOf
+    names: list[str]
     columns: list[str]
     rows: list[list[str]]
     total: int
@@ -104,8 +134,15 @@ def to_table(frame: pd.DataFrame, wanted: TableOf, total: int | None = None) -> 
     names = [name for name in dict.fromkeys(wanted.columns) if name in shown.columns] or list(shown.columns)
     cells = {name: [format_cell(name, value) for value in shown[name]] for name in names}
     names = [name for name in names if set(cells[name]) - {DASH}]  # a column that says nothing goes
+    if "measure" in names:
+        cells["measure"] = [plain(text) for text in cells["measure"]]
     rows = [list(line) for line in zip(*(cells[name] for name in names), strict=True)]
-    return Table(wanted, [name.replace("_", " ") for name in names], rows, total or len(frame))
+    return Table(wanted, names, [plain(name) for name in names], rows, total or len(frame))
+
+
+def plain(name: str) -> str:
+    """A name of a file's column or measure in words."""
+    return PLAIN.get(name, name.replace("_", " "))
 
 
 def merge_intervals(frame: pd.DataFrame, intervals: Sequence[Sequence[str]] = ()) -> pd.DataFrame:
@@ -174,7 +211,7 @@ def overview(counts: Mapping[str, int], headlines: Sequence[Headline], results: 
     return Overview(
         ["style", "n", *(one.title for one, _ in known)],
         [list(line) for line in zip(map(visible, counts), map(str, counts.values()), *texts, strict=True)],
-        ["n: prompts run", *(one.note for one, _ in known)],
+        ["n: prompts run", *(one.note for one, _ in known if one.note)],
         next((column for one, column in known if one.look == "points"), []),
     )
 

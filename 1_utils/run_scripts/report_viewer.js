@@ -176,7 +176,7 @@
   function drawGrid() {
     const { layers, heads } = chosen.run;
     const every = [...Array(layers).keys()];
-    const rows = [...Array(heads).keys()].map((head) => {
+    const rows = [...Array(heads).keys()].reverse().map((head) => { // upward, as in the pictures
       const cells = every.map((layer) => make("td", { role: "gridcell", "data-layer": layer, "data-head": head }));
       return make("tr", { role: "row" }, make("th", { "aria-hidden": "true" }, String(head)), ...cells);
     });
@@ -207,7 +207,7 @@
     const before = byId("grid").querySelector("[aria-selected]");
     for (const name of ["aria-selected", "tabindex"]) before?.removeAttribute(name);
     Object.assign(chosen, { layer, head });
-    const cell = byId("grid").rows[head].cells[layer + 1];
+    const cell = byId("grid").rows[chosen.run.heads - 1 - head].cells[layer + 1];
     cell.setAttribute("aria-selected", "true");
     cell.setAttribute("tabindex", 0);
     if (focus) cell.focus();
@@ -217,7 +217,7 @@
   }
 
   function moveInGrid(event) {
-    const moves = { Left: [-1, 0], Right: [1, 0], Up: [0, -1], Down: [0, 1], Home: [-Infinity, 0], End: [Infinity, 0] };
+    const moves = { Left: [-1, 0], Right: [1, 0], Up: [0, 1], Down: [0, -1], Home: [-Infinity, 0], End: [Infinity, 0] };
     const by = moves[event.key.replace("Arrow", "")];
     if (!by) return;
     event.preventDefault();

@@ -454,7 +454,7 @@ def print_headline(args: argparse.Namespace) -> None:
             say(f"warning: this run holds only {missing}; the same command runs the rest")
         if old := outdated(run, results / output.name):
             say(f"warning: analyses are older than the run: {old}; run stages 3 to 5 again")
-    say("\n[…]: 95 % intervals; difference: to the clean form, paired by row and clustered by template")
+    say("\n[…]: 95 % intervals; difference: to the clean form, paired by row, the rows of one `_template` as one group")
     if not args.reward_model:
         say(f"reward scoring was skipped: add --reward_model {REWARD_EXAMPLE} (fetched from the hub) or a local folder")
     say(f"report: {results / 'report.html'}")

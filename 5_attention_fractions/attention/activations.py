@@ -7,6 +7,7 @@ measure by layer (0 = embeddings, L = after the final norm), [n] for a number pe
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,7 @@ class StyleValues:
     cka_rows: dict[str, list[int]] = field(default_factory=dict)  # of each region
     on_first: dict[str, int] = field(default_factory=dict)  # rows left out of each region
     lens: pd.DataFrame | None = None  # `lens_lines` of its first rows
+    other_words: float = math.nan  # that an edited word is compared with, median over the rows
 
 
 # --- opening the run
@@ -256,6 +258,7 @@ def _add_state_measures(study: Comparison, style: str, region: str, found: Style
     if words:
         tokens = [study.clean.region_tokens(row, twin) for row in rows]
         others = words.others(rows, own.clusters(rows), tokens)
+        found.other_words = int(others.sum(-1).median())
     massive = np.zeros(len(rows), dtype=bool)
     width = study.clean.states(rows[:1], twin, study.clean.state_layers(twin)[0]).shape[-1]
     for layers in layer_slices(len(rows), width, own.layer_count()):
@@ -308,7 +311,7 @@ def curve_table(study: Comparison, measured: dict[str, StyleValues], estimates: 
 
 def summary_table(study: Comparison, measured: dict[str, StyleValues], estimates: pd.DataFrame) -> pd.DataFrame:
     """One line per style and number per row (depths, KL, rank): the columns of activation_diffs_summary.csv."""
-    table = estimates[estimates["region"] == ""].drop(columns=["layer", "region"], errors="ignore")
+    table = estimates[estimates["region"] == ""].drop(columns=["layer", "region", "n_other_words"], errors="ignore")
     if table.empty:
         return pd.DataFrame(columns=["style", "measure"])
     keys = list(zip(table["style"], table["measure"], strict=True))
@@ -366,6 +369,7 @@ def _estimates(study: Comparison, measured: dict[str, StyleValues], style: str) 
             **change.columns("difference_to_control", "difference_ci"),
             "p": change.p,
             "layer": np.arange(np.size(estimate.mean)),
+            "n_other_words": own.other_words if measure.startswith("own_near") else np.nan,
         }
         tables.append(pd.DataFrame(columns, index=range(np.size(estimate.mean))))
     return tables

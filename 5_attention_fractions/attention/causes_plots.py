@@ -57,9 +57,7 @@ def save_pictures(patched: Sequence[Patches], layers: pd.DataFrame, heads: pd.Da
         shown.append((f"{' '.join(map(str, keys))}, n = {part['n'].max()}", values, marked))
     if shown:
         names.append("patching_heads.png")
-        title = (
-            "What patching one head restores (R); dots: adjusted p < 0.05, same sign in both halves of the templates"
-        )
+        title = "What patching one head restores (R); dots: adjusted p < 0.05, same sign in both halves of the prompts"
         save_layer_head_grid(folder / names[-1], shown, "R", title)
     return names
 
@@ -81,8 +79,8 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
             axes.fill_between(curve["layer"], curve["R_ci_low"], curve["R_ci_high"], color=colour, alpha=0.12, lw=0)
         if (layer := own["hand_over_layer"].dropna()).size:
             axes.axvline(layer.iloc[0], color="black", linewidth=0.8, linestyle=":")
-            axes.annotate(f" hand-over {layer.iloc[0]:.1f}", (layer.iloc[0], -1.0), va="bottom")
-        axes.set(ylim=(-1.05, 1.1), ylabel="R: share of the effect restored")
+            axes.annotate(f" hand-over {layer.iloc[0]:.1f}", (layer.iloc[0], 0.02), xycoords=("data", "axes fraction"))
+        axes.set(ylim=(min(-1.05, 1.05 * part["R"].min()), 1.1), ylabel="R: share of the effect restored")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_title(f"{style}, donor {source}, {direction}; state before the layer; n = {own['n'].max()}")
         layer_axis(axes, "layer")

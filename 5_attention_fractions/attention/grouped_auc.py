@@ -28,8 +28,9 @@ def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters
     would make the AUC fall below 0.5. The standard error is that of clustered ROC data (Obuchowski 1997: DeLong's
     placement values, from the AUC over all folds, summed within clusters; a cluster lies in one fold), enlarged as in
     `cross_validation_factor`; t has one degree of freedom less than the rarer class has clusters. The interval is on
-    the logit scale. With every pair in the right order there is no variance: then the lower end is the exact binomial
-    one, a cluster of the rarer class being one trial (fewer, by the same factor).
+    the logit scale, and p from the same scale, so that the two agree. With every pair in the right order there is no
+    variance: then the lower end is the exact binomial one, a cluster of the rarer class being one trial (fewer, by the
+    same factor).
     """
     auc, influence = placement_influence(labels, scores, folds)
     if np.isnan(auc):
@@ -51,7 +52,7 @@ def fold_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters
     logit, spread = np.log(auc / (1 - auc)), error / (auc * (1 - auc))
     quantile = stats.t.ppf(0.975, least - 1)
     low, high = (float(1 / (1 + np.exp(-(logit + side * quantile * spread)))) for side in (-1, 1))
-    return Auc(auc, low, high, float(stats.t.sf((auc - 0.5) / error, least - 1)))
+    return Auc(auc, low, high, float(stats.t.sf(logit / spread, least - 1)))
 
 
 def macro_auc(labels: np.ndarray, scores: np.ndarray, folds: np.ndarray, clusters: np.ndarray) -> Auc:

@@ -20,7 +20,8 @@ from style_names import is_control
 from attention.heads import ALPHA, CLEAN, CONTROL, MEASURES, Comparison, with_equal_tokens
 
 Panel = tuple[str, np.ndarray, np.ndarray | None]  # title, values [L,H], marked [L,H] bool
-NAMED = 3  # heads whose numbers are written into a map
+NAMED = 3  # heads whose numbers are written above a map
+LABEL_WIDTH = 0.05  # of a map, at least between two numbers
 ENDS = {CLEAN: "", CONTROL: "_vs_control"}  # of the names of columns and files
 DOTS = f"dots: adjusted p < {ALPHA}"
 
@@ -172,18 +173,21 @@ def save_layer_head_grid(
     numbers = list(range(cells[0])) if layers is None else list(layers)
     for axes, (name, values, marked) in zip(grid[:, 0], panels, strict=True):
         image = draw_layer_head(axes, values, limit, marked, layers, name)
-        for place, head in named:
-            side = -1 if place > 0.9 * cells[0] else 1
+        at = -1.0
+        for place, head in sorted(named):  # above the map, so that no cell is hidden, and a line to the cell
+            at = max(at + LABEL_WIDTH, (place + 0.5) / cells[0])
             axes.annotate(
                 f"{numbers[place]}.{head}",
                 (place, head),
-                (9 * side, 0),
-                textcoords="offset points",
-                ha="left" if side > 0 else "right",
-                va="center",
+                (at, 1.02),
+                textcoords="axes fraction",
+                ha="center",
                 fontsize=9,
-                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+                arrowprops={"arrowstyle": "-", "linewidth": 0.7, "shrinkB": 0},
             )
+        if named:
+            axes.set_title(name, pad=20)
+            axes.plot(*zip(*named, strict=True), "s", ms=8, mfc="none", mec=BLACK, mew=1.2)
     wrapped = textwrap.fill(label, max(14, int(9 * height)))
     figure.colorbar(
         image, ax=grid[:, 0], label=wrapped, extend=_extend(everything), pad=0.01, aspect=height * len(panels) / 0.22
@@ -210,7 +214,7 @@ def save_style_matrix(path: Path, values: np.ndarray, styles: Sequence[str], lab
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(styles)), styles, rotation=45, ha="right")
     axes.set_yticks(range(len(styles)), styles)
-    axes.set(xlabel="style, other half of the templates", ylabel="style, one half of the templates")
+    axes.set(xlabel="style, other half of the prompts", ylabel="style, one half of the prompts")
     figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     axes.set_title(title, fontsize=11)
     save_figure(path, figure)

@@ -363,6 +363,8 @@ def plot_units(tables: dict[str, pd.DataFrame], summary: pd.DataFrame, layers: i
         axes.set_yticks(range(len(styles)), labels)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=15, integer=True))
         axes.set_xlabel(f"layer ({count_label(lines['n'])} confirming prompts a style)")
-        axes.set_title(f"Typo {unit}s by {summary['score'].iloc[0]}, confirmed on held-out templates (of those found)")
+        axes.set_title(
+            f"Typo {unit}s by {summary['score'].iloc[0]}, confirmed on the other half of the prompts (of those found)"
+        )
         figure.colorbar(image, ax=axes, label=f"confirmed {unit}s", ticks=MaxNLocator(nbins=5, integer=True), pad=0.01)
     save_figure(path, figure)

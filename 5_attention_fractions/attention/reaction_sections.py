@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from findings import (
     limit_text,
     percent,
     points,
+    share_limit,
     share_text,
     table_of,
 )
@@ -31,6 +33,8 @@ SHOWN_HEADS = 3
 WHERE, WHICH_HEAD = "Is the word repaired inside, and where?", "Which head should I look at?"
 READ_RANK = 10  # a word whose clean twin has a worse median rank in every layer is not read by the logit lens
 HEAD_MEASURE = "edited_log2_mass_last"
+SMALL = 0.01  # share of a unit's level below which its change is shown only to a reader who asks for more
+REPEATS = 0.5  # rank correlation of the halves from which a ranking is said to repeat
 
 
 def against_tokens(lines: pd.DataFrame, p: str) -> pd.DataFrame:
@@ -54,7 +58,8 @@ def fraction_section(query: str) -> Section:
             Plots(
                 "boxplot_frac_task.png",
                 "Share of the attention that lies on the task, mean over layers and heads, one box of prompts a style. "
-                "The diamond is the share of the tokens that lie there, so a box above it is more than even attention.",
+                "The diamond is the share of the tokens that lie there, so a box to the right of it is more than even "
+                "attention.",
             ),
             Plots("boxplot_frac_prompt.png", "The same for the instruction, the words around the task.", folded=True),
             Plots("boxplot_perlayer_*.png", "Attention on the instruction by layer, for one style.", left_out=True),
@@ -112,30 +117,32 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
         line = own.loc[own["estimate"].idxmax()]
         unclear = line["ci_low"] <= 0.5 <= line["ci_high"]
         fewer, last = line["difference_to_control"] < 0, own.loc[own["layer"].idxmax()]
-        limit = 100 * detectable(line, "n_with_control", len(lines))
+        words = line.get("n_other_words", math.nan) + 1
         yield {
             "holds": line["p_adjusted"] < ALPHA,
             "style": style,
             "control": line["control"],
             "n": line["n_with_control"],
+            "layers": own["layer"].nunique(),
+            "chance": f" among {words:.0f} words (by chance {percent(1 / words)})" if words > 0 else "",
             "answer": "Not clear whether most are" if unclear else "Mostly" if line["estimate"] > 0.5 else "Mostly not",
             "layer": int(line["layer"]),
             "share": share_text(line, "estimate", "ci_low", "ci_high"),
             "last": percent(last["estimate"]),
             "points": points(line, "difference_to_control", "difference_ci_low", "difference_ci_high", fewer),
             "than": "fewer" if fewer else "more",
-            "limit": limit_text(limit, "A difference of {} points", 100),
+            "limit": share_limit(detectable(line, "n_with_control", len(lines)), line["control_estimate"]),
             "p": line["p_adjusted"],
         }
 
 
 def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
-    """How well the logit lens reads the clean word from each style's mistyped one, at its best layer; it holds if that
-    differs from the control after Benjamini-Hochberg over styles and layers."""
+    """How well the logit lens reads the clean word from each style's mistyped one, at the layer where it reads the
+    clean prompt's best; it holds if that differs from the control after Benjamini-Hochberg over styles and layers."""
     for style, own in against_tokens(table, "p_adjusted").groupby("style", sort=False):
-        if _best_clean_rank(own) > READ_RANK:
+        line = _best_read(own)
+        if line["clean_rank_median"] > READ_RANK:
             continue
-        line = own.loc[own["logprob"].idxmax()]
         less = line["difference_to_control"] < 0
         limit = detectable(line, "n_clusters", len(own))
         yield {
@@ -155,19 +162,23 @@ def readout_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
 
 
 def unread_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
-    """Styles of whose words the logit lens reads not even the clean ones, so that it says nothing of the mistyped."""
-    for style, own in against_tokens(table, "p_adjusted").groupby("style", sort=False):
-        if (rank := _best_clean_rank(own)) > READ_RANK:
-            yield {"holds": False, "style": style, "n": own["n"].max(), "rank": f"{rank:,.0f}"}
+    """If the logit lens reads of no style even the clean words, so that it says nothing of the mistyped."""
+    by_style = against_tokens(table, "p_adjusted").groupby("style", sort=False)
+    best = {style: _best_read(own) for style, own in by_style}
+    if all(line["clean_rank_median"] > READ_RANK for line in best.values()):
+        for style, line in best.items():
+            yield {"holds": False, "style": style, "n": line["n"], "rank": f"{line['clean_rank_median']:,.0f}"}
 
 
-def _best_clean_rank(lines: pd.DataFrame) -> float:
-    return float(lines["clean_rank_median"].min())
+def _best_read(lines: pd.DataFrame) -> pd.Series:
+    """The line of the layer that reads the clean word best; not the embeddings, which read their own token."""
+    lines = lines[lines["layer"] > 0] if (lines["layer"] > 0).any() else lines
+    return lines.loc[lines["clean_rank_median"].idxmin()]
 
 
 READ_OUT = (
-    "Read by the logit lens, the clean word is likeliest at layer {layer}: its median rank is {rank} with {style}, "
-    "{control_rank} with {control}, {clean_rank} in the clean prompt. "
+    "The logit lens reads the clean word best at layer {layer}: there its median rank is {clean_rank} in the clean "
+    "prompt, {control_rank} with {control} and {rank} with {style}. "
 )
 LAYERS = Section(
     name="activation_diffs",
@@ -176,8 +187,8 @@ LAYERS = Section(
     plots=(
         Plots(
             "typo_recovery_*.png",
-            "Share of the mistyped words whose state is nearer to its own clean twin than to other words, by layer. "
-            "Dashed: the control. Bands: 95 % intervals, clustered by template.",
+            "Share of the mistyped words whose state is nearer to its own clean twin than to all other words, by "
+            "layer. Dashed: the control. Bands: 95 % intervals.",
         ),
         Plots("activation_diffs_more_*.png", "The same by other distances.", left_out=True),
         Plots(
@@ -186,7 +197,9 @@ LAYERS = Section(
         ),
         Plots(
             "word_recovery*.png",
-            "How likely the logit lens finds the clean word at the last token of the mistyped one, by layer.",
+            "How likely the logit lens finds the clean word at the last token of the mistyped one, by layer, on the "
+            "few prompts that allow the comparison (n above each panel).",
+            folded=True,
         ),
         Plots(
             "recovery_depth.png",
@@ -214,11 +227,12 @@ LAYERS = Section(
             "recovery layer",
             ("activation_diffs.csv",),
             peak_numbers,
-            "{answer}: at layer {layer}, the best one, {share} of the words mistyped by {style} are nearest to their "
-            "own clean state, {points} points {than} than with {control}; at the last layer {last} are (n = {n}, "
-            "{adjusted_p}).",
-            "{answer}: at layer {layer}, the best one, {share} of the words mistyped by {style} are nearest to their "
-            "own clean state. The difference to {control} is not clear of 0 (n = {n}, {adjusted_p}).{limit}",
+            "{answer}: at layer {layer}, the best of {layers}, {share} of the words mistyped by {style} are nearest to "
+            "their own clean state{chance}, {points} points {than} than with {control}; at the last layer {last} are "
+            "(n = {n}, {adjusted_p}).",
+            "{answer}: at layer {layer}, the best of {layers}, {share} of the words mistyped by {style} are nearest to "
+            "their own clean state{chance}. The difference to {control} is not clear of 0 (n = {n}, "
+            "{adjusted_p}).{limit}",
             WHERE,
         ),
         Rule(
@@ -248,8 +262,8 @@ LAYERS = Section(
             ("word_recovery.csv",),
             unread_numbers,
             "",
-            "The logit lens cannot tell: it does not read the word in the clean prompt either (best median rank of a "
-            "layer: {rank}; n = {n}).",
+            "The logit lens cannot tell: it does not read the words that {style} mistypes in the clean prompt either "
+            "(median rank at the best layer: {rank}; n = {n}, the prompts of `--lens_rows` that allow the comparison).",
             WHERE,
             aside=True,
         ),
@@ -260,6 +274,7 @@ PROBES = Section(
     title=LAYERS.title,
     order=41,
     plots=(
+        Plots("probe_layers_flipped.png", "Will the answer turn wrong?", left_out=True),
         Plots(
             "probe_layers_*.png",
             "How well a linear probe tells them apart, by layer. Band: 95 % interval of the first line. Grey: with "
@@ -323,6 +338,9 @@ def head_numbers(table: pd.DataFrame, folder: Path) -> Iterator[Numbers]:
             "others": f", next {others}" if others else "",
             "differ": "differs" if len(sure) == 1 else "differ",
             "halves": "" if halves is None else estimate_text(halves, "cross_half_spearman", 2),
+            "repeats": "repeats"
+            if halves is not None and halves["cross_half_spearman"] >= REPEATS
+            else "repeats in part",
             "limit": factor(limit),
             "p": own["p_adjusted_vs_control"].min(),
         }
@@ -338,7 +356,8 @@ HEADS = Section(
             "head_sensitivity_*.png",
             "Change in each head's attention to the edited words: from the control to the style if it has one, else "
             "from the clean form. The control has the clean words in as many tokens (split@…), or as many neutral "
-            "words (neutral@…), so that what is left is the typo, or the tone. Numbers: layer.head of the surest.",
+            "words (neutral@…), so that what is left is the typo, or the tone. Named (layer.head): the three surest, "
+            "those of the smallest p, which need not be the largest.",
         ),
         Plots(
             "head_answer_flips_*.png",
@@ -393,8 +412,9 @@ HEADS = Section(
             ("head_sensitivity.csv",),
             head_numbers,
             "Head {head} (layer.head) reacts most surely: the last token's attention to the words mistyped by {style} "
-            "is {times} times that with {control}. In all, {count} heads {differ}{others} (n = {n}). Their ranking "
-            "repeats on other prompts: rank correlation {halves}. A head that reacts need not change the answer.",
+            "is {times} times that with {control} (picked among all heads on the same prompts, so likely overstated). "
+            "In all, {count} heads that can be tested {differ}{others} (n = {n}). Their ranking {repeats} on other "
+            "prompts: rank correlation {halves}. A head that reacts need not change the answer.",
             "None can be named: no head's attention to the words mistyped by {style} differs from that with {control} "
             "and repeats on other prompts (n = {n}). In a typical head a change by the factor {limit} would have been "
             "found (80 % power).",
@@ -413,7 +433,10 @@ def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]
 
     def numbers(table: pd.DataFrame, folder: Path) -> Iterator[Numbers]:
         units = table_of(folder / FILES[unit])
-        for _, line in against_tokens(table[table["unit"] == unit], "p_adjusted").iterrows():
+        lines = against_tokens(table[table["unit"] == unit], "p_adjusted")
+        counts = {line["style"]: f"{line['n_confirmed']:.0f} of {line['n_found']:.0f}" for _, line in lines.iterrows()}
+        for _, line in lines.iterrows():
+            others = join([f"{style} {count}" for style, count in counts.items() if style != line["style"]])
             best: Numbers = {}
             if units is not None:
                 own = units[(units["style"] == line["style"]) & (units["confirmed"] == 1)].sort_values("rank")
@@ -422,7 +445,8 @@ def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]
                 "holds": line["p_adjusted"] < ALPHA and bool(best),
                 **best,
                 **{name: line[name] for name in ("style", "control", "n")},
-                "count": f"{line['n_confirmed']:.0f} of {line['n_found']:.0f}",
+                "count": counts[line["style"]],
+                "others": f" (of those chosen for other styles: {others})" if others else "",
                 "p": line["p_adjusted"],
             }
 
@@ -430,19 +454,29 @@ def unit_numbers(unit: str) -> Callable[[pd.DataFrame, Path], Iterator[Numbers]]
 
 
 def _unit_named(line: pd.Series, unit: str) -> Numbers:
-    """A unit's name, and how far it is above the control on the half that confirms it."""
+    """A unit's name, and how far it is above the control on the half that confirms it; aside if that is SMALL."""
     name = f"{line['layer']}.{line['head' if unit == HEAD else 'neuron']}"
     more = Interval(*(float(line[f"difference_to_control{end}"]) for end in ("", "_ci_low", "_ci_high")))
-    return {"name": name, "more": more.text(), "head": name if unit == HEAD else ""}
+    level = abs(line.get("mean_control", math.nan))
+    part = abs(more.estimate) / level if level else math.nan
+    size = f", {100 * part:.2g} % of its level there" if part == part else ""
+    return {
+        "name": name,
+        "more": more.text(),
+        "size": size,
+        "head": name if unit == HEAD else "",
+        "aside": part < SMALL,
+    }
 
 
 def _unit_rule(unit: str, measure: str, question: str, aside: bool = False) -> Rule:
-    again = f"Chosen on one half of the prompts and confirmed on the other: {{count}} {unit}s (n = {{n}}, "
+    again = f"Chosen on one half of the prompts and confirmed on the other: {{count}} {unit}s{{others}} (n = {{n}}, "
     return Rule(
         f"{unit}s found again",
         ("neuron_sensitivity_summary.csv",),
         unit_numbers(unit),
-        f"By {measure}, {unit} {{name}} (layer.{unit}): {{more}} more with {{style}} than with {{control}}. {again}"
+        f"By {measure}, {unit} {{name}} (layer.{unit}): {{more}} more with {{style}} than with {{control}}{{size}}. "
+        f"{again}"
         "{adjusted_p}).",
         f"By {measure}, none can be named for {{style}}. {again}the set as a whole: {{adjusted_p}}).",
         question,
@@ -477,6 +511,7 @@ UNITS = Section(
 
 
 SOURCES = {"split": "control's", "normal": "clean"}  # donor of a patch → in a sentence
+LATER = {"after": "the tokens after them", "readout": "the last prompt token"}  # positions → in a sentence
 
 
 def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
@@ -488,21 +523,26 @@ def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
     own = table[(table["site"] == "resid_pre") & (table["positions"] == "edited") & (table["donor"] == "own")]
     own = own[own["direction"] == "denoising"]
     for (style, source), part in own.groupby(["style", "source"], sort=False):
+        same = (table["style"] == style) & (table["source"] == source) & (table["site"] == "resid_pre")
+        same &= table["direction"] == "denoising"
         part = part.sort_values("layer")
         part = part[part["layer"] > 0] if (part["layer"] > 0).any() else part
         before = part[part["layer"] <= part["hand_over_layer"]]
         line = before.iloc[-1] if len(before) else part.iloc[0]
         known = line["hand_over_layer"] == line["hand_over_layer"]
-        undone = "none" if line["R_control"] < 0 else percent(line["R_control"])
-        other = f"; another prompt's words undo {undone} of it" if pd.notna(line["R_control"]) else ""
         after = part[part["layer"] > part["hand_over_layer"]]
+        later = table[same & (table["donor"] == "own") & (table["layer"] == after["layer"].min())]
+        later = later[later["positions"].isin(LATER)].sort_values("R")
+        other = table[same & (table["donor"] == "other") & (table["layer"] == line["layer"])]
+        other = other[other["positions"] == "edited"]
         yield {
             "holds": bool(line["R_ci_low"] > 0 and line["hand_over_ci_low"] == line["hand_over_ci_low"]),
             "style": style,
             "donor": SOURCES.get(source, source),
             "n": line["n"],
             "restored": share_text(line, "R"),
-            "other": other,
+            "other": _other_text(other.iloc[0]) if len(other) else "",
+            "later": LATER[later["positions"].iloc[-1]] if len(later) else "later tokens",
             "effect": f"{style}'s letters" if source == "split" else style,
             "at": int(line["layer"]),
             "between": f"between layers {line['layer']:.0f} and {after['layer'].iloc[0]:.0f} " if len(after) else "",
@@ -510,6 +550,13 @@ def hand_over_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "crossing": "" if known else " At none of the patched layers does the effect pass to later tokens.",
             "p": line["p"],
         }
+
+
+def _other_text(line: pd.Series) -> str:
+    """What the state of another prompt's words does in the same place."""
+    if line["R_ci_high"] < 0:
+        return f"; that of another prompt's words makes it worse ({share_text(line, 'R')})"
+    return f"; that of another prompt's words undoes {'none' if line['R'] < 0 else percent(line['R'])} of it"
 
 
 def cause_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
@@ -557,8 +604,9 @@ CAUSES = Section(
     plots=(
         Plots(
             "patching_layers.png",
-            "R: the share of the typo's effect on the next tokens that comes back if one place takes the state of the "
-            "clean or control run. 1: all of it, 0: nothing.",
+            "R: the share of the typo's effect on the answer (the KL of the distributions of its tokens) that is "
+            "undone if one place takes the state of the clean or control run. 1: all of it, 0: nothing, below 0: it "
+            "gets worse.",
         ),
         Plots(
             "patching_heads.png",
@@ -580,8 +628,9 @@ CAUSES = Section(
             "hand-over",
             ("patching_layers.csv",),
             hand_over_numbers,
-            "The effect of {effect} on the answer moves from the mistyped words to later tokens {between}(at {layer}). "
-            "At layer {at} the {donor} state of these words undoes {restored} of it{other} (n = {n}).",
+            "The effect of {effect} on the answer moves from the mistyped words to {later} {between}({layer} by "
+            "interpolation between the patched layers). At layer {at} the {donor} state of these words undoes "
+            "{restored} of it{other} (n = {n}).",
             "At layer {at} the {donor} state of the words mistyped by {style} undoes {restored} of the effect of "
             "{effect} on the answer{other} (n = {n}).{crossing}",
             WHERE,
