@@ -151,8 +151,8 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "alone (neutral@polite: neutral sentences of as many tokens), and −2 [−10, 6] points from the tone (n = "
         "149, the rows that have the control).",
         "Mostly not: at layer 7, the best of 3, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
-        "own clean state among 100 words (by chance 1 %), 16 [9, 23] points fewer than with split@typo@2; at the last "
-        "layer 12 % are (n = 149, adjusted p < 0.001).",
+        "own clean state among 100 words (by chance at least 1 %), 16 [9, 23] points fewer than with split@typo@2; at "
+        "the last layer 12 % are (n = 149, adjusted p < 0.001).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
         " 48 of 149. That is 4.7 [2.9, 6.5] layers later than with the control, if a word that never does counts "
         "as one layer beyond the last (n = 149, adjusted p < 0.001).",
@@ -196,8 +196,8 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "Not known, because the change with polite, −11 [−19, −3] points on the rows that have the control, is not "
         "clear of 0 (n = 149, adjusted p = 0.400).",
         "Mostly not: at layer 7, the best of 3, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
-        "own clean state among 100 words (by chance 1 %). The difference to split@typo@2 is not clear of 0 (n = 149, "
-        "adjusted p = 0.400). A difference of 11.6 points would have been found (80 % power).",
+        "own clean state among 100 words (by chance at least 1 %). The difference to split@typo@2 is not clear of 0 "
+        "(n = 149, adjusted p = 0.400). A difference of 11.6 points would have been found (80 % power).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
         " 48 of 149. No difference in depth shows: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A "
         "difference of 2.8 layers would have been found (80 % power).",
@@ -228,7 +228,7 @@ def test_a_lens_that_does_not_read_the_clean_word_says_nothing_of_the_mistyped(t
     told = [one for one in findings(tmp_path) if "lens" in one.text]
     assert [one.text for one in told] == [
         "The logit lens cannot tell: it does not read the words that typo@2 mistypes in the clean prompt either "
-        "(median rank at the best layer: 1,234; n = 150, the prompts of `--lens_rows` that allow the comparison)."
+        "(median rank at the best layer: 1,234; n = 150, those of the first prompts that allow the comparison)."
     ]
     assert not told[0].is_claim
 

@@ -124,7 +124,7 @@ def peak_numbers(table: pd.DataFrame, _: Path) -> Iterator[Numbers]:
             "control": line["control"],
             "n": line["n_with_control"],
             "layers": own["layer"].nunique(),
-            "chance": f" among {words:.0f} words (by chance {percent(1 / words)})" if words > 0 else "",
+            "chance": f" among {words:.0f} words (by chance at least {percent(1 / words)})" if words > 0 else "",
             "answer": "Not clear whether most are" if unclear else "Mostly" if line["estimate"] > 0.5 else "Mostly not",
             "layer": int(line["layer"]),
             "share": share_text(line, "estimate", "ci_low", "ci_high"),
@@ -263,7 +263,7 @@ LAYERS = Section(
             unread_numbers,
             "",
             "The logit lens cannot tell: it does not read the words that {style} mistypes in the clean prompt either "
-            "(median rank at the best layer: {rank}; n = {n}, the prompts of `--lens_rows` that allow the comparison).",
+            "(median rank at the best layer: {rank}; n = {n}, those of the first prompts that allow the comparison).",
             WHERE,
             aside=True,
         ),
