@@ -75,7 +75,7 @@ EXAMPLE = {  # measure: (its line in the table, decimals)
     "split_half": ("split-half rank correlation of those changes from the control", 2),
     "head_22_4": ("attention of head 22.4 to the typo ÷ to the control's words", 2),
     "next_token_kl": (
-        "KL of the next token to `normal` ÷ the control's (geometric means of a lower bound, from 10 logits)",
+        "KL of the next token to `normal` ÷ the control's (geometric means of a lower bound, from 1,000 logits)",
         2,
     ),
     "recovery": ("layers by which the word is recovered later than the control's", 1),
