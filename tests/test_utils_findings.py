@@ -196,8 +196,9 @@ def test_without_an_effect_nothing_is_claimed(tmp_path):
         "Not known, because the change with polite, −11 [−19, −3] points on the rows that have the control, is not "
         "clear of 0 (n = 149, adjusted p = 0.400).",
         "Mostly not: at layer 7, the best of 3, 15 % [9, 21] of the words mistyped by typo@2 are nearest to their "
-        "own clean state among 100 words (by chance at least 1 %). The difference to split@typo@2 is not clear of 0 "
-        "(n = 149, adjusted p = 0.400). A difference of 11.6 points would have been found (80 % power).",
+        "own clean state among 100 words (by chance at least 1 %); at the last layer 12 % are. The difference to "
+        "split@typo@2 is not clear of 0 (n = 149, adjusted p = 0.400). A difference of 11.6 points would have been "
+        "found (80 % power).",
         "The word mistyped by typo@2 comes back to its own clean state in 24 of 150 prompts, with split@typo@2 in"
         " 48 of 149. No difference in depth shows: 4.7 [2.9, 6.5] layers later (n = 149, adjusted p = 0.400). A "
         "difference of 2.8 layers would have been found (80 % power).",

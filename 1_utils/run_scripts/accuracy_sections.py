@@ -61,7 +61,8 @@ WHOLE_TABLES = (
     TableOf(
         "decomposition.csv",
         "How much of the change is fragmentation (control − clean form) and how much is spelling (style − control); of "
-        "a tone (control neutral@…): how much is length, and how much is tone",
+        "a tone (control neutral@…): how much is length, and how much is tone. The share is above 1 if the second part "
+        "works against the first",
         ("style", "measure", "control", "n", "n_clusters", *PARTS),
     ),
     TableOf(

@@ -333,7 +333,8 @@ def glmm_shares(matrix: np.ndarray) -> dict[str, float]:
     model = BinomialBayesMixedGLM(matrix.ravel(), np.ones((n * k, 1)), effects, kinds, vcp_p=1, fe_p=2)
     start = np.zeros(3 + n + k)
     limits = {"maxiter": 2000, "maxfun": 5000}
-    fit = model.fit_vb(mean=start, sd=np.full(len(start), 0.3), fit_method="L-BFGS-B", minim_opts=limits)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # steps too far of the line search
+        fit = model.fit_vb(mean=start, sd=np.full(len(start), 0.3), fit_method="L-BFGS-B", minim_opts=limits)
     if not fit.optim_retvals.success:
         return {}
     variances = [*np.exp(2 * fit.vcp_mean), math.pi**2 / 3]

@@ -65,6 +65,7 @@ def _is_open(prompt: str) -> bool:
 
 
 _OPENING = re.compile(r"[\s:=*_\"'$(\[{~≈>.-]*\Z")
+_ANOTHER_SUM = re.compile(r" and \d+ ?[-+*/×÷] ?\d+ ?=")  # `10 and 6 * 2 = 12` after `5 * 2 =`
 _STILL_TO_COME = re.compile(r"=|answer|therefore|\bso\b|####", re.IGNORECASE)
 
 
@@ -82,7 +83,8 @@ def _completion(reading: Reading) -> ParsedAnswer | None:
     if listed(reading, 0):
         return ParsedAnswer(None, "completion", "ambiguous", reading.text.strip()[:80])
     rest = reading.text[first.number.end :]
-    if not BARE_END.match(rest) and not _ends_after_unit(rest):
+    another = reading.prompt.endswith("=") and _ANOTHER_SUM.match(rest)
+    if not another and not BARE_END.match(rest) and not _ends_after_unit(rest):
         return None
     return reading.found(first.number, "completion")
 

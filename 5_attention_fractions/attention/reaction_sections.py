@@ -231,8 +231,8 @@ LAYERS = Section(
             "their own clean state{chance}, {points} points {than} than with {control}; at the last layer {last} are "
             "(n = {n}, {adjusted_p}).",
             "{answer}: at layer {layer}, the best of {layers}, {share} of the words mistyped by {style} are nearest to "
-            "their own clean state{chance}. The difference to {control} is not clear of 0 (n = {n}, "
-            "{adjusted_p}).{limit}",
+            "their own clean state{chance}; at the last layer {last} are. The difference to {control} is not clear of "
+            "0 (n = {n}, {adjusted_p}).{limit}",
             WHERE,
         ),
         Rule(
