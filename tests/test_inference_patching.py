@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import attn_act_logi
 import patch_activations
 import pytest
 import tiny_models
 import torch
-from capture import patch_job
+from capture import patch_job, patching
 from capture.batching import attention_layers
 from capture.patch_job import groups_of
 from capture.patch_measures import MEASURES, measures, prove
@@ -219,7 +220,7 @@ def test_a_head_that_alone_carries_the_edit_to_the_answer_is_found(patchers):
     nats = measures(logits, logits[0], logits[1], RESPONSE)["nats"]
     assert nats[1] > 0.01
     for steps in (1, 4):
-        assert ranked(attribution(patcher, PAIR, ["z"], steps)["z"], (0, 1, 2))[0] == (1, 2)
+        assert ranked(attribution(patcher, [PAIR], ["z"], steps)[0]["z"], (0, 1, 2))[0] == (1, 2)
     restored = dict(zip(cells, (1 - nats[2:] / nats[1]).tolist(), strict=True))
     ones = {("edited", 0), ("edited", 1), ("readout", 2), ("z", 1, 2)}
     assert {cell for cell, share in restored.items() if share > 0.999} == ones
@@ -229,7 +230,7 @@ def test_a_head_that_alone_carries_the_edit_to_the_answer_is_found(patchers):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_attribution_is_the_slope_of_what_a_small_step_towards_the_donor_restores(family, patchers):
     patcher, sites = patchers(tiny(family, torch.float64)), ["z", "mlp_out", "mlp_post"]
-    found = attribution(patcher, PAIR, sites)
+    found = attribution(patcher, [PAIR], sites)[0]
     alone = replace(PAIR, recipient=DONOR)
     donor, recipient = (patcher.record(pair, sites)[0] for pair in (alone, PAIR))
     for name, step in (("forth", 1e-3), ("back", -1e-3)):
@@ -243,6 +244,37 @@ def test_attribution_is_the_slope_of_what_a_small_step_towards_the_donor_restore
         nats = measures(logits.double(), logits[0], logits[1], RESPONSE, torch.float64)["nats"]
         told = found[site][layer] if unit is None else found[site][layer, unit[0]]
         assert float(nats[3] - nats[2]) / 2e-3 == pytest.approx(float(told), rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_attribution_of_pairs_together_is_that_of_each_alone(family, steps, patchers):
+    """Pairs of other lengths, of which some begin with more tokens of the shared text than others."""
+    chance = torch.Generator().manual_seed(3)
+    pairs = []
+    for length, first, response in ((12, 4, 3), (15, 9, 1), (9, 3, 4), (12, 7, 2)):
+        ids, new, forced = torch.randint(9, 140, (3, length), generator=chance).tolist()
+        recipient = RECIPIENT[:3] + ids[3:]
+        donor = recipient[:first] + new[first : first + 2] + recipient[first + 2 :]
+        pairs.append(Pair(0, donor, recipient, forced[:response], {}, [[1, 2]]))
+    sites = [site for site in ("z", "mlp_out", "mlp_post") if site in sites_of(family)]
+    patcher = patchers(tiny(family, torch.float32 if family == "mixtral" else torch.float64))
+    alone = [attribution(patcher, [pair], sites, steps)[0] for pair in pairs]
+    for text in ([], RECIPIENT[:2], RECIPIENT[:3]):
+        patcher.shared_text = text
+        for one, together in zip(alone, attribution(patcher, pairs, sites, steps), strict=True):
+            assert one.keys() == together.keys() == {*sites}
+            for site, scores in one.items():
+                assert scores.abs().max() > 0
+                torch.testing.assert_close(together[site], scores, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_start_later_begin_a_batch_where_that_saves_work():
+    batches = partial(patching._batches, end=20, size=4)
+    assert [*batches([0, 1, 2, 3], [2, 2, 3, 3])] == [[0, 1, 2, 3]]  # one token more for two rows is less than a batch
+    assert [*batches([0, 1, 2, 3], [2, 2, 17, 17])] == [[0, 1], [2, 3]]
+    assert [*batches([3, 2, 1, 0, 4], [2, 2, 2, 2, 2])] == [[3, 2, 1, 0], [4]]
+    assert [*batches([], [])] == []
 
 
 def test_measures_are_their_formulas():
@@ -398,7 +430,7 @@ def test_a_run_writes_every_cell_beside_its_baseline_and_its_proof(whole, tmp_pa
     for way in ("denoising", "noising"):
         assert (nats[:, of[way, "resid_pre", "edited", "own", "", 0, -1]] == 0).all()
         assert torch.equal(*(one[:, of[way, "resid_pre", "after", "own", "", 0, -1]] for one in (nats, before)))
-        assert (nats[:, of[way, "pattern", "all", "own", "all pattern + v", -1, -1]] == 0).all()
+        assert (nats[:, of[way, "pattern", "all", "own", "all pattern + v", -1, -1]] < 1e-6).all()  # products round
         assert (nats[:, of[way, "resid_pre", "edited", "other", "", 1, -1]] > 0).all()
     assert content["proof"].keys() >= {"plain", "self", "all", "edited_0", "after_0", "readout_0", "before"}
     assert all(content["proof"][f"random:{site}"] > 1e-3 for site in SITES)
@@ -430,7 +462,7 @@ def test_every_token_from_the_first_edited_one_on_is_patched_alone(whole, tmp_pa
     for content in files_of(tmp_path).values():
         places = [k for k, name in enumerate(content["positions"]) if name.startswith("token_")]
         assert [content["positions"][k] for k in places] == [f"token_{i}" for i in range(len(places))]
-        moved = content["nats"] != content["recipient_nats"]
+        moved = (content["nats"] - content["recipient_nats"]).abs() > 1e-6
         for place, (row, tokens) in enumerate(zip(content["original_indices"], content["tokens"], strict=True)):
             inside = run["region_mask"][row, :, run["regions"].index("edited")]
             ids = run["input_ids"][row, int(inside.int().argmax()) :]

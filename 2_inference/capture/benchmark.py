@@ -44,6 +44,7 @@ KNOWN_SHAPES = {
 }
 OWN_SETTINGS = {"gemma2": {"sliding_window": 4096, "query_pre_attn_scalar": 256}}
 LOOP_ROWS = 16  # of the plain generate loop
+BENCH_PAIRS = 8  # whose attribution is computed together
 
 
 def run(args: argparse.Namespace, command: list[str]) -> int:
@@ -98,10 +99,11 @@ def random_model(name: str, dtype: str, device_map: str | None) -> Any:
 
 
 def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str, Any]], bool]:
-    """Patches of a pair of random prompts that differ in two tokens: a third or a fifth of all tokens is behind these.
+    """Patches of pairs of random prompts that differ in two tokens: a third or a fifth of all tokens is behind these.
 
-    `share`: seconds of a way over those of as many plain forward passes of the whole prompt with all its logits, the
-    median of the rounds; of `attribution` also over those of `heads`.
+    Seconds are those of one pair. `share`: over those of as many plain forward passes of the whole prompt with all its
+    logits, the median of the rounds; of attribution also over those of `heads`. Attribution takes BENCH_PAIRS pairs at
+    once: those before the edit are the same text for all (few-shot text, read once), or each pair's own.
     """
     patcher, rows, stopped = Patcher(model), [], False
     count, config = len(patcher.layers), model.config.get_text_config(decoder=True)
@@ -109,13 +111,13 @@ def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str,
     names = ("edited", "edited_last", "after", "readout")
     groups = [(Patch("resid_pre", i, name),) for i in range(count) for name in names]
     for length, part in ((length, part) for length in args.lengths for part in (3, 5)):
-        chance, computed = torch.Generator().manual_seed(length), (length + args.max_new_tokens - 1) // part
-        first = length + args.max_new_tokens - 1 - computed
-        donor, recipient, response = torch.randint(10, config.vocab_size - 10, (3, length), generator=chance).tolist()
-        donor = recipient[:first] + donor[first : first + 2] + recipient[first + 2 :]
-        edited = [first <= place < first + 2 for place in range(length)]
-        pair = Pair(0, donor, recipient, response[: args.max_new_tokens], groups_of(edited))
-        plain = torch.tensor([recipient + pair.response[:-1]], device=model.device)
+        total = length + args.max_new_tokens - 1
+        computed = total // part
+        alike, unlike = (
+            random_pairs(config.vocab_size, length, total - computed, args.max_new_tokens, own) for own in (False, True)
+        )
+        pair = alike[0]
+        plain = torch.tensor([pair.recipient + pair.response[:-1]], device=model.device)
 
         def forwards(plain: torch.Tensor = plain) -> None:
             with torch.no_grad():
@@ -123,29 +125,50 @@ def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str,
                     model(plain, use_cache=False)
 
         def sweep(cells: Sequence[tuple[Patch, ...]], pair: Pair = pair) -> None:
+            patcher.shared_text = pair.recipient[: pair.shared]
             for _, logits, _ in patcher.run(pair, cells, args.batch_size):
                 measures(logits, logits[0], logits[1], pair.response)
+
+        def attributed(pairs: list[Pair], shared: int) -> None:
+            patcher.shared_text = pairs[0].recipient[:shared]
+            attribution(patcher, pairs, ["z", "mlp_out", "mlp_post"])
 
         calls: dict[str, Callable[[], Any]] = {
             "forward": forwards,
             "groups": partial(sweep, groups),
             "heads": partial(sweep, heads),
-            "attribution": partial(attribution, patcher, pair, ["z", "mlp_out", "mlp_post"]),
+            "attribution": partial(attributed, alike, pair.shared),
+            "attribution, own texts": partial(attributed, unlike, 0),
         }
         label = f"{length} tokens and {args.max_new_tokens - 1} of a response, the last {computed} computed"
         seconds, peaks, _, stopped = time_in_turn(calls, args.repeats, model.device.type, label)
-        patches = {"forward": count, "groups": len(groups), "heads": len(heads), "attribution": len(heads)}
+        for name in ("attribution", "attribution, own texts"):
+            seconds[name] = [spent / BENCH_PAIRS for spent in seconds.get(name, [])]
         for name, spent in seconds.items():
+            patches = {"forward": count, "groups": len(groups)}.get(name, len(heads))
             pairs = zip(spent, seconds["forward"], seconds["heads"], strict=True)
-            shares = [(own / of * count / patches[name], own / exact) for own, of, exact in pairs]
+            shares = [(own / of * count / patches, own / exact) for own, of, exact in pairs]
             share, of_heads = (statistics.median(values) for values in zip(*shares, strict=True))
-            row = {"prompt_tokens": length, "computed": computed, "way": name, "patches": patches[name]}
+            row = {"prompt_tokens": length, "computed": computed, "way": name, "patches": patches}
             row |= {"seconds": statistics.median(spent), "share": share, "share_of_heads": of_heads}
             rows.append(row | {"peak_MB": peaks[name], "rounds": len(spent)})
         if stopped:
             break
     patcher.close()
     return rows, stopped
+
+
+def random_pairs(vocabulary: int, length: int, first: int, response: int, own: bool) -> list[Pair]:
+    """BENCH_PAIRS pairs that differ in two tokens from `first` on; those before it are the same for all, or own."""
+    chance = torch.Generator().manual_seed(length)
+    groups = groups_of([first <= place < first + 2 for place in range(length)])
+    pairs: list[Pair] = []
+    for _ in range(BENCH_PAIRS):
+        ids, new, forced = torch.randint(10, vocabulary - 10, (3, length), generator=chance).tolist()
+        ids = ids if own or not pairs else pairs[0].recipient[:first] + ids[first:]
+        donor = ids[:first] + new[first : first + 2] + ids[first + 2 :]
+        pairs.append(Pair(0, donor, ids, forced[:response], groups))
+    return pairs
 
 
 # --- a whole job

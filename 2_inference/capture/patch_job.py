@@ -111,6 +111,7 @@ def run_command(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model_name, args.dtype, args.device_map, args.revision, args.trust_remote_code)
     stop, whole = Event(), True
     with closing(Patcher(model, args.seed)) as patcher, stopped_by_signals(stop):
+        patcher.shared_text = reader.shared_prefix()
         study = Study(args, patcher, reader, end_tokens(model, tokenizer))
         rows = sum(len(indices) for plan in todo for _, indices in plan.files)
         with tqdm(total=rows, desc=todo[0].style, unit="prompt", smoothing=0, dynamic_ncols=True) as bar:
@@ -291,6 +292,7 @@ class Study:
         self.cells: list[Cell] = []
         self.pairs: dict[tuple[str, int, str], tuple[Pair, Pair]] = {}  # the last ones, whose responses were generated
         self.screened: list[str] = []
+        self.scores: dict[tuple[str, int], dict[str, torch.Tensor]] = {}  # by style and row: the last attributions
 
     def run_file(self, plan: StylePlan, path: Path, indices: list[int], bar: Any, stop: Event) -> bool:
         """Patch the rows of one file and write it, whole or not at all; returns whether every row could be run."""
@@ -304,7 +306,8 @@ class Study:
                 if not proof:
                     proof = self.prove(plan, path, index)
                 with memory_errors():
-                    rows.append(self.run_row(plan, index, indices[(place + 1) % len(indices)]))
+                    row = self.run_row(plan, index, indices[(place + 1) % len(indices)])
+                    rows.append(row | self.attributed(plan, index, indices))
             except OutOfMemory as error:
                 failed[index] = self.reader.file.element_index(index), str(error)
             bar.update()
@@ -379,8 +382,10 @@ class Study:
         if "chosen" not in known:
             total: dict[str, torch.Tensor] = {}
             rows = [index for index in plan.rows if plan.choosing[index]] or [*plan.rows]
-            for index in tqdm(rows, desc=f"{plan.style}, attribution", unit="prompt", smoothing=0, dynamic_ncols=True):
-                for site, scores in self.attributed(self.pair(plan, index, self.args.directions[0])[0]).items():
+            label = f"{plan.style}, attribution"
+            for place, index in enumerate(tqdm(rows, desc=label, unit="prompt", smoothing=0, dynamic_ncols=True)):
+                some = rows[place - place % ROWS_PER_FILE :][:ROWS_PER_FILE]
+                for site, scores in self.attribution(plan, index, some).items():
                     total[site] = total.get(site, 0.0) + scores
             flat = {site: scores if scores.dim() == 2 else scores[:, None] for site, scores in total.items()}
             known["chosen"] = {site: ranked(scores, self.args.layers)[: SIZES[-1]] for site, scores in flat.items()}
@@ -388,9 +393,28 @@ class Study:
                 write_json(plan.record, known, indent=None)
         return {site: [(layer, unit) for layer, unit in order] for site, order in known["chosen"].items()}
 
-    def attributed(self, pair: Pair) -> dict[str, torch.Tensor]:
-        """`attribution` of a pair for what is screened."""
-        return attribution(self.patcher, pair, self.screened, self.args.ig_steps)
+    def attribution(self, plan: StylePlan, index: int, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`attribution` of a row for what is screened, computed with that of all `indices` if memory takes them."""
+        if (plan.style, index) not in self.scores:
+            try:
+                self.scores = self.attributions(plan, indices)
+            except OutOfMemory:
+                self.scores = self.attributions(plan, [index])
+        return self.scores[plan.style, index]
+
+    def attributions(self, plan: StylePlan, indices: Sequence[int]) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
+        """`attribution` by style and row."""
+        pairs = [self.pair(plan, index, self.args.directions[0])[0] for index in indices]
+        with memory_errors():
+            found = attribution(self.patcher, pairs, self.screened, self.args.ig_steps)
+        return {(plan.style, index): scores for index, scores in zip(indices, found, strict=True)}
+
+    def attributed(self, plan: StylePlan, index: int, indices: Sequence[int]) -> dict[str, Any]:
+        """What a file keeps of `attribution`."""
+        if not self.screened:
+            return {}
+        scores = self.attribution(plan, index, indices).items()
+        return {"attribution": {site: value.half() if site == "mlp_post" else value for site, value in scores}}
 
     def mean_states(self, plan: StylePlan, sites: Sequence[str]) -> States:
         """For --ablate mean: every unit's mean over the tokens from the first edited one on, of the first typo runs."""
@@ -458,11 +482,7 @@ class Study:
                     for whose, value in zip(WHOSE, (values[2:], values[1], values[0]), strict=True):
                         if f"{whose}{name}" in found:
                             found[f"{whose}{name}"][[places[k] for k in where]] = value.float()
-        row: dict[str, Any] = {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
-        if self.screened:
-            scores = self.attributed(self.pair(plan, index, self.args.directions[0])[0])
-            row["attribution"] = {site: value.half() if site == "mlp_post" else value for site, value in scores.items()}
-        return row
+        return {"original_index": index, "element_index": self.reader.file.element_index(index), **found}
 
     def batches(self, pair: Pair, rows: Sequence[tuple[Patch, ...]]) -> Iterator[Any]:
         """`Patcher.run`; if memory runs out, what is left in smaller batches."""

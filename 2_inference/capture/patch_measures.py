@@ -36,17 +36,22 @@ def measures(
     restored   whether every forced token is the row's likeliest: greedy decoding would write the donor's response
     """
     d, r = (one.to(dtype).log_softmax(-1) for one in (donor, recipient))
-    up, down = ((p.exp() * (p - q)).argmax(-1, keepdim=True) for p, q in ((d, r), (r, d)))
+    up, down = (_largest(p.exp() * (p - q))[:, None] for p, q in ((d, r), (r, d)))
     shares, wanted = d.exp(), torch.tensor(response, device=logits.device)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in MEASURES[:4]}
     for row in logits:  # one at a time: a vocabulary is large
         x = row.to(dtype).log_softmax(-1)
-        nats = (shares * (d - x)).sum(-1)
+        nats = (d - x).mul_(shares).sum(-1)
         found["nats"].append(nats.sum())
         found["nats_first"].append(nats[0])
         found["sld"].append((x.gather(-1, up) - x.gather(-1, down)).sum())
-        found["restored"].append((row.argmax(-1) == wanted).all())
+        found["restored"].append((_largest(row) == wanted).all())
     return {name: torch.stack(values).cpu() for name, values in found.items()}
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """argmax over the last axis. On a CPU NumPy's, which takes a twentieth of the time of torch's."""
+    return torch.from_numpy(values.float().numpy().argmax(-1)) if values.device.type == "cpu" else values.argmax(-1)
 
 
 # --- cells

@@ -11,69 +11,107 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from command_line import UserError
 from file_output import read_csv
 
+from capture.decode import new_cache
 from capture.patch_measures import Cell
 from capture.patching import Pair, Patch, Patcher
 
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # of sets of the best units
+TOKENS_AT_ONCE = 1024  # of prompts and responses whose gradients are taken together
 RANDOM_SETS = 3  # for each set: as many units of the same layers
 Unit = tuple[int, int]  # layer, head or neuron (0 for a whole MLP)
 
 
-def attribution(patcher: Patcher, pair: Pair, sites: Sequence[str], steps: int = 1) -> dict[str, torch.Tensor]:
-    """Estimated nats that each unit restores: z [L, H], mlp_out [L], mlp_post [L, F], float32 on the CPU."""
-    # 1. With several steps, the recipient's states; with one they are those at which the gradient is taken.
+def attribution(
+    patcher: Patcher, pairs: Sequence[Pair], sites: Sequence[str], steps: int = 1
+) -> list[dict[str, torch.Tensor]]:
+    """Estimated nats that each unit restores, pair by pair: z [L, H], mlp_out [L], mlp_post [L, F], float32 on the CPU.
+
+    Pairs that share about as many tokens are read together, as reading the weights is what takes the time.
+    """
     patcher.hook(sites)
-    pair = replace(pair, answers=[])
-    shared = pair.recipient[: pair.shared]
-    prompts = [ids[pair.shared :] for ids in (pair.donor, pair.recipient)]
+    order = sorted(range(len(pairs)), key=lambda k: (pairs[k].shared, len(pairs[k].recipient)))
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * max(pairs[k].length for k in order[: count + 1]) <= TOKENS_AT_ONCE:
+            count += 1
+        some, order = order[:count], order[count:]
+        found |= zip(some, _attribution([pairs[k] for k in some], patcher, sites, steps), strict=True)
+    return [found[k] for k in range(len(pairs))]
+
+
+@torch.no_grad()
+def _attribution(
+    pairs: Sequence[Pair], patcher: Patcher, sites: Sequence[str], steps: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """`attribution` of pairs that fit into one batch."""
+    # 1. What donors and recipients share, and the rest of both, padded on the right: no token looks there.
+    shared = min(pair.shared for pair in pairs)
+    text = patcher.shared_text[:shared]
+    behind = patcher.prefix(text, len(pairs))
+    if len(text) < shared:
+        patcher.plain([pair.recipient[len(text) : shared] for pair in pairs], behind, 1)
+    longest = max(pair.length for pair in pairs)
+    tails = [pair.response[:-1] + [0] * (longest - pair.length) for pair in pairs]
+    donors = [pair.donor[shared:] + tail for pair, tail in zip(pairs, tails, strict=True)]
+    recipients = [pair.recipient[shared:] + tail for pair, tail in zip(pairs, tails, strict=True)]
+    keep = longest - min(len(pair.recipient) for pair in pairs) + 1
+    first = [keep - longest + len(pair.recipient) - 1 for pair in pairs]  # of the response, in what is kept
+    places = [(row, at + t) for row, at in enumerate(first) for t in range(len(pairs[row].response))]
+    rows, columns = zip(*places, strict=True)
+
+    # 2. The states of the donors and, for several steps, of the recipients.
+    ends: list[torch.Tensor] = []  # embeddings of donors and recipients
     followed: dict[tuple[str, int], torch.Tensor] = {}
-    share = 0.0
+    share = 0.0  # of the way from the recipient to the donor
 
     def follow(_branch: int, site: str, layer: int, state: torch.Tensor) -> torch.Tensor | None:
-        if (site, layer) == ("resid_pre", 0):
-            mixed = torch.stack([state[0], torch.lerp(state[1], state[0], share)])
-            return mixed.detach().requires_grad_(torch.is_grad_enabled())
         if site in sites:
             followed[site, layer] = state
+        if (site, layer) != ("resid_pre", 0):
+            return None
+        if torch.is_grad_enabled():
+            return torch.lerp(state, ends[0], share).requires_grad_()
+        ends.append(state)
         return None
 
-    own: dict[tuple[str, int], torch.Tensor] = {}
-    if steps > 1:
-        with torch.no_grad():
-            patcher.sweep(pair, prompts, patcher.prefix(shared), on_state=follow)
-        own = {key: state[1] for key, state in followed.items()}
+    def log_shares(ids: list[list[int]]) -> torch.Tensor:  # [forced tokens of all pairs, V]
+        cache = new_cache(len(patcher.layers), behind, len(pairs))
+        return patcher.plain(ids, cache, keep, follow)[rows, columns].float().log_softmax(-1)
 
-    # 2. The gradient of the divergence at each step. The donor's row comes along: its weights are read anyway.
+    donor = log_shares(donors)
+    theirs, own = dict(followed), {}
+    if steps > 1:
+        log_shares(recipients)
+        own = dict(followed)
+
+    # 3. The gradient of the divergence at each step.
     total: dict[tuple[str, int], torch.Tensor] = {}
     for step in range(steps):
         share = (step + 0.5) / steps if steps > 1 else 0.0
         with torch.enable_grad():
-            logits, _ = patcher.sweep(pair, prompts, patcher.prefix(shared), on_state=follow)
-            donor, mixed = logits.float().log_softmax(-1)
-            donor = donor.detach()
-            nats = (donor.exp() * (donor - mixed)).sum()
+            nats = (donor.exp() * (donor - log_shares(recipients))).sum()
             gradients = torch.autograd.grad(nats, list(followed.values()))
-        for (key, state), gradient in zip(followed.items(), gradients, strict=True):
-            total[key] = total.get(key, 0.0) + gradient[1].float() / steps
-            own.setdefault(key, state[1].detach())
-    theirs = {key: state[0].detach() for key, state in followed.items()}
+        for (at, state), gradient in zip(followed.items(), gradients, strict=True):
+            total[at] = total.get(at, 0.0) + gradient.float() / steps
+            own.setdefault(at, state.detach())
 
-    # 3. Times the difference, summed over tokens (and the width of a head or MLP).
-    axes = {"z": (0, 2), "mlp_out": (0, 1), "mlp_post": (0,)}
+    # 4. Times the difference, summed over tokens (and the width of a head or MLP).
+    axes = {"z": (1, 3), "mlp_out": (1, 2), "mlp_post": (1,)}
     found: dict[str, torch.Tensor] = {}
     for site in sites:
-        keys = [(site, layer) for layer in range(len(patcher.layers))]
-        scores = [((own[key].float() - theirs[key].float()) * total[key]).sum(axes[site]).cpu() for key in keys]
-        found[site] = torch.stack(scores)
-    return found
+        by_layer = [(site, layer) for layer in range(len(patcher.layers))]
+        scores = [((own[at].float() - theirs[at].float()) * total[at]).sum(axes[site]).cpu() for at in by_layer]
+        found[site] = torch.stack(scores, 1)
+    return ({site: scores[row] for site, scores in found.items()} for row in range(len(pairs)))
 
 
 def ranked(scores: torch.Tensor, layers: Sequence[int]) -> list[Unit]:

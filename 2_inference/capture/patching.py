@@ -91,6 +91,11 @@ class Pair:
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     @property
+    def length(self) -> int:
+        """Tokens of the recipient that are fed, with the response."""
+        return len(self.recipient) + len(self.response) - 1
+
+    @property
     def branches(self) -> list[list[int]]:
         """What is fed after the prompt: the response, then each answer that is not read off along the response."""
         return [self.response[:-1], *(ids[:-1] for ids in self.answers if not self.along_response(ids))]
@@ -131,7 +136,8 @@ class Patcher:
     """Runs patched batches on one model; `close` gives it back. `attend` makes it a pass of the recorder's attention.
 
     stored: recorded donors by name; with one named `own`, row 0 of a batch is not the donor. on_state: sees (and may
-    replace) every state of the hooked sites. seed: of random directions.
+    replace) every state of the hooked sites. shared_text: tokens that all prompts begin with, read once. seed: of
+    random directions.
     """
 
     recorder = None
@@ -147,7 +153,8 @@ class Patcher:
         self._hooked: set[str] = set()
         self._handles = [one.register_forward_hook(partial(self._on_layer, i)) for i, one in enumerate(self.layers)]
         self._as_tuple = [False] * len(self.layers)
-        self._prefix: tuple[list[int], Any] = ([], None)
+        self.shared_text: list[int] = []
+        self._prefixes: dict[tuple[int, ...], Any] = {}  # of the shared text, and the last other one
         self._patches: dict[tuple[str, int], list[tuple[int, Patch]]] = {}
         self._pair = Pair(0, [], [], [], {})
         self._joins: Counter[int] = Counter()  # layer: how many rows are computed from there on
@@ -333,9 +340,8 @@ class Patcher:
 
         # 2. The batches: rows that begin at near tokens together, then by layer.
         order = sorted(range(len(rows)), key=lambda k: (starts[k], _first_layer(rows[k])))
-        for place in range(0, len(rows), batch_size):
-            some = sorted(order[place : place + batch_size], key=lambda k: _first_layer(rows[k]))
-            first = min(starts[k] for k in some)
+        for some in _batches(order, starts, len(pair.recipient) + len(pair.response), batch_size):
+            some, first = sorted(some, key=lambda k: _first_layer(rows[k])), starts[some[0]]
             prompts = [donor[first:], pair.recipient[first:]]
             states = {key: state if key[0] else state[:, first - begin :] for key, state in entries.items()}
             batch = [rows[k] for k in some]
@@ -355,26 +361,37 @@ class Patcher:
         self, ids: list[int], longest: int, ends: frozenset[int], stopped: Callable[[list[int]], bool]
     ) -> list[int]:
         """Greedy response of at most `longest` tokens, the one that ends it included."""
-        cache, fed = new_cache(len(self.layers)), ids
+        text = self._text_of(ids)
+        cache, fed = self.prefix(text, 1), ids[len(text) :]
         response: list[int] = []
-        self._patches, self._entry, self._first, self.on_state = {}, None, 0, None
-        self._pair = Pair(0, ids, ids, [], {})
         while len(response) < longest and not (response and (response[-1] in ends or stopped(response))):
-            logits = self._forward(torch.tensor([fed], device=self.device), cache, 1)
+            logits = self.plain([fed], cache, 1)
             fed = [int(logits[0, -1].argmax())]
             response += fed
         return response
 
     @torch.no_grad()
-    def prefix(self, ids: list[int]) -> Any:
-        """A new cache of two rows that begin with these tokens; what the last one was made of is kept."""
-        if ids and self._prefix[0] != ids:
-            cache = new_cache(len(self.layers))
-            self._patches, self._entry, self._first, self.on_state = {}, None, 0, None
-            self._pair = Pair(0, [], [], [], {})
-            self._forward(torch.tensor([ids], device=self.device), cache, 1)
-            self._prefix = ids, cache
-        return new_cache(len(self.layers), self._prefix[1] if ids else None, 2)
+    def prefix(self, ids: list[int], rows: int = 2) -> Any:
+        """A new cache of rows that begin with these tokens; what the last one was made of is kept."""
+        key = tuple(ids)
+        if ids and key not in self._prefixes:
+            text = self._text_of(ids)
+            cache = self.prefix(text, 1)
+            self.plain([ids[len(text) :]], cache, 1)
+            self._prefixes = {one: kept for one, kept in self._prefixes.items() if one == tuple(self.shared_text)}
+            self._prefixes[key] = cache
+        return new_cache(len(self.layers), self._prefixes.get(key), rows)
+
+    def _text_of(self, ids: list[int]) -> list[int]:
+        """The shared text, if these tokens are that and more."""
+        text = self.shared_text
+        return text if len(ids) > len(text) and ids[: len(text)] == text else []
+
+    def plain(self, ids: list[list[int]], cache: Any, keep: int, on_state: OnState | None = None) -> torch.Tensor:
+        """Logits [B, keep, V] of the last positions of a batch [B, n] behind the cache, without patches."""
+        self._pair, self._patches, self._entry, self._first = Pair(0, [], [], [], {}), {}, None, 0
+        self._branch, self.on_state = 0, on_state
+        return self._forward(torch.tensor(ids, device=self.device), cache, keep)
 
     def sweep(
         self,
@@ -431,6 +448,24 @@ def _first_token(pair: Pair, row: tuple[Patch, ...]) -> int:
     starts = [min(pair.groups[patch.positions], default=last) for patch in row]
     after_shared = all(patch.donor in ("own", "recipient", "random") for patch in row)  # before it, these do nothing
     return min(last, max(min(starts), pair.shared if after_shared else 0))
+
+
+def _batches(order: Sequence[int], starts: Sequence[int], end: int, size: int) -> Iterator[list[int]]:
+    """Rows in this order, at most `size` together. A batch computes all tokens from its first row's start to the end.
+
+    So rows that start later begin a batch, if that costs less: there the donor and the recipient are computed again.
+    """
+    alike = Counter(starts)
+    some: list[int] = []
+    for k in order:
+        first = starts[some[0]] if some else starts[k]
+        wasted = min(size - len(some), alike[starts[k]]) * (starts[k] - first)
+        if some and (len(some) == size or (starts[k] > starts[some[-1]] and wasted > 2 * (end - starts[k]))):
+            yield some
+            some = []
+        some = [*some, k]
+    if some:
+        yield some
 
 
 def _cache_of(known: Any, length: int, rows: Sequence[tuple[Patch, ...]]) -> Any:
