@@ -60,7 +60,7 @@ def write_patches(
     rng, cells = np.random.default_rng(seed), planted_cells(with_sets=True)
     before = rng.gamma(2.0, 0.3, ROWS) + 0.1
     r = scale * np.array([cell[-1] for cell in cells]) + rng.normal(0, noise, (ROWS, len(cells)))
-    nats = torch.tensor(before[:, None] * (1 - r)).float()
+    nats = torch.tensor(before[:, None] * abs(1 - r)).float()  # a divergence is never negative
     halves = deal(templates_of(run), 2)
     chosen_on = torch.tensor([halves[run.template(row)] == 0 for row in range(ROWS)])
     recipient = torch.tensor(before)[:, None].float().expand(nats.shape).contiguous()

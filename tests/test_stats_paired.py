@@ -17,6 +17,7 @@ from paired_stats import (
     design_effect,
     exact_mcnemar,
     holm,
+    jackknife_df,
     minimum_detectable_effect,
     paired_difference,
     paired_summary,
@@ -429,7 +430,7 @@ def test_summary_without_a_baseline_or_without_rows_has_no_differences():
 
 
 def test_a_ratio_over_equal_denominators_is_the_mean():
-    values = np.random.default_rng(1).normal(size=(30, 3, 2))
+    values = np.random.default_rng(1).uniform(size=(30, 3, 2))
     ratio, mean = clustered_ratio(values, np.ones((30, 1, 1))), clustered_mean(values)
     assert ratio.mean == pytest.approx(mean.mean)
     assert ratio.ci_low == pytest.approx(mean.ci_low)
@@ -454,6 +455,43 @@ def test_the_interval_of_a_ratio_holds_in_19_of_20_runs():
         found = clustered_ratio(bottom * rng.normal(0.5, 0.4, 80), bottom, np.repeat(np.arange(40), 2))
         inside += found.ci_low <= 0.5 <= found.ci_high
     assert 0.92 < inside / 1000 < 0.97
+
+
+@pytest.mark.parametrize("left", [0.03, 0.1, 1.0, 3.0])
+def test_the_interval_of_a_share_of_something_positive_holds_where_few_rows_make_it(left):
+    """Rows whose effect and what is left of it are lognormal: the plain jackknife's interval holds less often."""
+    rng = np.random.default_rng(3)
+    before = rng.lognormal(0, 1.0, (100, 1500))
+    after = before * left * rng.lognormal(-0.32, 0.8, before.shape)
+    found = clustered_ratio(after, before, log=True)
+    inside = (found.ci_low <= left) & (left <= found.ci_high)
+    plain = clustered_ratio(after, before)
+    half = stats.t.ppf(0.975, 99) * plain.standard_error
+    assert 0.92 < inside.mean() < 0.97
+    assert (abs(plain.mean - left) <= half).mean() < inside.mean() - 0.01
+    assert (found.ci_low > 0).all()
+    assert found.mean == pytest.approx(plain.mean)
+    assert found.t == pytest.approx(np.log(found.mean) / (found.standard_error / found.mean))
+
+
+def test_a_jackknife_has_few_degrees_of_freedom_if_few_clusters_make_its_variance():
+    even = np.resize([1.0, -1.0], 40)
+    assert jackknife_df(even) == 39
+    one = np.zeros(40)
+    one[3] = 1.0
+    assert 2 < jackknife_df(one) < 2.2
+    both = np.stack([even, np.where(np.arange(40) < 20, one, 5.0)], axis=1)
+    present = np.stack([np.full(40, True), np.arange(40) < 20], axis=1)
+    assert jackknife_df(both, present) == pytest.approx([39, jackknife_df(one[:20])])
+
+
+def test_a_ratio_of_nothing_left_has_no_interval():
+    before = np.array([1.0, 2.0, 3.0])
+    found = clustered_ratio(np.zeros(3), before, log=True)
+    assert found.mean == 0
+    assert np.isnan([found.ci_low, found.ci_high, found.df, found.p]).all()
+    one_row = clustered_ratio(np.array([0.0, 0.5, 0.0]), before, log=True)  # without that row nothing is left
+    assert np.isnan([one_row.ci_low, one_row.p]).all()
 
 
 def test_no_interval_leaves_the_range_of_what_is_measured():

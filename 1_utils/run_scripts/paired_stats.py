@@ -125,12 +125,13 @@ def paired_difference(variant: Any, clean: Any, clusters: Iterable[Hashable] | N
     return clustered_mean(variant - clean, clusters)
 
 
-def clustered_ratio(top: Any, bottom: Any, clusters: Iterable[Hashable] | None = None) -> Estimate:
+def clustered_ratio(top: Any, bottom: Any, clusters: Iterable[Hashable] | None = None, log: bool = False) -> Estimate:
     """Ratio of sums, sum(top) / sum(bottom) over rows, with a cluster jackknife interval, cell by cell.
 
     top: [n] or [n, *cells]; bottom: of the same shape, or one that broadcasts to it. A row counts if both are known.
-    The standard error is sqrt((C - 1) / C * sum_c (ratio without cluster c - ratio)^2). t has C - 1 degrees of freedom
-    and tests the ratio against 0. Returns floats for [n], else arrays [*cells]. NaN with one cluster.
+    The standard error is sqrt((C - 1) / C * sum_c (ratio without cluster c - ratio)^2), with `jackknife_df` degrees of
+    freedom. t tests the ratio against 0. log: for values that are never negative, the same of the ratio's logarithm;
+    t then tests the ratio against 1. Returns floats for [n], else arrays [*cells]. NaN with one cluster.
     """
     top = np.asarray(top, dtype=np.float64)
     bottom = np.broadcast_to(np.asarray(bottom, dtype=np.float64), top.shape)
@@ -149,17 +150,36 @@ def clustered_ratio(top: Any, bottom: Any, clusters: Iterable[Hashable] | None =
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = above.sum(axis=0) / below.sum(axis=0)
         without = (above.sum(axis=0) - above) / (below.sum(axis=0) - below)
+        centre, others = (np.log(ratio), np.log(without)) if log else (ratio, without)
         n_clusters = (counts > 0).sum(axis=0)
-        shift = np.where(counts > 0, without - ratio, 0.0)
+        shift = np.where(counts > 0, others - centre, 0.0)
         error = np.sqrt((n_clusters - 1) / n_clusters * (shift**2).sum(axis=0))
-        error = np.where((n_clusters >= 2) & (error > ZERO_VARIANCE * np.abs(ratio)), error, math.nan)
-        t, df = ratio / error, np.where(np.isnan(error), math.nan, n_clusters - 1)
+        varies = np.isfinite(error) & (error > ZERO_VARIANCE * (1.0 if log else np.abs(ratio)))
+        error = np.where((n_clusters >= 2) & varies, error, math.nan)
+        t, df = centre / error, np.where(np.isnan(error), math.nan, jackknife_df(shift, counts > 0))
         half = stats.t.ppf((1 + CONFIDENCE) / 2, df) * error
-    fields = [ratio, error, ratio - half, ratio + half, t, 2 * stats.t.sf(np.abs(t), df), df, counts.sum(axis=0)]
+        ends = (centre - half, centre + half)
+        low, high = map(np.exp, ends) if log else ends
+        error = error * ratio if log else error
+    fields = [ratio, error, low, high, t, 2 * stats.t.sf(np.abs(t), df), df, counts.sum(axis=0)]
     found = Estimate._make([*fields, n_clusters])
     if top.ndim > 1:
         return found._replace(n=found.n.astype(int))
     return Estimate._make([*(float(field) for field in fields[:7]), int(fields[7]), int(n_clusters)])
+
+
+def jackknife_df(shift: np.ndarray, present: Any = True) -> np.ndarray:
+    """Degrees of freedom of a jackknife's variance, min(C - 1, 2 C / (kurtosis - 1)): few if few clusters make it.
+
+    shift: [C, *cells] what leaving a cluster out changes; present: whether a cell has the cluster. Satterthwaite's rule
+    for the sum of their squares, whose relative variance is (kurtosis - 1) / C.
+    """
+    present = np.broadcast_to(present, shift.shape)
+    count = present.sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        away = np.where(present, shift - np.where(present, shift, 0.0).sum(axis=0) / count, 0.0)
+        kurtosis = count * (away**4).sum(axis=0) / (away**2).sum(axis=0) ** 2
+        return np.fmin(count - 1, 2 * count / np.maximum(kurtosis - 1, 0))
 
 
 def cluster_codes(count: int, clusters: Iterable[Hashable] | None) -> np.ndarray:

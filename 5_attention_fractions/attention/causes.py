@@ -23,7 +23,7 @@ import pandas as pd
 from command_line import UserError
 from file_output import write_or_remove
 from logger import get_logger
-from paired_stats import benjamini_hochberg, clustered_mean, clustered_ratio, holm
+from paired_stats import benjamini_hochberg, clustered_mean, clustered_ratio, holm, jackknife_df
 from plot_style import remove_pictures
 from run_store import Run, load_pt
 from scipy import stats
@@ -227,8 +227,9 @@ def cell_table(patches: Patches) -> pd.DataFrame:
     table = patches.cells.assign(n=nats.n, n_clusters=nats.n_clusters)
     table.insert(0, "style", patches.style)
     table.insert(1, "source", patches.source)
-    ratio = clustered_ratio(gain, whole, clusters)
-    table = table.assign(**ratio.columns("R", "R_ci"), **nats.columns("nats_restored", "nats_restored_ci"), p=nats.p)
+    left = clustered_ratio(whole - gain, whole, clusters, log=True)  # of the recipient's nats, never below 0
+    restored = {"R": 1 - left.mean, "R_ci_low": 1 - left.ci_high, "R_ci_high": 1 - left.ci_low}
+    table = table.assign(**restored, **nats.columns("nats_restored", "nats_restored_ci"), p=nats.p)
     before, after = patches.recipient["nats"], patches.patched["nats"]  # of all rows, those that chose units too
     for own, name in ((patches.choosing, "R_first_half"), (~patches.choosing, "R_second_half")):
         table[name] = clustered_ratio((before - after)[own], before[own], clusters[own]).mean
@@ -319,7 +320,7 @@ def hand_over(patches: Patches, direction: str = DENOISING) -> dict[str, float]:
     shifts = np.array([crossing(patches.clusters != name) for name in names]) - layer
     half = math.nan
     if len(names) > 1 and not np.isnan(shifts).any():
-        half = stats.t.ppf(0.975, len(names) - 1) * math.sqrt((len(names) - 1) / len(names) * (shifts**2).sum())
+        half = stats.t.ppf(0.975, jackknife_df(shifts)) * math.sqrt((len(names) - 1) / len(names) * (shifts**2).sum())
     return {"layer": layer, "ci_low": layer - half, "ci_high": layer + half}
 
 
