@@ -67,6 +67,7 @@ PATCHING = {
     "groups": "residual stream: 30 layers × 4 groups of tokens",
     "heads": "270 heads, one by one",
     "attribution": "attribution of all heads, MLPs and neurons ÷ the 270 heads",
+    "attribution, own texts": "the same, if the prompts share no text",
 }
 EXAMPLE = {  # measure: (its line in the table, decimals)
     "accuracy": ("accuracy − `normal`, in points", 1),
@@ -131,7 +132,7 @@ LAYOUTS = {
         "seconds ÷ as many plain forward passes",
         lambda record: PATCHING[record["way"]],
         lambda record: f"the last {record['computed']} of 91 tokens",
-        lambda r: number(r, "share_of_heads" if r["way"] == "attribution" else "share", 3),
+        lambda r: number(r, "share_of_heads" if r["way"].startswith("attribution") else "share", 3),
     ),
     "facts": Layout(
         "facts",
@@ -140,6 +141,12 @@ LAYOUTS = {
         lambda record: number(record, decimals=0),
     ),
     "causes": Layout(
+        "before layer",
+        lambda record: str(record["layer"]),
+        lambda record: CAUSES[record["positions"], record["donor"]],
+        number,
+    ),
+    "facts_causes": Layout(
         "before layer",
         lambda record: str(record["layer"]),
         lambda record: CAUSES[record["positions"], record["donor"]],
@@ -257,6 +264,7 @@ def causes_rows(results: Path) -> list[Record]:
         | found.loc[(layer, positions, donor)].dropna().round(4).to_dict()  # no interval if it cannot be another number
         for layer in sorted({*found.index.get_level_values("layer")})
         for positions, donor in CAUSES
+        if (layer, positions, donor) in found.index
     ]
 
 
@@ -267,8 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--facts", type=Path, help="results folder of the demo's facts")
     parser.add_argument("--causes", type=Path, help="results folder of the example's patches")
     args = parser.parse_args(argv)
-    for name, rows in (("example", example_rows), ("facts", facts_rows), ("causes", causes_rows)):
-        if results := getattr(args, name):
+    taken_in = (
+        ("example", args.example, example_rows),
+        ("facts", args.facts, facts_rows),
+        ("facts_causes", args.facts, causes_rows),
+        ("causes", args.causes, causes_rows),
+    )
+    for name, results, rows in taken_in:
+        if results:
             path = DOCS / "measured" / f"{name}.json"
             content = json.loads(path.read_text(encoding="utf-8")) | {"rows": rows(results)}
             path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ def nats_of_others(run_dir: Path, model_name: str, rows: int, layers: list[int])
     with closing(Patcher(model)) as patcher:
         study = Study(args, patcher, reader, end_tokens(model, load_tokenizer(model_name)))
         cells = [("resid_pre", layer, "edited", None) for layer in layers]
-        cells += [("z", layer, "all", (head,)) for layer, head in itertools.product(layers, (0, 1, 2))]
+        cells += [("z", layer, "edited", (head,)) for layer, head in itertools.product(layers, (0, 1, 2))]
         indices = [*plan.rows]
         found = np.full((len(indices), len(indices), len(cells)), np.nan)
         before = np.zeros(len(indices))

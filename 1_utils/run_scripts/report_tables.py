@@ -233,7 +233,8 @@ def _interval(row: Mapping[str, Any], column: Headline) -> Interval:
 
 def _headline_text(number: Interval, column: Headline) -> str:
     if not column.low:
-        return format_cell(column.look, number.estimate)
+        nothing = column.look == "n" and number.estimate == 0  # the clean form is compared with nothing
+        return DASH if nothing else format_cell(column.look, number.estimate)
     return number.text(percent=column.look in ("percent", "points"), signed=column.look == "points")
 
 

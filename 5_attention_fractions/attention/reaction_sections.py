@@ -477,7 +477,7 @@ def _unit_rule(unit: str, measure: str, question: str, aside: bool = False) -> R
         unit_numbers(unit),
         f"By {measure}, {unit} {{name}} (layer.{unit}): {{more}} more with {{style}} than with {{control}}{{size}}. "
         f"{again}"
-        "{adjusted_p}).",
+        "{adjusted_p}). Only what rises is searched for.",
         f"By {measure}, none can be named for {{style}}. {again}the set as a whole: {{adjusted_p}}).",
         question,
         aside,
