@@ -170,8 +170,8 @@ def test_planted_effects_are_told_with_their_numbers(tmp_path):
         "that reacts need not change the answer.",
         "By how focused the attention is (1 − entropy, from 0 to 1), head 9.3 (layer.head): 0.0200 [0.0160, 0.0240] "
         "more with typo@2 than with split@typo@2. Chosen on one half of the prompts and confirmed on the other: 115 of "
-        "230 heads (of those chosen for other styles: swap 115 of 230) (n = 74, adjusted p < 0.001). Only what rises is "
-        "searched for.",
+        "230 heads (of those chosen for other styles: swap 115 of 230) (n = 74, adjusted p < 0.001). Only what rises "
+        "is searched for.",
         "By activation (the input of down_proj), neuron 9.3 (layer.neuron): 0.0200 [0.0160, 0.0240] more with typo@2 "
         "than with split@typo@2. Chosen on one half of the prompts and confirmed on the other: 115 of 230 neurons "
         "(of those chosen for other styles: swap 115 of 230) (n = 74, adjusted p < 0.001). Only what rises is searched "
