@@ -80,7 +80,7 @@ def is_uniform(p: np.ndarray) -> bool:
     """Whether p [draws, cells] is below .05, .2, .5 and .8 about as often as it should be."""
     shares = {limit: (p < limit).mean() for limit in (0.05, 0.2, 0.5, 0.8)}
     print({limit: round(float(share), 3) for limit, share in shares.items()})
-    return all(abs(share - limit) < 0.025 for limit, share in shares.items())
+    return all(abs(share - limit) < 0.03 for limit, share in shares.items())
 
 
 def test_p_against_the_control_is_uniform_if_the_donor_is_another_items(tmp_path):
@@ -94,7 +94,7 @@ def test_p_against_the_control_is_uniform_if_the_donor_is_another_items(tmp_path
     assert attn_act_logi.main([*words, "--prompt_keys", "all", "--max_new_tokens", "2", "--raw_layers", "none"]) == 0
     nats, before, _ = nats_of_others(tmp_path / "run", model, len(rows), [0, 1])
     assert len(before) == len(rows)
-    p = null_p_values(nats, before, [str(i) for i in range(len(rows))], DRAWS // 10)
+    p = null_p_values(nats, before, [str(i) for i in range(len(rows))], DRAWS // 4)
     assert np.isfinite(p).all()
     assert is_uniform(p)
 

@@ -142,9 +142,8 @@ def bench_patching(args: argparse.Namespace, model: Any) -> tuple[list[dict[str,
         }
         label = f"{length} tokens and {args.max_new_tokens - 1} of a response, the last {computed} computed"
         seconds, peaks, _, stopped = time_in_turn(calls, args.repeats, model.device.type, label)
-        for name in ("attribution", "attribution, own texts"):
-            seconds[name] = [spent / BENCH_PAIRS for spent in seconds.get(name, [])]
-        for name, spent in seconds.items():
+        for name, of_batches in seconds.items():
+            spent = [one / BENCH_PAIRS for one in of_batches] if name.startswith("attribution") else of_batches
             patches = {"forward": count, "groups": len(groups)}.get(name, len(heads))
             pairs = zip(spent, seconds["forward"], seconds["heads"], strict=True)
             shares = [(own / of * count / patches, own / exact) for own, of, exact in pairs]
