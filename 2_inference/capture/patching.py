@@ -195,8 +195,9 @@ class Patcher:
         if Recorder.active is not self or (site == "resid_pre" and layer < self._first):
             return None
         state = args[0] if args else kwargs["hidden_states"]
-        if site == "resid_pre" and self._entry is not None and layer in self._joins:
-            state = self._entry.to(state.device) if layer == self._first else state
+        if site == "resid_pre" and layer in self._joins:
+            if layer == self._first:
+                state = state[:2] if self._entry is None else self._entry.to(state.device)
             state = torch.cat([state, state[1:2].expand(self._joins[layer], -1, -1)])
             self._rows = len(state)
         state = self._edited(site, layer, state)
@@ -334,18 +335,23 @@ class Patcher:
 
         def keep_entry(branch: int, site: str, layer: int, state: torch.Tensor) -> None:
             if site == "resid_pre":
-                entries[branch, layer] = state
+                entries[branch, layer] = state[:2].clone()
 
-        self.sweep(pair, [donor[begin:], pair.recipient[begin:]], known, on_state=keep_entry)
-
-        # 2. The batches: rows that begin at near tokens together, then by layer.
+        # 2. The batches: rows that begin at near tokens together, then by layer. The first one may be such a pass, too.
         order = sorted(range(len(rows)), key=lambda k: (starts[k], _first_layer(rows[k])))
         for some in _batches(order, starts, len(pair.recipient) + len(pair.response), batch_size):
             some, first = sorted(some, key=lambda k: _first_layer(rows[k])), starts[some[0]]
-            prompts = [donor[first:], pair.recipient[first:]]
-            states = {key: state if key[0] else state[:, first - begin :] for key, state in entries.items()}
-            batch = [rows[k] for k in some]
-            logits, answers = self.sweep(pair, prompts, _cache_of(known, first, batch), batch, states)
+            batch, prompts = [rows[k] for k in some], [donor[first:], pair.recipient[first:]]
+            is_whole = first == begin and _first_layer(batch[0]) == 0
+            if not entries and not is_whole:
+                self.sweep(pair, [donor[begin:], pair.recipient[begin:]], known, on_state=keep_entry)
+            cache = _cache_of(known, first, batch)
+            if entries:
+                states = {key: state if key[0] else state[:, first - begin :] for key, state in entries.items()}
+                logits, answers = self.sweep(pair, prompts, cache, batch, states)
+            else:
+                logits, answers = self.sweep(pair, prompts, cache, batch, on_state=keep_entry)
+                known = _cache_of(cache, len(pair.recipient), ())
             yield some, logits, answers
 
     @torch.no_grad()
@@ -389,8 +395,8 @@ class Patcher:
 
     def plain(self, ids: list[list[int]], cache: Any, keep: int, on_state: OnState | None = None) -> torch.Tensor:
         """Logits [B, keep, V] of the last positions of a batch [B, n] behind the cache, without patches."""
-        self._pair, self._patches, self._entry, self._first = Pair(0, [], [], [], {}), {}, None, 0
-        self._branch, self.on_state = 0, on_state
+        self._pair, self._patches, self._joins = Pair(0, [], [], [], {}), {}, Counter()
+        self._entry, self._first, self._branch, self.on_state = None, 0, 0, on_state
         return self._forward(torch.tensor(ids, device=self.device), cache, keep)
 
     def sweep(
@@ -404,9 +410,9 @@ class Patcher:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One batch: `prompts` (of equal length, behind the cache) and a patched copy of the last for each of `rows`.
 
-        rows: those with lower first layers before the others. entries: inputs of the layers for `prompts`
-        {(branch, layer): [prompts, tokens, D]}; with them a row is computed from its first patched layer on, and
-        `prompts` from that of the first row.
+        rows: those with lower first layers before the others; each is computed from its first patched layer on.
+        entries: inputs of the layers for `prompts` {(branch, layer): [prompts, tokens, D]}; with them `prompts` are
+        computed from the first row's layer on. Without them, a row (if there is one) must be patched at layer 0.
         """
         # 1. The patches by site and layer, and which row joins where.
         self._pair, self.on_state, self._patches = pair, on_state, {}
