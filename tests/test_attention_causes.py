@@ -348,6 +348,16 @@ def covered(runs: int, rows: int) -> float:
     return float(np.mean(held))
 
 
+def test_sets_that_no_row_estimates_are_no_picture(tmp_path: Path):
+    run = write_patches(tmp_path / "run", screened=True)
+    for path in (run / "swap").glob("patches_*.pt"):
+        content = torch.load(path, weights_only=True)
+        save_pt(path, content | {"choosing": [True] * len(content["choosing"])})
+    assert causal_effects.main(["--run_dir", str(run), "--results_dir", str(tmp_path)]) == 0
+    assert not (tmp_path / "patching_sets.png").exists()
+    assert read_csv(tmp_path / "patching_layers.csv")["R"].notna().any()
+
+
 def test_a_null_names_no_head():
     assert named_under_a_null(40, 48) <= 6  # binomial(40, 0.05) is above 6 in 0.3 % of cases
 

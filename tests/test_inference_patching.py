@@ -522,6 +522,28 @@ def test_the_clean_prompt_itself_as_donor(whole, tmp_path):
     assert content["source"] == "normal"
     assert not content["nats"].isnan().any()
     assert "random:resid_pre" in content["proof"]
+    assert patch_activations.main(command(whole, tmp_path / "default", "--source", "normal")) == 0
+
+
+def test_prompts_of_equal_length_that_differ_elsewhere_are_no_twins(patchers):
+    pair = replace(PAIR, donor=[*DONOR[:10], 7, DONOR[11]])  # a token after the edit, too
+    with pytest.raises(UserError, match="the proof 'edited_0' is"):
+        prove(patchers(tiny("llama")), pair, ["resid_pre"], 8)
+    assert "edited_0" not in prove(patchers(tiny("llama")), pair, ["resid_pre"], 8, twins=False)
+
+
+def test_a_mistake_leaves_the_patches_that_are_there(whole, tmp_path):
+    table = tmp_path / "units.csv"
+    table.write_text("layer,head\n1,9\n", encoding="utf-8")
+    words = command(whole, tmp_path / "run", "--sites", "resid_pre", "--layers", "0")
+    with pytest.raises(UserError, match="float7"):
+        patch_activations.main([*words, "--dtype", "float7"])
+    assert patch_activations.main(words) == 0, "settings without patches bind nobody"
+    files = files_of(tmp_path / "run")
+    for wrong in (["--units_csv", str(table)], ["--styles", "swap", "normal"]):
+        with pytest.raises(UserError):
+            patch_activations.main([*words, *wrong, "--overwrite"])
+        assert_equal_files(files_of(tmp_path / "run"), files)
 
 
 def test_a_proof_that_fails_stops_the_run(whole, tmp_path, monkeypatch):
@@ -540,7 +562,7 @@ def test_a_proof_that_fails_stops_the_run(whole, tmp_path, monkeypatch):
         (["--layers", "3"], "--layers 3: the model has layers 0 to 2"),
         (["--styles", "normal"], "patching compares a style with the clean form"),
         (["--styles", "nope"], "has no style 'nope'"),
-        (["--source", "normal"], "no counterpart for"),
+        (["--source", "normal", "--positions", "after"], "no counterpart for after"),
         (["--batch_size", "0"], "must be at least 1"),
         (["--max_samples", "-1"], "must be at least 1"),
         (["--response_tokens", "0"], "must be at least 1"),
@@ -553,6 +575,7 @@ def test_a_proof_that_fails_stops_the_run(whole, tmp_path, monkeypatch):
         (["--model_name", "nowhere"], "nowhere"),
         (["--dtype", "float7"], "float7"),
         (["--shard", "2/2"], "write i/n"),
+        (["--shard", "0/2", "--overwrite"], "one shard would remove another's files"),
         (["--source", "normal", "--screen", "attribution"], "use split"),
         (["--ablate", "zero"], "give --units_csv or --screen attribution"),
         (["--screen", "attribution", "--sites", "resid_pre"], "name one of them in --sites"),
@@ -578,6 +601,9 @@ def test_what_cannot_be_patched_is_told_in_one_line(whole, tmp_path, flags, mess
         ("layer,head\n3,1\n", "layer 3: the model has layers 0 to 2"),
         ("layer,head\n-1,1\n", "layer -1: the model has layers 0 to 2"),
         ("layer,head\n1,4\n", "head 4: layer 1 has heads 0 to 3"),
+        ("layer,head,set\n1,1,all z\n", "the set 'all z' has a name that this script gives"),
+        ("layer,head,set\n1,1,a_random_1\n", "the set 'a_random_1' has a name"),
+        ("layer,head,set\n1,1,attribution_top_1\n", "the set 'attribution_top_1' has a name"),
         ("layer,neuron\n1,-1\n", "neuron -1: layer 1 has neurons 0 to 47"),
     ],
 )
@@ -628,6 +654,52 @@ def test_a_screen_patches_the_best_units_alone_and_in_sets_beside_random_ones(wh
     whole_set = cells.index(("z", "attribution_top_12", -1, -1))
     assert torch.equal(content["nats"][:, whole_set], content["nats"][:, cells.index(("z", "all z", -1, -1))])
     assert {True, False} >= {*content["choosing"]}
+
+
+def test_what_depends_on_all_rows_is_not_mixed_with_that_of_fewer(whole, tmp_path):
+    words = command(whole, tmp_path / "run", "--screen", "attribution", "--sites", "z", "--top_k", "1")
+    assert patch_activations.main([*words, "--max_samples", "4"]) == 0
+    with pytest.raises(UserError, match=r"holds patches of other settings \(rows_used: 4 there, 6 now\)"):
+        patch_activations.main(words)
+
+
+def test_a_screen_leaves_rows_to_estimate_on(whole, tmp_path, monkeypatch):
+    for seed in ("0", "1", "2"):
+        flags = ["--screen", "attribution", "--sites", "z", "--top_k", "1", "--seed", seed]
+        assert patch_activations.main(command(whole, tmp_path / seed, *flags)) == 0
+        chose = [one for content in files_of(tmp_path / seed).values() for one in content["choosing"]]
+        assert sorted(chose) == [False] * 3 + [True] * 3
+    monkeypatch.setattr(patch_job.Run, "template", lambda *_: "one")
+    with pytest.raises(UserError, match="has one template, none is left to estimate on"):
+        patch_activations.main(command(whole, tmp_path / "one", "--screen", "attribution"))
+
+
+def test_a_row_without_memory_does_not_stop_a_screen(whole, tmp_path, monkeypatch):
+    tried, compute = [], patch_job.attribution
+
+    def short_of_memory(patcher, pairs, *rest):
+        tried.append([pair.key for pair in pairs])
+        if any(pair.key == 2 for pair in pairs):
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(patcher, pairs, *rest)
+
+    monkeypatch.setattr(patch_job, "attribution", short_of_memory)
+    words = command(whole, tmp_path, "--screen", "attribution", "--sites", "z", "--top_k", "1")
+    assert patch_activations.main(words) == 1
+    done = [row for content in files_of(tmp_path).values() for row in content["original_indices"]]
+    assert 2 not in done
+    assert len(done) == 5
+    assert (tmp_path / "swap/patches_failures.csv").read_text().count("swap,2,3,") == 1
+    assert len(tried) <= 12, "after the first failure rows go one by one"
+
+
+def test_the_proof_covers_the_sites_of_sets(whole, tmp_path):
+    table = tmp_path / "units.csv"
+    table.write_text("layer,head\n1,2\n", encoding="utf-8")
+    words = command(whole, tmp_path / "run", "--sites", "resid_pre", "--units_csv", str(table))
+    assert patch_activations.main(words) == 0
+    for content in files_of(tmp_path / "run").values():
+        assert content["proof"].keys() >= {"random:resid_pre", "random:z"}
 
 
 @pytest.mark.parametrize("ablate", ["zero", "mean"])

@@ -22,6 +22,7 @@ from file_output import remove_leftovers, write_json
 from load_json import read_prompt_file
 from load_model import load_config, load_model, load_tokenizer, model_fingerprint
 from logger import get_logger
+from paired_stats import deal
 from run_store import (
     Run,
     differences,
@@ -52,7 +53,7 @@ from capture.patch_screen import (
     is_choosing,
     ranked,
 )
-from capture.patching import LIVE, Pair, Patch, Patcher, States
+from capture.patching import LIVE, SITES, Pair, Patch, Patcher, States
 from capture.prompts import PromptReader, Rendering, StylePrompts, longest_prompt
 from capture.recorder import cannot_capture, chosen_layers
 
@@ -102,6 +103,10 @@ def run_command(args: argparse.Namespace) -> int:
     config, reader = open_reader(args, run)
     args.layers = chosen_layers(args.layers, attention_layers(config) - 1, "--layers")
     plans = [plan_style(args, run, reader, style) for style in args.styles]
+    for plan in plans:
+        check_units(plan.sets, units_of(config), args.units_csv)
+    for plan in plans:
+        begin_patches(args, plan)
     todo = [plan for plan in plans if plan.files]
     if not todo:
         log.info(f"{run.path}: nothing to do, all rows are patched")
@@ -186,44 +191,63 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
     if first in rows and content["input_ids"][0][real].tolist() != reader.prompt(typo, rows[first][1]).input_ids:
         raise UserError(f"{run.path}: this tokenizer reads row {first + 1} of {style} as other tokens than the run did")
 
-    # 2. What decides the content of its files.
+    # 2. What decides the content of its files. A screen and mean states depend on all of its rows.
     settings = {name: getattr(args, name) for name in CONTENT_FLAGS}
+    settings["rows_used"] = len(rows) if args.screen != "none" or args.ablate == "mean" else None
     sets = csv_sets(args.units_csv, style) if args.units_csv else []
     settings["sets"] = {one.name: one.units for one in sets}
     settings |= {"model_fingerprint": known["model_fingerprint"], "prompt_sha256": known["prompt_sha256"]}
     choosing = {index: is_choosing(run.template(index), args.seed) for index in rows}
+    if args.screen != "none":
+        halves = deal((run.template(index) for index in rows), 2, args.seed)
+        choosing = {index: halves[run.template(index)] == 0 for index in rows}
+        if len(halves) < 2:
+            raise UserError(
+                f"--screen {args.screen}: {style} has one template, none is left to estimate on; leave it out"
+            )
     dropped = len(typo.texts) - len(rows)
     plan = StylePlan(style, run.styles[style], clean, typo, rows, settings, dropped, choosing, sets)
     log.info(f"{style}: {len(rows)} rows are one to one with {clean.style}; {plan.dropped} are not and are left out")
-    begin_patches(args, plan)
-
-    # 3. Its files.
-    tag = tag_of(args.source)
-    for start in range(0, limit, ROWS_PER_FILE):
-        indices = [index for index in rows if start <= index < start + ROWS_PER_FILE]
-        path = plan.folder / f"patches_{tag}{start:05d}_{start + ROWS_PER_FILE:05d}.pt"
-        if _is_whole(path, indices):
-            note_written(path)
-        elif indices and start // ROWS_PER_FILE % args.shard[1] == args.shard[0]:
-            plan.files.append((path, indices))
     return plan
 
 
 def begin_patches(args: argparse.Namespace, plan: StylePlan) -> None:
-    """Write patches.json beside the files, or find it the same. UserError names what differs."""
+    """Write patches.json beside the files, or find it the same, and plan what is missing. UserError: what differs."""
+    # 1. The record. One without files binds nobody.
+    tag = tag_of(args.source)
     with locked(plan.folder):
         if args.overwrite:
-            for old in [plan.record, *plan.folder.glob(f"patches_{tag_of(args.source)}[0-9]*.pt")]:
+            for old in [plan.record, *plan.folder.glob(f"patches_{tag}[0-9]*.pt")]:
                 old.unlink(missing_ok=True)
         known = read_json_file(plan.record) if plan.record.is_file() else {}
         settings = json.loads(json.dumps(plan.settings))  # as they will be read back
-        if known and (found := differences(known.get("settings", {}), settings)):
+        found = differences(known.get("settings", {}), settings) if known else []
+        if found and not any(plan.folder.glob(f"patches_{tag}[0-9]*.pt")):
+            known = {}
+        elif found:
             raise UserError(
                 f"{plan.folder}: holds patches of other settings ({'; '.join(found)}); use these, or --overwrite"
             )
         new = known | {"settings": settings, "rows": len(plan.rows), "left_out": plan.dropped}
         if new != known:
             write_json(plan.record, new)
+
+    # 2. The files.
+    limit = max(plan.rows) + 1
+    for start in range(0, limit, ROWS_PER_FILE):
+        indices = [index for index in plan.rows if start <= index < start + ROWS_PER_FILE]
+        path = plan.folder / f"patches_{tag}{start:05d}_{start + ROWS_PER_FILE:05d}.pt"
+        if _is_whole(path, indices):
+            note_written(path)
+        elif indices and start // ROWS_PER_FILE % args.shard[1] == args.shard[0]:
+            plan.files.append((path, indices))
+
+
+def units_of(config: Any) -> dict[str, list[int]]:
+    """{site: units of each layer} as far as the config tells, before the model is there to be asked."""
+    text = config.get_text_config(decoder=True)
+    counts = {"z": getattr(text, "num_attention_heads", None), "mlp_post": getattr(text, "intermediate_size", None)}
+    return {site: [many] * attention_layers(config) for site, many in counts.items() if isinstance(many, int)}
 
 
 def tag_of(source: str) -> str:
@@ -237,7 +261,10 @@ def _has_counterparts(
     """Whether both prompts of a pair have edited tokens, in as many runs."""
     prompts = [(reader.prompt(one, place), one.names) for one, place in zip((clean, typo), pair, strict=True)]
     edited = [edited_tokens(prompt, names, style) for prompt, names in prompts]
-    return all(map(any, edited)) and len({len(groups_of(one)["edited_last"]) for one in edited}) == 1
+    if not all(map(any, edited)):
+        return False
+    groups = [groups_of(one) for one in edited]
+    return all(len(groups[0][name]) == len(groups[1][name]) for name in ONE_TOKEN)
 
 
 def edited_tokens(prompt: Prompt, names: list[str], style: str) -> list[bool]:
@@ -293,6 +320,7 @@ class Study:
         self.pairs: dict[tuple[str, int, str], tuple[Pair, Pair]] = {}  # the last ones, whose responses were generated
         self.screened: list[str] = []
         self.scores: dict[tuple[str, int], dict[str, torch.Tensor]] = {}  # by style and row: the last attributions
+        self.at_once = ROWS_PER_FILE  # rows in these
 
     def run_file(self, plan: StylePlan, path: Path, indices: list[int], bar: Any, stop: Event) -> bool:
         """Patch the rows of one file and write it, whole or not at all; returns whether every row could be run."""
@@ -305,6 +333,7 @@ class Study:
             try:
                 if not proof:
                     proof = self.prove(plan, path, index)
+                    bar.unpause()  # the screen does not count for the rate
                 with memory_errors():
                     row = self.run_row(plan, index, indices[(place + 1) % len(indices)])
                     rows.append(row | self.attributed(plan, index, indices))
@@ -325,9 +354,13 @@ class Study:
                 self.patcher.stored = {}
                 if plan.clean.style == self.reader.file.clean_key:
                     self.patcher.stored["own"] = self.patcher.record(alone, self.args.sites)[0]
-                proof = prove(self.patcher, pair, self.args.sites, self.rows_at_once(pair))
+                size, twins = self.rows_at_once(pair), self.args.source == "split"
+                proof = prove(self.patcher, pair, self.args.sites, size, twins)
                 if self.style != plan.style:
                     self.cells, self.style = self.choose_cells(plan, alone), plan.style
+                used = {patch.site for cell in self.cells for patch in cell.row}
+                if further := [site for site in SITES if site in used - {*self.args.sites}]:  # of sets; all are twins
+                    proof = prove(self.patcher, pair, [*self.args.sites, *further], size)
         except (UserError, OutOfMemory):
             raise
         except Exception as error:  # whatever the code of a model of an unknown kind may raise
@@ -383,10 +416,14 @@ class Study:
             total: dict[str, torch.Tensor] = {}
             rows = [index for index in plan.rows if plan.choosing[index]] or [*plan.rows]
             label = f"{plan.style}, attribution"
-            for place, index in enumerate(tqdm(rows, desc=label, unit="prompt", smoothing=0, dynamic_ncols=True)):
-                some = rows[place - place % ROWS_PER_FILE :][:ROWS_PER_FILE]
-                for site, scores in self.attribution(plan, index, some).items():
-                    total[site] = total.get(site, 0.0) + scores
+            for index in tqdm(rows, desc=label, unit="prompt", smoothing=0, dynamic_ncols=True):
+                try:
+                    for site, scores in self.attribution(plan, index, rows).items():
+                        total[site] = total.get(site, 0.0) + scores
+                except OutOfMemory as error:
+                    log.warning(f"{plan.style}, row {index + 1}: left out of the screen, {error}")
+            if not total:
+                raise OutOfMemory("out of memory even alone: no row of the screen could be run")
             flat = {site: scores if scores.dim() == 2 else scores[:, None] for site, scores in total.items()}
             known["chosen"] = {site: ranked(scores, self.args.layers)[: SIZES[-1]] for site, scores in flat.items()}
             with locked(plan.folder):
@@ -394,12 +431,16 @@ class Study:
         return {site: [(layer, unit) for layer, unit in order] for site, order in known["chosen"].items()}
 
     def attribution(self, plan: StylePlan, index: int, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """`attribution` of a row for what is screened, computed with that of all `indices` if memory takes them."""
-        if (plan.style, index) not in self.scores:
+        """`attribution` of a row for what is screened, computed with its neighbours in `indices` if memory allows."""
+        while (plan.style, index) not in self.scores:
+            place = indices.index(index)
+            start = place - place % self.at_once
             try:
-                self.scores = self.attributions(plan, indices)
+                self.scores = self.attributions(plan, indices[start : start + self.at_once])
             except OutOfMemory:
-                self.scores = self.attributions(plan, [index])
+                if self.at_once == 1:
+                    raise
+                self.at_once = 1
         return self.scores[plan.style, index]
 
     def attributions(self, plan: StylePlan, indices: Sequence[int]) -> dict[tuple[str, int], dict[str, torch.Tensor]]:

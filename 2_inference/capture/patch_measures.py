@@ -116,18 +116,18 @@ def in_order(cells: Iterable[Cell]) -> list[Cell]:
 # --- proof
 
 
-def prove(patcher: Patcher, pair: Pair, sites: Sequence[str], batch_size: int) -> dict[str, float]:
+def prove(patcher: Patcher, pair: Pair, sites: Sequence[str], batch_size: int, twins: bool = True) -> dict[str, float]:
     """What must hold for one prompt, as largest differences of logits in their standard deviations.
 
     Raises UserError if something does not hold. `plain`: the unpatched pair against the model's own forward pass, root
     mean square, as these are other kernels.
-    `self`: patches of the recipient's own states. `before`: tokens before the edit. For prompts of equal length also
-    `all`: every token's residual stream makes the donor; `edited_0`: so do the edited tokens at layer 0; `after_0`,
-    `readout_0`: no other token does anything there. `random:<site>`: how far a random patch moves the logits.
+    `self`: patches of the recipient's own states. For `twins`, which differ in the edited tokens alone, also `all`:
+    every token's residual stream makes the donor; `edited_0`: so do the edited tokens at layer 0; `after_0`,
+    `readout_0`: no other token does anything there; nor do, at any layer, `before`: tokens before the edit.
+    `random:<site>`: how far a random patch moves the logits.
     """
     # 1. The rows of the proof.
     middle = len(patcher.layers) // 2
-    twins = len(pair.donor) == len(pair.recipient)
     anywhere = "all" if twins else "readout"
     rows = {f"random:{site}": Patch(site, middle, anywhere, donor="random") for site in sites}
     rows |= {f"self:{site}": Patch(site, middle, anywhere, donor="recipient") for site in sites}

@@ -9,6 +9,7 @@ Belinkov 2024, arXiv 2403.17806).
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -176,6 +177,9 @@ def csv_sets(path: Path, style: str) -> list[UnitSet]:
         if table[column].dtype.kind not in "iu":
             raise UserError(f"{path}: its column {column} must hold a whole number in every line")
     names = table["set"].astype(str) if "set" in table else ["csv"] * len(table)
+    for name in names:
+        if re.fullmatch(r"attribution_top_.*|.*_random_\d+|all .*", name):
+            raise UserError(f"{path}: the set {name!r} has a name that this script gives to its own sets; rename it")
     found: dict[str, list[Unit]] = {}
     for name, layer, number in zip(names, table["layer"], table[kinds[0]], strict=True):
         if (int(layer), int(number)) not in found.setdefault(name, []):
@@ -184,8 +188,9 @@ def csv_sets(path: Path, style: str) -> list[UnitSet]:
 
 
 def check_units(sets: Sequence[UnitSet], counts: dict[str, list[int]], path: Path) -> None:
-    """Raises UserError if a set of a table has a unit that the model lacks. counts: {site: units of each layer}."""
-    for one in sets:
+    """Raises UserError if a set of a table has a unit that the model lacks. counts: {site: units of each layer}, of the
+    sites that are known."""
+    for one in (one for one in sets if one.site in counts):
         kind, many = "head" if one.site == "z" else "neuron", counts[one.site]
         for layer, unit in one.units:
             if not 0 <= layer < len(many):

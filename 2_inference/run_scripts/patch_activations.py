@@ -26,6 +26,7 @@ from command_line import UserError, make_parser, run_main
 
 SITES = ("resid_pre", "attn_out", "mlp_out", "z", "pattern", "v", "mlp_post")
 POSITIONS = ("edited", "edited_last", "after", "readout", "all", "tokens")
+DEFAULT_POSITIONS = {"split": ["edited", "after", "readout"], "normal": ["edited_last", "readout"]}  # by source
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,10 +53,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ways = "denoising: clean states into the typo run; noising: the reverse"
     flag("--directions", nargs="+", choices=("denoising", "noising"), default=["denoising"], help=ways)
     sites = "what is patched; z, pattern and v by head, for all tokens; the others for --positions"
-    flag("--sites", nargs="+", choices=SITES, default=["resid_pre", "z"], help=sites)
+    flag("--sites", nargs="+", choices=SITES, help=f"{sites}; default: resid_pre, with split also z")
     where = "edited tokens, the last of them, the others after the first edit, the last prompt token and the response; "
-    where += "tokens: each token from the first edited one on alone"
-    flag("--positions", nargs="+", choices=POSITIONS, default=["edited", "after", "readout"], help=where)
+    where += "tokens: each token from the first edited one on alone; "
+    where += "default: edited after readout, with normal edited_last readout"
+    flag("--positions", nargs="+", choices=POSITIONS, help=where)
     flag("--layers", nargs="+", default=["all"], help="layers: numbers, ranges (0-5), -1 (the last), all")
     flag("--response_tokens", type=int, help="longest donor response that is compared; default: as in the run")
     controls = "donors of the edited tokens that should not repair: another item's, a random direction; or none"
@@ -74,12 +76,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.ablate and not args.units_csv and args.screen == "none":
         raise UserError(f"--ablate {args.ablate}: there are no sets; give --units_csv or --screen attribution")
-    if args.screen != "none" and not {*args.sites} & {"z", "mlp_out", "mlp_post"}:
+    args.sites = args.sites or (["resid_pre", "z"] if args.source == "split" else ["resid_pre"])
+    args.positions = args.positions or DEFAULT_POSITIONS[args.source]
+    if args.source == "split" and args.screen != "none" and not {*args.sites} & {"z", "mlp_out", "mlp_post"}:
         raise UserError("--screen attribution: finds units of z, mlp_out and mlp_post; name one of them in --sites")
     for name in ("directions", "sites", "positions", "styles"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.controls = [] if "none" in args.controls else sorted({*args.controls})
     args.shard = shard_of(args.shard, os.environ)
+    if args.overwrite and args.shard[1] > 1:
+        raise UserError(
+            "--overwrite: one shard would remove another's files; remove its patches before the shards start"
+        )
     return args
 
 

@@ -76,7 +76,8 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
             curve = curve.sort_values("layer")
             axes.plot(curve["layer"], curve["R"], dash, color=colour)
             ends.append((curve["R"].iloc[-1], label, colour))
-            axes.fill_between(curve["layer"], curve["R_ci_low"], curve["R_ci_high"], color=colour, alpha=0.12, lw=0)
+            band = (curve[end].fillna(curve["R"]) for end in ("R_ci_low", "R_ci_high"))  # missing: no other number
+            axes.fill_between(curve["layer"], *band, color=colour, alpha=0.12, lw=0)
         if (layer := own["hand_over_layer"].dropna()).size:
             axes.axvline(layer.iloc[0], color="black", linewidth=0.8, linestyle=":")
             axes.annotate(f" hand-over {layer.iloc[0]:.1f}", (layer.iloc[0], 0.02), xycoords=("data", "axes fraction"))
@@ -165,7 +166,7 @@ def save_units(
     if shown:
         names.append("patching_reactions.png")
         _save_scatter(shown, folder / names[-1])
-    grown = sets[sets["units"].notna()] if len(sets) else sets
+    grown = sets[sets["units"].notna() & sets["R"].notna()] if len(sets) else sets
     if len(grown) > 1:
         names.append("patching_sets.png")
         _save_sets(grown, folder / names[-1])
