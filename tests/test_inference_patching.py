@@ -693,6 +693,17 @@ def test_a_row_without_memory_does_not_stop_a_screen(whole, tmp_path, monkeypatc
     assert len(tried) <= 12, "after the first failure rows go one by one"
 
 
+def test_a_disk_without_room_is_told_before_the_first_row(whole, tmp_path, monkeypatch, capsys):
+    words = command(whole, tmp_path / "run", "--screen", "attribution", "--sites", "z", "mlp_post", "--top_k", "1")
+    assert patch_activations.main(words) == 0
+    assert "about 0.0 MB will be written to" in capsys.readouterr().err
+    usage = patch_job.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(patch_job.shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(UserError, match=r"needs about 0\.0 MB, the disk has 0\.0 MB; free some space"):
+        patch_activations.main([*words, "--overwrite"])
+    assert not files_of(tmp_path / "run")
+
+
 def test_the_proof_covers_the_sites_of_sets(whole, tmp_path):
     table = tmp_path / "units.csv"
     table.write_text("layer,head\n1,2\n", encoding="utf-8")

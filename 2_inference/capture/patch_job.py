@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from command_line import UserError, one_line
-from file_output import remove_leftovers, write_json
+from file_output import gigabytes, remove_leftovers, write_json
 from load_json import read_prompt_file
 from load_model import load_config, load_model, load_tokenizer, model_fingerprint
 from logger import get_logger
@@ -358,6 +359,7 @@ class Study:
                 proof = prove(self.patcher, pair, self.args.sites, size, twins)
                 if self.style != plan.style:
                     self.cells, self.style = self.choose_cells(plan, alone), plan.style
+                    self.check_disk(plan)
                 used = {patch.site for cell in self.cells for patch in cell.row}
                 if further := [site for site in SITES if site in used - {*self.args.sites}]:  # of sets; all are twins
                     proof = prove(self.patcher, pair, [*self.args.sites, *further], size)
@@ -404,6 +406,20 @@ class Study:
         if args.ablate == "mean":
             self.means = self.mean_states(plan, sorted({one.site for one in sets}))
         return in_order(cells)
+
+    def check_disk(self, plan: StylePlan) -> None:
+        """Log how much a style will write. Raises UserError if the disk has less."""
+        per_row = 4 * len(self.cells) * (len(MEASURES) * len(WHOSE) - len(ALWAYS_0_OR_1))
+        if "mlp_post" in self.screened:
+            text = self.patcher.model.config.get_text_config(decoder=True)
+            per_row += 2 * len(self.patcher.layers) * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+        size = per_row * sum(len(indices) for _, indices in plan.files)
+        free = shutil.disk_usage(plan.folder).free
+        log.info(f"about {gigabytes(size)} will be written to {plan.folder} ({gigabytes(free)} free)")
+        if size > free:
+            raise UserError(
+                f"{plan.folder}: needs about {gigabytes(size)}, the disk has {gigabytes(free)}; free some space"
+            )
 
     def screen(self, plan: StylePlan) -> dict[str, list[Unit]]:
         """Units by attribution over the choosing half of the rows, best first; kept in the style's patches.json."""

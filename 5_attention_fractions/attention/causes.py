@@ -317,7 +317,7 @@ def hand_over(patches: Patches, direction: str = DENOISING) -> dict[str, float]:
 
     names = np.unique(patches.clusters)
     layer = crossing(np.full(len(patches.rows), True))
-    shifts = np.array([crossing(patches.clusters != name) for name in names]) - layer
+    shifts = np.array([crossing(patches.clusters != name) for name in names if len(names) > 1]) - layer
     half = math.nan
     if len(names) > 1 and not np.isnan(shifts).any():
         half = stats.t.ppf(0.975, jackknife_df(shifts)) * math.sqrt((len(names) - 1) / len(names) * (shifts**2).sum())

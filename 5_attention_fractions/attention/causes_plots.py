@@ -28,7 +28,7 @@ LINES = {  # positions → (label, colour, dash)
     "all": ("all from the first edit on", COLOURS[2], "-."),
 }
 TOKEN = "token_"  # begins the name of a single token, counted from the first edited one
-CONTROL_LINE = ("edited, another item's donor", GREY, ":")
+CONTROLS = {"other": ("edited, another item's donor", GREY, ":"), "random": ("edited, random direction", GREY, "-.")}
 ALPHA = 0.05
 NAMED = 3  # units of the largest effect, and of the largest reaction, that a scatter names
 
@@ -68,9 +68,11 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
     figure, grid = panels(len(groups), 1, 3.6, sharex=True)
     for axes, ((style, source, direction), part) in zip(grid, groups, strict=True):
         ends = []
-        own, other = part[part["donor"] == OWN], part[part["donor"] == "other"]
+        own = part[part["donor"] == OWN]
         curves = [(own[own["positions"] == name], *look) for name, look in LINES.items()]
-        for curve, label, colour, dash in [*curves, (other[other["positions"] == "edited"], *CONTROL_LINE)]:
+        edited = part[part["positions"] == "edited"]
+        curves += [(edited[edited["donor"] == donor], *look) for donor, look in CONTROLS.items()]
+        for curve, label, colour, dash in curves:
             if curve.empty:
                 continue
             curve = curve.sort_values("layer")
