@@ -15,7 +15,7 @@ from attention.causes_compared import agreement, neuron_reactions, rank_correlat
 from attention.causes_plots import _label
 from command_line import UserError, run_main
 from file_output import read_csv
-from paired_stats import benjamini_hochberg, deal
+from paired_stats import benjamini_hochberg, deal, holm
 from run_store import load_pt, open_run, save_pt
 from scipy import stats
 from style_rows import templates_of
@@ -346,6 +346,23 @@ def covered(runs: int, rows: int) -> float:
         table = causes.cell_table(planted_patches(np.random.default_rng(seed), rows, population=large))
         held.append((table["R_ci_low"] <= truth) & (truth <= table["R_ci_high"]))
     return float(np.mean(held))
+
+
+def test_p_is_corrected_for_the_styles_that_are_patched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = open_run(write_patches(tmp_path / "run"))
+    (one,) = causes.open_patches(run)
+    weaker = replace(one, style="three", patched=one.patched | {"nats": one.recipient["nats"] * 0.999})
+    monkeypatch.setattr(causes, "open_patches", lambda *_: [one, weaker])
+    causes.write_causes(run, None, tmp_path)
+    keys = ["layer", "head", "site", "donor"]
+    found = read_csv(tmp_path / "patching_heads.csv").set_index(["style", *keys])["p_adjusted"]
+    tables = [causes.cell_table(patches) for patches in (one, weaker)]
+    pairs = [table[table["head"] >= 0].set_index(keys)["p_adjusted"] for table in tables]
+    assert len(found) > 2 * LAYERS
+    for style, *place in found.index:
+        expected = holm([pair[tuple(place)] for pair in pairs])[int(style == "three")]
+        assert found[(style, *place)] == pytest.approx(expected, rel=1e-4)
+    assert (found["swap"] >= pairs[0].reindex(found["swap"].index) * 0.999).all()
 
 
 def test_sets_that_no_row_estimates_are_no_picture(tmp_path: Path):

@@ -38,6 +38,7 @@ DENOISING = "denoising"
 CELL = ["site", "positions", "direction", "donor", "layer", "head", "set"]
 CELL_KEYS = ["sites", "positions", "cell_directions", "donors", "layers", "heads", "sets"]  # their names in a file
 FAMILY = ["site", "positions", "direction", "donor"]
+ADJUSTED = ("p_adjusted", "p_adjusted_vs_control", "p_adjusted_vs_random")
 STRUCTURAL = ("resid_pre", "mlp_out", "mlp_post")  # at layer 0 these are the token's embedding, and what extends it
 MEASURES = ("nats", "nats_first", "sld", "restored", "answer_logprob")
 LATER = ("after", "readout")  # positions after the edited tokens
@@ -94,6 +95,8 @@ def write_causes(run: Run, styles: Sequence[str] | None, folder: Path) -> list[s
     patched = open_patches(run, styles)
     cells = [cell_table(one) for one in patched]
     whole = pd.concat(cells, ignore_index=True)
+    for name in ADJUSTED if whole["style"].nunique() > 1 else ():
+        whole[name] = whole.groupby(["source", *CELL])[name].transform(holm)  # over the styles
     is_set = whole["set"] != ""
     layers, units = whole[~is_set & (whole["head"] < 0)], whole[~is_set & (whole["head"] >= 0)].drop(columns="set")
     neurons = units[units["site"] == NEURON_SITE].rename(columns={"head": "neuron"})
