@@ -430,7 +430,7 @@ class Study:
         known = read_json_file(plan.record)
         if "chosen" not in known:
             total: dict[str, torch.Tensor] = {}
-            rows = [index for index in plan.rows if plan.choosing[index]] or [*plan.rows]
+            rows = [index for index in plan.rows if plan.choosing[index]]
             label = f"{plan.style}, attribution"
             for index in tqdm(rows, desc=label, unit="prompt", smoothing=0, dynamic_ncols=True):
                 try:
