@@ -22,6 +22,7 @@ from command_line import UserError, one_line
 from logger import get_logger
 
 SECONDS_TO_END = 30
+SECONDS_TO_BE_GONE = 2
 log = get_logger("serve_responses")
 
 
@@ -57,6 +58,8 @@ def running_server(
         log.info(f"the server answers after {time.monotonic() - started:.0f} s")
         yield f"http://127.0.0.1:{port}/v1"
     except UserError:
+        with suppress(subprocess.TimeoutExpired):  # its last connections break a moment before it is gone
+            process.wait(SECONDS_TO_BE_GONE)
         _check_alive(process, words, log_file)  # the true reason, if a request found no server any more
         raise
     finally:
