@@ -670,7 +670,7 @@ def test_a_screen_leaves_rows_to_estimate_on(whole, tmp_path, monkeypatch):
         chose = [one for content in files_of(tmp_path / seed).values() for one in content["choosing"]]
         assert sorted(chose) == [False] * 3 + [True] * 3
     monkeypatch.setattr(patch_job.Run, "template", lambda *_: "one")
-    with pytest.raises(UserError, match="has one template, none is left to estimate on"):
+    with pytest.raises(UserError, match="all rows of swap have one template, so none is left"):
         patch_activations.main(command(whole, tmp_path / "one", "--screen", "attribution"))
 
 

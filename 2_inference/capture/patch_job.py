@@ -198,13 +198,15 @@ def plan_style(args: argparse.Namespace, run: Run, reader: PromptReader, style: 
     sets = csv_sets(args.units_csv, style) if args.units_csv else []
     settings["sets"] = {one.name: one.units for one in sets}
     settings |= {"model_fingerprint": known["model_fingerprint"], "prompt_sha256": known["prompt_sha256"]}
+    # Without a screen these halves are only compared; more rows may be patched later, and a template's half stays.
     choosing = {index: is_choosing(run.template(index), args.seed) for index in rows}
     if args.screen != "none":
         halves = deal((run.template(index) for index in rows), 2, args.seed)
         choosing = {index: halves[run.template(index)] == 0 for index in rows}
         if len(halves) < 2:
             raise UserError(
-                f"--screen {args.screen}: {style} has one template, none is left to estimate on; leave it out"
+                f"--screen {args.screen}: all rows of {style} have one template, so none is left to estimate on; "
+                "leave --screen out"
             )
     dropped = len(typo.texts) - len(rows)
     plan = StylePlan(style, run.styles[style], clean, typo, rows, settings, dropped, choosing, sets)

@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.shard = shard_of(args.shard, os.environ)
     if args.overwrite and args.shard[1] > 1:
         raise UserError(
-            "--overwrite: one shard would remove another's files; remove its patches before the shards start"
+            "--overwrite: one shard would remove another's files; remove the old patches before the shards start"
         )
     return args
 

@@ -319,10 +319,11 @@ def hand_over(patches: Patches, direction: str = DENOISING) -> dict[str, float]:
         return float(layers[0][at] + np.diff(layers[0])[at] * gap[at] / (gap[at] - gap[at + 1]))
 
     names = np.unique(patches.clusters)
-    layer = crossing(np.full(len(patches.rows), True))
-    shifts = np.array([crossing(patches.clusters != name) for name in names if len(names) > 1]) - layer
-    half = math.nan
-    if len(names) > 1 and not np.isnan(shifts).any():
+    layer, half = crossing(np.full(len(patches.rows), True)), math.nan
+    if len(names) < 2:
+        return {"layer": layer, "ci_low": half, "ci_high": half}
+    shifts = np.array([crossing(patches.clusters != name) for name in names]) - layer
+    if not np.isnan(shifts).any():
         half = stats.t.ppf(0.975, jackknife_df(shifts)) * math.sqrt((len(names) - 1) / len(names) * (shifts**2).sum())
     return {"layer": layer, "ci_low": layer - half, "ci_high": layer + half}
 

@@ -29,6 +29,7 @@ LINES = {  # positions → (label, colour, dash)
 }
 TOKEN = "token_"  # begins the name of a single token, counted from the first edited one
 CONTROLS = {"other": ("edited, another item's donor", GREY, ":"), "random": ("edited, random direction", GREY, "-.")}
+MOST_LINES = 6
 ALPHA = 0.05
 NAMED = 3  # units of the largest effect, and of the largest reaction, that a scatter names
 
@@ -72,9 +73,7 @@ def _save_layers(table: pd.DataFrame, path: Path) -> None:
         curves = [(own[own["positions"] == name], *look) for name, look in LINES.items()]
         edited = part[part["positions"] == "edited"]
         curves += [(edited[edited["donor"] == donor], *look) for donor, look in CONTROLS.items()]
-        for curve, label, colour, dash in curves:
-            if curve.empty:
-                continue
+        for curve, label, colour, dash in [one for one in curves if len(one[0])][:MOST_LINES]:
             curve = curve.sort_values("layer")
             axes.plot(curve["layer"], curve["R"], dash, color=colour)
             ends.append((curve["R"].iloc[-1], label, colour))
