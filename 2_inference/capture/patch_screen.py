@@ -70,7 +70,7 @@ def _attribution(
     rows, columns = zip(*places, strict=True)
 
     # 2. The states of the donors and, for several steps, of the recipients.
-    ends: list[torch.Tensor] = []  # embeddings of donors and recipients
+    ends: list[torch.Tensor] = []  # embeddings, the donors' first
     followed: dict[tuple[str, int], torch.Tensor] = {}
     share = 0.0  # of the way from the recipient to the donor
 
@@ -124,7 +124,7 @@ def ranked(scores: torch.Tensor, layers: Sequence[int]) -> list[Unit]:
 
 
 def is_choosing(template: str, seed: int) -> bool:
-    """Whether the rows of a template choose units; what these do is estimated on the others."""
+    """Whether a template is of the first half, if no screen deals the templates; it does not depend on the others."""
     return bool(zlib.crc32(f"{seed}/{template}".encode()) & 1)
 
 
